@@ -1,0 +1,82 @@
+"""What a training step holds in memory: bytes that autograd keeps, and the device's own figures."""
+
+import resource
+import sys
+from types import TracebackType
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+BYTES_IN_GIB = 1024**3
+BYTES_IN_MIB = 1024**2
+
+
+class SavedForBackward:
+    """Counts the bytes that autograd keeps for the backward pass: the activation memory of a training step.
+
+    >>> with SavedForBackward(model) as saved:
+    ...     loss = model(**batch).loss
+    >>> saved.bytes
+
+    Each storage counts once, however many operations keep it; parameters and buffers do not count, as they are there
+    anyway. Exact and the same on every device, but blind to the temporary memory of kernels.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.bytes = 0
+        self._seen = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._alive: list[Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if _address(tensor) not in self._seen:
+            self._seen.add(_address(tensor))
+            self._alive.append(tensor.detach())  # a freed storage's address could be given to another tensor
+            self.bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def __enter__(self) -> "SavedForBackward":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+        self._alive.clear()
+
+
+def _address(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def memory_usage(device: torch.device | str) -> dict[str, int]:
+    """Bytes in use: `allocated_bytes`, `reserved_bytes`, `peak_bytes`.
+
+    On CUDA as torch's allocator counts them (peak: of what was allocated since `reset_peak`). On the CPU there is no
+    allocator to ask: the process's resident set stands for the first two, its highest value so far for the peak.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return {
+            "allocated_bytes": torch.cuda.memory_allocated(device),
+            "reserved_bytes": torch.cuda.memory_reserved(device),
+            "peak_bytes": torch.cuda.max_memory_allocated(device),
+        }
+    resident = psutil.Process().memory_info().rss
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kibibytes, on macOS bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"allocated_bytes": resident, "reserved_bytes": resident, "peak_bytes": max(peak, resident)}
+
+
+def reset_peak(device: torch.device | str) -> None:
+    """Start a new peak on CUDA. A process's own peak on the CPU cannot be reset."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def gib(count: int) -> str:
+    """Bytes for people: "1.23 GiB", "45.6 MiB" below a tenth of a GiB."""
+    return f"{count / BYTES_IN_GIB:.2f} GiB" if count >= BYTES_IN_GIB / 10 else f"{count / BYTES_IN_MIB:.1f} MiB"

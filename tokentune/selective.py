@@ -1,0 +1,247 @@
+"""The method: every token runs forward, the selected ones alone keep activations and get gradients.
+
+    B sequences, S tokens, K selected, R = S - K rest, D hidden size, H heads, G key-value heads, d head size
+
+Nothing of a model is rewritten. Between layers the hidden states (B, S, D) travel as a pair of groups, and each layer
+runs its own, unmodified forward twice, once per group, the second call nested in the first one's attention:
+
+    layer(TokenGroups)                          enter_layer: unpack, gather the arguments that have a row per token
+      layer.forward(selected)   with gradients
+        norms, projections of the selected
+        attention(q, k, v)                      selective_attention
+          layer.forward(rest)   no_grad         _run_rest
+            norms, projections of the rest
+            attention(q', k', v')               selective_attention: joins [k, k'] and [v, v'], attends with q'
+            output projection, MLP of the rest
+          attends with q over [k, k'], [v, v']: gradients reach k and v, those of the rest are constants
+        output projection, MLP of the selected
+    -> TokenGroups(selected, rest)              leave_layer: pack
+
+Whatever stands inside the layer (norm placement, LoRA, 4-bit linears, experts) just runs, once per group. In the last
+layer the rest is needed for its keys and values only, so its pass ends there, and the final norm and the head see the
+K selected rows alone. `patching.py` puts this into a model; `tests/test_selective.py` compares outputs and gradients
+with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokentune.attention import MaskRecipe, UnsupportedModelError, attend, recipe_from_functions, recipe_from_mask
+
+SELECTED, REST = "selected", "rest"
+
+# The forward pass under way; None outside of a selective forward, where every hook below does nothing.
+CURRENT_STEP: ContextVar["Step | None"] = ContextVar("tokentune_step", default=None)
+
+
+class TokenGroups(NamedTuple):
+    """The hidden states between two layers. A tuple, so that engines that look for tensors in it find them."""
+
+    selected: Tensor  # (B, K, D), with gradients
+    rest: Tensor  # (B, R, D), constants
+
+
+class _RestDone(Exception):
+    """Ends the rest's pass through the last layer, of which only keys and values are needed."""
+
+
+@dataclass
+class LayerCall:
+    """One layer at work: what it was called with and what its two passes leave for each other."""
+
+    layer: nn.Module
+    last: bool
+    groups: TokenGroups
+    args: tuple
+    kwargs: dict[str, Any]
+    running: str = SELECTED
+    selected_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, K, d)
+    joined_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, S, d), in the order [selected, rest]
+    rest_output: Tensor | None = None  # (B, R, D)
+
+
+@dataclass
+class Step:
+    """One forward pass with a selection."""
+
+    positions: Tensor  # (B, K), ascending
+    implementations: list[tuple[Any, str]]  # (config, the attention implementation it names outside of this step)
+    order: Tensor | None = None  # (B, S): the selected positions, then the rest's, both ascending
+    call: LayerCall | None = None
+    # What was made of tensors that every layer is handed again: (original, result). Compared by identity, which is
+    # safe because the original is kept alive here.
+    gathered: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    recipes: list[tuple[Tensor | None, MaskRecipe]] = field(default_factory=list)
+
+    def indices(self, group: str) -> Tensor:
+        """The original positions of a group's rows: (B, K) or (B, R)."""
+        count = self.positions.shape[1]
+        return self.order[:, :count] if group == SELECTED else self.order[:, count:]
+
+    def split(self, hidden: Tensor) -> TokenGroups:
+        """(B, S, D) in front of the first layer -> the two groups."""
+        if len(self.positions) != len(hidden):
+            raise ValueError(f"selected_positions has {len(self.positions)} rows, the batch {len(hidden)}")
+        self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
+        selected = gather_tokens(hidden, self.indices(SELECTED))
+        return TokenGroups(selected, gather_tokens(hidden.detach(), self.indices(REST)))
+
+    def rows_of(self, value: Any, group: str) -> Any:
+        """A layer's argument for one group: its rows of whatever has a row per token, all else as it is."""
+        if isinstance(value, Tensor):
+            batch, length = self.order.shape
+            per_token = value.ndim >= 2 and value.shape[1] == length and value.shape[0] in (1, batch)
+            return self._gathered(value)[group] if per_token else value
+        if isinstance(value, tuple | list):
+            return type(value)(self.rows_of(item, group) for item in value)
+        if isinstance(value, dict):
+            return {key: self.rows_of(item, group) for key, item in value.items()}
+        return value
+
+    def _gathered(self, value: Tensor) -> dict[str, Tensor]:
+        for original, rows in self.gathered:
+            if original is value:
+                return rows
+        full = value.expand(self.order.shape[0], *value.shape[1:])
+        # One copy per group, not two views of one: a saved view would keep the rest's rows for the backward pass.
+        rows = {group: gather_tokens(full, self.indices(group)) for group in (SELECTED, REST)}
+        self.gathered.append((value, rows))
+        return rows
+
+    def mask_rows(self, mask: Any, causal: bool, group: str, query: Tensor) -> Tensor | None:
+        """A group's rows (B, 1 or H, Q, S) of the mask that the model handed to its attention, or None.
+
+        `mask` is a recipe, a finished (B, 1 or H, S, S) tensor, or None; None means causal where `causal` is true.
+        """
+        if mask is None and not causal:
+            return None
+        if not isinstance(mask, MaskRecipe):
+            mask = self._recipe(mask)
+        order = self.order.to(query.device)
+        return mask.rows(group, self.indices(group).to(query.device), order, query.dtype)
+
+    def _recipe(self, mask: Tensor | None) -> MaskRecipe:
+        batch, length = self.order.shape
+        for original, recipe in self.recipes:
+            if original is mask:
+                return recipe
+        if mask is None:
+            recipe = recipe_from_functions(batch, length, length)
+        elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (length, length):
+            recipe = recipe_from_mask(mask)
+        else:
+            raise UnsupportedModelError(f"the attention was handed a mask that cannot be read: {type(mask).__name__}")
+        self.recipes.append((mask, recipe))
+        return recipe
+
+
+def token_order(positions: Tensor, length: int) -> Tensor:
+    """(B, K) selected positions -> (B, S): those first, then all others, both ascending.
+
+    Raises ValueError for a position outside the sequence, twice in a row, or out of order.
+    """
+    _require((positions >= 0) & (positions < length), f"selected_positions must lie between 0 and {length - 1}")
+    chosen = torch.zeros(positions.shape[0], length, dtype=torch.bool, device=positions.device)
+    order = torch.argsort(~chosen.scatter_(1, positions, True), dim=1, stable=True)
+    in_order = order[:, : positions.shape[1]] == positions
+    _require(in_order, "selected_positions must be distinct and ascending in each row")
+    return order
+
+
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Rows of `tokens` (B, S, ...) at `indices` (B, N) -> (B, N, ...)."""
+    batch, length = tokens.shape[:2]
+    flat = (indices + torch.arange(batch, device=indices.device)[:, None] * length).flatten().to(tokens.device)
+    return tokens.flatten(0, 1).index_select(0, flat).unflatten(0, indices.shape)
+
+
+def _require(condition: Tensor, message: str) -> None:
+    if condition.device.type != "cpu":  # checked over there: reading the value would make the host wait for it
+        torch._assert_async(condition.all(), message)
+    elif not bool(condition.all()):
+        raise ValueError(message)
+
+
+def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], *, last: bool) -> tuple | None:
+    """Forward pre-hook of every layer: its own forward gets the selected group and that group's arguments."""
+    step = CURRENT_STEP.get()
+    if step is None:
+        if "selected_positions" in kwargs:
+            raise RuntimeError("selected_positions reached a layer: call the model itself, not its `forward` method")
+        return None
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise UnsupportedModelError("gradient checkpointing would recompute whole layers: disable it on this model")
+    kwargs = dict(kwargs)
+    hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+    if any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past")):
+        raise UnsupportedModelError("a key-value cache reached a layer: both passes would write to it")
+    groups = hidden if isinstance(hidden, TokenGroups) else step.split(hidden)
+    step.call = LayerCall(layer, last, groups, args, kwargs, rest_output=groups.rest)
+    return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
+
+
+def leave_layer(layer: nn.Module, args: tuple, output: Any, *, last: bool) -> Any:
+    """Forward hook of every layer: packs both groups; out of the last layer the selected rows go alone."""
+    step = CURRENT_STEP.get()
+    if step is None:
+        return None
+    call, step.call = step.call, None
+    if call.joined_kv is None:
+        raise UnsupportedModelError(f"{type(layer).__name__} does not send its attention through the interface")
+    if last:
+        return output
+    if isinstance(output, tuple):
+        return TokenGroups(output[0], call.rest_output), *output[1:]
+    return TokenGroups(output, call.rest_output)
+
+
+def selective_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+) -> tuple[Tensor, None]:
+    """What a model's attention calls during a selective forward, for either group.
+
+    Args: query (B, H, Q, d), key and value (B, G, Q, d) of one group; `attention_mask` as the model has it; `options`
+    as in its own call. Returns the attention output (B, Q, H, d), and None in place of the weights.
+    Raises UnsupportedModelError where the layer does more than one self-attention over its own tokens.
+    """
+    step = CURRENT_STEP.get()
+    call = step.call
+    group = call.running
+    if key.shape[2] != step.indices(group).shape[1]:
+        raise UnsupportedModelError(f"{type(module).__name__} attends to keys that are not the layer's own tokens")
+    if group == SELECTED:
+        if call.selected_kv is not None:
+            raise UnsupportedModelError(f"{type(call.layer).__name__} calls attention more than once")
+        call.selected_kv = call.joined_kv = key, value
+        if call.groups.rest.shape[1] > 0:
+            _run_rest(step, call)
+        keys, values = call.joined_kv
+    else:
+        with torch.set_grad_enabled(call.selected_kv[0].requires_grad or call.selected_kv[1].requires_grad):
+            pairs = zip(call.selected_kv, (key, value), strict=True)
+            call.joined_kv = keys, values = tuple(torch.cat(pair, dim=2) for pair in pairs)
+        if call.last:
+            raise _RestDone
+        keys, values = keys.detach(), values.detach()
+    implementation = next(name for config, name in step.implementations if config is module.config)
+    causal = implementation != "eager" and options.get("is_causal", getattr(module, "is_causal", True))
+    mask = step.mask_rows(attention_mask, causal, group, query)
+    return attend(module, query, keys, values, mask, implementation, **options)
+
+
+def _run_rest(step: Step, call: LayerCall) -> None:
+    """The rest's pass through the layer, called from within the selected group's attention."""
+    args, kwargs = step.rows_of(call.args, REST), step.rows_of(call.kwargs, REST)
+    call.running = REST
+    try:
+        with torch.no_grad():
+            output = call.layer.forward(call.groups.rest, *args, **kwargs)
+            call.rest_output = output[0] if isinstance(output, tuple) else output
+    except _RestDone:
+        pass
+    finally:
+        call.running = SELECTED
