@@ -1,0 +1,86 @@
+"""Tiny models, a tokenizer and instruction data that the tests make themselves, and the real ones where at hand."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TEXT = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task, paired with an input that provides further context.",
+    "### Instruction: ### Input: ### Response: the quick brown fox jumps over the lazy dog 0123456789",
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models beside the project; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("real data and models (../shared) are not on this machine")
+    return SHARED
+
+
+def tiny_llama_config(**changes: object) -> LlamaConfig:
+    """Two grouped-query layers, hidden size 32."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    return LlamaConfig(**{**sizes, **heads, "pad_token_id": None, **changes})
+
+
+def tiny_bert_config(**changes: object) -> BertConfig:
+    """Two layers, hidden size 32, no dropout."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 64}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertConfig(**{**sizes, **heads, **dropout, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 Llama with a byte-level tokenizer that has bos and eos and no pad token."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_llama_config(vocab_size=len(fast))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alpaca_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen Alpaca-like records as JSON Lines, half of them with an input."""
+    path = tmp_path_factory.mktemp("data") / "tiny_alpaca.jsonl"
+    records = [
+        {
+            "instruction": f"Repeat the number {n}." if n % 2 else "Repeat the word.",
+            "input": "" if n % 2 else f"word{n}",
+            "output": f"The number is {n}." if n % 2 else f"word{n} word{n}",
+        }
+        for n in range(16)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
