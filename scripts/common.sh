@@ -1,0 +1,254 @@
+# shellcheck shell=bash
+# What the bash scripts share. Not a command: each script starts with
+#     source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+# It then stops at its first error, and has
+#     PROJECT_ROOT           the project's folder, whatever folder the script was called from
+#     ensure_venv, find_python                            set PYTHON, with and without installing packages
+#     finetune, run_folder, merge_adapter, lm_harness     the steps of scripts/train, merge.sh and scripts/eval
+#
+# The scripts do not change folder: relative paths in flags, MODEL and DATASET are found from where you call. What they
+# write (MODEL_SAVE_PATH, RESULTS) goes below the project unless it is an absolute path.
+# Works with the bash 3.2 that macOS ships: no expansion of empty arrays, no associative arrays.
+
+set -euo pipefail
+
+PROJECT_ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+INSTALL_HINT="cd '$PROJECT_ROOT' && python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt"
+
+say() { printf '== %s\n' "$*" >&2; }  # progress on stderr: stdout belongs to the commands
+
+# die MESSAGE [ADVICE ...]
+die() {
+    printf 'error: %s\n' "$1" >&2
+    shift
+    [[ $# -eq 0 ]] || printf '  %s\n' "$@" >&2
+    exit 2
+}
+
+in_project() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s' "$PROJECT_ROOT/$1" ;; esac; }
+
+# --------------------------------------------------------------------------------------------------------------- Python
+
+# has_modules PYTHON MODULE ...: whether this Python is recent enough and finds the modules. Looks them up without
+# importing them (torch alone takes seconds), and not in the current folder: a folder `datasets` there would pass for
+# the package.
+has_modules() {
+    command -v "$1" >/dev/null || return 1
+    "$1" -c '
+import importlib.util, sys
+sys.path = [entry for entry in sys.path if entry]
+found = all(importlib.util.find_spec(name) for name in sys.argv[1:])
+sys.exit(not (found and sys.version_info >= (3, 11)))' "${@:2}" >/dev/null 2>&1
+}
+
+# The python of the active virtual or conda environment, if any. It counts only where it has the packages: conda
+# activates a bare `base` for many users.
+active_pythons() {
+    [[ -z ${VIRTUAL_ENV:-} ]] || printf '%s\n' "$VIRTUAL_ENV/bin/python"
+    [[ -z ${CONDA_PREFIX:-} ]] || printf '%s\n' "$CONDA_PREFIX/bin/python"
+}
+
+# find_python MODULE ...: sets PYTHON to the first of $PYTHON, the active environment's, .venv's and python3 that has
+# the modules. Training must not install packages behind the user's back: where none has them, it says how to install.
+find_python() {
+    local candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        has_modules "$PYTHON" "$@" || die "PYTHON=$PYTHON is not a Python 3.11 or newer that has all of: $*" \
+            "leave PYTHON out, or install them: $INSTALL_HINT"
+        return
+    fi
+    while IFS= read -r candidate; do
+        if has_modules "$candidate" "$@"; then
+            PYTHON=$candidate
+            return
+        fi
+    done < <(active_pythons && printf '%s\n' "$PROJECT_ROOT/.venv/bin/python" python3)
+    die "found no Python 3.11 or newer that has all of: $*" "install them: $INSTALL_HINT"
+}
+
+# ensure_venv [MODULE ...]: sets PYTHON to one with all that the commands need (and MODULE ...): $PYTHON where given,
+# the active environment's where it has the packages, else that of .venv, which is created where it is missing and
+# filled where it does not hold this requirements.txt yet.
+ensure_venv() {
+    local venv=$PROJECT_ROOT/.venv requirements=$PROJECT_ROOT/requirements.txt candidate
+    local stamp=$venv/requirements.installed.txt  # a copy of what was installed, written after success only
+    set -- torch transformers peft accelerate datasets bitsandbytes sentencepiece google.protobuf matplotlib rich \
+        tensorboard lm_eval "$@"
+    if [[ -n ${PYTHON:-} ]]; then
+        find_python "$@"
+        return
+    fi
+    while IFS= read -r candidate; do
+        if [[ $candidate != "$venv/bin/python" ]] && has_modules "$candidate" "$@"; then
+            say "using the active environment: $candidate (its own package versions, not those of requirements.txt)"
+            PYTHON=$candidate
+            return
+        fi
+    done < <(active_pythons)
+
+    PYTHON=$venv/bin/python
+    if ! has_modules "$PYTHON"; then
+        say "creating $venv"
+        candidate=$(base_python)
+        "$candidate" -m venv --clear "$venv"
+    fi
+    # Without pip: an interrupted `python3 -m venv`, or one made by uv.
+    has_modules "$PYTHON" pip || "$PYTHON" -m ensurepip --upgrade >/dev/null
+    if ! cmp -s "$requirements" "$stamp"; then
+        say "installing requirements.txt into $venv (several minutes the first time)"
+        # Of pip's hundreds of lines, show the large downloads and the long last step; its errors come on stderr.
+        # shellcheck disable=SC2046  # cpu_torch_index prints two words or none
+        "$PYTHON" -m pip install --progress-bar off --requirement "$requirements" $(cpu_torch_index) |
+            awk '/Downloading .*\(([0-9][0-9][0-9.]* MB|[0-9.]+ GB)\)/ { print; fflush() }
+                 /^Installing collected packages/ { print "  Unpacking"; fflush() }' >&2
+        cp "$requirements" "$stamp"
+        say "installed"
+    fi
+}
+
+# The first Python that is recent enough to make a virtual environment with: transformers 5.23 needs 3.11.
+base_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if has_modules "$candidate" venv; then
+            printf '%s' "$candidate"
+            return
+        fi
+    done
+    die "Python 3.11 or newer with its venv module is needed; python3 is: $(python3 --version 2>&1 || true)"
+}
+
+# The index of PyTorch's CPU builds, for Linux machines without an accelerator (PyPI's Linux wheel brings gigabytes of
+# CUDA libraries), unless it cannot be reached: pip would retry it for every single package.
+cpu_torch_index() {
+    local url=https://download.pytorch.org/whl/cpu
+    [[ $(uname -s) == Linux && ! -e /dev/nvidiactl && ! -e /dev/kfd && ! -e /dev/dxg ]] || return 0
+    "$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$url/torch/" \
+        >/dev/null 2>&1 || return 0
+    printf '%s' "--extra-index-url $url"
+}
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+# last_value FLAG DEFAULT ARGS ...: the value that argparse takes for FLAG from ARGS (`--flag value` or `--flag=value`,
+# with - or _; the last one wins), or DEFAULT.
+last_value() {
+    local flag=$1 value=$2 name
+    shift 2
+    while [[ $# -gt 0 ]]; do
+        name=${1%%=*}
+        if [[ ${name//-/_} == "${flag//-/_}" ]]; then
+            if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2:-$value}; fi
+        fi
+        shift
+    done
+    printf '%s' "$value"
+}
+
+# ---------------------------------------------------------------------------------------------- fine-tuning and merging
+
+# llama_2_on_platypus FLAGS ...: calls finetune.py with the settings that the released training scripts share, and FLAGS
+# after them: where a flag is given twice, the last one counts.
+llama_2_on_platypus() {
+    "$PYTHON" -u "$PROJECT_ROOT/tokentune/finetune.py" \
+        --model_name_or_path "${MODEL:-meta-llama/Llama-2-7b-hf}" \
+        --dataset_name_or_path "${DATASET:-garage-bAInd/Open-Platypus}" \
+        --prompt_template_name_or_path "$PROJECT_ROOT/tokentune/alpaca_template.json" \
+        --global_batch_size 32 \
+        --gradient_accumulation_steps 32 \
+        --num_epochs 1 \
+        --num_workers 4 \
+        --weight_decay 0.01 \
+        --warmup_steps 100 \
+        --lr_scheduler_type cosine \
+        --model_save_path "$(in_project "${MODEL_SAVE_PATH:-models}")" \
+        --save_steps 1000 \
+        --save_total_limit 2 \
+        --max_length 2048 \
+        "$@"
+}
+
+# run_folder FLAGS ...: prints the folder of the run with these flags. finetune.py itself names it, so that overridden
+# flags lead to the right folder; it checks all of them on the way.
+run_folder() { llama_2_on_platypus "$@" --print_run_folder; }
+
+# finetune FLAGS ...: trains, and sets RUN_FOLDER.
+finetune() {
+    find_python torch transformers peft accelerate datasets
+    case " $* " in
+        *" --help "* | *" -h "*)
+            llama_2_on_platypus --help
+            exit
+            ;;
+    esac
+    RUN_FOLDER=$(run_folder "$@")
+    say "fine-tuning into $RUN_FOLDER"
+    llama_2_on_platypus "$@"
+}
+
+# merge_adapter FOLDER [FLAGS ...]: the adapter in FOLDER and its base into the full checkpoint FOLDER/merged. The base
+# is the one that the adapter's own configuration names; FLAGS override.
+merge_adapter() {
+    local adapter=${1%/} base
+    shift
+    [[ -f $adapter/adapter_config.json ]] || die "there is no adapter in $adapter (adapter_config.json is missing)" \
+        "train one first: bash $PROJECT_ROOT/scripts/train/lora_tokentune_platypus_llama_2.sh" \
+        "or name its folder: bash $PROJECT_ROOT/scripts/merge.sh --peft_model_path FOLDER"
+    base=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["base_model_name_or_path"])' \
+        "$adapter/adapter_config.json")
+    say "merging into $(last_value --output_dir "$adapter/merged" "$@")"
+    "$PYTHON" "$PROJECT_ROOT/tokentune/merge.py" \
+        --base_model_name_or_path "$base" \
+        --peft_model_path "$adapter" \
+        --output_dir "$adapter/merged" \
+        "$@"
+}
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+# lm_harness TASK SHOTS BATCH_SIZE [FLAGS ...]: lm-evaluation-harness on MODEL; a GPU is used where there is one.
+lm_harness() {
+    local task=$1 shots=$2 batch_size=$3 model=${MODEL:-} tasks launcher
+    shift 3
+    find_python torch transformers accelerate lm_eval
+    # A model given the harness's own way: named here too, so that its results get their own folder.
+    if [[ " $* " =~ [[:space:],]pretrained=([^,[:space:]]+) ]]; then model=${BASH_REMATCH[1]}; fi
+    if [[ -z $model ]]; then
+        model=$(in_project "${MODEL_SAVE_PATH:-models}")
+        model=${model%/}/meta-llama-Llama-2-7b-hf-garage-bAInd-Open-Platypus-lora-tokentune-0.3/merged
+        [[ -d $model ]] || die "there is no merged model at $model" \
+            "train it: bash $PROJECT_ROOT/scripts/train/lora_tokentune_platypus_llama_2.sh" \
+            "or choose another one: MODEL=<folder or hub id> bash $0"
+    fi
+    # lm-eval adds a second --tasks to the first instead of replacing it: ours is given only where you give none.
+    tasks=$(last_value -t "$(last_value --tasks "" "$@")" "$@")
+    [[ -n $tasks ]] || set -- --tasks "$task" "$@"
+    shots=$(last_value -f "$(last_value --num_fewshot "$shots" "$@")" "$@")
+    launcher=(-m lm_eval)
+    if [[ ${NUM_PROCESSES:-1} -gt 1 ]]; then
+        launcher=(-m accelerate.commands.launch --num_processes "$NUM_PROCESSES" -m lm_eval)
+    fi
+    "$PYTHON" "${launcher[@]}" run \
+        --model hf \
+        --model_args "pretrained=$model,dtype=auto" \
+        --num_fewshot "$shots" \
+        --batch_size "$batch_size" \
+        --output_path "$(results_folder "$model")/$(basename "${tasks:-$task}")_${shots}shot.json" \
+        "$@"
+}
+
+# results_folder MODEL: RESULTS/<run folder>/merged for a merged run, RESULTS/<folder's name> for another folder, and
+# RESULTS/<hub id with / as -> otherwise.
+results_folder() {
+    local name
+    if [[ -d $1 ]]; then
+        name=$(CDPATH='' cd -- "$1" && pwd -P)
+        case $name in
+            */merged) name=$(basename "$(dirname "$name")")/merged ;;
+            *) name=$(basename "$name") ;;
+        esac
+    else
+        name=${1//\//-}
+    fi
+    printf '%s' "$(in_project "${RESULTS:-results}")/$name"
+}

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# MMLU, 5-shot, by EleutherAI's lm-evaluation-harness.
+#     bash scripts/eval/lm_harness_mmlu.sh
+#     MODEL=./my-model bash scripts/eval/lm_harness_mmlu.sh --limit 100 --device cpu
+#
+# MODEL            hub id or folder                      default the merged LoRA + TokenTune run, in MODEL_SAVE_PATH
+# MODEL_SAVE_PATH  folder that holds that run's folder   default models (a relative path is below the project)
+# RESULTS          folder for the results                default results (a relative path is below the project)
+# NUM_PROCESSES    GPUs that share the questions         default 1
+# PYTHON           python to run                         default the active environment's, .venv's, python3
+# Further flags go to `lm_eval run`; a flag given again replaces the one given here.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+lm_harness mmlu 5 5 "$@"  # task, shots, batch size
