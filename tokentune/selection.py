@@ -102,7 +102,8 @@ def _priority(real: Tensor, lengths: Tensor, scores: Tensor, targets: Tensor | N
     # is the best scores of the row), so only draws that missed all targets change: theirs replaces the lowest score.
     of_targets = scores.masked_fill(~(targets & real), -1.0)
     best, at = of_targets.max(dim=-1, keepdim=True)  # (B, 1)
-    return scores.scatter_add(-1, at, (best >= 0).to(scores.dtype))
+    front = (torch.arange(scores.shape[1], device=scores.device) == at) & (best >= 0)  # (B, S)
+    return scores + front
 
 
 def select_positions(

@@ -1,0 +1,164 @@
+"""Padding by length, the draw within a batch, and the same draws however the rows are batched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from tokentune.collators import CausalCollator, SeededRows
+from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records
+from tokentune.records import load_records
+from tokentune.selection import selected_count
+
+PAD = 3
+
+
+def rows(count: int = 24) -> list[dict[str, list[int]]]:
+    """Rows of 2 to 40 tokens, the last fifth of each supervised (at least one token); 3 is a token as well as PAD."""
+    made = []
+    for row in range(count):
+        length = 2 + (row * 17) % 39
+        ids = [3 + (row + i) % 7 for i in range(length)]
+        prompt = min(length - 1, length * 4 // 5)
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
+
+
+def drawn(loader: DataLoader, data: list[dict]) -> dict[tuple[int, ...], tuple[list[int], list[int]]]:
+    """Row -> the real positions selected in it and the labels left in it."""
+    found = {}
+    for batch in loader:
+        for ids, mask, labels, positions in zip(
+            *(batch[k] for k in ("input_ids", "attention_mask", "labels", "selected_positions")), strict=True
+        ):
+            length = int(mask.sum())
+            row = next(i for i, example in enumerate(data) if example["input_ids"] == ids[:length].tolist())
+            found[row] = ([p for p in positions.tolist() if p < length], labels[:length].tolist())
+    return found
+
+
+def test_padding_is_told_by_length() -> None:
+    examples = [{"input_ids": [5, 3, 3], "labels": [-100, 3, 3]}, {"input_ids": [4], "labels": [-100]}]
+    batch = CausalCollator(PAD)(examples)
+    assert batch["input_ids"].tolist() == [[5, 3, 3], [4, PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 3, 3], [-100, -100, -100]]  # a real token equal to PAD keeps its label
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_pad_to_multiple_of() -> None:
+    examples = [{**row, "draw_seed": i} for i, row in enumerate(rows(5))]
+    plain = CausalCollator(PAD, prefix_length=0.5)(examples)
+    longest = plain["input_ids"].shape[1]
+    padded = CausalCollator(PAD, prefix_length=0.5, pad_to_multiple_of=64)(examples)
+    assert padded["input_ids"].shape[1] == 64 > longest
+    assert torch.equal(padded["labels"][:, :longest], plain["labels"])
+    assert (padded["labels"][:, longest:] == -100).all()
+    assert padded["selected_positions"].shape == plain["selected_positions"].shape
+
+
+@pytest.mark.parametrize("prefix_length", [1, 5, 100, 0.1, 0.3, 1.0])
+def test_selected_targets_alone_keep_their_labels(prefix_length: int | float) -> None:
+    data = SeededRows(rows(), seed=1)
+    examples = [data[i] for i in range(len(data))]
+    batch = CausalCollator(PAD, prefix_length=prefix_length)(examples)
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert batch["selected_positions"].shape[1] == selected_count(prefix_length, max(lengths))
+    for row, example in enumerate(examples):
+        selected = set(batch["selected_positions"][row].tolist())
+        kept = {t for t, label in enumerate(batch["labels"][row].tolist()) if label != -100}
+        supervised = {t for t, label in enumerate(example["labels"]) if label != -100}
+        assert kept == {t for t in supervised if t - 1 in selected}
+        assert kept  # every row has something to learn
+        assert len(selected & set(range(lengths[row]))) == selected_count(prefix_length, lengths[row])
+        assert all(batch["labels"][row, t] == example["labels"][t] for t in kept)
+
+
+def test_all_tokens_selected_is_ordinary_training() -> None:
+    data = SeededRows(rows(), seed=1)
+    examples = [data[i] for i in range(6)]
+    assert torch.equal(
+        CausalCollator(PAD, prefix_length=1.0)(examples)["labels"], CausalCollator(PAD)(examples)["labels"]
+    )
+
+
+def test_same_seed_same_draws_whatever_the_batches_and_workers() -> None:
+    encoded = rows()
+    data = SeededRows(encoded, seed=42)
+    collator = CausalCollator(PAD, prefix_length=0.3)
+    alone = drawn(DataLoader(data, batch_size=1, collate_fn=collator), encoded)
+    assert len(alone) == len(encoded)
+    batched = drawn(DataLoader(data, batch_size=7, collate_fn=collator), encoded)
+    shuffled = drawn(
+        DataLoader(data, 5, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(3)), encoded
+    )
+    with_workers = drawn(DataLoader(data, batch_size=4, collate_fn=collator, num_workers=2), encoded)
+    assert alone == batched == shuffled == with_workers
+    assert alone == drawn(DataLoader(SeededRows(rows(), seed=42), batch_size=3, collate_fn=collator), encoded)
+    assert alone != drawn(DataLoader(SeededRows(rows(), seed=43), batch_size=3, collate_fn=collator), encoded)
+
+
+def test_living_workers_see_the_new_epoch() -> None:
+    data = SeededRows(rows(6), seed=42)
+    loader = DataLoader(data, batch_size=3, collate_fn=list, num_workers=1, persistent_workers=True)
+    here, there = [], []
+    for epoch in (0, 1, 0):
+        data.set_epoch(epoch)
+        there.append([example["draw_seed"] for batch in loader for example in batch])
+        here.append([data[row]["draw_seed"] for row in range(6)])
+    assert there == here
+    assert here[0] == here[2]
+    assert not set(here[0]) & set(here[1])
+
+
+def test_draw_seeds_differ_between_rows_epochs_and_seeds() -> None:
+    seeds = set()
+    for seed in (0, 42):
+        data = SeededRows(rows(200), seed=seed)
+        for epoch in range(3):
+            data.set_epoch(epoch)
+            seeds |= {data[row]["draw_seed"] for row in range(200)}
+    assert len(seeds) == 2 * 3 * 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_each_epoch_selects_each_position_equally_often() -> None:
+    """The whole path, seeds to positions: over 600 epochs every position of a row, 1 in 4 of them at a time."""
+    data = SeededRows([{"input_ids": [5] * 40, "labels": [-100] + [5] * 39}], seed=42)
+    collator = CausalCollator(PAD, prefix_length=10)
+    counts = torch.zeros(40)
+    for epoch in range(600):
+        data.set_epoch(epoch)
+        counts[collator([data[0]])["selected_positions"][0]] += 1
+    statistic = ((counts - 150) ** 2 / 150).sum() / (1 - 10 / 40)  # positions of one draw exclude each other
+    assert statistic < 72.1  # 39 degrees of freedom, 0.1 %
+
+
+def test_a_selection_without_seeds_is_refused() -> None:
+    with pytest.raises(ValueError, match="draw_seed"):
+        CausalCollator(PAD, prefix_length=4)(rows(2))
+
+
+def test_reference_strategy_reaches_the_draw() -> None:
+    data = SeededRows(rows(), seed=1)
+    batch = CausalCollator(PAD, prefix_length=4, strategy="reference")([data[i] for i in range(8)])
+    assert (batch["selected_positions"][:, 0] == 0).all()
+    for length, positions in zip(batch["attention_mask"].sum(-1), batch["selected_positions"].tolist(), strict=True):
+        assert length - 1 in positions
+
+
+def test_real_rows_have_a_supervised_token_in_every_draw(shared: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "llama-tiny")
+    dataset = load_records(str(shared / "data" / "alpaca_en.validation.jsonl"))
+    template = PromptTemplate.load(DEFAULT_TEMPLATE)
+    encoded, report = encode_records(dataset, tokenizer, template, max_length=256, add_eos_token=True)
+    data = SeededRows(encoded, seed=42)
+    collator = CausalCollator(tokenizer.eos_token_id, prefix_length=0.05)
+    batches = list(DataLoader(data, batch_size=16, collate_fn=collator))
+    kept = torch.cat([(batch["labels"] != -100).sum(-1) for batch in batches])
+    assert kept.shape == (report.rows,)
+    assert kept.min() >= 1
+    assert 0.04 < kept.sum() / report.supervised_tokens < 0.08

@@ -1,0 +1,287 @@
+"""Reading instruction data: hub data sets, and local JSON, JSON Lines, CSV and Parquet files or folders of them.
+
+Local files are read here instead of by `datasets.load_dataset`, whose errors tell no line or row number, which reads
+a `.json` array and JSON Lines by guessing, and which leaves a copy of every file in a cache.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.data_files import FILES_TO_IGNORE
+from datasets.exceptions import DatasetsError
+
+from tokentune.errors import UserError
+from tokentune.sources import DATA_SUFFIXES, first_line, hub_error, is_local_path
+
+logger = logging.getLogger(__name__)
+
+TEXT_COLUMNS = ("instruction", "input", "output")
+# Parts of Open-Platypus that the released training leaves out: text by other models, and LeetCode solutions.
+DROPPED_SOURCES = ("airoboros", "leetcode_ne")
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+
+
+def load_records(name_or_path: str, *, flag: str = "--dataset_name_or_path", split: str = "train") -> Dataset:
+    """Reads a data set with all its columns.
+
+    Args:
+        name_or_path: a hub id; a .json (array of objects, {"data": [...]}, or JSON Lines), .jsonl, .csv or .parquet
+            file; a folder of such files; a folder written by `Dataset.save_to_disk`.
+        flag: the flag that named it, for error messages.
+        split: the split of a hub data set. In a folder: the files whose names tell this split (`train.jsonl`,
+            `data/test-00000.parquet`), or all files where no name tells any. A single file is read whole.
+
+    Returns:
+        The rows, without those of `DROPPED_SOURCES` where there is a `data_source` column. `instruction` and
+        `output`, where these columns exist, hold text in every row, and `input` text or None.
+
+    Raises:
+        UserError: not found, unreachable or gated; an unknown file type; malformed content (with file and line or
+            row); no rows.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        dataset = _load_folder(path, flag, split) if path.is_dir() else _load_file(path, flag)
+    elif is_local_path(name_or_path):
+        raise UserError(f"{flag} {name_or_path}: no such file or folder. Check the path (now in {Path.cwd()}).")
+    else:
+        dataset = _load_from_hub(name_or_path, flag, split)
+
+    dataset = _without_dropped_sources(dataset, name_or_path)
+    if len(dataset) == 0:
+        raise UserError(f"{flag} {name_or_path}: holds no rows to train on.")
+    return dataset
+
+
+def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
+    """Checks that the data set has the columns.
+
+    Args:
+        where: what holds them (a flag and its value, a file), to start the message with.
+
+    Raises:
+        UserError: names the missing columns and those that are there.
+    """
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise UserError(
+            f"{where}: no column {', '.join(map(repr, missing))}. It has {', '.join(map(repr, dataset.column_names))}; "
+            "rename the columns that hold these texts."
+        )
+
+
+def _load_from_hub(name: str, flag: str, split: str) -> Dataset:
+    try:
+        dataset = load_dataset(name, split=split)
+    except OSError as error:  # not found, gated, offline and unreachable are all OSErrors here
+        raise hub_error(name, error, flag) from error
+    except (
+        ValueError,
+        RuntimeError,
+        DatasetsError,
+    ) as error:  # no such split, several configurations, a loading script
+        raise UserError(f"{flag} {name}: the hub's data set cannot be read: {first_line(error)}") from error
+    return _with_text(dataset, f"{flag} {name}")
+
+
+def _load_folder(folder: Path, flag: str, split: str) -> Dataset:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _load_saved(folder, flag, split)
+    # Sorted, so that rows, and with them every seeded draw, keep their order on any file system.
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in DATA_SUFFIXES and f.is_file())
+    files = [file for file in files if file.name not in FILES_TO_IGNORE]  # descriptions of a data set, no data
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if not files:
+        raise UserError(f"{flag} {folder}: no {', '.join(DATA_SUFFIXES)} file in this folder.")
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    if any(splits.values()):
+        files = [file for file in files if splits[file] == split]
+    if not files:
+        found = ", ".join(sorted({name for name in splits.values() if name}))
+        raise UserError(f"{flag} {folder}: no file is named after the split {split!r}, only {found}. Name a file.")
+    parts = [_load_file(file, flag) for file in files]
+    needed = [c for c in ("instruction", "output") if any(c in part.column_names for part in parts)]
+    for file, part in zip(files, parts, strict=True):
+        require_columns(part, needed, str(file))  # joining would fill the column with nulls
+    try:
+        return concatenate_datasets(parts)
+    except (ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"{flag} {folder}: the files' columns do not fit together: {first_line(error)}") from error
+
+
+def _load_saved(folder: Path, flag: str, split: str) -> Dataset:
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    try:
+        dataset = load_from_disk(folder)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{flag} {folder}: not a saved data set after all: {first_line(error)}") from error
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{flag} {folder}: no split {split!r}, only {', '.join(dataset)}.")
+        dataset = dataset[split]
+    return _with_text(dataset, f"{flag} {folder}")
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name or, failing that, its folders' names tell; None when they tell none."""
+    for word in reversed(re.findall("[a-z]+", str(path.with_suffix("")).lower())):
+        for split, words in SPLIT_WORDS.items():
+            if word in words:
+                return split
+    return None
+
+
+def _load_file(path: Path, flag: str) -> Dataset:
+    readers: dict[str, Callable[[Path], Dataset]] = {
+        ".json": lambda p: _dataset_of(_read_json(p), p),
+        ".jsonl": lambda p: _dataset_of(_read_json_lines(_read_text(p), p), p),
+        ".csv": lambda p: _dataset_of(_read_csv(p), p),
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{flag} {path}: unknown file type; {', '.join(readers)} can be read.")
+    try:
+        return reader(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror or first_line(error)}.") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as Windows programs write it, is no text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, e.g. with iconv.") from error
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty.")
+    return text
+
+
+def _read_json(path: Path) -> list[dict]:
+    text = _read_text(path)
+    try:
+        content = json.loads(text, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):  # a second object: JSON Lines named .json
+            return _read_json_lines(text, path)
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.") from error
+    if isinstance(content, dict):
+        content = content["data"] if isinstance(content.get("data"), list) else [content]
+    if not isinstance(content, list):
+        raise UserError(f"{path}: holds a JSON {_json_type(content)}; expected an array of objects.")
+    for row, record in enumerate(content, start=1):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, row {row}: expected an object, found a JSON {_json_type(record)}.")
+    return content
+
+
+def _read_json_lines(text: str, path: Path) -> list[dict]:
+    rows = []
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON allows within a text.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line, parse_constant=_no_number)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno}).") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: expected an object, found a JSON {_json_type(record)}.")
+        rows.append(record)
+    return rows
+
+
+def _no_number(name: str) -> None:
+    """NaN, which JSON has not but Python writes (pandas' missing values), is a missing value."""
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _read_csv(path: Path) -> list[dict]:
+    try:
+        # An answer "42", "NA" or "None" is text. Only an empty cell is missing.
+        frame = pandas.read_csv(
+            path,
+            encoding="utf-8-sig",
+            dtype=dict.fromkeys(TEXT_COLUMNS, object),
+            keep_default_na=False,
+            na_values=[""],
+        )
+    except pandas.errors.EmptyDataError as error:
+        raise UserError(f"{path}: the file is empty.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, e.g. with iconv.") from error
+    except pandas.errors.ParserError as error:
+        raise UserError(f"{path}: not valid CSV: {first_line(error)}.") from error
+    if not isinstance(frame.index, pandas.RangeIndex):  # pandas took the surplus first cells for row names
+        raise UserError(f"{path}: the rows have more cells than the header has names.")
+    frame = frame.astype(object)
+    return frame.where(frame.notna(), None).to_dict("records")
+
+
+def _read_parquet(path: Path) -> Dataset:
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty.")
+    try:
+        dataset = Dataset(pyarrow.parquet.read_table(path))
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: not a valid Parquet file: {first_line(error)}") from error
+    return _with_text(dataset, str(path))
+
+
+def _check_text(rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Refuses an instruction or output that is not text, and an input that is neither text nor missing."""
+    for number, row in enumerate(rows, start=1):
+        for column in TEXT_COLUMNS:
+            # A column that this one row lacks is null there, unless all rows lack it (`require_columns` tells that).
+            value = row.get(column, "")
+            if isinstance(value, str) or (value is None and column == "input"):
+                continue
+            found = "is missing" if value is None else f"is {value!r:.60}, not text"
+            raise UserError(f"{where}, row {number}: {column!r} {found}.")
+
+
+def _with_text(dataset: Dataset, where: str) -> Dataset:
+    """The data set itself, once its texts are checked."""
+    _check_text(dataset.select_columns([c for c in TEXT_COLUMNS if c in dataset.column_names]), where)
+    return dataset
+
+
+def _dataset_of(rows: list[dict], path: Path) -> Dataset:
+    """A data set in memory: every column that any row has, None where a row lacks it."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name) for name in names} for row in rows]
+    _check_text(rows, str(path))
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pyarrow.array([row[name] for row in rows])
+        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise UserError(f"{path}: column {name!r} cannot be stored: {first_line(error)}") from error
+    return Dataset(pyarrow.table(columns))
+
+
+def _without_dropped_sources(dataset: Dataset, name: str) -> Dataset:
+    if "data_source" not in dataset.column_names:
+        return dataset
+    kept = [row for row, source in enumerate(dataset["data_source"]) if source not in DROPPED_SOURCES]
+    dropped = len(dataset) - len(kept)
+    if dropped == 0:
+        return dataset
+    logger.warning("%s: %d rows left out, data_source %s", name, dropped, " or ".join(DROPPED_SOURCES))
+    return dataset.select(kept)
