@@ -1,0 +1,177 @@
+"""The command line: the released names and defaults, what follows from flags, what is refused."""
+
+import logging
+
+import pytest
+import torch
+
+from tokentune.arguments import parse_arguments
+from tokentune.errors import UserError
+
+REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
+# The released interface, and what this project adds to it.
+DEFAULTS = {
+    "tokentune": False,
+    "prefix_length": "100",
+    "lora": False,
+    "qlora": False,
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["gate_proj", "down_proj", "up_proj"],
+    "bf16": False,
+    "fp16": False,
+    "fp16_opt_level": "O1",
+    "global_batch_size": 128,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 1,
+    "num_workers": 0,
+    "learning_rate": 1.5e-4,
+    "weight_decay": 0.01,
+    "warmup_steps": 3000,
+    "lr_scheduler_type": "cosine",
+    "max_length": 1024,
+    "add_eos_token": False,
+    "save_steps": 50000,
+    "save_total_limit": 10,
+    "logging_steps": 1000,
+    "logging_dir": None,
+    "model_parallel": False,
+    "model_save_path": "./models/",
+    "base_dtype": "auto",
+    "eval_dataset_name_or_path": None,
+    "eval_steps": None,
+    "selection": "random",
+    "seed": 42,
+    "optim": "adamw_torch",
+    "report_to": ["tensorboard"],
+    "overwrite_output_dir": False,
+    "print_run_folder": False,
+}
+
+
+def test_defaults_are_the_released_ones() -> None:
+    settings = parse_arguments(REQUIRED).settings()
+    template = settings.pop("prompt_template_name_or_path")
+    assert template.endswith("tokentune/alpaca_template.json")
+    names = {"model_name_or_path": "owner/model", "dataset_name_or_path": "owner/data"}
+    assert settings == DEFAULTS | names
+
+
+def test_released_command_line_is_understood() -> None:
+    words = "--prompt_template_name_or_path ./t.json --global_batch_size 32 --gradient_accumulation_steps 32 "
+    words += "--num_workers 4 --learning_rate 4e-4 --warmup_steps 100 --lr_scheduler_type cosine --save_steps 1000 "
+    words += "--model_save_path ./models/ --max_length 2048 --tokentune --lora --qlora --prefix_length 0.3 "
+    words += "--lora_target_modules q_proj v_proj"
+    arguments = parse_arguments([*REQUIRED, *words.split()])
+    assert arguments.optimization.micro_batch_size == 1
+    assert arguments.selection.tokentune and arguments.selection.selected == 0.3
+    assert arguments.adapters.lora_target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(("text", "selected"), [("16", 16), ("0.3", 0.3), ("1.0", 1.0), ("100", 100)])
+def test_prefix_length_tells_counts_from_proportions(text: str, selected: int | float) -> None:
+    value = parse_arguments([*REQUIRED, "--tokentune", "--prefix_length", text]).selection.selected
+    assert value == selected and type(value) is type(selected)
+
+
+def test_qlora_implies_adapters() -> None:
+    assert parse_arguments([*REQUIRED, "--qlora"]).adapters.lora
+
+
+def test_micro_batch_shares_the_global_batch_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*REQUIRED, "--global_batch_size", "24", "--gradient_accumulation_steps", "3"]
+    assert parse_arguments(words).optimization.micro_batch_size == 8
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_arguments(words).optimization.micro_batch_size == 2
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(UserError, match="does not divide"):
+        parse_arguments(words)
+
+
+REFUSED = [
+    ("--bf16 --fp16", "--bf16 and --fp16 exclude each other"),
+    ("--prefix_length 0", "--prefix_length 0"),
+    ("--prefix_length -1", "--prefix_length -1"),
+    ("--prefix_length abc", "--prefix_length abc"),
+    ("--prefix_length 1.5", "--prefix_length 1.5"),
+    ("--global_batch_size 10 --gradient_accumulation_steps 4", "does not divide --global_batch_size 10"),
+    ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0"),
+    ("--num_epochs 0", "--num_epochs 0"),
+    ("--learning_rate 0", "--learning_rate 0"),
+    ("--learning_rate nan", "--learning_rate nan"),
+    ("--warmup_steps -5", "--warmup_steps -5"),
+    ("--lr_scheduler_type stairs", "--lr_scheduler_type stairs: choose from cosine"),
+    ("--optim adam_magic", "--optim adam_magic"),
+    ("--report_to diary", "--report_to diary"),
+    ("--lora --lora_r 0", "--lora_r 0"),
+    ("--lora --lora_dropout 1", "--lora_dropout 1"),
+    ("--max_length 1", "--max_length 1"),
+    ("--num_workers -1", "--num_workers -1"),
+    ("--logging_steps 0", "--logging_steps 0"),
+    ("--eval_steps 10", "add --eval_dataset_name_or_path"),
+    ("--base_dtype int8", "--base_dtype"),
+    ("--selection best", "--selection"),
+    ("--prefix_lenght 0.3", "did you mean --prefix_length"),
+    ("--lora_r eight", "--lora_r"),
+    ("--bf16 --fp16_opt_level", "--fp16_opt_level"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_refused(words: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments([*REQUIRED, *words.split()])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_missing_flags_are_named() -> None:
+    with pytest.raises(UserError, match="--model_name_or_path"):
+        parse_arguments([])
+
+
+def test_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--fp16 needs a GPU"):
+        parse_arguments([*REQUIRED, "--fp16"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="cannot compute in bfloat16"):
+        parse_arguments([*REQUIRED, "--bf16"])
+
+
+WITHOUT_EFFECT = [
+    ("--prefix_length 0.3", "--prefix_length has no effect without --tokentune"),
+    ("--selection reference", "--selection has no effect without --tokentune"),
+    ("--lora_r 4", "--lora_r has no effect without --lora or --qlora"),
+    ("--fp16_opt_level O2", "--fp16_opt_level O2 does nothing"),
+    ("--report_to none --logging_dir logs", "--logging_dir has no effect"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WITHOUT_EFFECT, ids=[words for words, _ in WITHOUT_EFFECT])
+def test_flags_without_effect_say_so(words: str, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="tokentune"):
+        parse_arguments(REQUIRED)
+        assert caplog.text == ""
+        parse_arguments([*REQUIRED, *words.split()])
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(("gpus", "warned"), [(0, True), (1, True), (2, False)])
+def test_model_parallel_says_when_it_changes_nothing(
+    gpus: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    parse_arguments([*REQUIRED, "--model_parallel"])
+    assert ("changes nothing" in caplog.text) is warned
+
+
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in DEFAULTS)
+    assert "obsolete" in text

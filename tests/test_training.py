@@ -1,0 +1,472 @@
+"""The trainer: one update for every split into micro-batches, draws per epoch, the validation loss, what is saved."""
+
+import io
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from tokentune import apply_tokentune
+from tokentune.arguments import Arguments, parse_arguments
+from tokentune.callbacks import DrawsOfTheEpoch, Progress
+from tokentune.collators import CausalCollator, SeededRows
+from tokentune.errors import UserError
+from tokentune.loading import load_config, load_tokenizer
+from tokentune.preparation import base_dtype, prepare_model, saved_as
+from tokentune.prompts import ensure_pad_token
+from tokentune.run_folder import check_run_folder, clear_run_folder
+from tokentune.training import SelectiveTrainer, build_trainer, build_training_arguments, save_result, update_count
+
+ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows of 6 to 24 tokens; the first half of each is prompt, so rows differ much in supervised tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        length = 6 + index * 7 % 19
+        ids = torch.randint(3, 90, (length,), generator=generator).tolist()
+        prompt = 1 + index * 5 % (length - 2)
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def arguments_for(model_dir: Path, folder: Path, words: str) -> Arguments:
+    required = ["--model_name_or_path", str(model_dir), "--dataset_name_or_path", "rows.jsonl"]
+    fixed = ["--model_save_path", str(folder), "--report_to", "none", "--warmup_steps", "0", "--logging_steps", "1"]
+    return parse_arguments([*required, *fixed, *words.split()])
+
+
+@pytest.fixture
+def make_trainer(tiny_llama_dir: Path, tmp_path: Path) -> Callable[..., SelectiveTrainer]:
+    """Builds a trainer on the tiny Llama from flags, as the command does."""
+
+    def make(
+        words: str, *, rows: int = ROWS, eval_rows: list | None = None, dtype: torch.dtype | None = None
+    ) -> SelectiveTrainer:
+        words += " --eval_dataset_name_or_path rows.jsonl" if eval_rows is not None else ""
+        arguments = arguments_for(tiny_llama_dir, tmp_path, words)
+        settings = build_training_arguments(arguments, tmp_path / "run")
+        tokenizer = load_tokenizer(str(tiny_llama_dir))
+        config = load_config(str(tiny_llama_dir))
+        ensure_pad_token(tokenizer, config.vocab_size)
+        torch.manual_seed(0)
+        model = prepare_model(arguments, base_dtype(arguments, config))
+        if dtype is not None:
+            model = model.to(dtype)
+        seeded = SeededRows(make_rows(rows), arguments.optimization.seed)
+        return build_trainer(model, settings, seeded, eval_rows, tokenizer, arguments)
+
+    return make
+
+
+def trained_parameters(trainer: SelectiveTrainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+# ---- the update does not depend on how a global batch is cut ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["", "--tokentune --prefix_length 0.3", "--lora --lora_dropout 0 --tokentune"])
+def test_accumulation_gives_the_same_update(method: str, make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    updates = {}
+    for accumulation in (8, 4, 1):  # micro-batches of 1, 2 and 8 rows; 19 rows: windows of 8, 8 and 3
+        words = f"--global_batch_size 8 --gradient_accumulation_steps {accumulation} --learning_rate 1e-2 {method}"
+        trainer = make_trainer(words, dtype=torch.float64)
+        before = trained_parameters(trainer)
+        trainer.train()
+        assert trainer.state.global_step == math.ceil(ROWS / 8) == update_count(ROWS, trainer.args)
+        updates[accumulation] = {name: p - before[name] for name, p in trained_parameters(trainer).items()}
+    for accumulation in (4, 1):
+        for name, update in updates[8].items():
+            assert update.abs().max() > 1e-4, name
+            torch.testing.assert_close(updates[accumulation][name], update, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_loss_of_a_window_is_the_mean_over_its_selected_targets(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    """The first log entry against the definition: every selected supervised token of the window weighs the same."""
+    trainer = make_trainer("--global_batch_size 19 --gradient_accumulation_steps 19 --tokentune", dtype=torch.float64)
+    collate = trainer.data_collator
+    losses = []
+    for row in range(ROWS):
+        batch = collate([trainer.train_dataset[row]])
+        positions = batch["selected_positions"]
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_ids=batch["input_ids"]).logits
+        for t in positions[0].tolist():
+            target = batch["labels"][0, t + 1].item() if t + 1 < batch["labels"].shape[1] else -100
+            if target != -100:
+                losses.append(nn.functional.cross_entropy(logits[0, t], torch.tensor(target)).item())
+    trainer.train()
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(sum(losses) / len(losses), rel=1e-6)  # the Trainer sums in float32
+    assert trainer.tokens["selected_supervised"] == len(losses)
+
+
+@pytest.mark.parametrize("method", ["--tokentune", "--lora --tokentune", "--qlora --tokentune", "--lora"])
+def test_model_gets_the_count_of_the_whole_window(method: str, make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    trainer = make_trainer(f"--global_batch_size 8 --gradient_accumulation_steps 4 {method}")
+    assert trainer.model_accepts_loss_kwargs
+    seen: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((int(kwargs["num_items_in_batch"]), int((kwargs["labels"][:, 1:] != -100).sum())))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+    trainer.train()
+    assert len(seen) == math.ceil(ROWS / 2)
+    for start in range(0, len(seen), 4):
+        window = seen[start : start + 4]
+        assert {count for count, _ in window} == {sum(targets for _, targets in window)}
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+def test_draws_depend_on_epoch_and_row_alone(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    def draws(words: str) -> list[dict[tuple, tuple]]:
+        trainer = make_trainer(f"--num_epochs 2 --tokentune --prefix_length 0.3 {words}")
+        epochs: list[dict[tuple, tuple]] = [{}, {}]
+        count = trainer._count
+
+        def note(inputs: dict[str, Tensor]) -> None:
+            for ids, mask, positions in zip(
+                inputs["input_ids"], inputs["attention_mask"], inputs["selected_positions"], strict=True
+            ):
+                length = int(mask.sum())
+                chosen = tuple(p for p in positions.tolist() if p < length)
+                epochs[int(trainer.state.epoch)][tuple(ids[:length].tolist())] = chosen
+            count(inputs)
+
+        trainer._count = note
+        trainer.train()
+        return epochs
+
+    alone = draws("--global_batch_size 8 --gradient_accumulation_steps 2")
+    assert [len(epoch) for epoch in alone] == [ROWS, ROWS]
+    changed = [row for row in alone[0] if alone[0][row] != alone[1][row]]
+    assert len(changed) > ROWS / 2
+    assert draws("--global_batch_size 8 --gradient_accumulation_steps 2 --num_workers 2") == alone
+    assert draws("--global_batch_size 8 --gradient_accumulation_steps 8") == alone
+    assert draws("--global_batch_size 8 --gradient_accumulation_steps 2 --seed 7") != alone
+
+
+def test_epoch_is_told_before_its_rows_are_read() -> None:
+    """Directly: in one process accelerate's loader would tell it as well, among several it does not."""
+
+    class State:
+        epoch: float | None = None
+
+    rows = SeededRows(make_rows(2), 42)
+    by_hand = SeededRows(make_rows(2), 42)
+    for epoch, whole in ((None, 0), (1.0, 1), (2.7, 2)):
+        State.epoch = epoch
+        DrawsOfTheEpoch(rows).on_epoch_begin(None, State(), None)
+        by_hand.set_epoch(whole)
+        assert rows[0] == by_hand[0]
+
+
+def test_order_is_shuffled_by_the_seed(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    def order(seed: int) -> list[tuple]:
+        trainer = make_trainer(f"--global_batch_size 1 --seed {seed}")
+        return [tuple(batch["input_ids"][0].tolist()) for batch in trainer.get_train_dataloader()]
+
+    in_file = [tuple(row["input_ids"]) for row in make_rows(ROWS)]
+    first = order(42)
+    assert sorted(first) == sorted(in_file) and first != in_file
+    assert order(42) == first and order(43) != first
+
+
+# ---- gradients in every precision ------------------------------------------------------------------------------------
+
+PRECISIONS = {
+    "float32": "--base_dtype float32",
+    "bfloat16": "--base_dtype bfloat16",
+    "autocast": "--base_dtype float32 --bf16",
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", ["", "--lora", "--qlora"])
+def test_every_trainable_parameter_gets_a_gradient(
+    method: str, precision: str, make_trainer: Callable[..., SelectiveTrainer]
+) -> None:
+    class Gradients(TrainerCallback):
+        last: dict[str, Tensor]
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            named = kwargs["model"].named_parameters()
+            self.last = {name: p.grad for name, p in named if p.requires_grad}
+            self.last = {name: None if g is None else g.clone() for name, g in self.last.items()}
+
+    words = f"--tokentune --prefix_length 0.5 --global_batch_size 8 --gradient_accumulation_steps 2 {method} "
+    trainer = make_trainer(words + PRECISIONS[precision], rows=16)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()  # two steps: the first moves lora_B off zero, only then has lora_A a gradient
+    assert trainer.state.global_step == 2
+    assert gradients.last
+    for name, gradient in gradients.last.items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0, name
+    if method:
+        assert sum(p.abs().sum() for name, p in trainer.model.named_parameters() if "lora_B" in name) > 0
+        assert all(".lora_" in name for name in gradients.last)
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def token_mean(model: nn.Module, rows: list[dict[str, list[int]]]) -> float:
+    """Loss per supervised token, one row after the other."""
+    total = count = 0
+    for row in rows:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        targets = torch.tensor(row["labels"][1:])
+        total += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += int((targets != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("micro_batch", [1, 8])
+def test_validation_loss_is_per_token_and_of_the_untouched_model(
+    micro_batch: int, tiny_llama_dir: Path, make_trainer: Callable[..., SelectiveTrainer]
+) -> None:
+    rows = make_rows(11, seed=5)
+    words = f"--tokentune --prefix_length 2 --learning_rate 1e-2 --global_batch_size {micro_batch} --eval_steps 2"
+    trainer = make_trainer(words, eval_rows=rows, rows=5 * micro_batch)
+    trainer.train()
+    assert [step for step, _ in trainer.validation_losses] == [0, 2, 4, 5]
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    assert trainer.validation_losses[0][1] == pytest.approx(token_mean(base, rows), rel=1e-5)
+    base.load_state_dict(trainer.model.state_dict())
+    assert trainer.validation_losses[-1][1] == pytest.approx(token_mean(base, rows), rel=1e-5)
+    assert trainer.validation_losses[-1][1] != pytest.approx(trainer.validation_losses[0][1], rel=1e-3)
+
+
+def test_evaluation_changes_no_update(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    words = "--tokentune --prefix_length 0.3 --global_batch_size 4 --learning_rate 1e-2 --lora"
+    plain = make_trainer(words)
+    plain.train()
+    watched = make_trainer(f"{words} --eval_steps 1", eval_rows=make_rows(5, seed=5))
+    watched.train()
+    for name, parameter in trained_parameters(plain).items():
+        torch.testing.assert_close(trained_parameters(watched)[name], parameter, rtol=0, atol=0)
+
+
+# ---- figures and progress --------------------------------------------------------------------------------------------
+
+
+def test_log_holds_memory_speed_and_every_step(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    trainer = make_trainer("--tokentune --prefix_length 3 --global_batch_size 4 --num_epochs 2 --logging_steps 4")
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [1, 4, 8, 10]
+    for entry in entries:
+        assert entry["memory_peak_gib"] >= entry["memory_allocated_gib"] > 0
+        assert entry["tokens_per_second"] > 0 and entry["grad_norm"] > 0
+    rows = make_rows(ROWS)
+    counts = trainer.tokens
+    assert counts["processed"] == 2 * sum(len(row["input_ids"]) for row in rows)
+    assert counts["selected"] == 2 * 3 * ROWS
+    assert 0 < counts["selected_supervised"] < counts["selected"]
+    rate = counts["processed"] / trainer.training_seconds
+    slowest, fastest = min(e["tokens_per_second"] for e in entries), max(e["tokens_per_second"] for e in entries)
+    assert slowest <= rate <= fastest
+
+
+def test_saved_bytes_are_measured_once_and_shrink_with_the_selection(
+    make_trainer: Callable[..., SelectiveTrainer],
+) -> None:
+    saved = {}
+    for words in ("", "--tokentune --prefix_length 0.2"):
+        trainer = make_trainer(f"--global_batch_size 8 {words}")
+        trainer.train()
+        saved[words] = trainer.saved_for_backward_bytes
+    assert 0 < saved["--tokentune --prefix_length 0.2"] < 0.5 * saved[""]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_is_a_bar_with_loss_and_memory(
+    make_trainer: Callable[..., SelectiveTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    trainer = make_trainer("--global_batch_size 4", eval_rows=make_rows(2))
+    trainer.train()
+    text = terminal.getvalue()
+    last = text.split("\r")[-1]
+    assert "5/5" in last
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert f"loss={losses[-1]:.4f}" in last and f"validation={trainer.validation_losses[-1][1]:.4f}" in last
+    assert "allocated=" in last and "reserved=" in last and "peak=" in last and "iB" in last
+    assert "{" not in text
+
+
+def test_progress_elsewhere_is_one_line_per_log_entry(
+    make_trainer: Callable[..., SelectiveTrainer], capsys: pytest.CaptureFixture
+) -> None:
+    make_trainer("--global_batch_size 4 --logging_steps 2", eval_rows=make_rows(2)).train()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[1] for line in lines] == ["0/5", "1/5", "2/5", "4/5", "5/5", "5/5"]
+    assert all("loss" in line for line in lines)
+    assert "memory GiB: allocated" in lines[1]
+
+
+def test_progress_is_quiet_in_other_processes(capsys: pytest.CaptureFixture) -> None:
+    class State:
+        is_world_process_zero, global_step, max_steps = False, 1, 2
+
+    Progress(dict).on_log(None, State(), None, logs={"eval_loss": 1.0})
+    assert capsys.readouterr().out == ""
+
+
+def test_tensorboard_files_go_to_logging_dir(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = f"--report_to tensorboard --logging_dir {tmp_path / 'board'} --global_batch_size 4"
+    arguments = arguments_for(tiny_llama_dir, tmp_path, words)
+    tokenizer = load_tokenizer(str(tiny_llama_dir))
+    ensure_pad_token(tokenizer, None)
+    settings = build_training_arguments(arguments, tmp_path / "run")
+    model = prepare_model(arguments, torch.float32)
+    build_trainer(model, settings, SeededRows(make_rows(8), 42), None, tokenizer, arguments).train()
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    names = board.Tags()["scalars"]
+    assert {"train/loss", "train/memory_peak_gib", "train/memory_allocated_gib", "train/tokens_per_second"} <= set(
+        names
+    )
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
+    assert not (tmp_path / "run" / "runs").exists()
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_data_parallel_is_prevented(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert TrainingArguments(str(tmp_path), report_to="none").n_gpu == 2  # the Trainer would wrap the model
+    settings = build_training_arguments(arguments_for(tiny_llama_dir, tmp_path, "--global_batch_size 8"), tmp_path)
+    assert settings.n_gpu == 1
+    assert settings.train_batch_size == 8
+
+
+def test_warmup_that_never_ends_is_told(
+    make_trainer: Callable[..., SelectiveTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer("--global_batch_size 8 --warmup_steps 2")
+    assert "never reaches its peak" not in caplog.text
+    make_trainer("--global_batch_size 8 --warmup_steps 3")
+    assert "--warmup_steps 3: this run has 3 optimizer steps" in caplog.text
+
+
+def test_loss_that_is_no_number_stops_the_run_and_saves_nothing(
+    make_trainer: Callable[..., SelectiveTrainer], tmp_path: Path
+) -> None:
+    trainer = make_trainer("--tokentune --global_batch_size 4 --logging_steps 1000 --save_steps 1")
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="training loss became nan or infinite around step 1:"):
+        trainer.train()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_adapters_that_never_moved_are_not_saved(make_trainer: Callable[..., SelectiveTrainer], tmp_path: Path) -> None:
+    trainer = make_trainer("--lora --tokentune --global_batch_size 32 --warmup_steps 100")  # one step at rate 0
+    trainer.train()
+    with pytest.raises(UserError, match="nothing was learnt: every lora_B is still zero"):
+        save_result(trainer, tmp_path / "run", torch.float32)
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_optimizer_that_cannot_be_made_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--optim galore_adamw"):
+        build_training_arguments(arguments_for(tiny_llama_dir, tmp_path, "--optim galore_adamw"), tmp_path)
+    settings = build_training_arguments(arguments_for(tiny_llama_dir, tmp_path, "--optim adafactor"), tmp_path)
+    assert settings.optim == "adafactor"
+
+
+# ---- the run's folder ------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_lie_in_the_folder_and_none_repeats_the_result(
+    make_trainer: Callable[..., SelectiveTrainer], tmp_path: Path
+) -> None:
+    trainer = make_trainer("--lora --global_batch_size 3 --save_steps 2 --save_total_limit 2")
+    trainer.train()
+    assert trainer.state.global_step == 7
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert (tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors").is_file()
+
+
+def test_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    check_run_folder(run, overwrite=False)
+    assert not run.exists()
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    check_run_folder(run, overwrite=False)
+    (run / "checkpoint-3").mkdir()
+    with pytest.raises(UserError, match="checkpoints of an unfinished run"):
+        check_run_folder(run, overwrite=False)
+    (run / "training_summary.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match=r"a finished run\.\n.*--overwrite_output_dir"):
+        check_run_folder(run, overwrite=False)
+    check_run_folder(run, overwrite=True)
+    clear_run_folder(run)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+def test_full_training_is_saved_in_the_checkpoint_s_type(
+    tiny_llama_dir: Path, make_trainer: Callable[..., SelectiveTrainer], tmp_path: Path
+) -> None:
+    config = load_config(str(tiny_llama_dir))
+    config.dtype = torch.bfloat16
+    assert saved_as(arguments_for(tiny_llama_dir, tmp_path, ""), config, torch.float32) is torch.bfloat16
+    held = arguments_for(tiny_llama_dir, tmp_path, "--base_dtype float32")
+    assert saved_as(held, config, torch.float32) is torch.float32
+
+    trainer = make_trainer("--tokentune --global_batch_size 8")
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    trainer.train()
+    facts = save_result(trainer, tmp_path / "run", torch.bfloat16)
+    assert facts["saved_dtype"] == "bfloat16" and facts["class"] == "LlamaForCausalLM"
+    assert facts["trainable_parameters"] == facts["parameters"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert saved.dtype is torch.bfloat16
+    assert saved.config.use_cache is True
+
+
+def test_a_plain_patched_model_counts_like_the_command(tiny_llama_dir: Path) -> None:
+    """`selected_positions` survive the Trainer: the model returns one row of logits for each of them."""
+    model = apply_tokentune(AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
+    batch = CausalCollator(0, prefix_length=4)([SeededRows(make_rows(3), 42)[index] for index in range(3)])
+    assert model.train()(**batch).logits.shape[:2] == (3, 4)
+
+
+def test_a_loss_without_window_counts_is_told(
+    make_trainer: Callable[..., SelectiveTrainer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    with caplog.at_level(logging.WARNING, logger="tokentune"):
+        make_trainer("--global_batch_size 8 --gradient_accumulation_steps 2")
+        assert "num_items_in_batch" not in caplog.text
+        monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+        make_trainer("--global_batch_size 8 --gradient_accumulation_steps 2")
+    assert "does not take num_items_in_batch" in caplog.text

@@ -1,0 +1,87 @@
+"""What happens between the Trainer's steps: the epoch's draws, the last step, and what the user sees."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from tokentune.collators import SeededRows
+from tokentune.memory import gib
+
+
+class DrawsOfTheEpoch(TrainerCallback):
+    """Tells the rows which epoch begins, so that each epoch draws other tokens.
+
+    The Trainer calls this before it makes the epoch's iterator, so workers start with the right epoch. Accelerate's
+    loader passes the epoch on to a data set in a plain run only, not behind its sharding sampler.
+    """
+
+    def __init__(self, rows: SeededRows) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.set_epoch(int(state.epoch or 0))  # a fraction inside an epoch, after resuming there
+
+
+class LastStep(TrainerCallback):
+    """What the last step does: it is logged and evaluated, and saves no checkpoint beside the model itself."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_on_start
+            control.should_save = state.global_step % args.save_steps == 0
+
+
+class Progress(TrainerCallback):
+    """On a terminal a bar with loss and memory; elsewhere one line per log entry."""
+
+    def __init__(self, memory_figures: Callable[[], dict[str, int]]) -> None:
+        self.memory_figures = memory_figures
+        self.bar: tqdm | None = None
+        self.losses: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and sys.stdout.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stdout)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self._show_figures()
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        for key, name in (("loss", "loss"), ("eval_loss", "validation")):
+            if key in logs:
+                self.losses[name] = f"{logs[key]:.4f}"
+        if self.bar is not None:
+            self._show_figures()
+            self.bar.refresh()
+        elif line := log_line(logs, state.global_step, state.max_steps):
+            print(line, flush=True)
+
+    def _show_figures(self) -> None:
+        figures = {name.removesuffix("_bytes"): gib(size) for name, size in self.memory_figures().items()}
+        self.bar.set_postfix(self.losses | figures, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def log_line(logs: dict[str, float], step: int, total: int) -> str | None:
+    """One log entry as a line of text; None for entries that hold no loss (the Trainer's closing totals)."""
+    head = f"step {step}/{total}"
+    if "eval_loss" in logs:
+        return f"{head}  validation loss {logs['eval_loss']:.4f}"
+    if "loss" not in logs:
+        return None
+    memory = ", ".join(f"{name} {logs[f'memory_{name}_gib']:.2f}" for name in ("allocated", "reserved", "peak"))
+    return (
+        f"{head}  epoch {logs['epoch']:.2f}  loss {logs['loss']:.4f}  learning rate {logs['learning_rate']:.2e}  "
+        f"gradient norm {logs['grad_norm']:.3f}  {logs['tokens_per_second']:.0f} tokens/s  memory GiB: {memory}"
+    )

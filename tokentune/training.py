@@ -1,0 +1,330 @@
+"""Training: the Hugging Face Trainer, set up and watched, and the saving of its result.
+
+Legend: B sequences in a micro-batch, S tokens, K selected tokens. Memory in bytes unless a name says GiB.
+
+What this module adds to the Trainer: the token counts and memory figures of every log line, one validation loss per
+supervised token (not a mean of batch means), the bytes of the first step that autograd keeps for the backward pass,
+and an end to a run whose loss is no number any more. The loss needs no change: the collator masks the labels of
+unselected targets, so the Trainer's `num_items_in_batch` counts the selected supervised tokens of the whole
+accumulation window, and every split of a global batch into micro-batches gives the same update.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from tokentune.arguments import Arguments
+from tokentune.callbacks import DrawsOfTheEpoch, LastStep, Progress
+from tokentune.collators import CausalCollator, SeededRows
+from tokentune.errors import UserError
+from tokentune.memory import BYTES_IN_GIB, SavedForBackward, memory_usage, reset_peak
+
+logger = logging.getLogger(__name__)
+
+
+def build_training_arguments(arguments: Arguments, run_folder: Path) -> TrainingArguments:
+    """The Trainer's settings for a command line. Writes nothing.
+
+    Raises:
+        UserError: an optimizer whose package or options are missing, a precision that the device cannot do.
+    """
+    optimization, output, data = arguments.optimization, arguments.output, arguments.data
+    try:
+        settings = TrainingArguments(
+            output_dir=str(run_folder),
+            per_device_train_batch_size=optimization.micro_batch_size,
+            per_device_eval_batch_size=optimization.micro_batch_size,
+            gradient_accumulation_steps=optimization.gradient_accumulation_steps,
+            num_train_epochs=optimization.num_epochs,
+            learning_rate=optimization.learning_rate,
+            weight_decay=optimization.weight_decay,
+            warmup_steps=optimization.warmup_steps,
+            lr_scheduler_type=optimization.lr_scheduler_type,
+            optim=optimization.optim,
+            seed=optimization.seed,
+            data_seed=optimization.seed,
+            bf16=arguments.model.bf16,
+            fp16=arguments.model.fp16,
+            use_cpu=not torch.accelerator.is_available(),
+            dataloader_num_workers=data.num_workers,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            remove_unused_columns=False,  # the collator reads `draw_seed`, which the model does not take
+            eval_strategy="no" if data.eval_steps is None else "steps",
+            eval_steps=data.eval_steps,
+            eval_on_start=data.eval_dataset_name_or_path is not None,
+            prediction_loss_only=True,
+            save_steps=output.save_steps,
+            save_total_limit=output.save_total_limit,
+            logging_steps=output.logging_steps,
+            logging_first_step=True,
+            # The filter looks at every loss on the host, which would make it wait for the GPU; and it hides the
+            # failure that `SelectiveTrainer` stops at.
+            logging_nan_inf_filter=False,
+            report_to=output.report_to or "none",
+            disable_tqdm=True,
+        )
+    except (ValueError, ImportError) as error:  # what is left after the flags' own checks: precision and devices
+        raise UserError(f"this machine cannot train with these flags: {error}") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(settings)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise UserError(f"--optim {optimization.optim} cannot be used here: {error}") from error
+    # A plain run that sees several GPUs would be wrapped in nn.DataParallel, whose replicas call the original's layers.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
+
+
+def update_count(rows: int, settings: TrainingArguments) -> int:
+    """Optimizer steps of the whole run over `rows` sequences; an epoch's last one may be smaller."""
+    micro_batches = math.ceil(rows / (settings.per_device_train_batch_size * settings.world_size))
+    return math.ceil(micro_batches / settings.gradient_accumulation_steps) * int(settings.num_train_epochs)
+
+
+class SelectiveTrainer(Trainer):
+    """The Hugging Face Trainer with counts, memory figures and a validation loss per token.
+
+    Attributes:
+        saved_for_backward_bytes: what autograd kept after the first micro-batch's forward pass; None before it.
+        evaluation_seconds: time spent in `evaluate` since the first step began.
+        training_seconds: from the first step's beginning to the last log entry, evaluation left out.
+        tokens: trained on up to the last log entry, over all processes: `processed` (real ones), `selected`, and
+            `selected_supervised` targets.
+        use_cache: the model's own setting, which the Trainer switches off in its config.
+        validation_losses: (optimizer step, nats per supervised token), in order.
+    """
+
+    def __init__(self, *args: Any, eval_collator: Callable[[list], dict[str, Tensor]], **kwargs: Any) -> None:
+        self.use_cache = kwargs["model"].config.use_cache
+        super().__init__(*args, **kwargs)
+        self.eval_collator = eval_collator
+        self.saved_for_backward_bytes: int | None = None
+        self.evaluation_seconds = self.training_seconds = 0.0
+        self.validation_losses: list[tuple[int, float]] = []
+        self._peak_bytes = 0
+        self._started: float | None = None
+        self.tokens = dict.fromkeys(("processed", "selected", "selected_supervised"), 0)
+        # Both stay on the device and are read at log lines: reading them makes the host wait for the GPU.
+        self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    # -- one step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's step (forward, backward), counted. Returns the micro-batch's share of the loss."""
+        if self._started is None:
+            self._started = time.perf_counter()
+            self.reset_peaks()  # what loading the weights took is no part of training
+            self._peak_bytes = 0
+        if self.args.device.type == "cpu" or self.state.global_step % 10 == 0:
+            self.check_finite()
+        self._count(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite &= torch.isfinite(loss)
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loss. The first training step's also measures what autograd keeps; later ones run free."""
+        if self.saved_for_backward_bytes is not None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with SavedForBackward(self.model) as saved:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.saved_for_backward_bytes = saved.bytes
+        return loss
+
+    def _count(self, inputs: dict[str, Tensor]) -> None:
+        mask, positions = inputs["attention_mask"], inputs.get("selected_positions")  # (B, S), (B, K)
+        selected = mask if positions is None else mask.gather(1, positions)
+        supervised = inputs["labels"][:, 1:] != -100  # the targets that were not selected are -100 by now
+        counts = torch.stack([mask.sum(), selected.sum(), supervised.sum()])
+        self._counts += counts.to(self._counts.device, non_blocking=True)
+
+    def check_finite(self) -> None:
+        """Raises UserError when the loss of any step so far was no finite number."""
+        if not bool(self._finite):
+            raise UserError(
+                f"the training loss became nan or infinite around step {max(self.state.global_step, 1)}: stopped.\n"
+                "Try a lower --learning_rate, a longer --warmup_steps, or --bf16 (float16 overflows above 65504)."
+            )
+
+    # -- figures
+
+    def memory_figures(self) -> dict[str, int]:
+        """Bytes of all devices that hold weights: now allocated, now reserved, and the peak of training so far."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        usages = [memory_usage(device) for device in devices]
+        figures = {name: sum(usage[name] for usage in usages) for name in usages[0]}
+        self._peak_bytes = max(self._peak_bytes, figures["peak_bytes"])
+        return figures | {"peak_bytes": self._peak_bytes}
+
+    def reset_peaks(self) -> None:
+        """Starts the devices' peaks anew; the peak of training so far is kept."""
+        for device in {parameter.device for parameter in self.model.parameters()}:
+            reset_peak(device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds memory and speed to a training log line, for the bar, TensorBoard and the summary alike."""
+        if "loss" in logs:
+            self.check_finite()
+            figures = self.memory_figures()
+            logs |= {f"memory_{name.removesuffix('_bytes')}_gib": size / BYTES_IN_GIB for name, size in figures.items()}
+            seconds = time.perf_counter() - self._started - self.evaluation_seconds
+            counts = self.accelerator.reduce(self._counts, "sum").tolist()
+            new_tokens = counts[0] - self.tokens["processed"]
+            logs["tokens_per_second"] = new_tokens / (seconds - self.training_seconds)
+            self.training_seconds, self.tokens = seconds, dict(zip(self.tokens, counts, strict=True))
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's save; a model whose loss was no number is not saved."""
+        self.check_finite()
+        super().save_model(output_dir, _internal_call)
+
+    # -- validation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Validation loss: nats per supervised token over all rows, by the full forward pass without a selection.
+
+        The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long
+        one's. Only two sums are kept, no logits.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        started = time.perf_counter()
+        self.memory_figures()  # takes note of training's peak, which evaluation's must not raise
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        loader = self.accelerator.prepare(
+            DataLoader(
+                rows,
+                batch_size=self.args.eval_batch_size,
+                collate_fn=self.eval_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        )
+        # Among several processes no row is to count twice: one may then have a batch less, which `self.model`, the
+        # model inside of DistributedDataParallel, does not mind.
+        loader.batch_sampler.even_batches = False
+        self.model.eval()
+        wide = torch.float32 if self.args.device.type == "mps" else torch.float64  # MPS has no float64
+        totals = torch.zeros(2, dtype=wide, device=self.args.device)
+        # A data loader takes a seed from the CPU's generator; forked, so that watching a run does not change it.
+        with torch.no_grad(), self.accelerator.autocast(), torch.random.fork_rng(devices=[]):
+            for batch in loader:
+                tokens = (batch["labels"][:, 1:] != -100).sum()
+                totals += torch.stack([self.model(**batch).loss.to(wide) * tokens, tokens.to(wide)])
+        loss_sum, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        loss = loss_sum / tokens
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss is {loss} at step {self.state.global_step}: stopped.")
+        self.validation_losses.append((self.state.global_step, loss))
+        self.reset_peaks()
+        seconds = time.perf_counter() - started
+        self.evaluation_seconds += seconds if self._started else 0.0
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_runtime": round(seconds, 3)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def build_trainer(
+    model: nn.Module,
+    settings: TrainingArguments,
+    train_rows: SeededRows,
+    eval_rows: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: Arguments,
+) -> SelectiveTrainer:
+    """The trainer of a run, ready for `train()`. Creates the run's folder (the Trainer does).
+
+    Args:
+        model: with its adapters, and patched where `--tokentune` is given.
+        train_rows, eval_rows: encoded rows (`input_ids`, `labels`); eval_rows None: no evaluation.
+        tokenizer: has a pad token; saved beside the model.
+    """
+    selection = arguments.selection
+    collator = CausalCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        prefix_length=selection.selected if selection.tokentune else None,
+        strategy=selection.selection,
+    )
+    trainer = SelectiveTrainer(
+        model=model,
+        args=settings,
+        data_collator=collator,
+        eval_collator=CausalCollator(pad_token_id=tokenizer.pad_token_id),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        callbacks=[DrawsOfTheEpoch(train_rows), LastStep()],
+    )
+    if not trainer.model_accepts_loss_kwargs and settings.gradient_accumulation_steps > 1:
+        logger.warning(
+            "%s does not take num_items_in_batch: micro-batches weigh the same, however many targets they hold",
+            type(model).__name__,
+        )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress(trainer.memory_figures))
+    if arguments.output.logging_dir is not None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # it has no argument for this, only an environment variable
+                callback.logging_dir = arguments.output.logging_dir
+    steps = update_count(len(train_rows), settings)
+    if settings.warmup_steps >= steps:
+        logger.warning(
+            "--warmup_steps %d: this run has %d optimizer steps, so the learning rate never reaches its peak",
+            settings.warmup_steps,
+            steps,
+        )
+    return trainer
+
+
+def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.dtype) -> dict[str, Any]:
+    """Saves the adapter, or the whole model in `saved_dtype`, and the tokenizer. To be called once, after training.
+
+    Returns:
+        `class`, `parameters`, `trainable_parameters` and `saved_dtype` (adapters stay in float32).
+
+    Raises:
+        UserError: every adapter is still what it was, so that nothing was learnt.
+    """
+    model = trainer.model
+    if isinstance(model, PreTrainedModel):
+        trained, total = sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_parameters()
+        core, dtype = model, saved_dtype
+        model.to(saved_dtype)  # float32 masters are for training; the checkpoint keeps its type and size
+    else:
+        check_adapters_moved(model)
+        trained, total = model.get_nb_trainable_parameters()
+        core, dtype = model.get_base_model(), torch.float32
+    core.config.use_cache = trainer.use_cache  # off in training; saved off, it would slow every generation down
+    trainer.save_model(str(run_folder))
+    return {
+        "class": type(core).__name__,
+        "parameters": total,
+        "trainable_parameters": trained,
+        "saved_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def check_adapters_moved(model: nn.Module) -> None:
+    """Refuses adapters that training left at their start: one factor of each begins at zero (B; A for embeddings)."""
+    zero_at_start = ("lora_B", "lora_embedding_A")
+    factors = [p for name, p in model.named_parameters() if any(part in name for part in zero_at_start)]
+    if not sum(factor.abs().sum().item() for factor in factors) > 0:
+        raise UserError(
+            "nothing was learnt: every lora_B is still zero after training, and is not saved.\n"
+            "A learning rate of 0 does this: a run of one step, with --warmup_steps above 0, has no other."
+        )
