@@ -337,10 +337,23 @@ def test_an_error_inside_a_layer_leaves_the_model_intact() -> None:
     assert model(ids, attention_mask=mask, selected_positions=torch.tensor([[1, 4]] * BATCH)).logits.shape[1] == 2
 
 
-def test_a_last_token_head_is_refused_or_right() -> None:
-    model = LlamaForSequenceClassification(tiny_llama_config(num_labels=2, pad_token_id=0))
-    with pytest.raises(UnsupportedModelError, match="LlamaForSequenceClassification"):
-        apply_tokentune(model)
+def test_a_head_that_pools_the_last_token_is_right_and_needs_it() -> None:
+    model = LlamaForSequenceClassification(tiny_llama_config(num_labels=2, pad_token_id=0)).double()
+    ids, mask = padded_batch()
+    ids = ids.masked_fill(mask == 0, 0)
+    labels = torch.tensor([0, 1, 1])
+    positions = torch.tensor([[2, 6, 10], [1, 2, 7], [0, 3, 4]])  # last real tokens: 10, 7, 4
+    with oracle.constants_outside(model, positions, oracle.LLAMA):
+        expected = model(ids, attention_mask=mask, labels=labels)
+    apply_tokentune(model, prefix_length=3)
+    found = model(ids, attention_mask=mask, labels=labels, selected_positions=positions)
+    assert (found.logits - expected.logits).abs().max() < 1e-6  # the model's own norms round to float32
+    gradients = [oracle.gradients(model, out.loss) for out in (expected, found)]
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+    with pytest.raises(ValueError, match="last real token"):
+        model(ids, attention_mask=mask, labels=labels, selected_positions=positions - (positions == 7).long())
+    model(ids, attention_mask=mask, labels=labels).loss.backward()  # its own draw holds it
 
 
 def test_saves_what_the_selection_is_meant_to_save() -> None:

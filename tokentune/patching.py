@@ -1,6 +1,6 @@
 """Putting the method into a model instance, and taking it out again.
 
-    B sequences, S tokens, K selected, V vocabulary
+    B sequences, S tokens, K selected, D hidden size, V vocabulary
 
 `apply_tokentune` adds forward hooks to the given instance, nothing else: its classes, its `forward` methods, its
 configuration and what `save_pretrained` writes stay as they are. The model's pre-hook starts a step when a selection
@@ -8,10 +8,11 @@ is given (or drawn), its post-hook ends it; in between the configuration names t
 `selective.py`, and the loss of a causal model is taken at the selected positions.
 """
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextvars import Token
+from dataclasses import dataclass, field
 from functools import partial
-from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -22,22 +23,30 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.attention import IMPLEMENTATION, UnsupportedModelError, recipe_from_functions
 from tokentune.selection import mask_unselected_labels, select_positions, target_mask
-from tokentune.selective import CURRENT_STEP, Step, enter_layer, leave_layer, selective_attention
-from tokentune.structure import attention_modules, transformer_layers
-from tokentune.verification import verify_model
+from tokentune.selective import (
+    CURRENT_STEP,
+    Rows,
+    Step,
+    enter_layer,
+    gather_tokens,
+    leave_layer,
+    selective_attention,
+)
+from tokentune.structure import transformer_layers
+from tokentune.verification import Pooling, Profile, verified_profile
 
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
-_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values")
-_QUESTION_LABELS = ("start_positions", "end_positions")
+_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 
 
 @dataclass
 class Settings:
-    """How a patched model draws its own selection; kept on the model, so that a deep copy has it too."""
+    """How a patched model behaves; kept on the model, so that a deep copy has it too."""
 
     prefix_length: int | float | None
     strategy: str
-    running: dict[str, Any] | None = None  # of the step under way: what the post-hook has to put back
+    profile: Profile
+    undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the step under way, last first
 
 
 def apply_tokentune(
@@ -54,43 +63,58 @@ def apply_tokentune(
         prefix_length: tokens per sequence to select, a count (int) or a proportion (float). When given, the model
             draws the selection itself whenever it is in training mode and called with labels.
         strategy: how it draws, one of `tokentune.selection.STRATEGIES`.
-        verify: first compare a tiny random copy with the definition of the method (`verification.py`).
+        verify: first compare a tiny random copy with the definition of the method (`verification.py`). Without it a
+            model that cannot be served may be trained wrongly, without an error.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
     """
     owner = _owner(model)
-    if not hasattr(owner, _SETTINGS):
-        layers = transformer_layers(owner)
-        if verify:
-            verify_model(owner)
-        _register_interfaces()
-        for layer in layers:
-            last = layer is layers[-1]
-            layer.register_forward_pre_hook(partial(enter_layer, last=last), with_kwargs=True)
-            layer.register_forward_hook(partial(leave_layer, last=last))
-        owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
-        owner.register_forward_hook(_end_step, always_call=True)
-    setattr(owner, _SETTINGS, Settings(prefix_length, strategy))
+    if hasattr(owner, _SETTINGS):
+        profile = getattr(owner, _SETTINGS).profile
+    else:
+        transformer_layers(owner)
+        profile = verified_profile(owner) if verify else _assumed_profile(owner)
+        install_hooks(owner)
+    setattr(owner, _SETTINGS, Settings(prefix_length, strategy, profile))
     return model
+
+
+def _assumed_profile(owner: PreTrainedModel) -> Profile:
+    """What most models are, for one that is not to be verified: encoders pool the first token."""
+    whole = owner.loss_type in ("ForSequenceClassification", "ForImageClassification")
+    pooler = any(name.split(".")[-1] == "pooler" for name, _ in owner.named_modules())
+    return Profile(Rows.SELECTED, Pooling.FIRST if whole or pooler else None)
+
+
+def install_hooks(owner: PreTrainedModel) -> None:
+    """Adds the hooks, and registers the attention function with transformers under a name of its own."""
+    AttentionInterface.register(IMPLEMENTATION, selective_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, recipe_from_functions)
+    stack = transformer_layers(owner)
+    for layer in stack.layers:
+        layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+        layer.register_forward_hook(leave_layer)
+    stack.backbone.register_forward_hook(_gather_rows)
+    owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
+    owner.register_forward_hook(_end_step, always_call=True)
 
 
 def remove_tokentune(model: nn.Module) -> nn.Module:
     """Undo `apply_tokentune`: the original instance again. A model that was not patched is returned as it is."""
     owner = _owner(model)
-    if hasattr(owner, _SETTINGS):
-        ours = (enter_layer, leave_layer, _begin_step, _end_step)
-        for module in [owner, *transformer_layers(owner)]:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
-                    del hooks[key]
-                    for flags in (
-                        module._forward_pre_hooks_with_kwargs,
-                        module._forward_hooks_with_kwargs,
-                        module._forward_hooks_always_called,
-                    ):
-                        flags.pop(key, None)
-        delattr(owner, _SETTINGS)
+    if not hasattr(owner, _SETTINGS):
+        return model
+    ours = (enter_layer, leave_layer, _gather_rows, _begin_step, _end_step)
+    for module in owner.modules():
+        for hooks, *flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ):
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                for registry in (hooks, *flags):
+                    registry.pop(key, None)
+    delattr(owner, _SETTINGS)
     return model
 
 
@@ -102,153 +126,183 @@ def _owner(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _register_interfaces() -> None:
-    AttentionInterface.register(IMPLEMENTATION, selective_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, recipe_from_functions)
-
-
 def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, _SETTINGS)
-    parameters = signature(type(model).forward).parameters
+    parameters = inspect.signature(type(model).forward).parameters
     kwargs = dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
     positions, labels = kwargs.pop("selected_positions", None), kwargs.get("labels")
     drawn = positions is None and settings.prefix_length is not None and model.training and labels is not None
     if positions is None and not drawn:
         return None
+    _refuse(model, kwargs)
+    causal = _is_causal_lm(model)
+    if drawn:
+        positions = _draw(settings, kwargs, causal=causal)
+    if isinstance(positions, Tensor):
+        _check_positions(settings.profile.pooling, positions, kwargs.get("attention_mask"))
+    if "use_cache" in parameters or hasattr(model.config, "use_cache"):
+        kwargs["use_cache"] = False
+
+    rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
+    loss_function = None
+    labels = kwargs.get("labels")
+    if labels is not None and _per_token(labels):
+        if causal and rows is not Rows.ALL:
+            loss_function = partial(_selected_loss, model.loss_function, positions)
+        elif rows is Rows.ALL:
+            kwargs["labels"] = mask_unselected_labels(labels, positions.to(labels.device), causal=causal)
+        else:
+            kwargs["labels"] = labels.gather(1, positions.to(labels.device))
+    _start(model, settings, positions, rows, loss_function)
+    return (), kwargs
+
+
+def _start(
+    model: PreTrainedModel, settings: Settings, positions: Any, rows: Rows, loss_function: Callable | None
+) -> None:
+    """Starts the step; `settings.undo` gets what puts everything back."""
+    stack = transformer_layers(model)
+    implementations = [(config, config._attn_implementation) for config in stack.configs()]
+    settings.undo.append(partial(_reset, CURRENT_STEP.set(Step(positions, implementations, stack.calls, rows))))
+    for config, name in implementations:
+        settings.undo.append(partial(setattr, config, "_attn_implementation_internal", name))
+        config._attn_implementation_internal = IMPLEMENTATION
+    if loss_function is not None:
+        if "_loss_function" in model.__dict__:
+            settings.undo.append(partial(setattr, model, "_loss_function", model._loss_function))
+        else:
+            settings.undo.append(partial(delattr, model, "_loss_function"))
+        model._loss_function = loss_function
+
+
+def _reset(token: Token) -> None:
+    CURRENT_STEP.reset(token)
+
+
+def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
+    """Forward hook of the model, called after an error too: puts everything back."""
+    settings: Settings = getattr(model, _SETTINGS)
+    while settings.undo:
+        settings.undo.pop()()
+
+
+def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
+    """Forward hook of the model that holds the layers: K rows of an output that had to keep all S."""
+    step = CURRENT_STEP.get()
+    if step is None or step.rows is not Rows.GATHERED:
+        return None
+    hidden = output[0]
+    gathered = gather_tokens(hidden, step.positions.to(hidden.device))
+    if isinstance(output, tuple):
+        return gathered, *output[1:]
+    output.last_hidden_state = gathered
+    return output
+
+
+def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raises for what a selective forward cannot do."""
     if getattr(model, "_is_replica", False):
         raise UnsupportedModelError(
             "nn.DataParallel runs copies in threads of one process: use DistributedDataParallel"
         )
     if CURRENT_STEP.get() is not None:
         raise UnsupportedModelError("a selective forward was started inside another one")
-    _refuse_arguments(model, kwargs)
-    causal = _is_causal_lm(model)
-    if drawn:
-        positions, labels = _draw(settings, kwargs, causal=causal)
-    _check_positions(model, positions, labels)
-
-    loss_function = None
-    if labels is not None and _per_token(labels):
-        if causal:
-            scale = _draw_scale(labels, positions) if drawn else None
-            loss_function = partial(_selected_loss, model.loss_function, positions, scale)
-        else:
-            kwargs["labels"] = labels.gather(1, positions.to(labels.device))
-    if "use_cache" in parameters or (_takes_any(parameters) and hasattr(model.config, "use_cache")):
-        kwargs["use_cache"] = False
-    _start(model, settings, positions, loss_function)
-    return (), kwargs
-
-
-def _start(model: PreTrainedModel, settings: Settings, positions: Tensor, loss_function: Callable | None) -> None:
-    configs: list[Any] = []
-    for config in (model.config, *(module.config for module in attention_modules(model))):
-        if not any(config is known for known in configs):
-            configs.append(config)
-    implementations = [(config, config._attn_implementation) for config in configs]
-    settings.running = {
-        "implementations": implementations,
-        "own_loss": model.__dict__.get("_loss_function"),
-        "loss_changed": loss_function is not None,
-        "token": CURRENT_STEP.set(Step(positions, implementations)),
-    }
-    for config in configs:
-        config._attn_implementation_internal = IMPLEMENTATION
-    if loss_function is not None:
-        model._loss_function = loss_function
-
-
-def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
-    """Forward hook of the model, called after an error too: puts everything back."""
-    settings: Settings = getattr(model, _SETTINGS)
-    running, settings.running = settings.running, None
-    if running is None:
-        return
-    CURRENT_STEP.reset(running["token"])
-    for config, name in running["implementations"]:
-        config._attn_implementation_internal = name
-    if running["loss_changed"]:
-        if running["own_loss"] is None:
-            del model._loss_function
-        else:
-            model._loss_function = running["own_loss"]
-
-
-def _refuse_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     for name in _REFUSED:
-        if kwargs.get(name) not in (None, False) or (name.startswith("output") and getattr(model.config, name, False)):
-            raise ValueError(f"`{name}` cannot be had together with selected_positions")
-    if any(kwargs.get(name) is not None for name in _QUESTION_LABELS):
-        raise UnsupportedModelError("question answering heads score every position: they cannot be trained selectively")
-    keep = kwargs.get("logits_to_keep", 0)
-    if isinstance(keep, Tensor) or keep:
-        raise ValueError("`logits_to_keep` cannot be had together with selected_positions")
+        asked = kwargs.get(name)
+        asked = asked if isinstance(asked, Tensor) else asked not in (None, False, 0)
+        if isinstance(asked, Tensor) or asked or (name.startswith("output") and getattr(model.config, name, False)):
+            raise ValueError(f"`{name}` cannot be had together with a selection")
 
 
-def _draw(settings: Settings, kwargs: dict[str, Any], *, causal: bool) -> tuple[Tensor, Tensor]:
-    """The model's own selection (B, K) for a batch that came without one, and the labels it is to be scored on."""
+def _draw(settings: Settings, kwargs: dict[str, Any], *, causal: bool) -> Tensor | Callable[[Tensor], Tensor]:
+    """The model's own selection (B, K) for a batch that came without one.
+
+    Where the number of tokens is known to the layers only (images), returns how to draw it there. Replaces `labels`
+    by those that count, and `num_items_in_batch` by its share that the draw holds: the sum over the draw, divided by
+    it, has the expectation of the sum over all.
+    """
     labels, mask = kwargs["labels"], kwargs.get("attention_mask")
     tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
-        raise UnsupportedModelError("drawing a selection needs input_ids or inputs_embeds; pass selected_positions")
+        return partial(_draw_in_front_of_the_layers, settings)
     if mask is None or mask.ndim != 2:
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    targets, first = None, None
+    targets = None
     if _per_token(labels):
         if causal:  # the padding in front of a left-padded row predicts its first token: never a target
             labels = labels.masked_fill(F.pad(mask[:, :-1], (1, 0)).to(labels.device) == 0, -100)
             kwargs["labels"] = labels
         targets = target_mask(labels, causal=causal).to(mask.device)
-    if not causal:  # the token that encoders pool
-        first = torch.zeros_like(mask, dtype=torch.bool)
-        first[:, 0] = True
+    pooled = _pooled_tokens(settings.profile.pooling, mask)
     positions = select_positions(
-        mask, settings.prefix_length, targets=targets, always=first, strategy=settings.strategy
+        mask, settings.prefix_length, targets=targets, always=pooled, strategy=settings.strategy
     )
-    return positions, labels
+    items = kwargs.get("num_items_in_batch")
+    if items is not None and targets is not None:
+        chosen = targets.gather(1, positions).sum()
+        kwargs["num_items_in_batch"] = items * chosen.clamp(min=1) / targets.sum().clamp(min=1)
+    return positions
 
 
-def _per_token(labels: Tensor) -> bool:
-    return labels.ndim == 2 and not labels.is_floating_point()
+def _draw_in_front_of_the_layers(settings: Settings, hidden: Tensor) -> Tensor:
+    mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    pooled = _pooled_tokens(settings.profile.pooling, mask)
+    return select_positions(mask, settings.prefix_length, always=pooled, strategy=settings.strategy)
 
 
-def _check_positions(model: PreTrainedModel, positions: Tensor, labels: Tensor | None) -> None:
+def _pooled_tokens(pooling: Pooling | None, mask: Tensor) -> Tensor | None:
+    """(B, S) bool: the token that the head pools, which has to be selected; None where it pools none or all."""
+    if pooling not in (Pooling.FIRST, Pooling.LAST):
+        return None
+    index = torch.arange(mask.shape[1], device=mask.device)
+    if pooling is Pooling.FIRST:
+        return (index == 0).expand(mask.shape)
+    return index == (index * mask).argmax(dim=1, keepdim=True)
+
+
+def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | None) -> None:
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
             f"got {positions.dtype} of shape {tuple(positions.shape)}"
         )
-    pooled = any(name.split(".")[-1] == "pooler" for name, _ in model.named_modules()) or (
-        labels is not None and labels.ndim == 1
-    )
-    if pooled and positions.device.type == "cpu" and bool((positions[:, 0] != 0).any()):
+    if positions.device.type != "cpu":  # reading them would make the host wait
+        return
+    if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
+    if pooling is Pooling.LAST and mask is not None and mask.ndim == 2:
+        pooled = _pooled_tokens(pooling, mask.cpu())
+        if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
+            raise ValueError("this model pools the last real token: it must be selected in every row")
+
+
+def _per_token(labels: Tensor) -> bool:
+    """Whether these are labels of tokens (B, S), not classes (B,) or several yes-or-no classes (B, C), floats."""
+    return labels.ndim == 2 and not labels.is_floating_point()
 
 
 def _is_causal_lm(model: PreTrainedModel) -> bool:
     return model.can_generate() and (model.loss_function is ForCausalLMLoss or "_loss_function" in model.__dict__)
 
 
-def _takes_any(parameters: Any) -> bool:
-    return any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+def _has_foreign_forward(model: PreTrainedModel) -> bool:
+    """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
 
-
-def _draw_scale(labels: Tensor, positions: Tensor) -> Tensor:
-    """Supervised / selected supervised tokens, a scalar: what a sum over a draw is short of a sum over all."""
-    every = target_mask(labels, causal=True).sum()
-    chosen = (mask_unselected_labels(labels, positions, causal=True) != -100).sum()
-    return every / chosen.clamp(min=1)
+    Wrappers that name what they wrap (accelerate's) do not count. Such a forward calls the backbone and applies
+    (B, S) labels itself, so that it gets all rows, in place.
+    """
+    own = inspect.unwrap(type(model).forward)
+    found = inspect.unwrap(model.forward)
+    return getattr(found, "__func__", found) is not own
 
 
 def _selected_loss(
-    loss_function: Callable, positions: Tensor, scale: Tensor | None, logits: Tensor, labels: Tensor, *args, **kwargs
+    loss_function: Callable, positions: Tensor, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """A causal model's own loss for logits (B, K, V) of the selected rows and labels (B, S) of the whole sequence.
 
-    Each selected position is scored on the next token of the original sequence. With `num_items_in_batch`, counted by
-    the caller over all supervised tokens, a selection that the model drew itself is scaled up (`scale`) to the same
-    expectation; a caller who passes the selection has counted accordingly.
+    Each selected position is scored on the next token of the original sequence.
     """
     targets = kwargs.pop("shift_labels", None)
     if targets is None:
@@ -256,5 +310,4 @@ def _selected_loss(
     targets = targets.gather(1, positions.to(targets.device))
     if logits.shape[1] != targets.shape[1]:
         raise UnsupportedModelError(f"the head returned {logits.shape[1]} rows for {targets.shape[1]} selected tokens")
-    loss = loss_function(logits, labels, *args, shift_labels=targets, **kwargs)
-    return loss if scale is None or kwargs.get("num_items_in_batch") is None else loss * scale.to(loss.device)
+    return loss_function(logits, labels, *args, shift_labels=targets, **kwargs)

@@ -19,12 +19,15 @@ runs its own, unmodified forward twice, once per group, the second call nested i
 
 Whatever stands inside the layer (norm placement, LoRA, 4-bit linears, experts) just runs, once per group. In the last
 layer the rest is needed for its keys and values only, so its pass ends there, and the final norm and the head see the
-K selected rows alone. `patching.py` puts this into a model; `tests/test_selective.py` compares outputs and gradients
-with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
+K selected rows alone (for models that allow it, see `Rows`). `patching.py` puts this into a model;
+`tests/test_selective.py` compares outputs and gradients with an independent definition of the method (Simoulin et al.,
+EMNLP 2024, section 3).
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +46,14 @@ class TokenGroups(NamedTuple):
 
     selected: Tensor  # (B, K, D), with gradients
     rest: Tensor  # (B, R, D), constants
+
+
+class Rows(Enum):
+    """Which rows leave the last layer, by what the code behind it can take."""
+
+    SELECTED = "selected"  # K rows: the cheapest
+    GATHERED = "gathered"  # S rows, the rest's zero; K rows again behind the final norm (code that counts to S)
+    ALL = "all"  # S rows, the rest's as constants (heads that pool or look tokens up by their position)
 
 
 class _RestDone(Exception):
@@ -68,8 +79,11 @@ class LayerCall:
 class Step:
     """One forward pass with a selection."""
 
-    positions: Tensor  # (B, K), ascending
+    positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), ascending; or how to draw them, given (B, S, D)
     implementations: list[tuple[Any, str]]  # (config, the attention implementation it names outside of this step)
+    layer_calls: int  # of the whole pass
+    rows: Rows = Rows.SELECTED
+    entered: int = 0  # layer calls so far
     order: Tensor | None = None  # (B, S): the selected positions, then the rest's, both ascending
     call: LayerCall | None = None
     # What was made of tensors that every layer is handed again: (original, result). Compared by identity, which is
@@ -84,11 +98,17 @@ class Step:
 
     def split(self, hidden: Tensor) -> TokenGroups:
         """(B, S, D) in front of the first layer -> the two groups."""
+        if callable(self.positions):
+            self.positions = self.positions(hidden)
         if len(self.positions) != len(hidden):
             raise ValueError(f"selected_positions has {len(self.positions)} rows, the batch {len(hidden)}")
         self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
         selected = gather_tokens(hidden, self.indices(SELECTED))
         return TokenGroups(selected, gather_tokens(hidden.detach(), self.indices(REST)))
+
+    def merge(self, groups: TokenGroups) -> Tensor:
+        """The two groups -> (B, S, D) in sequence order."""
+        return gather_tokens(torch.cat(groups, dim=1), self.order.argsort(dim=1).to(groups.selected.device))
 
     def rows_of(self, value: Any, group: str) -> Any:
         """A layer's argument for one group: its rows of whatever has a row per token, all else as it is."""
@@ -166,7 +186,7 @@ def _require(condition: Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], *, last: bool) -> tuple | None:
+def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of every layer: its own forward gets the selected group and that group's arguments."""
     step = CURRENT_STEP.get()
     if step is None:
@@ -180,23 +200,24 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], *, last: 
     if any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past")):
         raise UnsupportedModelError("a key-value cache reached a layer: both passes would write to it")
     groups = hidden if isinstance(hidden, TokenGroups) else step.split(hidden)
-    step.call = LayerCall(layer, last, groups, args, kwargs, rest_output=groups.rest)
+    step.entered += 1
+    step.call = LayerCall(layer, step.entered == step.layer_calls, groups, args, kwargs, rest_output=groups.rest)
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
 
 
-def leave_layer(layer: nn.Module, args: tuple, output: Any, *, last: bool) -> Any:
-    """Forward hook of every layer: packs both groups; out of the last layer the selected rows go alone."""
+def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of every layer: packs both groups, or makes what leaves the last layer."""
     step = CURRENT_STEP.get()
     if step is None:
         return None
     call, step.call = step.call, None
     if call.joined_kv is None:
         raise UnsupportedModelError(f"{type(layer).__name__} does not send its attention through the interface")
-    if last:
-        return output
-    if isinstance(output, tuple):
-        return TokenGroups(output[0], call.rest_output), *output[1:]
-    return TokenGroups(output, call.rest_output)
+    hidden, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
+    hidden = TokenGroups(hidden, call.rest_output)
+    if call.last:
+        hidden = hidden.selected if step.rows is Rows.SELECTED else step.merge(hidden)
+    return (hidden, *others) if isinstance(output, tuple) else hidden
 
 
 def selective_attention(
@@ -224,7 +245,7 @@ def selective_attention(
         with torch.set_grad_enabled(call.selected_kv[0].requires_grad or call.selected_kv[1].requires_grad):
             pairs = zip(call.selected_kv, (key, value), strict=True)
             call.joined_kv = keys, values = tuple(torch.cat(pair, dim=2) for pair in pairs)
-        if call.last:
+        if call.last and step.rows is not Rows.ALL:
             raise _RestDone
         keys, values = keys.detach(), values.detach()
     implementation = next(name for config, name in step.implementations if config is module.config)
@@ -242,6 +263,6 @@ def _run_rest(step: Step, call: LayerCall) -> None:
             output = call.layer.forward(call.groups.rest, *args, **kwargs)
             call.rest_output = output[0] if isinstance(output, tuple) else output
     except _RestDone:
-        pass
+        call.rest_output = torch.zeros_like(call.groups.rest)
     finally:
         call.running = SELECTED

@@ -5,14 +5,33 @@ looks its kernel up in transformers' attention interface.
 """
 
 import inspect
+from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokentune.attention import UnsupportedModelError
 
-# Modules that mix tokens without the attention interface, recognized by a part of their class name or their base.
-_TOKEN_MIXERS = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
+# What mixes tokens in a layer without asking the attention interface. Class names' parts, for what is no torch module.
+_MIXER_TYPES = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
+_MIXER_NAMES = ("Mamba", "ShortConv", "DeltaNet", "LinearAttention", "Indexer", "Lightning")
+
+
+@dataclass
+class Stack:
+    """The layers that selective backpropagation works on, and the model around them."""
+
+    layers: nn.ModuleList
+    backbone: PreTrainedModel  # the innermost model that holds the layers: it makes the masks
+    calls: int  # of layers in one forward pass
+
+    def configs(self) -> list[PreTrainedConfig]:
+        """The distinct configurations that name the attention implementation of masks and layers."""
+        found: list[PreTrainedConfig] = []
+        for config in (self.backbone.config, *(module.config for module in attention_modules(self.layers))):
+            if not any(config is known for known in found):
+                found.append(config)
+        return found
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
@@ -26,48 +45,67 @@ def attention_modules(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.modules() if uses_attention_interface(child)]
 
 
-def transformer_layers(model: nn.Module) -> nn.ModuleList:
-    """The one stack of layers that selective backpropagation works on.
+def transformer_layers(model: PreTrainedModel) -> Stack:
+    """The one stack of layers of a model; of a model with a language model inside (vision-language), that one's.
 
     Raises:
         UnsupportedModelError: no such stack, several of them (encoder-decoders), layers without attention of the
-            interface (state-space or convolution mixers), with two of them, or sharing their weights.
+            interface (state-space or convolution mixers) or with two of them.
     """
-    stacks = [
-        (name, stack)
-        for name, stack in model.named_modules()
-        if isinstance(stack, nn.ModuleList) and any(attention_modules(layer) for layer in stack)
-    ]
-    # The innermost: a stack of groups of layers is not itself the stack of layers.
-    stacks = [
-        (name, stack)
-        for name, stack in stacks
-        if not any(other.startswith(f"{name}.") for other, _ in stacks if other != name)
-    ]
     kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder: one stack of self-attention layers is served")
+    stacks = _innermost_stacks(model)
+    if len(stacks) > 1 and model.can_generate():
+        decoder = model.get_decoder()
+        inside = {id(module) for module in decoder.modules()}
+        stacks = {name: stack for name, stack in stacks.items() if id(stack) in inside}
     if not stacks:
         raise UnsupportedModelError(
             f"{kind} has no layers that send their attention through transformers' attention interface"
         )
     if len(stacks) > 1:
-        names = ", ".join(name for name, _ in stacks)
-        raise UnsupportedModelError(f"{kind} has several stacks of attention layers ({names}); one is served")
-    name, stack = stacks[0]
-    for index, layer in enumerate(stack):
-        found = attention_modules(layer)
-        where = f"layer {name}.{index} ({type(layer).__name__}) of {kind}"
-        if len(found) != 1:
-            what = ", ".join(sorted({type(child).__name__ for child in found})) or "none"
-            raise UnsupportedModelError(
-                f"{where} needs exactly one attention of the attention interface, found: {what}"
-            )
-        mixers = [child for child in layer.modules() if isinstance(child, _TOKEN_MIXERS)]
-        if mixers:
-            raise UnsupportedModelError(f"{where} mixes tokens in {type(mixers[0]).__name__}, outside of attention")
-    if len({id(layer) for layer in stack}) != len(stack) or len(stack) != _layer_count(model):
-        raise UnsupportedModelError(f"{kind} runs its layers in {name} more than once or not all of them")
-    return stack
+        raise UnsupportedModelError(f"{kind} has several stacks of attention layers ({', '.join(stacks)}), not one")
+    (name, layers), *_ = stacks.items()
+    for index, layer in enumerate(layers):
+        _check_layer(layer, f"layer {name}.{index} ({type(layer).__name__}) of {kind}")
+    backbone = [
+        module
+        for prefix, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and (prefix == "" or name.startswith(f"{prefix}."))
+    ][-1]
+    return Stack(layers, backbone, _layer_calls(backbone, layers, kind))
 
 
-def _layer_count(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().num_hidden_layers
+def _innermost_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Module lists whose items hold attention, by name, without lists of such lists."""
+    stacks = {
+        name: stack
+        for name, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList) and any(attention_modules(layer) for layer in stack)
+    }
+    return {name: stack for name, stack in stacks.items() if not any(other.startswith(f"{name}.") for other in stacks)}
+
+
+def _check_layer(layer: nn.Module, where: str) -> None:
+    mixers = [
+        child
+        for child in layer.modules()
+        if isinstance(child, _MIXER_TYPES) or any(part in type(child).__name__ for part in _MIXER_NAMES)
+    ]
+    if mixers:
+        raise UnsupportedModelError(f"{where} mixes tokens in {type(mixers[0]).__name__}, outside of attention")
+    found = attention_modules(layer)
+    if len(found) != 1:
+        what = ", ".join(sorted({type(child).__name__ for child in found})) or "none"
+        raise UnsupportedModelError(f"{where} needs exactly one attention of the attention interface, found: {what}")
+
+
+def _layer_calls(backbone: PreTrainedModel, layers: nn.ModuleList, kind: str) -> int:
+    """Layer calls of one forward pass: one per layer, or more where layers are shared (ALBERT)."""
+    depth = backbone.config.get_text_config().num_hidden_layers
+    if len(layers) == depth:
+        return depth
+    if len(layers) == getattr(backbone.config, "inner_group_num", None):
+        return depth * len(layers)
+    raise UnsupportedModelError(f"{kind} has {len(layers)} layers where its configuration counts {depth}")
