@@ -5,7 +5,6 @@ wrong on the way (a folder that is not there, a gated repository, a damaged file
 a `UserError` that names the flag and the cure.
 """
 
-import logging as stdlib_logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.get_logger(__name__)
-# On CPUs with AVX512-BF16 it warns, whenever it is imported, of a kernel for a weight layout that is not used here.
-stdlib_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(stdlib_logging.ERROR)
 
 MODEL_FLAG = "--model_name_or_path"
 # What transformers, safetensors and the hub's client raise for input that cannot be read.

@@ -12,9 +12,11 @@ Legend: B sequences, S tokens, V vocabulary.
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -24,6 +26,9 @@ from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Other packages' words on their own internals, which a user can do nothing about.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 import torch
 import transformers

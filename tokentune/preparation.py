@@ -57,11 +57,13 @@ def check_structure(arguments: Arguments, config: PreTrainedConfig) -> None:
 def prepare_model(arguments: Arguments, dtype: torch.dtype) -> nn.Module:
     """The base with its weights, adapted and patched as the flags say."""
     spread = arguments.model.model_parallel and torch.cuda.device_count() > 1
+    autocast = torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
     model = load_base_model(
         arguments.model.model_name_or_path,
         dtype=dtype,
         quantize_4bit=arguments.adapters.qlora,
         device_map="auto" if spread else None,
+        compute_dtype=autocast or dtype,
     )
     return adapt_and_patch(model, arguments)
 
