@@ -28,24 +28,18 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokentune.attention import MaskRecipe, UnsupportedModelError, attend, recipe_from_functions, recipe_from_mask
+from tokentune.groups import TokenGroups, gather_tokens, token_order
 
 SELECTED, REST = "selected", "rest"
 
 # The forward pass under way; None outside of a selective forward, where every hook below does nothing.
 CURRENT_STEP: ContextVar["Step | None"] = ContextVar("tokentune_step", default=None)
-
-
-class TokenGroups(NamedTuple):
-    """The hidden states between two layers. A tuple, so that engines that look for tensors in it find them."""
-
-    selected: Tensor  # (B, K, D), with gradients
-    rest: Tensor  # (B, R, D), constants
 
 
 class Rows(Enum):
@@ -157,33 +151,6 @@ class Step:
             raise UnsupportedModelError(f"the attention was handed a mask that cannot be read: {type(mask).__name__}")
         self.recipes.append((mask, recipe))
         return recipe
-
-
-def token_order(positions: Tensor, length: int) -> Tensor:
-    """(B, K) selected positions -> (B, S): those first, then all others, both ascending.
-
-    Raises ValueError for a position outside the sequence, twice in a row, or out of order.
-    """
-    _require((positions >= 0) & (positions < length), f"selected_positions must lie between 0 and {length - 1}")
-    chosen = torch.zeros(positions.shape[0], length, dtype=torch.bool, device=positions.device)
-    order = torch.argsort(~chosen.scatter_(1, positions, True), dim=1, stable=True)
-    in_order = order[:, : positions.shape[1]] == positions
-    _require(in_order, "selected_positions must be distinct and ascending in each row")
-    return order
-
-
-def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Rows of `tokens` (B, S, ...) at `indices` (B, N) -> (B, N, ...)."""
-    batch, length = tokens.shape[:2]
-    flat = (indices + torch.arange(batch, device=indices.device)[:, None] * length).flatten().to(tokens.device)
-    return tokens.flatten(0, 1).index_select(0, flat).unflatten(0, indices.shape)
-
-
-def _require(condition: Tensor, message: str) -> None:
-    if condition.device.type != "cpu":  # checked over there: reading the value would make the host wait for it
-        torch._assert_async(condition.all(), message)
-    elif not bool(condition.all()):
-        raise ValueError(message)
 
 
 def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

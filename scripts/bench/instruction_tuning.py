@@ -4,8 +4,8 @@
         --train ../shared/data/alpaca_en.train.jsonl --validation ../shared/data/alpaca_en.validation.jsonl \
         --output scripts/bench/results/instruction_tuning.json
 
-Runs `finetune.py` twice from the same seed, LoRA on all linear layers and the same with `--tokentune`, merges the second
-one in float32 with `merge.py`, and measures the merged model's loss and that of base + adapter on the same rows.
+Runs `finetune.py` twice from the same seed, LoRA on all linear layers and the same with `--tokentune`, merges the
+second one in float32 with `merge.py`, and measures the merged model's loss and that of base + adapter on the same rows.
 Losses are nats per supervised token over all validation rows, by the full forward pass.
 """
 
@@ -17,8 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from peft import PeftModel
@@ -30,6 +29,7 @@ from tokentune.collators import CausalCollator
 from tokentune.prompts import PromptTemplate, encode_records, ensure_pad_token
 from tokentune.records import load_records
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
     "lora_target_modules": "all-linear",
     "lora_r": 8,

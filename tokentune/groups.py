@@ -1,0 +1,44 @@
+"""The two groups of a batch's tokens, and moving between them and sequence order.
+
+B sequences, S tokens, K selected, R = S - K rest, D hidden size
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenGroups(NamedTuple):
+    """The hidden states between two layers. A tuple, so that engines that look for tensors in it find them."""
+
+    selected: Tensor  # (B, K, D), with gradients
+    rest: Tensor  # (B, R, D), constants
+
+
+def token_order(positions: Tensor, length: int) -> Tensor:
+    """(B, K) selected positions -> (B, S): those first, then all others, both ascending.
+
+    Raises ValueError for a position outside the sequence, twice in a row, or out of order.
+    """
+    require((positions >= 0) & (positions < length), f"selected_positions must lie between 0 and {length - 1}")
+    chosen = torch.zeros(positions.shape[0], length, dtype=torch.bool, device=positions.device)
+    order = torch.argsort(~chosen.scatter_(1, positions, True), dim=1, stable=True)
+    in_order = order[:, : positions.shape[1]] == positions
+    require(in_order, "selected_positions must be distinct and ascending in each row")
+    return order
+
+
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Rows of `tokens` (B, S, ...) at `indices` (B, N) -> (B, N, ...)."""
+    batch, length = tokens.shape[:2]
+    flat = (indices + torch.arange(batch, device=indices.device)[:, None] * length).flatten().to(tokens.device)
+    return tokens.flatten(0, 1).index_select(0, flat).unflatten(0, indices.shape)
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds everywhere, without making a device's host wait."""
+    if condition.device.type != "cpu":
+        torch._assert_async(condition.all(), message)
+    elif not bool(condition.all()):
+        raise ValueError(message)
