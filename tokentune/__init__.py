@@ -6,7 +6,7 @@
 Importing this package changes nothing; it needs torch and transformers alone.
 """
 
-from tokentune.attention import UnsupportedModelError
+from tokentune.errors import UnsupportedModelError
 from tokentune.patching import apply_tokentune, remove_tokentune
 
 __version__ = "0.1.0"

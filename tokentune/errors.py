@@ -12,6 +12,10 @@ class UserError(Exception):
     """What is wrong, where (file, row, flag) and what to do: a message of one to three lines."""
 
 
+class UnsupportedModelError(ValueError):
+    """A model that the selective layers cannot serve exactly. The message says which part of it, and why."""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main` and turns the errors that a user can cure into an exit code.
 

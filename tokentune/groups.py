@@ -19,7 +19,8 @@ class TokenGroups(NamedTuple):
 def token_order(positions: Tensor, length: int) -> Tensor:
     """(B, K) selected positions -> (B, S): those first, then all others, both ascending.
 
-    Raises ValueError for a position outside the sequence, twice in a row, or out of order.
+    Raises ValueError for a position outside the sequence, twice in a row, or out of order; on an accelerator a
+    device-side assertion fails instead, as the host does not wait for it.
     """
     require((positions >= 0) & (positions < length), f"selected_positions must lie between 0 and {length - 1}")
     chosen = torch.zeros(positions.shape[0], length, dtype=torch.bool, device=positions.device)

@@ -10,7 +10,6 @@ is given (or drawn), its post-hook ends it; in between the configuration names t
 
 import inspect
 from collections.abc import Callable
-from contextvars import Token
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,23 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import logging
 
-from tokentune.attention import IMPLEMENTATION, UnsupportedModelError, recipe_from_functions
-from tokentune.selection import mask_unselected_labels, select_positions, target_mask
+from tokentune.drawing import draw, has_labels, per_token, pooled_tokens
+from tokentune.errors import UnsupportedModelError
+from tokentune.groups import gather_tokens
+from tokentune.masks import recipe_from_functions
+from tokentune.selection import mask_unselected_labels
 from tokentune.selective import (
     CURRENT_STEP,
     Rows,
     Step,
     enter_layer,
-    gather_tokens,
     leave_layer,
     selective_attention,
 )
-from tokentune.structure import transformer_layers
+from tokentune.structure import Stack, transformer_layers
 from tokentune.verification import Pooling, Profile, verified_profile
 
+IMPLEMENTATION = "tokentune"  # the name under which attention and masks are registered with transformers
+logger = logging.get_logger(__name__)
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
+_PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 
 
 @dataclass
@@ -46,7 +51,9 @@ class Settings:
     prefix_length: int | float | None
     strategy: str
     profile: Profile
+    stack: Stack
     undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the step under way, last first
+    finish: Callable[[Any], None] | None = None  # what the output of the step under way still needs
 
 
 def apply_tokentune(
@@ -56,7 +63,8 @@ def apply_tokentune(
 
     Afterwards `model(..., selected_positions=positions)`, with positions (B, K) int64, distinct and ascending in each
     row, runs the selective forward and returns K rows: logits (B, K, V), or last_hidden_state (B, K, D) from a model
-    without a head. A causal model's loss is the mean over the selected positions whose next token is supervised.
+    without a head. A causal model's loss is the mean over the selected positions whose next token is supervised (given
+    `num_items_in_batch`: their sum divided by it, as everywhere in transformers).
     Without `selected_positions` the model is the original one, generation included, with one exception:
 
     Args:
@@ -66,6 +74,8 @@ def apply_tokentune(
         verify: first compare a tiny random copy with the definition of the method (`verification.py`). Without it a
             model that cannot be served may be trained wrongly, without an error.
 
+    Forward hooks that others put on a layer itself see the pair of groups; modules inside are called once per group.
+
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
     """
@@ -74,10 +84,23 @@ def apply_tokentune(
         profile = getattr(owner, _SETTINGS).profile
     else:
         transformer_layers(owner)
+        _keep_4bit_layout(owner)
         profile = verified_profile(owner) if verify else _assumed_profile(owner)
         install_hooks(owner)
-    setattr(owner, _SETTINGS, Settings(prefix_length, strategy, profile))
+    setattr(owner, _SETTINGS, Settings(prefix_length, strategy, profile, transformer_layers(owner)))
     return model
+
+
+def _keep_4bit_layout(owner: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in an evaluation, on CPUs with AVX512-BF16.
+
+    Repacked they have no backward pass: all gradients through such a layer are lost, at most with a warning.
+    """
+    for name, layer in owner.named_modules():
+        if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise UnsupportedModelError(f"{name} was run in evaluation mode and lost its backward pass: load it anew")
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _assumed_profile(owner: PreTrainedModel) -> Profile:
@@ -119,7 +142,10 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
 
 
 def _owner(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside whatever peft wraps around it."""
+    """The transformers model inside whatever peft or `torch.compile` wraps around it."""
+    model = getattr(model, "_orig_mod", model)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError("peft's prompt learning puts tokens in front that selected positions do not count")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"a transformers or peft model is needed, not {type(inner).__name__}")
@@ -129,25 +155,30 @@ def _owner(model: nn.Module) -> PreTrainedModel:
 def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, _SETTINGS)
+    _put_back(settings)  # what an interrupt (Ctrl-C) left, after which torch calls no hooks
     parameters = inspect.signature(type(model).forward).parameters
-    kwargs = dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
-    positions, labels = kwargs.pop("selected_positions", None), kwargs.get("labels")
-    drawn = positions is None and settings.prefix_length is not None and model.training and labels is not None
-    if positions is None and not drawn:
-        return None
+    given, kwargs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
+    positions = kwargs.pop("selected_positions", None)
+    own = positions is None and settings.prefix_length is not None and model.training
+    if positions is None and not (own and has_labels(kwargs)):
+        if own and torch.is_grad_enabled():
+            logger.warning_once(
+                "called without labels (label smoothing?): an ordinary forward, all tokens get gradients"
+            )
+        return ((), kwargs) if "selected_positions" in given else None  # an explicit None is no argument of the model
     _refuse(model, kwargs)
     causal = _is_causal_lm(model)
-    if drawn:
-        positions = _draw(settings, kwargs, causal=causal)
+    rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
+    if own:
+        positions = draw(settings, kwargs, causal=causal)
     if isinstance(positions, Tensor):
         _check_positions(settings.profile.pooling, positions, kwargs.get("attention_mask"))
-    if "use_cache" in parameters or hasattr(model.config, "use_cache"):
+    if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
 
-    rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
     loss_function = None
     labels = kwargs.get("labels")
-    if labels is not None and _per_token(labels):
+    if per_token(labels):
         if causal and rows is not Rows.ALL:
             loss_function = partial(_selected_loss, model.loss_function, positions)
         elif rows is Rows.ALL:
@@ -162,9 +193,9 @@ def _start(
     model: PreTrainedModel, settings: Settings, positions: Any, rows: Rows, loss_function: Callable | None
 ) -> None:
     """Starts the step; `settings.undo` gets what puts everything back."""
-    stack = transformer_layers(model)
-    implementations = [(config, config._attn_implementation) for config in stack.configs()]
-    settings.undo.append(partial(_reset, CURRENT_STEP.set(Step(positions, implementations, stack.calls, rows))))
+    implementations = [(config, config._attn_implementation) for config in settings.stack.configs]
+    token = CURRENT_STEP.set(Step(positions, implementations, settings.stack.calls, rows))
+    settings.undo.append(partial(CURRENT_STEP.reset, token))
     for config, name in implementations:
         settings.undo.append(partial(setattr, config, "_attn_implementation_internal", name))
         config._attn_implementation_internal = IMPLEMENTATION
@@ -176,13 +207,16 @@ def _start(
         model._loss_function = loss_function
 
 
-def _reset(token: Token) -> None:
-    CURRENT_STEP.reset(token)
-
-
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
     """Forward hook of the model, called after an error too: puts everything back."""
     settings: Settings = getattr(model, _SETTINGS)
+    _put_back(settings)
+    finish, settings.finish = settings.finish, None
+    if finish is not None and output is not None:
+        finish(output)
+
+
+def _put_back(settings: Settings) -> None:
     while settings.undo:
         settings.undo.pop()()
 
@@ -208,57 +242,12 @@ def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         )
     if CURRENT_STEP.get() is not None:
         raise UnsupportedModelError("a selective forward was started inside another one")
+    config = model.config.get_text_config()
     for name in _REFUSED:
         asked = kwargs.get(name)
         asked = asked if isinstance(asked, Tensor) else asked not in (None, False, 0)
-        if isinstance(asked, Tensor) or asked or (name.startswith("output") and getattr(model.config, name, False)):
+        if isinstance(asked, Tensor) or asked or (name.startswith("output") and getattr(config, name, False)):
             raise ValueError(f"`{name}` cannot be had together with a selection")
-
-
-def _draw(settings: Settings, kwargs: dict[str, Any], *, causal: bool) -> Tensor | Callable[[Tensor], Tensor]:
-    """The model's own selection (B, K) for a batch that came without one.
-
-    Where the number of tokens is known to the layers only (images), returns how to draw it there. Replaces `labels`
-    by those that count, and `num_items_in_batch` by its share that the draw holds: the sum over the draw, divided by
-    it, has the expectation of the sum over all.
-    """
-    labels, mask = kwargs["labels"], kwargs.get("attention_mask")
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if tokens is None:
-        return partial(_draw_in_front_of_the_layers, settings)
-    if mask is None or mask.ndim != 2:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    targets = None
-    if _per_token(labels):
-        if causal:  # the padding in front of a left-padded row predicts its first token: never a target
-            labels = labels.masked_fill(F.pad(mask[:, :-1], (1, 0)).to(labels.device) == 0, -100)
-            kwargs["labels"] = labels
-        targets = target_mask(labels, causal=causal).to(mask.device)
-    pooled = _pooled_tokens(settings.profile.pooling, mask)
-    positions = select_positions(
-        mask, settings.prefix_length, targets=targets, always=pooled, strategy=settings.strategy
-    )
-    items = kwargs.get("num_items_in_batch")
-    if items is not None and targets is not None:
-        chosen = targets.gather(1, positions).sum()
-        kwargs["num_items_in_batch"] = items * chosen.clamp(min=1) / targets.sum().clamp(min=1)
-    return positions
-
-
-def _draw_in_front_of_the_layers(settings: Settings, hidden: Tensor) -> Tensor:
-    mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    pooled = _pooled_tokens(settings.profile.pooling, mask)
-    return select_positions(mask, settings.prefix_length, always=pooled, strategy=settings.strategy)
-
-
-def _pooled_tokens(pooling: Pooling | None, mask: Tensor) -> Tensor | None:
-    """(B, S) bool: the token that the head pools, which has to be selected; None where it pools none or all."""
-    if pooling not in (Pooling.FIRST, Pooling.LAST):
-        return None
-    index = torch.arange(mask.shape[1], device=mask.device)
-    if pooling is Pooling.FIRST:
-        return (index == 0).expand(mask.shape)
-    return index == (index * mask).argmax(dim=1, keepdim=True)
 
 
 def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | None) -> None:
@@ -272,14 +261,9 @@ def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | 
     if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
     if pooling is Pooling.LAST and mask is not None and mask.ndim == 2:
-        pooled = _pooled_tokens(pooling, mask.cpu())
+        pooled = pooled_tokens(pooling, mask.cpu())
         if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
             raise ValueError("this model pools the last real token: it must be selected in every row")
-
-
-def _per_token(labels: Tensor) -> bool:
-    """Whether these are labels of tokens (B, S), not classes (B,) or several yes-or-no classes (B, C), floats."""
-    return labels.ndim == 2 and not labels.is_floating_point()
 
 
 def _is_causal_lm(model: PreTrainedModel) -> bool:
@@ -289,12 +273,22 @@ def _is_causal_lm(model: PreTrainedModel) -> bool:
 def _has_foreign_forward(model: PreTrainedModel) -> bool:
     """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
 
-    Wrappers that name what they wrap (accelerate's) do not count. Such a forward calls the backbone and applies
-    (B, S) labels itself, so that it gets all rows, in place.
+    Such a forward calls the backbone and applies (B, S) labels itself, so that it gets all rows, in place. Wrappers
+    that pass everything on (accelerate's, torch's) do not count. They are told by where their code stands: that a
+    function names another in `__wrapped__` does not mean that it calls it (TRL's only wears the other's signature).
     """
     own = inspect.unwrap(type(model).forward)
-    found = inspect.unwrap(model.forward)
-    return getattr(found, "__func__", found) is not own
+    link = model.forward
+    while link is not None:
+        function = getattr(link, "__func__", link)  # of a bound method
+        function = getattr(function, "func", function)  # of a partial one
+        if function is own:
+            return False
+        home = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if home.split(".")[0] not in _PASS_ON:
+            return True
+        link = getattr(link, "__wrapped__", None)
+    return True
 
 
 def _selected_loss(

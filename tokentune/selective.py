@@ -1,9 +1,11 @@
-"""The method: every token runs forward, the selected ones alone keep activations and get gradients.
+"""The method: every token runs forward; in the layers the selected ones alone get gradients and keep activations.
 
     B sequences, S tokens, K selected, R = S - K rest, D hidden size, H heads, G key-value heads, d head size
 
-Nothing of a model is rewritten. Between layers the hidden states (B, S, D) travel as a pair of groups, and each layer
-runs its own, unmodified forward twice, once per group, the second call nested in the first one's attention:
+Nothing of a model is rewritten. `patching.py` opens a `Step` around the model's forward and makes its configuration
+name `selective_attention`, so that every attention of the model calls it. Hooks split the hidden states (B, S, D) in
+front of the first layer; between layers they travel as a pair of groups, and each layer runs its own, unmodified
+forward twice, once per group, the second call nested in the first one's attention:
 
     layer(TokenGroups)                          enter_layer: unpack, gather the arguments that have a row per token
       layer.forward(selected)   with gradients
@@ -11,17 +13,16 @@ runs its own, unmodified forward twice, once per group, the second call nested i
         attention(q, k, v)                      selective_attention
           layer.forward(rest)   no_grad         _run_rest
             norms, projections of the rest
-            attention(q', k', v')               selective_attention: joins [k, k'] and [v, v'], attends with q'
-            output projection, MLP of the rest
+            attention(q', k', v')               selective_attention: joins [k, k'] and [v, v'] for both passes (the
+            output projection, MLP of the rest      join has gradients again), and attends with q'
           attends with q over [k, k'], [v, v']: gradients reach k and v, those of the rest are constants
         output projection, MLP of the selected
     -> TokenGroups(selected, rest)              leave_layer: pack
 
 Whatever stands inside the layer (norm placement, LoRA, 4-bit linears, experts) just runs, once per group. In the last
 layer the rest is needed for its keys and values only, so its pass ends there, and the final norm and the head see the
-K selected rows alone (for models that allow it, see `Rows`). `patching.py` puts this into a model;
-`tests/test_selective.py` compares outputs and gradients with an independent definition of the method (Simoulin et al.,
-EMNLP 2024, section 3).
+K selected rows alone (for models that allow it, see `Rows`). `tests/test_selective.py` compares outputs and gradients
+with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
 """
 
 from collections.abc import Callable
@@ -33,8 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokentune.attention import MaskRecipe, UnsupportedModelError, attend, recipe_from_functions, recipe_from_mask
+from tokentune.attention import attend, compute_dtype
+from tokentune.errors import UnsupportedModelError
 from tokentune.groups import TokenGroups, gather_tokens, token_order
+from tokentune.masks import MaskRecipe, recipe_from_functions, recipe_from_mask
 
 SELECTED, REST = "selected", "rest"
 
@@ -45,9 +48,9 @@ CURRENT_STEP: ContextVar["Step | None"] = ContextVar("tokentune_step", default=N
 class Rows(Enum):
     """Which rows leave the last layer, by what the code behind it can take."""
 
-    SELECTED = "selected"  # K rows: the cheapest
-    GATHERED = "gathered"  # S rows, the rest's zero; K rows again behind the final norm (code that counts to S)
-    ALL = "all"  # S rows, the rest's as constants (heads that pool or look tokens up by their position)
+    SELECTED = "selected"  # K rows: final norm and head work and keep activations for these alone
+    GATHERED = "gathered"  # S rows, the rest's zero, for code that needs length S; cut to K behind the final norm
+    ALL = "all"  # S rows, the rest's as constants, for heads that pool or look tokens up by their position
 
 
 class _RestDone(Exception):
@@ -63,10 +66,11 @@ class LayerCall:
     groups: TokenGroups
     args: tuple
     kwargs: dict[str, Any]
+    with_gradients: bool  # False in a forward pass without gradients as a whole
     running: str = SELECTED
     selected_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, K, d)
     joined_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, S, d), in the order [selected, rest]
-    rest_output: Tensor | None = None  # (B, R, D)
+    rest_output: Tensor | None = None  # (B, R, D); None where the rest's pass ended early
 
 
 @dataclass
@@ -74,15 +78,15 @@ class Step:
     """One forward pass with a selection."""
 
     positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), ascending; or how to draw them, given (B, S, D)
-    implementations: list[tuple[Any, str]]  # (config, the attention implementation it names outside of this step)
-    layer_calls: int  # of the whole pass
+    implementations: list[tuple[Any, str]]  # (config, its own attention implementation, replaced for this step)
+    expected_calls: int  # of layers, in the whole pass
     rows: Rows = Rows.SELECTED
-    entered: int = 0  # layer calls so far
+    entered_calls: int = 0
     order: Tensor | None = None  # (B, S): the selected positions, then the rest's, both ascending
     call: LayerCall | None = None
     # What was made of tensors that every layer is handed again: (original, result). Compared by identity, which is
     # safe because the original is kept alive here.
-    gathered: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    row_cache: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
     recipes: list[tuple[Tensor | None, MaskRecipe]] = field(default_factory=list)
 
     def indices(self, group: str) -> Tensor:
@@ -108,22 +112,24 @@ class Step:
         """A layer's argument for one group: its rows of whatever has a row per token, all else as it is."""
         if isinstance(value, Tensor):
             batch, length = self.order.shape
+            pairs_of_tokens = value.ndim == 4 and value.shape[2:] == (length, length)  # a mask: the attention's affair
             per_token = value.ndim >= 2 and value.shape[1] == length and value.shape[0] in (1, batch)
-            return self._gathered(value)[group] if per_token else value
+            return self._cached_rows(value)[group] if per_token and not pairs_of_tokens else value
         if isinstance(value, tuple | list):
-            return type(value)(self.rows_of(item, group) for item in value)
+            items = [self.rows_of(item, group) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, dict):
             return {key: self.rows_of(item, group) for key, item in value.items()}
         return value
 
-    def _gathered(self, value: Tensor) -> dict[str, Tensor]:
-        for original, rows in self.gathered:
+    def _cached_rows(self, value: Tensor) -> dict[str, Tensor]:
+        for original, rows in self.row_cache:
             if original is value:
                 return rows
         full = value.expand(self.order.shape[0], *value.shape[1:])
         # One copy per group, not two views of one: a saved view would keep the rest's rows for the backward pass.
         rows = {group: gather_tokens(full, self.indices(group)) for group in (SELECTED, REST)}
-        self.gathered.append((value, rows))
+        self.row_cache.append((value, rows))
         return rows
 
     def mask_rows(self, mask: Any, causal: bool, group: str, query: Tensor) -> Tensor | None:
@@ -135,8 +141,8 @@ class Step:
             return None
         if not isinstance(mask, MaskRecipe):
             mask = self._recipe(mask)
-        order = self.order.to(query.device)
-        return mask.rows(group, self.indices(group).to(query.device), order, query.dtype)
+        queries, keys = self.indices(group).to(query.device), self.order.to(query.device)
+        return mask.rows(group, queries, keys, compute_dtype(query))
 
     def _recipe(self, mask: Tensor | None) -> MaskRecipe:
         batch, length = self.order.shape
@@ -156,19 +162,24 @@ class Step:
 def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of every layer: its own forward gets the selected group and that group's arguments."""
     step = CURRENT_STEP.get()
+    kwargs = dict(kwargs)
+    hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states", None), ())
     if step is None:
-        if "selected_positions" in kwargs:
+        if "selected_positions" in kwargs:  # swallowed by the model's **kwargs, where its hooks did not run
             raise RuntimeError("selected_positions reached a layer: call the model itself, not its `forward` method")
+        if isinstance(hidden, TokenGroups):
+            raise RuntimeError("a layer is run again outside of its forward pass (a checkpointing wrapper does this)")
         return None
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         raise UnsupportedModelError("gradient checkpointing would recompute whole layers: disable it on this model")
-    kwargs = dict(kwargs)
-    hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
     if any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past")):
         raise UnsupportedModelError("a key-value cache reached a layer: both passes would write to it")
-    groups = hidden if isinstance(hidden, TokenGroups) else step.split(hidden)
-    step.entered += 1
-    step.call = LayerCall(layer, step.entered == step.layer_calls, groups, args, kwargs, rest_output=groups.rest)
+    if step.entered_calls > 0 and not isinstance(hidden, TokenGroups):
+        raise UnsupportedModelError(f"something in front of {type(layer).__name__} took the groups of tokens apart")
+    groups = hidden if step.entered_calls > 0 else step.split(hidden)
+    step.entered_calls += 1
+    last = step.entered_calls == step.expected_calls
+    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled())
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
 
 
@@ -178,13 +189,18 @@ def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
     if step is None:
         return None
     call, step.call = step.call, None
-    if call.joined_kv is None:
+    if call.selected_kv is None:
         raise UnsupportedModelError(f"{type(layer).__name__} does not send its attention through the interface")
-    hidden, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
-    hidden = TokenGroups(hidden, call.rest_output)
-    if call.last:
-        hidden = hidden.selected if step.rows is Rows.SELECTED else step.merge(hidden)
-    return (hidden, *others) if isinstance(output, tuple) else hidden
+    hidden, *others = output if isinstance(output, tuple) else (output,)
+    if call.last and step.rows is Rows.SELECTED:
+        leaving = hidden
+    else:
+        rest = call.rest_output
+        if rest is None:
+            rest = hidden.new_zeros(*call.groups.rest.shape[:2], *hidden.shape[2:])
+        groups = TokenGroups(hidden, rest)
+        leaving = step.merge(groups) if call.last else groups
+    return (leaving, *others) if isinstance(output, tuple) else leaving
 
 
 def selective_attention(
@@ -198,31 +214,41 @@ def selective_attention(
     """
     step = CURRENT_STEP.get()
     call = step.call
+    if call is None:
+        raise UnsupportedModelError(f"{type(module).__name__} attends outside of the layers")
     group = call.running
     if key.shape[2] != step.indices(group).shape[1]:
         raise UnsupportedModelError(f"{type(module).__name__} attends to keys that are not the layer's own tokens")
     if group == SELECTED:
         if call.selected_kv is not None:
             raise UnsupportedModelError(f"{type(call.layer).__name__} calls attention more than once")
-        call.selected_kv = call.joined_kv = key, value
+        call.selected_kv = key, value
         if call.groups.rest.shape[1] > 0:
-            _run_rest(step, call)
-        keys, values = call.joined_kv
+            _run_rest(step, call)  # comes by here in its turn, and leaves `joined_kv`
+        keys, values = call.joined_kv or call.selected_kv
     else:
-        with torch.set_grad_enabled(call.selected_kv[0].requires_grad or call.selected_kv[1].requires_grad):
+        # Joined once, for both passes: within the rest's no_grad the selected part keeps its gradients all the same.
+        with torch.set_grad_enabled(call.with_gradients):
             pairs = zip(call.selected_kv, (key, value), strict=True)
             call.joined_kv = keys, values = tuple(torch.cat(pair, dim=2) for pair in pairs)
         if call.last and step.rows is not Rows.ALL:
             raise _RestDone
         keys, values = keys.detach(), values.detach()
-    implementation = next(name for config, name in step.implementations if config is module.config)
-    causal = implementation != "eager" and options.get("is_causal", getattr(module, "is_causal", True))
+    implementation = next((name for config, name in step.implementations if config is module.config), None)
+    if implementation is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has a configuration of its own")
+    # Without a mask, transformers' eager attention sees everything; its fused one goes by `is_causal`.
+    causal = options.get("is_causal")
+    causal = implementation != "eager" and (getattr(module, "is_causal", True) if causal is None else causal)
     mask = step.mask_rows(attention_mask, causal, group, query)
     return attend(module, query, keys, values, mask, implementation, **options)
 
 
 def _run_rest(step: Step, call: LayerCall) -> None:
-    """The rest's pass through the layer, called from within the selected group's attention."""
+    """The rest's pass through the layer, called from within the selected group's attention.
+
+    `forward`, not the layer itself: the hooks on the layer, ours among them, run once per call of the layer.
+    """
     args, kwargs = step.rows_of(call.args, REST), step.rows_of(call.kwargs, REST)
     call.running = REST
     try:
@@ -230,6 +256,6 @@ def _run_rest(step: Step, call: LayerCall) -> None:
             output = call.layer.forward(call.groups.rest, *args, **kwargs)
             call.rest_output = output[0] if isinstance(output, tuple) else output
     except _RestDone:
-        call.rest_output = torch.zeros_like(call.groups.rest)
+        pass
     finally:
         call.running = SELECTED

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokentune.attention import UnsupportedModelError
+from tokentune.errors import UnsupportedModelError
 
 # What mixes tokens in a layer without asking the attention interface. Class names' parts, for what is no torch module.
-_MIXER_TYPES = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
+_MIXER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
 _MIXER_NAMES = ("Mamba", "ShortConv", "DeltaNet", "LinearAttention", "Indexer", "Lightning")
 
 
@@ -24,14 +24,7 @@ class Stack:
     layers: nn.ModuleList
     backbone: PreTrainedModel  # the innermost model that holds the layers: it makes the masks
     calls: int  # of layers in one forward pass
-
-    def configs(self) -> list[PreTrainedConfig]:
-        """The distinct configurations that name the attention implementation of masks and layers."""
-        found: list[PreTrainedConfig] = []
-        for config in (self.backbone.config, *(module.config for module in attention_modules(self.layers))):
-            if not any(config is known for known in found):
-                found.append(config)
-        return found
+    configs: list[PreTrainedConfig]  # the distinct ones that name the attention of masks and layers
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
@@ -69,12 +62,27 @@ def transformer_layers(model: PreTrainedModel) -> Stack:
     (name, layers), *_ = stacks.items()
     for index, layer in enumerate(layers):
         _check_layer(layer, f"layer {name}.{index} ({type(layer).__name__}) of {kind}")
+    if getattr(model.config, "layerdrop", 0):
+        raise UnsupportedModelError(f"{kind} skips layers at random in training: set config.layerdrop to 0")
     backbone = [
         module
         for prefix, module in model.named_modules()
         if isinstance(module, PreTrainedModel) and (prefix == "" or name.startswith(f"{prefix}."))
     ][-1]
-    return Stack(layers, backbone, _layer_calls(backbone, layers, kind))
+    if "deepstack_visual_embeds" in inspect.signature(type(backbone).forward).parameters:
+        raise UnsupportedModelError(f"{kind} adds image features to the hidden states between its layers")
+    return Stack(layers, backbone, _layer_calls(backbone, layers, kind), _configs(backbone, layers))
+
+
+def _configs(backbone: PreTrainedModel, layers: nn.ModuleList) -> list[PreTrainedConfig]:
+    found: list[PreTrainedConfig] = []
+    for module in (backbone, *attention_modules(layers)):
+        config = getattr(module, "config", None)
+        if config is None:
+            raise UnsupportedModelError(f"{type(module).__name__} has no configuration to name its attention in")
+        if not any(config is known for known in found):
+            found.append(config)
+    return found
 
 
 def _innermost_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -95,10 +103,18 @@ def _check_layer(layer: nn.Module, where: str) -> None:
     ]
     if mixers:
         raise UnsupportedModelError(f"{where} mixes tokens in {type(mixers[0]).__name__}, outside of attention")
+    for child in layer.modules():
+        # A whole residual branch dropped or not, per sequence: the two groups would each throw their own dice.
+        if "DropPath" in type(child).__name__ and getattr(child, "drop_prob", 1.0):
+            raise UnsupportedModelError(f"{where} drops whole branches at random: set config.drop_path_rate to 0")
     found = attention_modules(layer)
     if len(found) != 1:
         what = ", ".join(sorted({type(child).__name__ for child in found})) or "none"
         raise UnsupportedModelError(f"{where} needs exactly one attention of the attention interface, found: {what}")
+    if "shared_kv_states" in inspect.signature(type(found[0]).forward).parameters:
+        raise UnsupportedModelError(
+            f"{where} shares keys and values with other layers, which each group would overwrite"
+        )
 
 
 def _layer_calls(backbone: PreTrainedModel, layers: nn.ModuleList, kind: str) -> int:

@@ -1,7 +1,7 @@
 """Trust nothing: a model is compared with the definition of the method before it is patched.
 
-A tiny random copy of the model (its class and head, its options, every kind of layer it has, at least three layers)
-runs twice on a padded batch: once patched, once as the definition says (Simoulin et al., EMNLP 2024, section 3):
+A tiny random copy of the model (`tiny_copy.py`) runs twice on a padded batch: once patched, once as the definition says
+(Simoulin et al., EMNLP 2024, section 3):
 
     run the unmodified model; replace each row of a layer's input outside of the selection by a constant, and
     likewise each query, key and value inside attention; take the loss over the selected rows.
@@ -10,7 +10,7 @@ Outputs and all parameter gradients have to agree, and the definition's outputs 
 it is found out which rows the head needs (`selective.Rows`) and which token it pools.
 """
 
-import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentune.attention import UnsupportedModelError, eager_function
+from tokentune.attention import eager_function
+from tokentune.errors import UnsupportedModelError
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import Rows, TokenGroups
-from tokentune.structure import transformer_layers
+from tokentune.structure import attention_modules, transformer_layers
+from tokentune.tiny_copy import Float64, implementation, tiny_copy, undisturbed
 
 # Sizes that differ from one another and from every size of the tiny model, so that no dimension passes for another.
 BATCH, LENGTH, PADDING, SELECTED = 3, 19, 4, 7
-# Relative. Even a float64 copy casts to float32 in its norms, rotary angles and loss. Eager attention goes through a
-# float32 softmax, which turns float64's smallest number into -inf and rows that see nothing into NaN: float32 then.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+TOLERANCE = 1e-9  # relative, in float64 throughout
 _DEFINITION = "tokentune_definition"
+_TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
+_SEQUENCE_HEADS = ("ForSequenceClassification", "ForImageClassification")
 
 
 class Pooling(Enum):
@@ -70,9 +72,11 @@ def verified_profile(model: PreTrainedModel) -> Profile:
     Raises:
         UnsupportedModelError: with the place and the size of the first mismatch.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(0)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UnsupportedModelError(
+            "`config.output_router_logits` adds a loss over the routers of all tokens: set it to False"
+        )
+    with undisturbed():
         try:
             tiny = tiny_copy(model)
             trials = [_trial(tiny, side) for side in ("right", "left")]
@@ -91,81 +95,17 @@ def verified_profile(model: PreTrainedModel) -> Profile:
                 return Profile(rows, pooling)
             except UnsupportedModelError as error:
                 first_error = first_error or error
-        raise first_error
+        raise UnsupportedModelError(f"{first_error}{_likely_reason(tiny, str(first_error))}") from first_error
 
 
-# --- the tiny copy ----------------------------------------------------------------------------------------------------
-
-
-def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class, head and options with random weights, about a million of them."""
-    config = tiny_config(model.config)
-    config._experts_implementation = "eager"  # the fused ones know no float64, and experts act on each token alone
-    own = _implementation(model)
-    dtype = torch.float32 if own == "eager" else torch.float64
-    tiny = type(model)._from_config(config, attn_implementation=own, dtype=dtype)
-    with torch.no_grad():
-        for parameter in tiny.parameters():
-            noise = torch.randn_like(parameter)
-            # Weights large enough for every path to matter, vectors (norms, biases) near what they were.
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else parameter + 0.1 * noise)
-    return tiny.train()
-
-
-def _implementation(model: PreTrainedModel) -> str:
-    return "eager" if transformer_layers(model).backbone.config._attn_implementation == "eager" else "sdpa"
-
-
-def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy with few layers, heads, experts and words; everything that changes the computation stays.
-
-    The head size is kept (rotary tables depend on it), as is whether heads are grouped; dropout is turned off.
-    """
-    config = copy.deepcopy(config)
-    subconfigs = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    for part in [config, *(part for part in subconfigs if isinstance(part, PreTrainedConfig))]:
-        if hasattr(part, "num_hidden_layers") and hasattr(part, "num_attention_heads"):
-            _shrink(part)
-    return config
-
-
-def _shrink(config: PreTrainedConfig) -> None:
-    depth, kept = config.num_hidden_layers, _layers_to_keep(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == depth:
-            setattr(config, name, type(value)(value[:kept]))
-        elif isinstance(value, int | float) and ("drop" in name or name.endswith("pdrop")):
-            setattr(config, name, type(value)(0))
-    config.num_hidden_layers = kept
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    config.num_attention_heads = 4
-    if groups is not None:
-        config.num_key_value_heads = 4 if groups == heads else 1 if groups == 1 else 2
-    config.hidden_size = 4 * head_size
-    most = {"intermediate_size": 48, "moe_intermediate_size": 24, "ffn_dim": 48, "n_inner": 48, "vocab_size": 97}
-    most |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
-    most |= {
-        "sliding_window": 5,
-        "local_attention": 6,
-        "attention_chunk_size": 6,
-        "hidden_dim": 48,
-        "shared_expert_intermediate_size": 24,
-    }
-    for name, size in most.items():
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, min(size, getattr(config, name)))
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, 0)
-    if isinstance(getattr(config, "image_size", None), int) and isinstance(getattr(config, "patch_size", None), int):
-        config.image_size = 4 * config.patch_size
-
-
-def _layers_to_keep(config: PreTrainedConfig) -> int:
-    kinds = getattr(config, "layer_types", None) or []
-    needed = next((n for n in range(1, len(kinds) + 1) if set(kinds[:n]) == set(kinds)), 0)
-    return min(config.num_hidden_layers, max(3, needed))
+def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
+    """What in the model's code explains a mismatch, as far as it can be seen; empty where it cannot."""
+    attention = attention_modules(transformer_layers(tiny).layers)[0]
+    if "MaskRecipe" in message:
+        return f" ({type(attention).__name__} computes with the mask itself, before attention)"
+    if "arange" in inspect.unwrap(type(attention).forward).__code__.co_names:
+        return f" ({type(attention).__name__} counts the tokens it is given, which are one group's, not the sequence's)"
+    return ""
 
 
 # --- what it is tried on ----------------------------------------------------------------------------------------------
@@ -173,47 +113,66 @@ def _layers_to_keep(config: PreTrainedConfig) -> int:
 
 def _trial(tiny: PreTrainedModel, side: str) -> _Trial:
     """A padded batch with labels for the model's head, and a selection that holds what the head pools."""
-    dtype = next(tiny.parameters()).dtype
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    if tiny.main_input_name == "pixel_values":
-        vision = tiny.config
-        batch = {"pixel_values": torch.randn(BATCH, vision.num_channels, *[vision.image_size] * 2, dtype=dtype)}
-    else:
-        start = 0 if side == "left" else LENGTH - PADDING
-        mask[1, start : start + PADDING] = 0
-        words = tiny.config.get_text_config().vocab_size
-        batch = {"input_ids": torch.randint(1, words, mask.shape).masked_fill(mask == 0, 0), "attention_mask": mask}
-    labels = _labels(tiny, mask)
-    batch |= {"labels": labels} if labels is not None else {}
+    if side != "no":
+        mask[1, slice(0, PADDING) if side == "left" else slice(LENGTH - PADDING, LENGTH)] = 0
+    batch = _inputs(tiny, mask)
+    batch |= _labels(tiny, mask)
 
     kept = []
     handle = transformer_layers(tiny).layers[-1].register_forward_hook(lambda *call: kept.append(_hidden(call[2])))
     untouched, result = _forward(tiny, batch)
     handle.remove()
     length = kept[-1].shape[1]
-    mask = mask if length == LENGTH else torch.ones(BATCH, length, dtype=torch.long)
+    mask = mask if "attention_mask" in batch else torch.ones(BATCH, length, dtype=torch.long)
     pooling = _pooling(result, kept[-1], mask)
+    if pooling is Pooling.FIRST and side == "left" and not mask.all():  # it would be padding that is pooled
+        return _trial(tiny, "no")
     scores = torch.rand(BATCH, length).masked_fill(mask == 0, 2.0)
+    scores[1, mask[1].argmin()] = -1.0  # one padding position: short rows are filled up with them
     if pooling is Pooling.FIRST:
         scores[:, 0] = -1.0
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     if pooling is Pooling.LAST:
-        scores[torch.arange(BATCH), last] = -1.0
+        scores[torch.arange(BATCH), mask.shape[1] - 1 - mask.flip(1).argmax(1)] = -1.0
     positions = scores.argsort(1)[:, :SELECTED].sort(1).values
     return _Trial(tiny, batch, side, positions, untouched.detach(), pooling)
 
 
-def _labels(tiny: PreTrainedModel, mask: Tensor) -> Tensor | None:
-    """Random labels of the kind that the head takes; None for a model without a head."""
-    loss_type = "ForCausalLM" if tiny.can_generate() else tiny.loss_type
-    if loss_type in ("ForCausalLM", "ForMaskedLM", "ForTokenClassification"):
-        per_class = loss_type == "ForTokenClassification"
-        classes = tiny.config.num_labels if per_class else tiny.config.get_text_config().vocab_size
-        return torch.randint(0, classes, mask.shape).masked_fill(mask == 0, -100)
-    if loss_type in ("ForSequenceClassification", "ForImageClassification"):
-        return torch.randint(0, tiny.config.num_labels, mask.shape[:1])
+def _inputs(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
+    """Random images, or random words where `mask` (B, S) is 1; of a vision-language model the words alone."""
+    accepted = inspect.signature(type(tiny).forward).parameters
+    if "input_ids" not in accepted and tiny.main_input_name == "pixel_values":
+        vision = getattr(tiny.config, "vision_config", tiny.config)
+        size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        return {"pixel_values": torch.randn(BATCH, vision.num_channels, size, size, dtype=torch.float64)}
+    text = tiny.config.get_text_config()
+    ids = torch.randint(1, text.vocab_size, mask.shape).masked_fill(mask == 0, 0)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in accepted and getattr(text, "type_vocab_size", 0):
+        batch["token_type_ids"] = torch.randint(0, text.type_vocab_size, mask.shape)
+    elif "token_type_ids" in accepted and text is not tiny.config:  # tokens of an image, which may see one another
+        batch["token_type_ids"] = torch.zeros_like(mask).index_fill_(1, torch.arange(6, 10), 1)
+    if "mm_token_type_ids" in accepted:
+        batch["mm_token_type_ids"] = torch.zeros_like(mask)
+    return batch
+
+
+def _labels(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
+    """Random labels of the kind that the head takes; none for a model without a head."""
+    loss_type, config = "ForCausalLM" if tiny.can_generate() else tiny.loss_type, tiny.config
+    if loss_type in _TOKEN_HEADS:
+        classes = config.num_labels if loss_type == "ForTokenClassification" else config.get_text_config().vocab_size
+        return {"labels": torch.randint(0, classes, mask.shape).masked_fill(mask == 0, -100)}
+    if loss_type in _SEQUENCE_HEADS:
+        if config.problem_type == "multi_label_classification":
+            return {"labels": torch.randint(0, 2, (BATCH, config.num_labels)).double()}
+        if config.problem_type == "regression" or config.num_labels == 1:
+            return {"labels": torch.randn(BATCH, config.num_labels, dtype=torch.float64).squeeze(1)}
+        return {"labels": torch.randint(0, config.num_labels, (BATCH,))}
+    if loss_type == "ForQuestionAnswering":
+        return {"start_positions": torch.tensor([4, 6, 5]), "end_positions": torch.tensor([8, 7, 11])}
     if loss_type is None or tiny.base_model is tiny:
-        return None
+        return {}
     raise UnsupportedModelError(f"the head of {type(tiny).__name__} ({loss_type}) is not served")
 
 
@@ -222,8 +181,14 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _forward(tiny: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
-    result = tiny(**batch)
-    return (result.logits if "labels" in batch else result.last_hidden_state), result
+    with Float64():
+        result = tiny(**batch)
+    if "start_positions" in batch:
+        return torch.stack((result.start_logits, result.end_logits), dim=-1), result
+    output = getattr(result, "logits" if "labels" in batch else "last_hidden_state", None)
+    if output is None:
+        raise UnsupportedModelError(f"the head of {type(tiny).__name__} ({tiny.loss_type}) is not served")
+    return output, result
 
 
 def _pooling(result: Any, hidden: Tensor, mask: Tensor) -> Pooling | None:
@@ -260,19 +225,21 @@ def _compare(trial: _Trial, profile: Profile) -> None:
         definition_of_the_method(tiny, positions, last_output=profile.rows is Rows.ALL),
         _recorded(tiny, defined_layers),
     ):
-        defined, defined_gradients = _step(tiny, _selected_labels(trial), positions, profile)
+        defined, defined_gradients = _step(tiny, _selected_labels(trial), positions)
     real = trial.batch.get("attention_mask", torch.ones(defined.shape[:2])).bool()
     per_token = defined.shape[:2] == real.shape and defined.ndim == 3
     seen = real if per_token else slice(None)
     _agree(defined[seen], trial.untouched[seen], f"{what}: outputs of its own attention function")
 
     install_hooks(tiny)
-    tiny._tokentune = Settings(None, "random", profile)
+    tiny._tokentune = Settings(None, "random", profile, transformer_layers(tiny))
     found_layers: list[Tensor] = []
     try:
         with _recorded(tiny, found_layers):
-            found, gradients = _step(tiny, trial.batch | {"selected_positions": positions}, None, profile)
-    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+            found, gradients = _step(tiny, trial.batch | {"selected_positions": positions}, positions)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a family's own code raises on half of a sequence
         raise UnsupportedModelError(f"{what} fails on groups of tokens: {type(error).__name__}: {error}") from error
     finally:
         remove_tokentune(tiny)
@@ -282,11 +249,11 @@ def _compare(trial: _Trial, profile: Profile) -> None:
         for index, (one, other) in enumerate(zip(found_layers[:-1], defined_layers[:-1], strict=True)):
             _agree(one[chosen], other[rows, positions][chosen], f"{what}: outputs of layer {index}")
     if per_token and profile.rows is not Rows.ALL:
-        _agree(found[chosen], defined[rows, positions][chosen], f"{what}: outputs")
+        _agree(found[chosen], defined[rows, positions][chosen], f"{what}: outputs of the last layer or the head")
     else:
-        _agree(found[seen], defined[seen], f"{what}: outputs")
+        _agree(found[seen], defined[seen], f"{what}: outputs of the last layer or the head")
     scale = max(gradient.abs().max() for gradient in defined_gradients.values())
-    for name in defined_gradients.keys() | gradients.keys():
+    for name in defined_gradients | gradients:  # in the order of the parameters
         if name not in gradients or name not in defined_gradients:
             raise UnsupportedModelError(f"{what}: only one of the two gives {name} a gradient")
         _agree(gradients[name], defined_gradients[name], f"{what}: gradient of {name}", 1e-3 * scale)
@@ -310,27 +277,23 @@ def _recorded(model: PreTrainedModel, outputs: list[Tensor]) -> Iterator[None]:
 
 def _selected_labels(trial: _Trial) -> dict[str, Tensor]:
     labels = trial.batch.get("labels")
-    if labels is None or labels.ndim == 1:
+    if labels is None or labels.ndim == 1 or labels.is_floating_point():
         return trial.batch
     masked = mask_unselected_labels(labels, trial.positions, causal=trial.tiny.can_generate())
     return trial.batch | {"labels": masked}
 
 
-def _step(
-    tiny: PreTrainedModel, batch: dict[str, Tensor], positions: Tensor | None, profile: Profile
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and parameter gradients of one training step; without a head the loss is a fixed projection.
-
-    `positions` are the rows that carry such a loss; None: all that come back.
-    """
+def _step(tiny: PreTrainedModel, batch: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and parameter gradients of one step; without a head the loss is a projection of the selected real rows."""
     tiny.zero_grad(set_to_none=True)
     output, result = _forward(tiny, batch)
-    loss = result.loss if "labels" in batch else None
+    loss = getattr(result, "loss", None)
     if loss is None:
-        rows = (
-            output if positions is None or profile.rows is Rows.ALL else output[torch.arange(BATCH)[:, None], positions]
-        )
-        loss = (rows * torch.linspace(-1, 1, rows[0].numel(), dtype=rows.dtype).view(rows.shape[1:])).sum()
+        index = torch.arange(BATCH)[:, None]
+        real = batch["attention_mask"][index, positions] if "attention_mask" in batch else torch.ones(positions.shape)
+        hidden = output if output.shape[1] == SELECTED else output[index, positions]  # (B, K, D)
+        weights = torch.linspace(-1, 1, hidden[0].numel(), dtype=hidden.dtype).view(hidden.shape[1:])
+        loss = (hidden * weights).sum(-1)[real.bool()].sum()
     loss.backward()
     return output.detach(), {n: p.grad for n, p in tiny.named_parameters() if p.grad is not None}
 
@@ -341,7 +304,7 @@ def definition_of_the_method(model: PreTrainedModel, positions: Tensor, *, last_
 
     `last_output`: the rest's rows of the last layer's output are constants too (for a head that looks at all rows).
     """
-    own = _implementation(model)
+    own = implementation(model)
     stack = transformer_layers(model)
     calls = 0
 
@@ -371,11 +334,11 @@ def definition_of_the_method(model: PreTrainedModel, positions: Tensor, *, last_
     handles = [layer.register_forward_pre_hook(hold_input, with_kwargs=True) for layer in stack.layers]
     handles += [layer.register_forward_hook(hold_output) for layer in stack.layers]
     try:
-        for config in stack.configs():
+        for config in stack.configs:
             config._attn_implementation_internal = _DEFINITION
         yield
     finally:
-        for config in stack.configs():
+        for config in stack.configs:
             config._attn_implementation_internal = own
         for handle in handles:
             handle.remove()
@@ -383,5 +346,5 @@ def definition_of_the_method(model: PreTrainedModel, positions: Tensor, *, last_
 
 def _agree(found: Tensor, expected: Tensor, what: str, floor: float | Tensor = 1e-9) -> None:
     error = (found - expected).abs().max() / expected.abs().max().clamp(min=floor)
-    if not error <= TOLERANCE[found.dtype]:  # also where it is NaN
+    if not error <= TOLERANCE:  # also where it is NaN
         raise UnsupportedModelError(f"{what} differ from the definition of the method by {error:.1e} (relative)")
