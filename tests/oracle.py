@@ -2,7 +2,8 @@
 
 Module hooks alone: they replace what is outside of the selection by constants, at the input of each layer and at the
 outputs of its query, key and value projections (a token's rotary embedding and its norms act on that token alone, so
-that constants stay constants up to the attention). No attention interface, nothing of `tokentune` is involved.
+that constants stay constants up to the attention, unless that norm has weights of its own). No attention interface,
+nothing of `tokentune` is involved.
 
     B sequences, S tokens, K selected, D hidden size
 """

@@ -325,12 +325,18 @@ def test_a_cache_and_checkpointing_are_refused() -> None:
         model.forward(ids, selected_positions=positions)
 
 
-def test_an_error_inside_a_layer_leaves_the_model_intact() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("layer", [0, 1], ids=["in the rest's pass", "in the selected's"])
+def test_an_error_inside_a_layer_leaves_the_model_intact(layer: int, error: type[BaseException]) -> None:
     model = apply_tokentune(build("llama"), verify=False)
     ids, mask = padded_batch()
     before = model(ids, attention_mask=mask).logits
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def fail(*_: object) -> None:
+        raise error
+
+    handle = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(error):
         model(ids, attention_mask=mask, selected_positions=torch.tensor([[1, 4]] * BATCH))
     handle.remove()
     assert torch.equal(model(ids, attention_mask=mask).logits, before)
@@ -357,7 +363,7 @@ def test_a_head_that_pools_the_last_token_is_right_and_needs_it() -> None:
 
 
 def test_saves_what_the_selection_is_meant_to_save() -> None:
-    """Exact bytes: every token-wise activation shrinks to K rows; joined keys and values keep all S."""
+    """Every token-wise activation shrinks to a quarter of the rows; joined keys and values keep all of them."""
     config = tiny_llama_config(hidden_size=64, intermediate_size=128, num_hidden_layers=4)
     model = LlamaForCausalLM(config)
     ids = torch.randint(3, 90, (2, 64))
