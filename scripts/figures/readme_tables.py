@@ -100,6 +100,20 @@ def quickstart_table() -> str:
     return markdown(["skill", "exact match before", "after"], rows)
 
 
+def families_table() -> str:
+    """The families that are served, and below them those that are refused, with the reason."""
+    served, refused = [], []
+    for row in read("families.json")["rows"]:
+        name = row["family"] + (" *" if row["drawn"] else "")
+        if "refused" in row:
+            refused.append([name, f"`{row['class']}`", row["refused"]])
+        else:
+            figures = [row["attention"], f"{row['difference']:.0e}", f"{row['bytes_ratio']:.2f}"]
+            served.append([name, f"`{row['class']}`", *figures])
+    header = ["served", "class", "attention", "largest difference", "kept for backward, of plain"]
+    return f"{markdown(header, served)}\n\n{markdown(['refused', 'class', 'reason'], refused)}"
+
+
 def flags_table() -> str:
     rows = []
     for group in dataclasses.fields(Arguments):
@@ -123,6 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "instruction_tuning": instruction_tuning_table,
     "quickstart": quickstart_table,
+    "families": families_table,
     "flags": flags_table,
 }
 
