@@ -1,0 +1,124 @@
+"""Memory and time of one training step on the quick start's base: full, TokenTune, and TokenTune + LoRA.
+
+    python scripts/quickstart/measure.py --model quickstart/base --data quickstart/data/train.jsonl \
+        --output quickstart/measurements.json
+
+Memory is what autograd keeps for the backward pass, parameters excluded: the part that grows with the batch. A step is
+forward, backward and AdamW on one batch of the training data. The methods take turns within every round, so that
+whatever else the machine does hits all alike.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when run as a file
+
+from tokentune import apply_tokentune
+from tokentune.collators import CausalCollator, SeededRows
+from tokentune.loading import add_adapters, load_base_model, load_tokenizer
+from tokentune.memory import SavedForBackward
+from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records, ensure_pad_token
+from tokentune.records import load_records
+
+# Other packages' words on their own internals, which a user can do nothing about.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+METHODS = ("full", "TokenTune", "TokenTune + LoRA")
+
+
+def build_model(method: str, path: str, rank: int) -> nn.Module:
+    model = load_base_model(path, dtype=torch.float32, quantize_4bit=False)
+    if "LoRA" in method:
+        model = add_adapters(model, r=rank, alpha=2 * rank, dropout=0.0, target_modules=["all-linear"], quantized=False)
+    return (apply_tokentune(model) if "TokenTune" in method else model).train()
+
+
+def build_batches(arguments: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
+    """One batch of the training data for each method, the same rows; with positions where the method selects."""
+    tokenizer = load_tokenizer(arguments.model)
+    pad_token_id = ensure_pad_token(tokenizer, None)
+    records = load_records(arguments.data).select(range(arguments.batch))
+    rows, _ = encode_records(
+        records, tokenizer, PromptTemplate.load(DEFAULT_TEMPLATE), max_length=96, add_eos_token=True
+    )
+    examples = [SeededRows(rows, seed=0)[index] for index in range(arguments.batch)]
+    whole = CausalCollator(pad_token_id)(examples)
+    selected = CausalCollator(pad_token_id, arguments.proportion)(examples)
+    return {method: selected if "TokenTune" in method else whole for method in METHODS}
+
+
+def timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
+    """Seconds of one step."""
+    start = time.perf_counter()
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=32, help="sequences")
+    parser.add_argument("--proportion", type=float, default=0.3, help="of the tokens that are selected")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    parser.add_argument("--rounds", type=int, default=25)
+    arguments = parser.parse_args()
+
+    batches = build_batches(arguments)
+    models = {method: build_model(method, arguments.model, arguments.rank) for method in METHODS}
+    saved_bytes, seconds = {}, {method: [] for method in METHODS}
+    optimizers = {}
+    for method, model in models.items():
+        with SavedForBackward(model) as saved:
+            loss = model(**batches[method]).loss
+        saved_bytes[method] = saved.bytes
+        del loss
+        # A learning rate of zero: the timed steps do all the work and leave the weights as they are.
+        optimizers[method] = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
+        timed_step(model, optimizers[method], batches[method])  # warm-up
+    for _ in tqdm(range(arguments.rounds), desc="measuring", unit="round"):
+        for method, model in models.items():
+            seconds[method].append(timed_step(model, optimizers[method], batches[method]))
+
+    rows = []
+    for method in METHODS:
+        ratios = [one / full for one, full in zip(seconds[method], seconds["full"], strict=True)]
+        rows.append(
+            {
+                "method": method,
+                "saved_bytes": saved_bytes[method],
+                "seconds": statistics.median(seconds[method]),
+                "saved_bytes_ratio": saved_bytes[method] / saved_bytes["full"],
+                "seconds_ratio": statistics.median(ratios),  # median over rounds of the ratio within a round
+            }
+        )
+        print("{method}: {saved_bytes:,} bytes saved for backward, {seconds:.3f} s per step".format(**rows[-1]))
+    setting = {
+        "batch": list(batches["full"]["input_ids"].shape),
+        "proportion": arguments.proportion,
+        "rank": arguments.rank,
+        "rounds": arguments.rounds,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+    arguments.output.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
