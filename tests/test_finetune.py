@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tokentune.patching
 from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.finetune import main
@@ -185,6 +186,17 @@ def test_qlora_trains_over_four_bits(tiny_llama_dir: Path, alpaca_file: Path, tm
     assert folder.name == "tiny-llama-tiny_alpaca-lora-qlora-tokentune-0.3"
     weights = load_file(folder / "adapter_model.safetensors")
     assert sum(weight.abs().sum() for name, weight in weights.items() if "lora_B" in name) > 0
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_verification_can_be_skipped(
+    skip: bool, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = []
+    real = tokentune.patching.verified_profile
+    monkeypatch.setattr(tokentune.patching, "verified_profile", lambda model: verified.append(model) or real(model))
+    run(tiny_llama_dir, alpaca_file, tmp_path, "--tokentune --prefix_length 0.3" + " --skip_verification" * skip)
+    assert bool(verified) is not skip
 
 
 def test_print_run_folder_prints_it_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

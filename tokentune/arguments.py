@@ -124,6 +124,9 @@ class SelectionArguments:
     selection: Literal["random", "reference"] = _flag(
         "random", "how they are drawn: uniformly without replacement, or as the released code did (for comparison)"
     )
+    skip_verification: bool = _flag(
+        False, "do not compare a tiny copy of the model with the method's definition first: at your own risk"
+    )
 
     def __post_init__(self) -> None:
         try:
@@ -131,7 +134,7 @@ class SelectionArguments:
         except ValueError as error:
             raise UserError(f"--prefix_length {self.prefix_length}: {error}") from None
         if not self.tokentune:
-            _log_without_effect(self, ("prefix_length", "selection"), "--tokentune")
+            _log_without_effect(self, ("prefix_length", "selection", "skip_verification"), "--tokentune")
 
 
 @dataclass

@@ -82,7 +82,7 @@ def adapt_and_patch(model: nn.Module, arguments: Arguments) -> nn.Module:
         )
     if arguments.selection.tokentune:
         with unsupported_models_refused():
-            apply_tokentune(model)
+            apply_tokentune(model, verify=not arguments.selection.skip_verification)
     return model
 
 
