@@ -79,7 +79,7 @@ def draw_picture(results: Results, path: Path) -> None:
         bars = quality.bar([i + offset for i in range(len(names))], shares, 0.38, color=color, label=label)
         quality.bar_label(bars, [f"{share:.0f}" for share in shares], padding=2, fontsize=9)
     quality.set_title("Exact match on held-out questions, %", loc="left")
-    quality.set_xticks(range(len(names)), [f"{name}\n{LEGEND.get(name, 'skills')}" for name in names], fontsize=8.5)
+    quality.set_xticks(range(len(names)), [f"{name}\n{LEGEND.get(name, 'skills')}" for name in names], fontsize=7.5)
     quality.set_ylim(0, 122)
     quality.set_yticks(range(0, 101, 20))
     quality.legend(loc="upper left", ncols=2, frameon=False, fontsize=9)
