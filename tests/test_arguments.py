@@ -42,6 +42,7 @@ DEFAULTS = {
     "eval_dataset_name_or_path": None,
     "eval_steps": None,
     "selection": "random",
+    "skip_verification": False,
     "seed": 42,
     "optim": "adamw_torch",
     "report_to": ["tensorboard"],
