@@ -2,8 +2,8 @@
 
 B sequences, S tokens, Q queries of one group, H heads, G key-value heads, d head size.
 
-Inside a selective layer the S keys do not stand in sequence order but as [selected, rest]. Attention does not care, as
-long as the mask is made for the same order (`masks.py`); rotary positions were applied before the keys were joined.
+The queries of a group are not consecutive tokens; the S keys are all tokens, in sequence order. Rotary positions were
+applied before the keys were joined, and the mask (`masks.py`) knows where each query stands.
 """
 
 import sys
@@ -12,24 +12,37 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.flex_attention import flex_attention_forward
 
+from tokentune import blocks
 from tokentune.errors import UnsupportedModelError
+from tokentune.masks import GroupMask
+
+IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")  # what `attn_implementation` may name
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, implementation: str, **options
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: GroupMask | None, implementation: str, **options
 ) -> tuple[Tensor, None]:
-    """Attention of `query` (B, H, Q, d) over `key`, `value` (B, G, S, d) under the additive `mask` (B, 1 or H, Q, S).
+    """Attention of `query` (B, H, Q, d) over `key`, `value` (B, G, S, d); without a mask, every query sees every key.
 
     `implementation` is the model's own choice: `eager` runs the eager function of the model's own file, which knows
-    the family's soft-capping, sinks and biases; everything else runs fused scaled-dot-product attention. `options` are
-    the keyword arguments of the model's attention call: each one is honored, ignored where transformers' own `sdpa`
-    ignores it, or refused. Returns the output (B, Q, H, d), and None in place of attention weights.
+    the family's soft-capping, sinks and biases; `flex_attention` transformers' own function of that name, with a block
+    mask; `sdpa` fused attention. `options` are the keyword arguments of the model's attention call: each one is
+    honored, ignored where transformers' own `sdpa` ignores it, or refused. Returns the output (B, Q, H, d), and None in
+    place of attention weights.
     """
+    require_served(implementation, query.device)
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(f"{type(module).__name__} passes a position bias, whose rows follow the sequence")
     if implementation == "eager":
-        output, _ = eager_function(module)(module, query, key, value, mask, **options)
+        additive = None if mask is None else mask.additive(compute_dtype(query))
+        output, _ = eager_function(module)(module, query, key, value, additive, **options)
+        return output, None
+    query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
+    if implementation == "flex_attention":
+        block_mask = None if mask is None else mask.block_mask()
+        output, _ = flex_attention_forward(module, query, key, value, block_mask, **options)
         return output, None
     for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
@@ -37,21 +50,51 @@ def attend(
                 f"{type(module).__name__} passes `{name}`, which fused attention ignores: "
                 'load the model with attn_implementation="eager"'
             )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type != "cpu":
-        # With a mask, CUDA's fused kernels know no grouped heads and the fallback would hold all scores in memory.
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        groups = 1
+    return _fused(query, key, value, mask, options.get("dropout", 0.0), options.get("scaling")), None
+
+
+def require_served(implementation: str, device: torch.device | str) -> None:
+    """Raises UnsupportedModelError for an attention implementation that cannot attend for one group of tokens."""
+    device = torch.device(device).type
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedModelError(
+            f'attn_implementation="{implementation}" cannot attend for selected tokens alone, whose positions have '
+            'gaps that its kernels take no mask for: load the model with "sdpa", "eager" or, on a GPU, "flex_attention"'
+        )
+    if implementation == "flex_attention" and device == "cpu":
+        raise UnsupportedModelError(
+            'attn_implementation="flex_attention" has no backward pass on CPUs: load the model with "sdpa" or "eager"'
+        )
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: GroupMask | None, dropout: float, scale: float | None
+) -> Tensor:
+    """Fused attention -> (B, Q, H, d): over blocks of queries, or in one call where there is nothing to gain by that.
+
+    One call takes what has no mask, or one row of it for all queries (padding alone). Dropout takes one call too, which
+    on CPUs holds all scores (B, H, Q, S), as it does without a selection.
+    """
+    heads = query.shape[1] // key.shape[1]
+    if mask is not None and dropout == 0.0 and _in_blocks(query, heads, mask):
+        return blocks.attend_by_blocks(query, key, value, mask, scale)
+    additive = None if mask is None else mask.additive(query.dtype)
+    if heads > 1 and not blocks.takes_grouped_heads(query, key, value, additive):
+        key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+        heads = 1
     output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=options.get("dropout", 0.0),
-        scale=options.get("scaling"),
-        enable_gqa=groups > 1,
+        query, key, value, attn_mask=additive, dropout_p=dropout, scale=scale, enable_gqa=heads > 1
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()
+
+
+def _in_blocks(query: Tensor, heads: int, mask: GroupMask) -> bool:
+    if query.device.type == "cpu":
+        return not mask.recipe.alike
+    if query.device.type != "cuda":
+        return False
+    long = len(query) * mask.length**2 > blocks.CUDA_MASK_NUMBERS
+    return heads > 1 or (long and not mask.recipe.alike)
 
 
 def eager_function(module: nn.Module) -> Callable:

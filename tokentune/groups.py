@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class TokenGroups(NamedTuple):
@@ -35,6 +36,34 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     batch, length = tokens.shape[:2]
     flat = (indices + torch.arange(batch, device=indices.device)[:, None] * length).flatten().to(tokens.device)
     return tokens.flatten(0, 1).index_select(0, flat).unflatten(0, indices.shape)
+
+
+def in_sequence_order(selected: Tensor, rest: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """Keys or values (B, G, K, d) and (B, G, R, d) of the groups -> (B, G, S, d).
+
+    `places` are the groups' rows, (B K) and (B R), among the B S rows of the result. Gradients reach `selected` alone.
+    One copy, laid out (B, S, G, d), as projections write and kernels read.
+    """
+    return _Join.apply(selected, rest.detach(), *places)
+
+
+class _Join(torch.autograd.Function):
+    """Two `index_copy_`, which would keep what they copy for their backward pass."""
+
+    @staticmethod
+    def forward(ctx, selected: Tensor, rest: Tensor, selected_places: Tensor, rest_places: Tensor) -> Tensor:
+        batch, heads, count, size = selected.shape
+        rows = selected.new_empty(batch * (count + rest.shape[2]), heads, size)
+        rows.index_copy_(0, selected_places, selected.transpose(1, 2).flatten(0, 1))
+        rows.index_copy_(0, rest_places, rest.transpose(1, 2).flatten(0, 1).to(rows.dtype))
+        ctx.save_for_backward(selected_places)
+        return rows.unflatten(0, (batch, -1)).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows = gradient.transpose(1, 2).flatten(0, 1).index_select(0, ctx.saved_tensors[0])
+        return rows.unflatten(0, (len(gradient), -1)).transpose(1, 2), None, None, None
 
 
 def require(condition: Tensor, message: str) -> None:

@@ -3,45 +3,194 @@
 B sequences, S tokens, Q queries of one group, H heads.
 
 Masks come from transformers' own mask functions, so that sliding windows, chunks, packing and padding mean what they
-always mean; they are evaluated for one group's rows at a time and for keys in the order [selected, rest], once per
-step and not once per layer.
+always mean. What travels through the model is a `MaskRecipe`; each kind of attention takes from it what it needs for
+one group's queries: the rows as a whole, made once per step; pieces of them for a block of queries, made and dropped
+in each layer, so that S x S numbers are never held; or FlexAttention's block mask.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from tokentune.errors import UnsupportedModelError
+
+
+class Span(NamedTuple):
+    """A block of queries, and the keys that at least one of them sees."""
+
+    start: int
+    stop: int  # the queries start:stop of the group
+    first: int
+    last: int  # the keys first:last of the sequence
+    open_from: int
+    open_to: int  # a run of keys, within first:last, that every one of the queries sees
 
 
 class MaskRecipe:
     """How to make an attention mask: what transformers' mask functions return during a selective forward.
 
-    It travels through the model where a mask would. Each group's rows of the mask are made when the first layer asks
-    for them and shared by all other layers that were handed the same recipe.
+    It travels through the model where a mask would. What is made of it is shared by all layers that were handed it.
     """
 
-    def __init__(self, visible: Callable[[Tensor, Tensor], Tensor]):
-        """`visible(queries (B, Q), keys (B, S))` -> (B, 1 or H, Q, S), bool (True: attended) or additive float."""
-        self._visible = visible
-        self._made: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+    def __init__(
+        self,
+        visible: Callable[[Tensor, int, int], Tensor],
+        *,
+        triangle: bool = False,
+        causal: bool = False,
+        alike: bool = False,
+    ):
+        """`visible(queries (B, Q), first, last)` -> (B, 1 or H, Q, last - first), bool (True: seen) or additive float.
 
-    def rows(self, group: str, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
-        """The additive mask (B, 1 or H, Q, S) of `group`, whose tokens stand at positions `queries` (B, Q).
+        Args:
+            triangle: it is the causal mask and nothing else.
+            causal: no query sees a key behind its own position.
+            alike: all queries of a sequence see the same keys.
+        """
+        self.visible = visible
+        self.triangle = triangle
+        self.causal = causal or triangle
+        self.alike = alike
+        self.made: dict[tuple, object] = {}  # by group, then whatever else it was made for
+
+    def forget(self, group: str) -> None:
+        """Drops the finished masks of `group`."""
+        self.made = {key: made for key, made in self.made.items() if key[0] != group or not isinstance(made, Tensor)}
+
+
+@dataclass
+class GroupMask:
+    """What the queries of one group see: a recipe, and the positions (B, Q) of the queries, ascending."""
+
+    recipe: MaskRecipe
+    group: str
+    positions: Tensor
+    length: int  # S
+
+    def _once(self, make: Callable[[], object], *key: object) -> object:
+        key = (self.group, *key, self.positions.device)
+        if key not in self.recipe.made:
+            self.recipe.made[key] = make()
+        return self.recipe.made[key]
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """All rows as an additive mask (B, 1 or H, Q, S), which holds S numbers only where all rows are alike.
 
         Additive and in the `dtype` that attention computes in, because any other mask is converted anew by each
         layer's kernel, and every one of those copies would be kept for the backward pass.
         """
-        key = group, dtype, queries.device
-        if key not in self._made:
-            mask = self._visible(queries, keys)
-            if mask.dtype == torch.bool:
-                # The smallest finite number, not -inf: a padding row that sees nothing must not turn into NaN.
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-            self._made[key] = _aligned(mask.to(dtype))
-        return self._made[key]
+
+        def make() -> Tensor:
+            queries = self.positions[:, :1] if self.recipe.alike else self.positions
+            return _aligned(_additive(self.recipe.visible(queries, 0, self.length), dtype))
+
+        mask = self._once(make, dtype)
+        return mask.expand(-1, -1, self.positions.shape[1], -1)
+
+    def spans(self, block: int) -> list[Span]:
+        """The group's queries in blocks of `block`, with the keys that each block sees."""
+        return self._once(lambda: self._find_spans(block), block)
+
+    def _find_spans(self, block: int) -> list[Span]:
+        count = self.positions.shape[1]
+        starts = range(0, count, block)
+        stops = [min(start + block, count) for start in starts]
+        # Reading positions makes an accelerator's host wait: once per step, and only where there are keys to leave out.
+        host = self.positions.device.type == "cpu"
+        if not _readable(self.positions) or (count <= block and not host):
+            return [Span(start, stop, 0, self.length, 0, 0) for start, stop in zip(starts, stops, strict=True)]
+        lowest = self.positions[:, list(starts)].amin(0).tolist()
+        highest = self.positions[:, [stop - 1 for stop in stops]].amax(0).tolist()
+        spans = []
+        for start, stop, low, high in zip(starts, stops, lowest, highest, strict=True):
+            last = high + 1 if self.recipe.causal else self.length
+            if self.recipe.triangle:
+                extents = 0, last, 0, low + 1
+            elif host:
+                extents = _extents(self.recipe.visible(self.positions[:, start:stop], 0, last))
+            else:
+                extents = 0, last, 0, 0
+            spans.append(Span(start, stop, *extents))
+        return spans
+
+    def piece(self, span: Span, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask (B, 1 or H, n, last - first) of one block; None where it hides nothing.
+
+        Only keys outside of the open run are asked about: of a causal mask that is a small part.
+        """
+        queries = self.positions[:, span.start : span.stop]
+        edges = [(span.first, span.open_from), (span.open_to, span.last)]
+        edges = [(first, last) for first, last in edges if first < last]
+        if not edges:
+            return None
+        if span.open_from == span.open_to:
+            return _aligned(_additive(self.recipe.visible(queries, span.first, span.last), dtype))
+        parts = [(first, last, self.recipe.visible(queries, first, last)) for first, last in edges]
+        heads = parts[0][2].shape[1]
+        mask = queries.new_zeros(len(queries), heads, queries.shape[1], span.last - span.first, dtype=dtype)
+        for first, last, seen in parts:
+            mask[..., first - span.first : last - span.first] = _additive(seen, dtype)
+        return _aligned(mask)
+
+    def block_mask(self) -> object:
+        """FlexAttention's `BlockMask`, made once per step: which tiles of (Q, S) hold anything, and what."""
+        return self._once(self._make_block_mask, "flex")
+
+    def _make_block_mask(self) -> object:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        function = getattr(self.recipe.visible, "mask_function", None)
+        if function is None:
+            raise UnsupportedModelError(
+                "flex_attention was handed a finished mask, which holds one number for every pair of tokens: "
+                'load the model with attn_implementation="sdpa"'
+            )
+        positions = self.positions
+
+        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return function(batch, head, positions[batch, query], key)
+
+        return create_block_mask(
+            mask_mod,
+            B=positions.shape[0],
+            H=None,
+            Q_LEN=positions.shape[1],
+            KV_LEN=self.length,
+            device=positions.device,
+            _compile=positions.device.type != "cpu",  # uncompiled, it holds the whole mask for a moment
+        )
+
+
+def _readable(positions: Tensor) -> bool:
+    """Whether blocks may depend on the positions' values: not on fake tensors, whose bytes are counted all the same."""
+    return not (positions.is_meta or isinstance(positions, FakeTensor))
+
+
+def _extents(seen: Tensor) -> tuple[int, int, int, int]:
+    """Of (B, 1 or H, n, W): first and last key seen by any query, and the longest run between seen by all of them."""
+    width = seen.shape[-1]
+    if seen.dtype != torch.bool:  # a bias may be any number, and is needed everywhere
+        return 0, width, 0, 0
+    keys = seen.flatten(0, 2).any(0).nonzero()
+    if len(keys) == 0:  # padding only: the numbers mean nothing, but have to be numbers
+        return 0, 1, 0, 0
+    first, last = int(keys[0]), int(keys[-1]) + 1
+    gaps = (~seen[..., first:last].flatten(0, 2).all(0)).nonzero().flatten()
+    gaps = torch.cat([gaps.new_tensor([-1]), gaps, gaps.new_tensor([last - first])])
+    run = int(gaps.diff().argmax())
+    return first, last, first + int(gaps[run]) + 1, first + int(gaps[run + 1])
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        # The smallest finite number, not -inf: a padding row that sees nothing must not turn into NaN.
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return mask.to(dtype)
 
 
 def _aligned(mask: Tensor) -> Tensor:
@@ -93,23 +242,44 @@ def recipe_from_functions(
         )
         return recipe_from_mask(mask)
 
-    def visible(queries: Tensor, keys: Tensor) -> Tensor:
+    def seen(rows: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        found = mask_function(rows, heads, queries, keys)
+        return found if attention_mask is None else found & attention_mask.to(queries.device)[rows, keys]
+
+    def visible(queries: Tensor, first: int, last: int) -> Tensor:
         rows = torch.arange(batch_size, device=queries.device)[:, None, None, None]
         heads = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=queries.device)
-        seen = mask_function(rows, heads, queries[:, None, :, None], keys[:, None, None, :])
-        if attention_mask is not None:
-            seen = seen & attention_mask.to(queries.device)[rows, keys[:, None, None, :]]
-        return seen.expand(batch_size, 1, queries.shape[1], keys.shape[1])
+        keys = torch.arange(first, last, device=queries.device)[None, None, None]
+        found = seen(rows, heads, queries[:, None, :, None], keys)
+        return found.expand(batch_size, 1, queries.shape[1], last - first)
 
-    return MaskRecipe(visible)
+    visible.mask_function = seen
+    return MaskRecipe(
+        visible,
+        triangle=mask_function is causal_mask_function and attention_mask is None,
+        causal=_is_causal(mask_function),
+        alike=mask_function is bidirectional_mask_function,
+    )
+
+
+def _is_causal(mask_function: Callable) -> bool:
+    """Whether a mask function is known to hide every later key: the causal one itself, or in an intersection.
+
+    The answer for any other function is no, which is always right, as it only costs a look at the later keys.
+    """
+    if mask_function is causal_mask_function:
+        return True
+    if getattr(mask_function, "__code__", None) not in and_masks.__code__.co_consts:
+        return False
+    parts = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__, strict=True))
+    return any(_is_causal(part) for part in parts["mask_functions"].cell_contents)
 
 
 def recipe_from_mask(mask: Tensor) -> MaskRecipe:
     """The recipe that gathers from a finished mask (B or 1, H or 1, S, S), bool or additive, in sequence order."""
 
-    def visible(queries: Tensor, keys: Tensor) -> Tensor:
-        full = mask.to(queries.device).expand(queries.shape[0], -1, -1, -1)
-        rows = full.take_along_dim(queries[:, None, :, None], dim=2)
-        return rows.take_along_dim(keys[:, None, None, :], dim=3)
+    def visible(queries: Tensor, first: int, last: int) -> Tensor:
+        full = mask[..., first:last].to(queries.device).expand(queries.shape[0], -1, -1, -1)
+        return full.take_along_dim(queries[:, None, :, None], dim=2)
 
     return MaskRecipe(visible)
