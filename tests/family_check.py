@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokentune import UnsupportedModelError, apply_tokentune
+from tokentune.checkpointing import CHECKPOINT_REST
 from tokentune.memory import SavedForBackward
 
 BATCH, LENGTH, SELECTED = 3, 15, 5
@@ -262,6 +263,31 @@ def bytes_ratio(family: Family, proportion: float = 0.3) -> float:
     return selective.bytes / plain.bytes
 
 
+def checkpointed(family: Family) -> tuple[bool, float]:
+    """With selective checkpointing: whether every way of it gives the gradients of a step without it, to the last bit;
+    and bytes saved for backward, relative to plain training, as in `bytes_ratio`.
+    """
+    model = build(family, torch.float32)
+    inputs = batch_for(model, "right", batch=2, length=64, padded=False)
+    length = layer_input(model, family, inputs).shape[1]
+    positions = selection(inputs, length, round(0.3 * length))
+    with SavedForBackward(model) as plain:
+        model(**inputs)
+    same = True
+    apply_tokentune(model)
+    _, expected = step(model, inputs | {"selected_positions": positions}, positions)
+    model.activation_checkpointing_enable()
+    for rest in reversed(CHECKPOINT_REST):
+        # The logits as a whole: the sum over chunks of them rounds otherwise.
+        apply_tokentune(model, checkpoint_rest=rest, chunked_loss=False)
+        _, found = step(model, inputs | {"selected_positions": positions}, positions)
+        same &= found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    apply_tokentune(model)
+    with SavedForBackward(model) as saved:
+        model(**inputs, selected_positions=positions)
+    return same, saved.bytes / plain.bytes
+
+
 def measure(family: Family) -> dict[str, Any]:
     """The family's row of the table."""
     row = {"family": family.name, "class": family.model, "attention": family.attention, "drawn": family.drawn}
@@ -275,4 +301,6 @@ def measure(family: Family) -> dict[str, Any]:
     row["profile"] = {"rows": model._tokentune.profile.rows.value}
     row["difference"] = max(difference(model, family, side) for side in ("left", "right"))
     row["bytes_ratio"] = bytes_ratio(family)
+    if model.supports_gradient_checkpointing:
+        row["checkpointing_is_exact"], row["checkpointed_bytes_ratio"] = checkpointed(family)
     return row

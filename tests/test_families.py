@@ -21,6 +21,8 @@ def test_is_exact_or_refused(family: Family) -> None:
     assert "refused" not in row, row.get("refused")
     assert row["difference"] <= TOLERANCE
     assert row["bytes_ratio"] < 0.5
+    assert row.get("checkpointing_is_exact", True)
+    assert row.get("checkpointed_bytes_ratio", 0) < row["bytes_ratio"]
     assert row["verification_seconds"] < 30  # under three on an idle machine
 
 

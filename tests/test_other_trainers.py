@@ -98,7 +98,6 @@ def run_sft(model: nn.Module, recorder: Recorder, tmp_path, **settings: object) 
     """One optimizer step over four records in two micro-batches; returns the trainer's log."""
     peft_config = settings.pop("peft_config", None)
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "bf16": False}
-    # TRL checkpoints every layer unless it is told not to, which a selection refuses.
     options |= {"gradient_checkpointing": False, "max_grad_norm": 0.0, "use_cpu": True, "report_to": "none"}
     options |= {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
     trainer = measured(trl.SFTTrainer, recorder)(
@@ -136,8 +135,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("adapters", ["none", "peft_config", "before", "after"])
-def test_sft_trainer_follows_the_definition(adapters: str, monkeypatch, tmp_path) -> None:
+def test_sft_trainer_follows_the_definition(adapters: str, checkpointing: bool, monkeypatch, tmp_path) -> None:
     """Gradients and logged loss of one step with accumulation, for the selections that the model drew."""
     model = new_model()
     if adapters == "before":
@@ -149,12 +149,14 @@ def test_sft_trainer_follows_the_definition(adapters: str, monkeypatch, tmp_path
     owner = model.get_base_model() if adapters in ("before", "after") else model
     recorder = Recorder(owner, monkeypatch)
     kwargs = {"peft_config": copy.deepcopy(LORA)} if adapters == "peft_config" else {}
+    kwargs["gradient_checkpointing"] = checkpointing
     log = run_sft(model, recorder, tmp_path, seed=3, learning_rate=0.0, **kwargs)
 
     assert len(recorder.draws) == len(recorder.batches) == 2
     assert all(draw.shape[1] < 0.35 * batch["labels"].shape[1] for draw, batch in _pairs(recorder))
     reference = copy.deepcopy(owner)  # nothing moved: the learning rate is zero
     tokentune.remove_tokentune(reference)
+    reference.activation_checkpointing_disable()
     reference.__dict__.pop("forward", None)  # TRL's
     reference._forward_pre_hooks.clear()  # the recorder's
     loss, expected = definition(reference, recorder)
@@ -205,13 +207,9 @@ def test_sft_trainer_saves_memory(adapters: bool, monkeypatch, tmp_path) -> None
 
 
 def test_sft_trainer_refuses_what_it_cannot_do(monkeypatch, tmp_path) -> None:
-    for settings, message in (
-        ({"gradient_checkpointing": True}, "checkpointing"),
-        ({"loss_type": "dft"}, "weighs"),
-    ):
-        model = apply_tokentune(new_model(), 0.3)
-        with pytest.raises(ValueError, match=message):
-            run_sft(model, Recorder(model, monkeypatch), tmp_path, **settings)
+    model = apply_tokentune(new_model(), 0.3)
+    with pytest.raises(ValueError, match="weighs"):
+        run_sft(model, Recorder(model, monkeypatch), tmp_path, loss_type="dft")
 
 
 # --- other owners of the forward --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import (
     LlamaModel,
 )
 
-from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
+from tokentune import apply_tokentune, remove_tokentune
 from tokentune.memory import SavedForBackward
 
 BATCH, LENGTH = 3, 11
@@ -310,18 +310,14 @@ def test_what_would_mix_up_rows_is_refused(argument: str) -> None:
         model(ids, selected_positions=torch.tensor([[1, 4]] * BATCH), **{argument: 1})
 
 
-def test_a_cache_and_checkpointing_are_refused() -> None:
+def test_a_cache_is_refused() -> None:
     model = apply_tokentune(build("llama"), verify=False)
     ids, _ = padded_batch()
     positions = torch.tensor([[1, 4]] * BATCH)
     with pytest.raises(ValueError, match="past_key_values"):
         model(ids, selected_positions=positions, past_key_values=model(ids, use_cache=True).past_key_values)
     assert model(ids, selected_positions=positions, use_cache=True).past_key_values is None
-    model.gradient_checkpointing_enable()
-    with pytest.raises(UnsupportedModelError, match="checkpointing"):
-        model(ids, selected_positions=positions)
     with pytest.raises(RuntimeError, match="not its `forward`"):
-        model.gradient_checkpointing_disable()
         model.forward(ids, selected_positions=positions)
 
 
@@ -374,3 +370,20 @@ def test_saves_what_the_selection_is_meant_to_save() -> None:
             model(ids, labels=ids, selected_positions=torch.arange(k).expand(2, -1))
         counts[k] = saved.bytes
     assert counts[16] < 0.40 * counts[64]
+
+
+def test_every_token_selected_costs_what_ordinary_training_costs() -> None:
+    model = build("llama")
+    ids, mask = padded_batch()
+    labels = ids.masked_fill(mask == 0, -100)
+    everything = torch.arange(LENGTH).expand(BATCH, -1)
+    with SavedForBackward(model) as plain:
+        expected = model(ids, attention_mask=mask, labels=labels)
+    apply_tokentune(model, verify=False)
+    with SavedForBackward(model) as whole:
+        found = model(ids, attention_mask=mask, labels=labels, selected_positions=everything)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.logits, expected.logits)
+    assert whole.bytes == plain.bytes
+    with pytest.raises(ValueError, match="distinct and ascending"):
+        model(ids, attention_mask=mask, labels=labels, selected_positions=everything.flip(1))

@@ -11,11 +11,11 @@ forward twice, once per group, the second call nested in the first one's attenti
       layer.forward(selected)   with gradients
         norms, projections of the selected
         attention(q, k, v)                      selective_attention
-          layer.forward(rest)   no_grad         _run_rest
+          layer.forward(rest)   no_grad         run_rest 
             norms, projections of the rest
-            attention(q', k', v')               selective_attention: joins [k, k'] and [v, v'] for both passes (the
-            output projection, MLP of the rest      join has gradients again), and attends with q'
-          attends with q over [k, k'], [v, v']: gradients reach k and v, those of the rest are constants
+            attention(q', k', v')               selective_attention: joins k, k' and v, v' for both passes (the join
+            output projection, MLP of the rest      has gradients again), in sequence order, and attends with q'
+          attends with q over all keys and values: gradients reach k and v, those of the rest are constants
         output projection, MLP of the selected
     -> TokenGroups(selected, rest)              leave_layer: pack
 
@@ -29,20 +29,31 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokentune.attention import attend, compute_dtype
+from tokentune.attention import attend
 from tokentune.errors import UnsupportedModelError
-from tokentune.groups import TokenGroups, gather_tokens, token_order
-from tokentune.masks import MaskRecipe, recipe_from_functions, recipe_from_mask
+from tokentune.groups import TokenGroups, gather_tokens, in_sequence_order, token_order
+from tokentune.masks import GroupMask, MaskRecipe, recipe_from_functions, recipe_from_mask
 
 SELECTED, REST = "selected", "rest"
+IMPLEMENTATION = "tokentune"  # the name under which attention and masks are registered with transformers
 
 # The forward pass under way; None outside of a selective forward, where every hook below does nothing.
 CURRENT_STEP: ContextVar["Step | None"] = ContextVar("tokentune_step", default=None)
+
+
+def activate(step: "Step") -> list[Callable[[], None]]:
+    """Makes `step` the one under way, and the model's attention ours. Returns what undoes it, last first."""
+    undo: list[Callable[[], None]] = [partial(CURRENT_STEP.reset, CURRENT_STEP.set(step))]
+    for config, name in step.implementations:
+        undo.append(partial(setattr, config, "_attn_implementation_internal", name))
+        config._attn_implementation_internal = IMPLEMENTATION
+    return undo
 
 
 class Rows(Enum):
@@ -53,8 +64,8 @@ class Rows(Enum):
     ALL = "all"  # S rows, the rest's as constants, for heads that pool or look tokens up by their position
 
 
-class _RestDone(Exception):
-    """Ends the rest's pass through the last layer, of which only keys and values are needed."""
+class PassDone(Exception):
+    """Ends a pass through a layer early: of the last layer's rest, for one, only keys and values are needed."""
 
 
 @dataclass
@@ -67,10 +78,21 @@ class LayerCall:
     args: tuple
     kwargs: dict[str, Any]
     with_gradients: bool  # False in a forward pass without gradients as a whole
+    rest_pass: Callable[["Step", "LayerCall"], None]  # leaves `joined_kv`; `run_rest`, but for recomputations
+    rest_ends_early: bool = False  # as soon as its keys and values exist
     running: str = SELECTED
     selected_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, K, d)
-    joined_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, S, d), in the order [selected, rest]
+    rest_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, R, d)
+    joined_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, S, d), in sequence order
     rest_output: Tensor | None = None  # (B, R, D); None where the rest's pass ended early
+
+    def join(self, step: "Step") -> None:
+        """The keys and values of both groups, for both passes; gradients reach those of the selected."""
+        # Within the rest's no_grad the selected part keeps its gradients all the same.
+        with torch.set_grad_enabled(self.with_gradients):
+            places = step.places(self.selected_kv[0].device)
+            pairs = zip(self.selected_kv, self.rest_kv, strict=True)
+            self.joined_kv = tuple(in_sequence_order(*pair, places) for pair in pairs)
 
 
 @dataclass
@@ -88,11 +110,21 @@ class Step:
     # safe because the original is kept alive here.
     row_cache: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
     recipes: list[tuple[Tensor | None, MaskRecipe]] = field(default_factory=list)
+    places_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def indices(self, group: str) -> Tensor:
         """The original positions of a group's rows: (B, K) or (B, R)."""
         count = self.positions.shape[1]
         return self.order[:, :count] if group == SELECTED else self.order[:, count:]
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the groups' rows stand, (B K) and (B R), among the B S rows of all sequences."""
+        if device not in self.places_on:  # made once, as every layer keeps them for its backward pass
+            batch, length = self.order.shape
+            starts = torch.arange(batch, device=self.order.device)[:, None] * length
+            places = [(self.indices(group) + starts).flatten().to(device) for group in (SELECTED, REST)]
+            self.places_on[device] = tuple(places)
+        return self.places_on[device]
 
     def split(self, hidden: Tensor) -> TokenGroups:
         """(B, S, D) in front of the first layer -> the two groups."""
@@ -114,7 +146,7 @@ class Step:
             batch, length = self.order.shape
             pairs_of_tokens = value.ndim == 4 and value.shape[2:] == (length, length)  # a mask: the attention's affair
             per_token = value.ndim >= 2 and value.shape[1] == length and value.shape[0] in (1, batch)
-            return self._cached_rows(value)[group] if per_token and not pairs_of_tokens else value
+            return self._cached_rows(value, group) if per_token and not pairs_of_tokens else value
         if isinstance(value, tuple | list):
             items = [self.rows_of(item, group) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -122,34 +154,40 @@ class Step:
             return {key: self.rows_of(item, group) for key, item in value.items()}
         return value
 
-    def _cached_rows(self, value: Tensor) -> dict[str, Tensor]:
-        for original, rows in self.row_cache:
-            if original is value:
-                return rows
-        full = value.expand(self.order.shape[0], *value.shape[1:])
-        # One copy per group, not two views of one: a saved view would keep the rest's rows for the backward pass.
-        rows = {group: gather_tokens(full, self.indices(group)) for group in (SELECTED, REST)}
-        self.row_cache.append((value, rows))
-        return rows
+    def _cached_rows(self, value: Tensor, group: str) -> Tensor:
+        rows = next((rows for original, rows in self.row_cache if original is value), None)
+        if rows is None:
+            rows = {}
+            self.row_cache.append((value, rows))
+        if group not in rows:
+            # A copy per group, not two views of one: a saved view would keep the rest's rows for the backward pass.
+            rows[group] = gather_tokens(value.expand(self.order.shape[0], *value.shape[1:]), self.indices(group))
+        return rows[group]
 
-    def mask_rows(self, mask: Any, causal: bool, group: str, query: Tensor) -> Tensor | None:
-        """A group's rows (B, 1 or H, Q, S) of the mask that the model handed to its attention, or None.
+    def forget_rest(self) -> None:
+        """Drops what was made for the rest's pass, where the step outlives the forward pass (checkpointing)."""
+        for _, rows in self.row_cache:
+            rows.pop(REST, None)
+        for _, recipe in self.recipes:
+            recipe.forget(REST)
+
+    def mask_rows(self, mask: Any, causal: bool, group: str, query: Tensor) -> GroupMask | None:
+        """A group's rows of the mask that the model handed to its attention, or None where it hides nothing.
 
         `mask` is a recipe, a finished (B, 1 or H, S, S) tensor, or None; None means causal where `causal` is true.
         """
         if mask is None and not causal:
             return None
-        if not isinstance(mask, MaskRecipe):
-            mask = self._recipe(mask)
-        queries, keys = self.indices(group).to(query.device), self.order.to(query.device)
-        return mask.rows(group, queries, keys, compute_dtype(query))
+        return GroupMask(self._recipe(mask), group, self.indices(group).to(query.device), self.order.shape[1])
 
-    def _recipe(self, mask: Tensor | None) -> MaskRecipe:
+    def _recipe(self, mask: Any) -> MaskRecipe:
         batch, length = self.order.shape
         for original, recipe in self.recipes:
             if original is mask:
                 return recipe
-        if mask is None:
+        if isinstance(mask, MaskRecipe):
+            recipe = mask
+        elif mask is None:
             recipe = recipe_from_functions(batch, length, length)
         elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (length, length):
             recipe = recipe_from_mask(mask)
@@ -170,8 +208,6 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
         if isinstance(hidden, TokenGroups):
             raise RuntimeError("a layer is run again outside of its forward pass (a checkpointing wrapper does this)")
         return None
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
-        raise UnsupportedModelError("gradient checkpointing would recompute whole layers: disable it on this model")
     if any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past")):
         raise UnsupportedModelError("a key-value cache reached a layer: both passes would write to it")
     if step.entered_calls > 0 and not isinstance(hidden, TokenGroups):
@@ -179,7 +215,8 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
     groups = hidden if step.entered_calls > 0 else step.split(hidden)
     step.entered_calls += 1
     last = step.entered_calls == step.expected_calls
-    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled())
+    ends_early = last and step.rows is not Rows.ALL
+    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), run_rest, ends_early)
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
 
 
@@ -223,17 +260,15 @@ def selective_attention(
         if call.selected_kv is not None:
             raise UnsupportedModelError(f"{type(call.layer).__name__} calls attention more than once")
         call.selected_kv = key, value
-        if call.groups.rest.shape[1] > 0:
-            _run_rest(step, call)  # comes by here in its turn, and leaves `joined_kv`
+        if step.indices(REST).shape[1] > 0:
+            call.rest_pass(step, call)  # comes by here in its turn, and leaves `joined_kv`
         keys, values = call.joined_kv or call.selected_kv
     else:
-        # Joined once, for both passes: within the rest's no_grad the selected part keeps its gradients all the same.
-        with torch.set_grad_enabled(call.with_gradients):
-            pairs = zip(call.selected_kv, (key, value), strict=True)
-            call.joined_kv = keys, values = tuple(torch.cat(pair, dim=2) for pair in pairs)
-        if call.last and step.rows is not Rows.ALL:
-            raise _RestDone
-        keys, values = keys.detach(), values.detach()
+        call.rest_kv = key, value
+        call.join(step)
+        if call.rest_ends_early:
+            raise PassDone
+        keys, values = (joined.detach() for joined in call.joined_kv)
     implementation = next((name for config, name in step.implementations if config is module.config), None)
     if implementation is None:
         raise UnsupportedModelError(f"{type(module).__name__} has a configuration of its own")
@@ -244,7 +279,7 @@ def selective_attention(
     return attend(module, query, keys, values, mask, implementation, **options)
 
 
-def _run_rest(step: Step, call: LayerCall) -> None:
+def run_rest(step: Step, call: LayerCall) -> None:
     """The rest's pass through the layer, called from within the selected group's attention.
 
     `forward`, not the layer itself: the hooks on the layer, ours among them, run once per call of the layer.
@@ -255,7 +290,7 @@ def _run_rest(step: Step, call: LayerCall) -> None:
         with torch.no_grad():
             output = call.layer.forward(call.groups.rest, *args, **kwargs)
             call.rest_output = output[0] if isinstance(output, tuple) else output
-    except _RestDone:
+    except PassDone:
         pass
     finally:
         call.running = SELECTED

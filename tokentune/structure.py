@@ -25,6 +25,7 @@ class Stack:
     backbone: PreTrainedModel  # the innermost model that holds the layers: it makes the masks
     calls: int  # of layers in one forward pass
     configs: list[PreTrainedConfig]  # the distinct ones that name the attention of masks and layers
+    around: list[nn.Module]  # the modules that contain the layers, outermost first
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
@@ -71,7 +72,8 @@ def transformer_layers(model: PreTrainedModel) -> Stack:
     ][-1]
     if "deepstack_visual_embeds" in inspect.signature(type(backbone).forward).parameters:
         raise UnsupportedModelError(f"{kind} adds image features to the hidden states between its layers")
-    return Stack(layers, backbone, _layer_calls(backbone, layers, kind), _configs(backbone, layers))
+    around = [module for prefix, module in model.named_modules() if prefix == "" or name.startswith(f"{prefix}.")]
+    return Stack(layers, backbone, _layer_calls(backbone, layers, kind), _configs(backbone, layers), around)
 
 
 def _configs(backbone: PreTrainedModel, layers: nn.ModuleList) -> list[PreTrainedConfig]:
