@@ -21,15 +21,20 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from tokentune.attention import require_served
+from tokentune.checkpointing import CHECKPOINT_REST, checkpoint_layers
 from tokentune.drawing import draw, has_labels, per_token, pooled_tokens
 from tokentune.errors import UnsupportedModelError
-from tokentune.groups import gather_tokens
+from tokentune.groups import gather_tokens, token_order
+from tokentune.loss import CHUNK_BYTES, ChunkedLoss, is_frozen, why_not_in_chunks
 from tokentune.masks import recipe_from_functions
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import (
     CURRENT_STEP,
+    IMPLEMENTATION,
     Rows,
     Step,
+    activate,
     enter_layer,
     leave_layer,
     selective_attention,
@@ -37,7 +42,6 @@ from tokentune.selective import (
 from tokentune.structure import Stack, transformer_layers
 from tokentune.verification import Pooling, Profile, verified_profile
 
-IMPLEMENTATION = "tokentune"  # the name under which attention and masks are registered with transformers
 logger = logging.get_logger(__name__)
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
@@ -52,19 +56,31 @@ class Settings:
     strategy: str
     profile: Profile
     stack: Stack
+    checkpoint_rest: str = "auto"
+    offload_kv: bool = False
+    chunked_loss: bool | None = None
+    chunk_bytes: int = CHUNK_BYTES
     undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the step under way, last first
     finish: Callable[[Any], None] | None = None  # what the output of the step under way still needs
 
 
 def apply_tokentune(
-    model: nn.Module, prefix_length: int | float | None = None, *, strategy: str = "random", verify: bool = True
+    model: nn.Module,
+    prefix_length: int | float | None = None,
+    *,
+    strategy: str = "random",
+    verify: bool = True,
+    checkpoint_rest: str = "auto",
+    offload_kv: bool = False,
+    chunked_loss: bool | None = None,
 ) -> nn.Module:
     """Patch this instance, a transformers model or a peft model around one, and return it. Twice is the same as once.
 
     Afterwards `model(..., selected_positions=positions)`, with positions (B, K) int64, distinct and ascending in each
     row, runs the selective forward and returns K rows: logits (B, K, V), or last_hidden_state (B, K, D) from a model
     without a head. A causal model's loss is the mean over the selected positions whose next token is supervised (given
-    `num_items_in_batch`: their sum divided by it, as everywhere in transformers).
+    `num_items_in_batch`: their sum divided by it, as everywhere in transformers). A caller that knows on the host how
+    many of them that are can say so, `num_supervised=n`: on an accelerator a chunked loss then leaves out the others.
     Without `selected_positions` the model is the original one, generation included, with one exception:
 
     Args:
@@ -73,6 +89,12 @@ def apply_tokentune(
         strategy: how it draws, one of `tokentune.selection.STRATEGIES`.
         verify: first compare a tiny random copy with the definition of the method (`verification.py`). Without it a
             model that cannot be served may be trained wrongly, without an error.
+        checkpoint_rest: what gradient checkpointing, once enabled on the model, keeps of the tokens that are not
+            selected: one of `tokentune.checkpointing.CHECKPOINT_REST`.
+        offload_kv: and whether it keeps that in the CPU's memory, for a model on an accelerator.
+        chunked_loss: whether a causal model's loss is taken a chunk of rows at a time (`loss.py`): its logits are then
+            never there as a whole, and the output has none of them, (B, 0, V). None: in training, where it costs no
+            time (frozen output embeddings, as with adapters) or gradient checkpointing asks for memory before time.
 
     Forward hooks that others put on a layer itself see the pair of groups; modules inside are called once per group.
 
@@ -80,14 +102,21 @@ def apply_tokentune(
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
     """
     owner = _owner(model)
+    if checkpoint_rest not in CHECKPOINT_REST:
+        raise ValueError(f"checkpoint_rest must be one of {', '.join(CHECKPOINT_REST)}, not {checkpoint_rest!r}")
     if hasattr(owner, _SETTINGS):
         profile = getattr(owner, _SETTINGS).profile
     else:
-        transformer_layers(owner)
+        for config in transformer_layers(owner).configs:
+            require_served(config._attn_implementation, owner.device)
         _keep_4bit_layout(owner)
         profile = verified_profile(owner) if verify else _assumed_profile(owner)
         install_hooks(owner)
-    setattr(owner, _SETTINGS, Settings(prefix_length, strategy, profile, transformer_layers(owner)))
+    if chunked_loss and (reason := why_not_in_chunks(owner, profile)):
+        raise UnsupportedModelError(f"chunked_loss: {reason}")
+    stack = transformer_layers(owner)
+    settings = Settings(prefix_length, strategy, profile, stack, checkpoint_rest, offload_kv, chunked_loss)
+    setattr(owner, _SETTINGS, settings)
     return model
 
 
@@ -141,6 +170,11 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
     return model
 
 
+def profile_of(model: nn.Module) -> Profile:
+    """What was found out about a model when it was patched: the token that its head pools, the rows that it needs."""
+    return getattr(_owner(model), _SETTINGS).profile
+
+
 def _owner(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside whatever peft or `torch.compile` wraps around it."""
     model = getattr(model, "_orig_mod", model)
@@ -158,14 +192,15 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     _put_back(settings)  # what an interrupt (Ctrl-C) left, after which torch calls no hooks
     parameters = inspect.signature(type(model).forward).parameters
     given, kwargs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
-    positions = kwargs.pop("selected_positions", None)
+    positions, supervised = kwargs.pop("selected_positions", None), kwargs.pop("num_supervised", None)
     own = positions is None and settings.prefix_length is not None and model.training
     if positions is None and not (own and has_labels(kwargs)):
         if own and torch.is_grad_enabled():
             logger.warning_once(
                 "called without labels (label smoothing?): an ordinary forward, all tokens get gradients"
             )
-        return ((), kwargs) if "selected_positions" in given else None  # an explicit None is no argument of the model
+        ours = "selected_positions" in given or "num_supervised" in given  # which the model's own forward does not take
+        return ((), kwargs) if ours else None
     _refuse(model, kwargs)
     causal = _is_causal_lm(model)
     rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
@@ -176,35 +211,68 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
 
+    whole = _is_whole_sequence(positions, kwargs)
     loss_function = None
     labels = kwargs.get("labels")
     if per_token(labels):
         if causal and rows is not Rows.ALL:
-            loss_function = partial(_selected_loss, model.loss_function, positions)
+            loss_function = _chunked_loss(model, settings, positions, supervised)
+            if loss_function is None and not whole:
+                loss_function = partial(_selected_loss, model.loss_function, positions)
         elif rows is Rows.ALL:
             kwargs["labels"] = mask_unselected_labels(labels, positions.to(labels.device), causal=causal)
         else:
             kwargs["labels"] = labels.gather(1, positions.to(labels.device))
-    _start(model, settings, positions, rows, loss_function)
+    if not whole:
+        _start_step(settings, positions, rows)
+    _put_loss(model, settings, loss_function)
     return (), kwargs
 
 
-def _start(
-    model: PreTrainedModel, settings: Settings, positions: Any, rows: Rows, loss_function: Callable | None
-) -> None:
-    """Starts the step; `settings.undo` gets what puts everything back."""
+def _is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether every token is selected, so that the step is an ordinary one and costs what it costs."""
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None or not isinstance(positions, Tensor) or positions.shape[1] != tokens.shape[1]:
+        return False
+    token_order(positions, tokens.shape[1])  # for its checks
+    return True
+
+
+def _start_step(settings: Settings, positions: Any, rows: Rows) -> None:
+    """Starts the selective forward; `settings.undo` gets what puts everything back."""
     implementations = [(config, config._attn_implementation) for config in settings.stack.configs]
-    token = CURRENT_STEP.set(Step(positions, implementations, settings.stack.calls, rows))
-    settings.undo.append(partial(CURRENT_STEP.reset, token))
-    for config, name in implementations:
-        settings.undo.append(partial(setattr, config, "_attn_implementation_internal", name))
-        config._attn_implementation_internal = IMPLEMENTATION
+    step = Step(positions, implementations, settings.stack.calls, rows)
+    settings.undo += activate(step)
+    settings.undo += checkpoint_layers(settings.stack, step, settings.checkpoint_rest, settings.offload_kv)
+
+
+def _put_loss(model: PreTrainedModel, settings: Settings, loss_function: Callable | None) -> None:
+    """Puts the loss in place of the model's own; `settings.undo` gets what puts that back."""
+    if isinstance(loss_function, ChunkedLoss):
+        settings.undo += loss_function.install()
     if loss_function is not None:
         if "_loss_function" in model.__dict__:
             settings.undo.append(partial(setattr, model, "_loss_function", model._loss_function))
         else:
             settings.undo.append(partial(delattr, model, "_loss_function"))
         model._loss_function = loss_function
+
+
+def _chunked_loss(
+    model: PreTrainedModel, settings: Settings, positions: Tensor, num_supervised: int | None
+) -> ChunkedLoss | None:
+    """The loss by chunks of rows, where it is wanted."""
+    if settings.chunked_loss is False or not torch.is_grad_enabled():
+        return None
+    if reason := why_not_in_chunks(model, settings.profile):
+        if settings.chunked_loss:
+            raise UnsupportedModelError(f"chunked_loss: {reason}")
+        return None
+    head, layers = model.get_output_embeddings(), settings.stack.layers
+    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if settings.chunked_loss or (model.training and is_frozen(head)) or checkpointed:
+        return ChunkedLoss(head, positions, num_supervised, settings.chunk_bytes)
+    return None
 
 
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:

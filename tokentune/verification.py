@@ -13,7 +13,7 @@ it is found out which rows the head needs (`selective.Rows`) and which token it 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -52,6 +52,7 @@ class Profile:
 
     rows: Rows
     pooling: Pooling | None  # None: the head looks at every token for itself, or there is none
+    whole_logits: str | None = None  # why the loss cannot be taken a chunk of rows at a time (`loss.py`)
 
 
 @dataclass
@@ -92,7 +93,8 @@ def verified_profile(model: PreTrainedModel) -> Profile:
             try:
                 for trial in trials:
                     _compare(trial, Profile(rows, pooling))
-                return Profile(rows, pooling)
+                profile = Profile(rows, pooling)
+                return replace(profile, whole_logits=_why_whole_logits(trials[0], profile))
             except UnsupportedModelError as error:
                 first_error = first_error or error
         raise UnsupportedModelError(f"{first_error}{_likely_reason(tiny, str(first_error))}") from first_error
@@ -257,6 +259,32 @@ def _compare(trial: _Trial, profile: Profile) -> None:
         if name not in gradients or name not in defined_gradients:
             raise UnsupportedModelError(f"{what}: only one of the two gives {name} a gradient")
         _agree(gradients[name], defined_gradients[name], f"{what}: gradient of {name}", 1e-3 * scale)
+
+
+def _why_whole_logits(trial: _Trial, profile: Profile) -> str | None:
+    """Tries the loss in chunks of two rows against the loss as a whole; returns what is wrong with it, or None."""
+    from tokentune.loss import why_not_in_chunks
+    from tokentune.patching import Settings, install_hooks, remove_tokentune
+
+    tiny, gradients = trial.tiny, []
+    if reason := why_not_in_chunks(tiny, profile):
+        return reason
+    two_rows = 2 * 4 * tiny.config.get_text_config().vocab_size
+    try:
+        for chunked in (False, True):
+            install_hooks(tiny)
+            options = {"chunked_loss": chunked, "chunk_bytes": two_rows}
+            tiny._tokentune = Settings(None, "random", profile, transformer_layers(tiny), **options)
+            gradients.append(_step(tiny, trial.batch | {"selected_positions": trial.positions}, trial.positions)[1])
+            remove_tokentune(tiny)
+        scale = max(gradient.abs().max() for gradient in gradients[0].values())
+        for name in gradients[0]:
+            _agree(gradients[1][name], gradients[0][name], f"gradient of {name}", 1e-3 * scale)
+    except Exception as error:  # whatever a family's own code raises on no rows
+        return f"the loss of {type(tiny).__name__} differs in chunks, or fails: {str(error).splitlines()[0]}"
+    finally:
+        remove_tokentune(tiny)
+    return None
 
 
 @contextmanager
