@@ -7,10 +7,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from tokentune.collators import CausalCollator, SeededRows
+from tokentune.collators import CausalCollator, ClassificationCollator, EncoderDraw, SeededRows, stack_images
 from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records
 from tokentune.records import load_records
 from tokentune.selection import selected_count
+from tokentune.verification import Pooling
 
 PAD = 3
 
@@ -162,3 +163,76 @@ def test_real_rows_have_a_supervised_token_in_every_draw(shared: Path) -> None:
     assert kept.shape == (report.rows,)
     assert kept.min() >= 1
     assert 0.04 < kept.sum() / report.supervised_tokens < 0.08
+
+
+# ---- encoders --------------------------------------------------------------------------------------------------------
+
+
+def padded(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """What transformers' collators make, without a tokenizer."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    batch = {name: [] for name in ("input_ids", "attention_mask", "labels")}
+    for example in examples:
+        rest = longest - len(example["input_ids"])
+        batch["input_ids"].append(example["input_ids"] + [PAD] * rest)
+        batch["attention_mask"].append([1] * (longest - rest) + [0] * rest)
+        labels = example["labels"]
+        batch["labels"].append(labels + [-100] * rest if isinstance(labels, list) else labels)
+    return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def encoder_rows(*, words: bool) -> SeededRows:
+    made = rows(8)
+    return SeededRows([row | {"labels": [n % 3 for n in row["input_ids"]] if words else 1} for row in made], 42)
+
+
+@pytest.mark.parametrize("pooling", [Pooling.FIRST, Pooling.LAST])
+def test_encoders_rows_always_hold_the_pooled_token(pooling: Pooling) -> None:
+    collate = ClassificationCollator(padded, EncoderDraw(0.3, pooling=pooling))
+    data = encoder_rows(words=False)
+    for epoch in range(5):
+        data.set_epoch(epoch)
+        batch = collate([data[row] for row in range(8)])
+        assert "draw_seed" not in batch and batch["labels"].tolist() == [1] * 8
+        last = batch["attention_mask"].sum(1) - 1
+        pooled = torch.zeros_like(last) if pooling is Pooling.FIRST else last
+        assert (batch["selected_positions"] == pooled[:, None]).any(1).all()
+        counts = [selected_count(0.3, length) for length in batch["attention_mask"].sum(1).tolist()]
+        assert batch["attention_mask"].gather(1, batch["selected_positions"]).sum(1).tolist() == counts
+        real, selected, learnt = (int(count) for count in collate.count(batch))
+        assert (real, selected, learnt) == (int(batch["attention_mask"].sum()), sum(counts), 8)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_labels_of_words_stay_with_the_selected_ones(in_place: bool) -> None:
+    data = encoder_rows(words=True)
+    plain = ClassificationCollator(padded)([data[row] for row in range(8)])
+    collate = ClassificationCollator(padded, EncoderDraw(5, in_place=in_place))
+    batch = collate([data[row] for row in range(8)])
+    expected = plain["labels"].gather(1, batch["selected_positions"])
+    if in_place:
+        assert batch["labels"].shape == plain["labels"].shape
+        assert torch.equal(batch["labels"].gather(1, batch["selected_positions"]), expected)
+        assert (batch["labels"] != -100).sum() == (expected != -100).sum()
+    else:
+        assert torch.equal(batch["labels"], expected)
+    assert int(collate.count(batch)[2]) == sum(min(5, len(data[row]["input_ids"])) for row in range(8))
+
+
+def test_encoders_draws_do_not_depend_on_the_batch() -> None:
+    data, collate = encoder_rows(words=True), ClassificationCollator(padded, EncoderDraw(0.3))
+    together = collate([data[row] for row in range(8)])
+    for row in range(8):
+        alone = collate([data[row]])["selected_positions"][0].tolist()
+        length = len(data[row]["input_ids"])
+        assert [p for p in together["selected_positions"][row].tolist() if p < length] == alone
+
+
+def test_images_are_drawn_by_their_number_of_tokens() -> None:
+    images = SeededRows([{"pixel_values": torch.ones(1, 4, 4), "labels": n} for n in range(3)], 42)
+    draw = EncoderDraw(0.5, pooling=Pooling.ALL, first_always=True)
+    collate = ClassificationCollator(stack_images, draw, tokens_per_image=9)
+    batch = collate([images[row] for row in range(3)])
+    assert batch["pixel_values"].shape == (3, 1, 4, 4) and batch["labels"].tolist() == [0, 1, 2]
+    assert batch["selected_positions"].shape == (3, 5) and (batch["selected_positions"][:, 0] == 0).all()
+    assert [int(count) for count in collate.count(batch)] == [27, 15, 3]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, T5Config
 
 from tokentune import sources
+from tokentune.adapters import add_adapters
 from tokentune.errors import UserError
 from tokentune.loading import (
     _check_placement,
-    add_adapters,
     checkpoint_dtype,
     load_base_model,
     load_config,

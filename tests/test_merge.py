@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from tokentune import merge as merge_module
+from tokentune.adapters import add_adapters
 from tokentune.errors import UserError, run_command
-from tokentune.loading import add_adapters, load_base_model
+from tokentune.loading import load_base_model
 from tokentune.merge import SUMMARY, float32_arithmetic, main, merge, probe_logits, replacing_folder
 from tokentune.trained_adapter import attach_adapter, read_adapter
 

@@ -247,3 +247,17 @@ def test_rows_scores_depend_on_their_seed_alone() -> None:
 def test_given_scores_decide() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.99]])
     assert select_positions(padded_mask([4], 5), 2, scores=scores).tolist() == [[1, 3]]
+
+
+def test_labelled_selects_preferred_targets_then_targets_then_the_rest() -> None:
+    """Positions 2 and 5 are preferred, 1 and 6 targets, 0, 3 and 4 neither; 7 is padding."""
+    mask, preferred, targets = [1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 1, 1, 0]
+    options = {"preferred": [bool(v) for v in preferred], "targets": [bool(v) for v in targets]}
+    for count, certain, among in ((1, set(), {2, 5}), (3, {2, 5}, {1, 6}), (5, {1, 2, 5, 6}, {0, 3, 4})):
+        found = draws(300, mask, count, strategy="labelled", **options)
+        others = Counter(p for row in found.tolist() for p in row if p not in certain)
+        assert all(certain <= set(row) for row in found.tolist())
+        assert set(others) == among
+        assert min(others.values()) > 300 / len(among) / 2  # each of them about as often as the others
+    always = draws(50, mask, 3, strategy="labelled", always=[n == 0 for n in range(8)], **options)
+    assert all(row == [0, 2, 5] for row in always.tolist())

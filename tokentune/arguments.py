@@ -1,10 +1,11 @@
-"""Every flag of `finetune.py`, grouped, with its check beside it.
+"""Every flag of `finetune.py`, grouped, with its check beside it; the groups that other commands share.
 
     python -u ./tokentune/finetune.py --help
 
 Names, defaults and meanings are those of the released TokenTune scripts; what this project adds says so in its help.
 Each group is a dataclass: its fields are its flags, and `__post_init__` refuses what cannot work, in a sentence that
-names the flag. `parse_arguments` turns a command line into one `Arguments`.
+names the flag. `parse_arguments` turns a command line into one `Arguments`, or into another command's: a dataclass
+derived from it, whose groups are these ones or derived from them (`classification_arguments.py`).
 """
 
 import difflib
@@ -13,12 +14,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from transformers import HfArgumentParser
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 
 from tokentune.errors import UserError
 from tokentune.selection import parse_prefix_length
@@ -56,6 +58,14 @@ class ModelArguments:
     bf16: bool = _flag(False, "compute in bfloat16 (autocast)")
     fp16: bool = _flag(False, "compute in float16 (autocast, with loss scaling)")
     fp16_opt_level: str = _flag("O1", "obsolete (an option of NVIDIA Apex): accepted, does nothing")
+    attn_implementation: str | None = _flag(
+        None, "attention kernels: sdpa, eager (slow, for checking), flex_attention (on a GPU); default: the model's own"
+    )
+    use_liger_kernel: bool = _flag(
+        False,
+        "Liger's Triton kernels for norms, rotary embeddings and MLPs, on a GPU; with --tokentune the loss stays its "
+        "own (--chunked_loss)",
+    )
     model_parallel: bool = _flag(False, "spread the base over the visible GPUs, layer by layer")
 
     def __post_init__(self) -> None:
@@ -70,6 +80,14 @@ class ModelArguments:
             not (self.bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False)),
             "--bf16: this GPU cannot compute in bfloat16 (it takes Ampere or newer): use --fp16, or neither",
         )
+        _require(
+            not self.use_liger_kernel or cuda,
+            "--use_liger_kernel needs a GPU: its kernels are written in Triton, which compiles for nothing else",
+        )
+        _require(
+            not self.use_liger_kernel or is_liger_kernel_available(),
+            "--use_liger_kernel: the package is not installed; `pip install liger-kernel`",
+        )
         if self.fp16_opt_level != "O1":
             logger.warning("--fp16_opt_level %s does nothing: mixed precision is torch's autocast", self.fp16_opt_level)
         if self.model_parallel and torch.cuda.device_count() < 2:
@@ -79,19 +97,15 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """What is learnt from, and how it is cut into tokens."""
+class RowsArguments:
+    """Which rows are learnt from and evaluated on, and how many tokens of them: every command's."""
 
     _argument_group_name = "data"
     dataset_name_or_path: str = field(
         metadata={"help": "hub id, or local .json, .jsonl, .csv or .parquet file or folder; columns: instruction, "
                           "input (may be absent), output"}
     )  # fmt: skip
-    prompt_template_name_or_path: str = _flag(
-        DEFAULT_TEMPLATE, "JSON file with prompt_input, prompt_no_input and response_split"
-    )
     max_length: int = _flag(1024, "tokens per sequence; longer ones are cut at the end")
-    add_eos_token: bool = _flag(False, "end every answer with the end-of-sequence token, and learn it")
     num_workers: int = _flag(0, "data-loader worker processes")
     eval_dataset_name_or_path: str | None = _flag(
         None, "validation data, as the training data: its loss (all tokens, no selection) before and after training"
@@ -104,10 +118,23 @@ class DataArguments:
         _require(self.num_workers >= 0, f"--num_workers {self.num_workers}: must be 0 or more")
         if self.eval_steps is not None:
             _require(self.eval_steps >= 1, f"--eval_steps {self.eval_steps}: must be 1 or more")
-            _require(
-                self.eval_dataset_name_or_path is not None,
-                "--eval_steps needs data to evaluate on: add --eval_dataset_name_or_path",
-            )
+
+
+@dataclass
+class DataArguments(RowsArguments):
+    """Instruction data, and the prompt that it is put into."""
+
+    prompt_template_name_or_path: str = _flag(
+        DEFAULT_TEMPLATE, "JSON file with prompt_input, prompt_no_input and response_split"
+    )
+    add_eos_token: bool = _flag(False, "end every answer with the end-of-sequence token, and learn it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.eval_steps is None or self.eval_dataset_name_or_path is not None,
+            "--eval_steps needs data to evaluate on: add --eval_dataset_name_or_path",
+        )
 
 
 @dataclass
@@ -135,6 +162,46 @@ class SelectionArguments:
             raise UserError(f"--prefix_length {self.prefix_length}: {error}") from None
         if not self.tokentune:
             _log_without_effect(self, ("prefix_length", "selection", "skip_verification"), "--tokentune")
+
+
+@dataclass
+class MemoryArguments:
+    """What is kept for the backward pass, and where."""
+
+    _argument_group_name = "memory"
+    gradient_checkpointing: bool = _flag(
+        False,
+        "keep of each layer only what it takes to recompute it in the backward pass; with --tokentune the selected "
+        "tokens alone are recomputed",
+    )
+    checkpoint_rest: Literal["auto", "keys_values", "hidden_states", "segments"] = _flag(
+        "auto",
+        "what --gradient_checkpointing keeps of the tokens that are not selected: each layer's keys and values, or its "
+        "input, auto: the smaller of the two; segments keeps least and computes their forward pass twice",
+    )
+    offload_kv: bool = _flag(False, "keep that in the CPU's memory, copied beside the GPU's work")
+    chunked_loss: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "take --tokentune's loss a chunk of rows at a time, so that the logits of a large vocabulary are never there "
+        "as a whole; auto: where it costs no time (adapters) or with --gradient_checkpointing",
+    )
+    report_memory: bool = _flag(
+        False, "after the run, say what its memory held and what would help most (also in memory_report.json)"
+    )
+    memory_snapshot: str | None = _flag(
+        None, "write the GPU allocator's history to this file, for pytorch.org/memory_viz; needs a GPU"
+    )
+
+    def __post_init__(self) -> None:
+        _require(
+            self.memory_snapshot is None or torch.cuda.is_available(),
+            "--memory_snapshot is a history of the GPU's allocator, and no GPU is there: leave it out "
+            "(--report_memory works everywhere)",
+        )
+        if not self.gradient_checkpointing:
+            _log_without_effect(self, ("checkpoint_rest", "offload_kv"), "--gradient_checkpointing")
+        elif self.offload_kv and not torch.cuda.is_available():
+            logger.warning("--offload_kv changes nothing here: without a GPU everything is in the CPU's memory")
 
 
 @dataclass
@@ -176,13 +243,24 @@ class OptimizationArguments:
     weight_decay: float = _flag(0.01, "decoupled weight decay")
     warmup_steps: int = _flag(3000, "optimizer steps over which the learning rate rises from 0 to its peak")
     lr_scheduler_type: str = _flag("cosine", f"what it does afterwards: {', '.join(SCHEDULES)}")
-    optim: str = _flag("adamw_torch", "any optimizer of the Hugging Face Trainer")
+    optim: str = _flag(
+        "adamw_torch",
+        "any optimizer of the Hugging Face Trainer; galore_* and apollo_* project the linear layers of all layers, "
+        "*_layerwise implies --optim_in_backward",
+    )
+    optim_args: str | None = _flag(None, "its options, name=value,name=value, as in the Trainer: rank=64,scale=0.25")
+    optim_in_backward: bool = _flag(
+        False,
+        "apply each gradient in the backward pass, as soon as it is complete, and free it: there is never more than "
+        "one; takes --max_grad_norm 0 and no accumulation",
+    )
+    max_grad_norm: float = _flag(1.0, "gradients are scaled down to this common norm; 0: not")
     seed: int = _flag(42, "of the order of the data, the selection, dropout and the adapters' first values")
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "gradient_accumulation_steps", "num_epochs"):
             _require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "seed"):
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed"):
             _require(0 <= getattr(self, name) < float("inf"), f"--{name} {getattr(self, name)}: must be 0 or more")
         _require(self.learning_rate > 0, "--learning_rate 0: nothing would be learnt")
         _require(
@@ -194,12 +272,35 @@ class OptimizationArguments:
             self.optim in optimizers,
             f"--optim {self.optim}: the Trainer has no such optimizer; it has {', '.join(optimizers)}",
         )
+        self._check_in_backward()
         share = self.gradient_accumulation_steps * process_count()
         _require(
             self.global_batch_size % share == 0,
             f"--gradient_accumulation_steps {self.gradient_accumulation_steps} x {process_count()} process(es) does "
             f"not divide --global_batch_size {self.global_batch_size}: micro-batches must be of one size",
         )
+
+    def _check_in_backward(self) -> None:
+        """Each gradient is gone before the next one exists: nothing can look at several."""
+        if self.optim.endswith("_layerwise"):
+            flag, self.optim_in_backward = f"--optim {self.optim}", True
+        elif "lomo" in self.optim:
+            flag = f"--optim {self.optim}"
+            _require(not self.optim_in_backward, f"{flag} works in the backward pass anyway: drop --optim_in_backward")
+        elif self.optim_in_backward:
+            flag = "--optim_in_backward"
+        else:
+            return
+        _require(
+            self.gradient_accumulation_steps == 1,
+            f"{flag} applies each gradient at once and cannot add up --gradient_accumulation_steps "
+            f"{self.gradient_accumulation_steps} micro-batches: take 1, with a smaller --global_batch_size",
+        )
+        _require(
+            self.max_grad_norm == 0,
+            f"{flag} cannot clip gradients by their common norm, which it never sees: add --max_grad_norm 0",
+        )
+        _require(process_count() == 1, f"{flag} cannot average gradients over processes: run one process")
 
     @property
     def micro_batch_size(self) -> int:
@@ -244,11 +345,14 @@ class OutputArguments:
 
 @dataclass
 class Arguments:
-    """A whole command line."""
+    """A whole command line of `finetune.py`."""
 
+    prog: ClassVar[str] = "finetune.py"
+    description: ClassVar[str] = "Fine-tune a causal language model."
     model: ModelArguments
     data: DataArguments
     selection: SelectionArguments
+    memory: MemoryArguments
     adapters: AdapterArguments
     optimization: OptimizationArguments
     output: OutputArguments
@@ -259,31 +363,46 @@ class Arguments:
             "--fp16 with --base_dtype float16 cannot train all weights (loss scaling needs float32 ones): "
             "leave --base_dtype out, or add --lora",
         )
+        _require(
+            not (self.model.fp16 and self.optimization.optim_in_backward),
+            "--optim_in_backward with --fp16: loss scaling looks at all gradients before one is applied; use --bf16",
+        )
+        _require(
+            not (self.adapters.lora and self.optimization.optim.startswith(("galore", "apollo"))),
+            f"--optim {self.optimization.optim} projects gradients of whole weight matrices to a low rank, which those "
+            "of adapters have already: leave --lora and --qlora out, or take another --optim",
+        )
+        if not self.selection.tokentune:
+            _log_without_effect(self.memory, ("checkpoint_rest", "offload_kv", "chunked_loss"), "--tokentune")
 
     def settings(self) -> dict[str, Any]:
         """Every flag's name and value, in one level."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+Command = TypeVar("Command", bound=Arguments)
+
+
+def parse_arguments(argv: Sequence[str] | None = None, command: type[Command] = Arguments) -> Command:
     """Reads and checks a command line.
 
     Args:
         argv: the words after the command; None means the process's own.
+        command: whose groups hold the flags.
 
     Raises:
         UserError: an unknown flag (with the nearest known one), a missing one, or a value that cannot work.
         SystemExit: 0, after `--help`.
     """
-    groups = [group.type for group in fields(Arguments)]
-    parser = _Parser(groups, prog="finetune.py", description="Fine-tune a causal language model.", allow_abbrev=False)
+    groups = [group.type for group in fields(command)]
+    parser = _Parser(groups, prog=command.prog, description=command.description, allow_abbrev=False)
     # No `.args` file is read: whatever is set stands on the command line.
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     for word in unknown:
         flag = word.split("=")[0]
         near = difflib.get_close_matches(flag, [f"--{f.name}" for group in groups for f in fields(group)], n=1)
         raise UserError(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else " (--help lists all)"))
-    return Arguments(*parsed)
+    return command(*parsed)
 
 
 class _Parser(HfArgumentParser):

@@ -1,11 +1,12 @@
 """What happens between the Trainer's steps: the epoch's draws, the last step, and what the user sees."""
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 
 from tokentune.collators import SeededRows
 from tokentune.memory import gib
@@ -25,13 +26,34 @@ class DrawsOfTheEpoch(TrainerCallback):
         self.rows.set_epoch(int(state.epoch or 0))  # a fraction inside an epoch, after resuming there
 
 
+class StepTimes(TrainerCallback):
+    """Measures every optimizer step: its micro-batches and its update. Seconds, appended to the given list."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+class SaveEvery(TrainerCallback):
+    """Saves every `save_steps` steps where the strategy of saving is another one ("best")."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or state.global_step % args.save_steps == 0
+
+
 class LastStep(TrainerCallback):
     """What the last step does: it is logged and evaluated, and saves no checkpoint beside the model itself."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-            control.should_evaluate = args.eval_on_start
+            control.should_evaluate = args.eval_on_start or args.eval_strategy == IntervalStrategy.STEPS
             control.should_save = state.global_step % args.save_steps == 0
 
 
@@ -77,7 +99,9 @@ def log_line(logs: dict[str, float], step: int, total: int) -> str | None:
     """One log entry as a line of text; None for entries that hold no loss (the Trainer's closing totals)."""
     head = f"step {step}/{total}"
     if "eval_loss" in logs:
-        return f"{head}  validation loss {logs['eval_loss']:.4f}"
+        figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        figures.pop("runtime", None)
+        return f"{head}  validation " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     if "loss" not in logs:
         return None
     memory = ", ".join(f"{name} {logs[f'memory_{name}_gib']:.2f}" for name in ("allocated", "reserved", "peak"))

@@ -1,9 +1,11 @@
-"""Errors that a user can cure, and how a command ends on them.
+"""What a command says to its user: messages on the way, and errors that the user can cure, on which it ends.
 
 Bad input is told in one to three lines (what is wrong, where, what to do) and exit code 2, without a traceback.
 A traceback means a defect in TokenTune, so everything that is not a `UserError` is left to propagate.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -34,3 +36,15 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def log_to_stderr() -> None:
+    """Sends this project's messages to stderr: stdout is for the progress and --print_run_folder.
+
+    Of a launcher's processes only the first one speaks, but for errors.
+    """
+    logger = logging.getLogger("tokentune")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

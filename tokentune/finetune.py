@@ -13,7 +13,6 @@ sentence and exit code 2, before any weight is read and before anything is writt
 """
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -31,8 +30,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from tokentune.arguments import Arguments, parse_arguments
 from tokentune.collators import SeededRows
-from tokentune.errors import run_command
+from tokentune.errors import log_to_stderr, run_command
 from tokentune.loading import load_config, load_tokenizer, run_folder_name
+from tokentune.memory_report import memory_watched
 from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.prompts import EncodingReport, PromptTemplate, encode_records, ensure_pad_token
 from tokentune.records import load_records, require_columns
@@ -66,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     eval_rows, eval_report = encode(arguments, template, tokenizer, split="validation")
 
     set_seed(arguments.optimization.seed)
-    model = prepare_model(arguments, dtype)
+    with memory_watched(arguments, config):
+        model = prepare_model(arguments, dtype)
     if settings.process_index == 0:
         clear_run_folder(run_folder)
     rows = SeededRows(train_rows, arguments.optimization.seed)
     trainer = build_trainer(model, settings, rows, eval_rows, tokenizer, arguments)
-    with unsupported_models_refused():
+    with unsupported_models_refused(), memory_watched(arguments, config, trainer):
         trainer.train()
 
     saved_dtype = saved_as(arguments, config, dtype)
@@ -82,17 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_summary(summary, run_folder)
         draw_curves(summary, run_folder)
         logger.info("saved in %s", run_folder)
-
-
-def log_to_stderr() -> None:
-    """Sends this project's messages to stderr: stdout is for the progress and --print_run_folder.
-
-    Of a launcher's processes only the first one speaks, but for errors.
-    """
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 def run_folder_of(arguments: Arguments) -> Path:

@@ -1,35 +1,28 @@
-"""Everything between a model's name and a model that can be trained: config, tokenizer, weights, precision, adapters.
+"""Everything between a model's name and its weights in memory: config, tokenizer, precision, checkpoint.
 
-The main path is `load_config` -> `resolve_base_dtype` -> `load_base_model` -> `add_adapters`. Whatever a user can get
-wrong on the way (a folder that is not there, a gated repository, a damaged file, a layer that does not exist) ends in
-a `UserError` that names the flag and the cure.
+The main path is `load_config` -> `resolve_base_dtype` -> `load_base_model`. Whatever a user can get wrong on the way
+(a folder that is not there, a gated repository, a damaged file) ends in a `UserError` that names the flag and the cure.
 """
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from tokentune.errors import UserError
+from tokentune.heads import CAUSAL_LM, Head, head_modules, head_weights
 from tokentune.sources import DATA_SUFFIXES, check_model_folder, hub_error, is_local_path, loading_error
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.get_logger(__name__)
 
@@ -39,12 +32,20 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 def run_folder_name(
-    model: str, dataset: str, *, lora: bool, qlora: bool, tokentune: bool, prefix_length: int | float
+    model: str,
+    dataset: str,
+    *,
+    lora: bool,
+    qlora: bool,
+    tokentune: bool,
+    prefix_length: int | float,
+    task: str | None = None,
 ) -> str:
     """The run's folder, as the released scripts name it: `<model>-<data set>[-lora][-qlora][-tokentune-<selected>]`.
 
     A hub id keeps its owner (`/` becomes `-`); of a local path only the last component counts, without a data file's
-    suffix. An integer `prefix_length` prints as `16`, a proportion as `0.3`. `qlora` implies adapters.
+    suffix. An integer `prefix_length` prints as `16`, a proportion as `0.3`. `qlora` implies adapters. What is learnt
+    from the data, where that can be several things, follows the data set's name: `task`.
     """
 
     def short(name: str) -> str:
@@ -54,6 +55,7 @@ def run_folder_name(
         return next((last.removesuffix(suffix) for suffix in DATA_SUFFIXES if last.endswith(suffix)), last)
 
     parts = [short(model), short(dataset)]
+    parts += [task] if task is not None else []
     parts += ["lora"] if lora or qlora else []
     parts += ["qlora"] if qlora else []
     parts += [f"tokentune-{prefix_length}"] if tokentune else []
@@ -63,8 +65,8 @@ def run_folder_name(
 # ------------------------------------------------------------------------------------------- config, tokenizer, weights
 
 
-def load_config(name_or_path: str, *, flag: str = MODEL_FLAG) -> PreTrainedConfig:
-    """A causal language model's configuration, without any weight.
+def load_config(name_or_path: str, *, flag: str = MODEL_FLAG, head: Head = CAUSAL_LM) -> PreTrainedConfig:
+    """The configuration of a model that can have the head, without any weight.
 
     Raises:
         UserError: unknown folder or hub id, gated, unreachable, a `config.json` that cannot be used, or one of
@@ -75,13 +77,22 @@ def load_config(name_or_path: str, *, flag: str = MODEL_FLAG) -> PreTrainedConfi
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise loading_error(name_or_path, error, flag) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{flag} {name_or_path}: a {config.model_type} model is not a causal language model.")
+    if type(config) not in head.models:
+        raise UserError(f"{flag} {name_or_path}: a {config.model_type} model is not {head.description}.")
     return config
 
 
-def load_tokenizer(name_or_path: str, *, flag: str = MODEL_FLAG) -> PreTrainedTokenizerBase:
+def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG) -> None:
+    """Refuses a local model folder without weights. `hint`: what to do without them."""
+    if os.path.isdir(name_or_path) and not any(Path(name_or_path).glob("*.safetensors")):
+        raise UserError(f"{flag} {name_or_path}: this folder holds no weights (*.safetensors); {hint}.")
+
+
+def load_tokenizer(name_or_path: str, *, flag: str = MODEL_FLAG, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's or adapter's folder, or of a hub id. A missing pad token is the collation's matter.
+
+    Args:
+        options: of the tokenizer's class.
 
     Raises:
         UserError: unknown folder or hub id, gated, unreachable, or no tokenizer in it.
@@ -89,7 +100,7 @@ def load_tokenizer(name_or_path: str, *, flag: str = MODEL_FLAG) -> PreTrainedTo
     if is_local_path(name_or_path) and not os.path.isdir(name_or_path):
         raise UserError(f"{flag} {name_or_path}: no such folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **options)
     except LOADING_ERRORS as error:
         if not os.path.isdir(name_or_path):
             raise hub_error(name_or_path, error, flag) from error
@@ -111,8 +122,13 @@ def load_base_model(
     device_map: str | dict | None = None,
     compute_dtype: torch.dtype | None = None,
     flag: str = MODEL_FLAG,
+    head: Head = CAUSAL_LM,
+    config: PreTrainedConfig | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model with every weight read from the checkpoint.
+    """A model with every weight read from the checkpoint, but for those of a head that is learnt from the start.
+
+    Such a head's weights that the checkpoint lacks, or has for other classes, are random, and said in the log.
 
     Args:
         name_or_path: local folder or hub id; safetensors files only, and no code from the repository is run.
@@ -122,9 +138,12 @@ def load_base_model(
         device_map: e.g. "auto", to spread the layers over the visible GPUs. None leaves the model on the CPU, for
             the Trainer to move; a quantised one is made on the current GPU where there is one.
         compute_dtype: of the 4-bit layers' matrix products; default `dtype`.
+        head: what it ends in.
+        config: instead of the checkpoint's own (other classes, say).
+        attn_implementation: of the attention's kernels, as in transformers; None: the model's own.
 
     Raises:
-        UserError: it cannot be found or read, is not a causal language model, its files lack weights or hold others,
+        UserError: it cannot be found or read, is not a model with this head, its files lack weights or hold others,
             or it does not fit the GPUs.
     """
     check_model_folder(name_or_path, flag)
@@ -135,10 +154,13 @@ def load_base_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype or dtype,
+            llm_int8_skip_modules=_new_modules(name_or_path, head, config, flag),
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = head.auto_class.from_pretrained(
             name_or_path,
+            **({} if config is None else {"config": config}),
+            attn_implementation=attn_implementation,
             dtype=dtype,
             device_map=device_map,
             quantization_config=quantization,
@@ -152,21 +174,34 @@ def load_base_model(
         raise loading_error(name_or_path, error, flag) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{flag} {name_or_path}: this repository holds an adapter, not a full model. Give its base.")
-    _check_complete(report, name_or_path, flag)
+    _check_complete(report, name_or_path, flag, head, model)
     _check_placement(getattr(model, "hf_device_map", None) or {}, name_or_path, flag)
     _repair_generation_config(model)
     return model
 
 
-def _check_complete(report: dict, name: str, flag: str) -> None:
-    """Refuses a checkpoint that left weights at their random initial values."""
-    missing = sorted(report["missing_keys"])
+def _new_modules(name: str, head: Head, config: PreTrainedConfig | None, flag: str) -> list[str] | None:
+    """The modules of a head that is learnt from the start, which 4 bits cannot be; None: transformers' own choice."""
+    if not head.is_new:
+        return None
+    with torch.device("meta"):
+        return head_modules(head.auto_class.from_config(config or load_config(name, flag=flag, head=head)))
+
+
+def _check_complete(report: dict, name: str, flag: str, head: Head, model: PreTrainedModel) -> None:
+    """Refuses a checkpoint that left weights at their random initial values, other than those of a new head."""
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if head.is_new:
+        new = head_weights(model, [*missing, *(key for key, *_ in mismatched)])
+        missing = [key for key in missing if key not in new]
+        mismatched = [entry for entry in mismatched if entry[0] not in new]
+        if new:
+            logger.info("weights that are learnt from the start: %s", ", ".join(new))
     if missing:
         raise UserError(
             f"{flag} {name}: {len(missing)} weights that its config.json asks for are not in its files "
-            f"(the first: {missing[0]}). It is incomplete, or not a causal language model's checkpoint."
+            f"(the first: {missing[0]}). It is incomplete, or not a checkpoint of {head.description}."
         )
-    mismatched = sorted(report["mismatched_keys"])
     if mismatched:
         key, stored, wanted = mismatched[0]
         raise UserError(
@@ -201,7 +236,7 @@ def _repair_generation_config(model: PreTrainedModel) -> None:
         logger.warning("the generation config has sampling settings without do_sample: do_sample=True is set")
 
 
-# ----------------------------------------------------------------------------------------------- precision and adapters
+# ------------------------------------------------------------------------------------------------------------ precision
 
 
 def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -243,76 +278,3 @@ def resolve_base_dtype(
     if fp16:
         return torch.bfloat16 if stored is torch.bfloat16 else torch.float16
     return torch.bfloat16 if stored is torch.float16 else stored
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> linear layer (`nn.Linear`, its 4-bit kind, GPT-2's transposed `Conv1D`)."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-
-
-def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str]) -> list[str] | str:
-    """Each name must be the end of some layer's path: peft leaves out the unknown ones without a word."""
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    if targets == ["all-linear"]:
-        return "all-linear"  # peft's own word: every linear layer but the output head
-    linear = _linear_layers(model)
-    paths = [*linear, *(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))]
-    unknown = [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in paths)]
-    if unknown or not targets:
-        existing = sorted({path.rpartition(".")[2] for path in linear})
-        raise UserError(
-            f"--lora_target_modules: {type(model).__name__} has no layer named {', '.join(unknown) or '(none given)'}. "
-            f"Its linear layers: {', '.join(existing)}; all-linear stands for all of them but the output head."
-        )
-    return targets
-
-
-def _keep_4bit_layout(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights for inference.
-
-    On CPUs with AVX512-BF16 the first forward in eval mode repacks them for a product that has no backward. Training
-    on after an evaluation then loses every gradient that passes through such a layer, at most with a warning
-    (measured: relative error 2.1 of the adapters' gradients), and the block scales are rounded to bfloat16.
-    """
-    for layer in _linear_layers(model).values():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-
-
-def add_adapters(
-    model: PreTrainedModel,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float,
-    target_modules: Sequence[str],
-    quantized: bool,
-) -> "PeftModel":
-    """Freezes the base and adds LoRA adapters (float32, whatever type a 16-bit base has) to the named layers.
-
-    The base's own types stay. peft's `prepare_model_for_kbit_training` is not used for 4-bit bases: it turns all that
-    is not quantised to float32 (embeddings and head of an 8B Llama 3: 2 GiB more), and with it the activations
-    (measured on a 6-layer Llama under bfloat16 autocast: 33 % more bytes saved for backward, for adapter gradients
-    0.8 % instead of 1.1 % away from float32's). `--base_dtype float32` gives exactly that to whoever wants it. Its
-    gradient checkpointing does not work through selected tokens, and input gradients are not needed without it.
-
-    Args:
-        r, alpha, dropout: LoRA's rank, scale (adapters are multiplied by alpha / r) and dropout probability.
-        target_modules: ends of layer paths (`down_proj`, `mlp.down_proj`), or `all-linear`.
-        quantized: the base is in 4 bits.
-
-    Returns:
-        The same model in peft's wrapper, with only the adapters trainable.
-
-    Raises:
-        UserError: a target that is no layer of this model, with the list of those that are.
-    """
-    from peft import LoraConfig, get_peft_model  # adapters are optional: full training does without peft
-
-    targets = _check_target_modules(model, target_modules)
-    if quantized:
-        _keep_4bit_layout(model)
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=True)

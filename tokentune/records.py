@@ -1,4 +1,4 @@
-"""Reading instruction data: hub data sets, and local JSON, JSON Lines, CSV and Parquet files or folders of them.
+"""Reading data sets: from the hub, and local JSON, JSON Lines, CSV and Parquet files or folders of them.
 
 Local files are read here instead of by `datasets.load_dataset`, whose errors tell no line or row number, which reads
 a `.json` array and JSON Lines by guessing, and which leaves a copy of every file in a cache.
@@ -23,7 +23,8 @@ from tokentune.sources import DATA_SUFFIXES, first_line, hub_error, is_local_pat
 
 logger = logging.getLogger(__name__)
 
-TEXT_COLUMNS = ("instruction", "input", "output")
+TEXT_COLUMNS = ("instruction", "input", "output")  # of instruction data
+OPTIONAL_COLUMNS = ("input",)
 # Parts of Open-Platypus that the released training leaves out: text by other models, and LeetCode solutions.
 DROPPED_SOURCES = ("airoboros", "leetcode_ne")
 SPLIT_WORDS = {
@@ -33,7 +34,14 @@ SPLIT_WORDS = {
 }
 
 
-def load_records(name_or_path: str, *, flag: str = "--dataset_name_or_path", split: str = "train") -> Dataset:
+def load_records(
+    name_or_path: str,
+    *,
+    flag: str = "--dataset_name_or_path",
+    split: str = "train",
+    config: str | None = None,
+    text_columns: Sequence[str] = TEXT_COLUMNS,
+) -> Dataset:
     """Reads a data set with all its columns.
 
     Args:
@@ -42,10 +50,12 @@ def load_records(name_or_path: str, *, flag: str = "--dataset_name_or_path", spl
         flag: the flag that named it, for error messages.
         split: the split of a hub data set. In a folder: the files whose names tell this split (`train.jsonl`,
             `data/test-00000.parquet`), or all files where no name tells any. A single file is read whole.
+        config: of a hub data set that has several.
+        text_columns: where these columns exist, they are read as text ("42" in a CSV file is no number).
 
     Returns:
-        The rows, without those of `DROPPED_SOURCES` where there is a `data_source` column. `instruction` and
-        `output`, where these columns exist, hold text in every row, and `input` text or None.
+        The rows, without those of `DROPPED_SOURCES` where there is a `data_source` column. The text columns hold text
+        in every row, `input` text or None.
 
     Raises:
         UserError: not found, unreachable or gated; an unknown file type; malformed content (with file and line or
@@ -53,11 +63,13 @@ def load_records(name_or_path: str, *, flag: str = "--dataset_name_or_path", spl
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
-        dataset = _load_folder(path, flag, split) if path.is_dir() else _load_file(path, flag)
+        dataset = (
+            _load_folder(path, flag, split, text_columns) if path.is_dir() else _load_file(path, flag, text_columns)
+        )
     elif is_local_path(name_or_path):
         raise UserError(f"{flag} {name_or_path}: no such file or folder. Check the path (now in {Path.cwd()}).")
     else:
-        dataset = _load_from_hub(name_or_path, flag, split)
+        dataset = _load_from_hub(name_or_path, flag, split, config, text_columns)
 
     dataset = _without_dropped_sources(dataset, name_or_path)
     if len(dataset) == 0:
@@ -82,9 +94,19 @@ def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> Non
         )
 
 
-def _load_from_hub(name: str, flag: str, split: str) -> Dataset:
+def tells_split(name_or_path: str, split: str) -> bool:
+    """Whether a folder names the files of this split; a file does not, and of a hub data set loading it tells."""
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        return False
+    if (folder / "dataset_dict.json").is_file():
+        return (folder / split).is_dir()
+    return any(_split_of(file.relative_to(folder)) == split for file in folder.rglob("*") if file.is_file())
+
+
+def _load_from_hub(name: str, flag: str, split: str, config: str | None, text_columns: Sequence[str]) -> Dataset:
     try:
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(name, *([] if config is None else [config]), split=split)
     except OSError as error:  # not found, gated, offline and unreachable are all OSErrors here
         raise hub_error(name, error, flag) from error
     except (
@@ -93,12 +115,12 @@ def _load_from_hub(name: str, flag: str, split: str) -> Dataset:
         DatasetsError,
     ) as error:  # no such split, several configurations, a loading script
         raise UserError(f"{flag} {name}: the hub's data set cannot be read: {first_line(error)}") from error
-    return _with_text(dataset, f"{flag} {name}")
+    return _with_text(dataset, f"{flag} {name}", text_columns)
 
 
-def _load_folder(folder: Path, flag: str, split: str) -> Dataset:
+def _load_folder(folder: Path, flag: str, split: str, text_columns: Sequence[str]) -> Dataset:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _load_saved(folder, flag, split)
+        return _load_saved(folder, flag, split, text_columns)
     # Sorted, so that rows, and with them every seeded draw, keep their order on any file system.
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in DATA_SUFFIXES and f.is_file())
     files = [file for file in files if file.name not in FILES_TO_IGNORE]  # descriptions of a data set, no data
@@ -111,8 +133,8 @@ def _load_folder(folder: Path, flag: str, split: str) -> Dataset:
     if not files:
         found = ", ".join(sorted({name for name in splits.values() if name}))
         raise UserError(f"{flag} {folder}: no file is named after the split {split!r}, only {found}. Name a file.")
-    parts = [_load_file(file, flag) for file in files]
-    needed = [c for c in ("instruction", "output") if any(c in part.column_names for part in parts)]
+    parts = [_load_file(file, flag, text_columns) for file in files]
+    needed = [c for c in text_columns if c not in OPTIONAL_COLUMNS and any(c in part.column_names for part in parts)]
     for file, part in zip(files, parts, strict=True):
         require_columns(part, needed, str(file))  # joining would fill the column with nulls
     try:
@@ -121,7 +143,7 @@ def _load_folder(folder: Path, flag: str, split: str) -> Dataset:
         raise UserError(f"{flag} {folder}: the files' columns do not fit together: {first_line(error)}") from error
 
 
-def _load_saved(folder: Path, flag: str, split: str) -> Dataset:
+def _load_saved(folder: Path, flag: str, split: str, text_columns: Sequence[str]) -> Dataset:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     try:
         dataset = load_from_disk(folder)
@@ -131,7 +153,7 @@ def _load_saved(folder: Path, flag: str, split: str) -> Dataset:
         if split not in dataset:
             raise UserError(f"{flag} {folder}: no split {split!r}, only {', '.join(dataset)}.")
         dataset = dataset[split]
-    return _with_text(dataset, f"{flag} {folder}")
+    return _with_text(dataset, f"{flag} {folder}", text_columns)
 
 
 def _split_of(path: Path) -> str | None:
@@ -143,12 +165,12 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
-def _load_file(path: Path, flag: str) -> Dataset:
+def _load_file(path: Path, flag: str, text_columns: Sequence[str]) -> Dataset:
     readers: dict[str, Callable[[Path], Dataset]] = {
-        ".json": lambda p: _dataset_of(_read_json(p), p),
-        ".jsonl": lambda p: _dataset_of(_read_json_lines(_read_text(p), p), p),
-        ".csv": lambda p: _dataset_of(_read_csv(p), p),
-        ".parquet": _read_parquet,
+        ".json": lambda p: _dataset_of(_read_json(p), p, text_columns),
+        ".jsonl": lambda p: _dataset_of(_read_json_lines(_read_text(p), p), p, text_columns),
+        ".csv": lambda p: _dataset_of(_read_csv(p, text_columns), p, text_columns),
+        ".parquet": lambda p: _read_parquet(p, text_columns),
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -212,13 +234,13 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _read_csv(path: Path) -> list[dict]:
+def _read_csv(path: Path, text_columns: Sequence[str]) -> list[dict]:
     try:
         # An answer "42", "NA" or "None" is text. Only an empty cell is missing.
         frame = pandas.read_csv(
             path,
             encoding="utf-8-sig",
-            dtype=dict.fromkeys(TEXT_COLUMNS, object),
+            dtype=dict.fromkeys(text_columns, object),
             keep_default_na=False,
             na_values=[""],
         )
@@ -234,39 +256,41 @@ def _read_csv(path: Path) -> list[dict]:
     return frame.where(frame.notna(), None).to_dict("records")
 
 
-def _read_parquet(path: Path) -> Dataset:
+def _read_parquet(path: Path, text_columns: Sequence[str]) -> Dataset:
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty.")
     try:
         dataset = Dataset(pyarrow.parquet.read_table(path))
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{path}: not a valid Parquet file: {first_line(error)}") from error
-    return _with_text(dataset, str(path))
+    return _with_text(dataset, str(path), text_columns)
 
 
-def _check_text(rows: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Refuses an instruction or output that is not text, and an input that is neither text nor missing."""
+def _check_text(rows: Iterable[Mapping[str, Any]], where: str, text_columns: Sequence[str]) -> None:
+    """Refuses a text that is not text, and an optional one that is neither text nor missing."""
     for number, row in enumerate(rows, start=1):
-        for column in TEXT_COLUMNS:
+        for column in text_columns:
             # A column that this one row lacks is null there, unless all rows lack it (`require_columns` tells that).
             value = row.get(column, "")
-            if isinstance(value, str) or (value is None and column == "input"):
+            if isinstance(value, str) or (value is None and column in OPTIONAL_COLUMNS):
                 continue
             found = "is missing" if value is None else f"is {value!r:.60}, not text"
             raise UserError(f"{where}, row {number}: {column!r} {found}.")
 
 
-def _with_text(dataset: Dataset, where: str) -> Dataset:
+def _with_text(dataset: Dataset, where: str, text_columns: Sequence[str]) -> Dataset:
     """The data set itself, once its texts are checked."""
-    _check_text(dataset.select_columns([c for c in TEXT_COLUMNS if c in dataset.column_names]), where)
+    present = [column for column in text_columns if column in dataset.column_names]
+    if present:
+        _check_text(dataset.select_columns(present), where, present)
     return dataset
 
 
-def _dataset_of(rows: list[dict], path: Path) -> Dataset:
+def _dataset_of(rows: list[dict], path: Path, text_columns: Sequence[str]) -> Dataset:
     """A data set in memory: every column that any row has, None where a row lacks it."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name) for name in names} for row in rows]
-    _check_text(rows, str(path))
+    _check_text(rows, str(path), text_columns)
     columns = {}
     for name in names:
         try:

@@ -7,8 +7,12 @@ from pathlib import Path
 from tokentune.errors import UserError
 
 SUMMARY_NAME, CURVES_NAME = "training_summary.json", "training_curves.png"
+SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.jsonl"
 # What a run leaves in its folder: everything that --overwrite_output_dir replaces.
-RUN_FILES = (SUMMARY_NAME, CURVES_NAME, "checkpoint-*", "adapter_model.*", "adapter_config.json", "model*.safetensors*")
+RUN_FILES = (
+    *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),
+    *("adapter_model.*", "adapter_config.json", "model*.safetensors*"),
+)
 
 
 def check_run_folder(run_folder: Path, *, overwrite: bool) -> None:
@@ -18,8 +22,8 @@ def check_run_folder(run_folder: Path, *, overwrite: bool) -> None:
         UserError: with what to change.
     """
     if run_folder.is_dir() and not overwrite:
-        finished, checkpoints = (run_folder / SUMMARY_NAME).exists(), any(run_folder.glob("checkpoint-*"))
-        if finished or checkpoints:
+        finished = any((run_folder / name).exists() for name in (SUMMARY_NAME, SCORES_NAME))
+        if finished or any(run_folder.glob("checkpoint-*")) or any(run_folder.glob("seed-*")):
             what = "a finished run" if finished else "the checkpoints of an unfinished run"
             raise UserError(
                 f"{run_folder} already holds {what}.\n"

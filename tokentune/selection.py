@@ -2,7 +2,8 @@
 
 `random` is the paper's selection (arXiv 2501.18824, section "Token Selection"): K positions of each sequence,
 uniformly and without replacement among its real (non-padding) tokens. `reference` repeats the draw of the authors'
-released code, for comparison with it.
+released code, for comparison with it. `labelled` selects the target positions first, of these the preferred ones (the
+words with an entity's label), and fills up at random.
 
 Legend: B sequences, S tokens of the padded batch, K selected positions per sequence. A *target position* is one whose
 output has a loss: the token before a supervised one in a causal model, the supervised one itself otherwise.
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STRATEGIES = ("random", "reference")
+STRATEGIES = ("random", "reference", "labelled")
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -112,6 +113,7 @@ def select_positions(
     *,
     targets: Tensor | None = None,
     always: Tensor | None = None,
+    preferred: Tensor | None = None,
     strategy: str = "random",
     generator: torch.Generator | None = None,
     scores: Tensor | None = None,
@@ -129,6 +131,7 @@ def select_positions(
         targets: (B, S) bool, the target positions (`target_mask`). A row that has any gets at least one of them.
         always: (B, S) bool, real positions that are selected in any case (an encoder's pooled token). Where a row's
             count has no room for these and a target, these win.
+        preferred: (B, S) bool, the targets that "labelled" selects before the others.
         strategy: one of `STRATEGIES`. "reference" promises no target.
         generator: draws the scores, on the device of `attention_mask`.
         scores: (B, S), uniform in [0, 1), instead of `generator`: the highest of a row's real tokens are selected.
@@ -151,6 +154,10 @@ def select_positions(
     k = max(1, count(prefix_length, longest))  # 1 in a batch of nothing but padding, whose shapes then stay usable
     counts = _counts_of_rows(prefix_length, lengths, strategy).clamp(max=k).unsqueeze(-1)  # (B, 1)
 
+    if strategy == "labelled" and targets is not None:
+        # Three ranges of scores, one above the other, and below 1 in all: what comes first in any case stays above.
+        first = targets.to(scores.dtype) + (0.0 if preferred is None else (targets & preferred).to(scores.dtype))
+        scores = (scores + first) / 3
     priority = _priority(real, lengths, scores, targets, strategy)
     if always is not None:
         priority = priority + 2.0 * (always.bool() & real)

@@ -66,10 +66,21 @@ def build_summary(
         model_facts: the schema's `model`.
         wall_seconds: since the command began.
     """
+    counts = trainer.tokens
+    supervised = reports["train"].supervised_tokens * arguments.optimization.num_epochs
+    return run_facts(trainer, arguments, model_facts, wall_seconds) | {
+        "data": {name: None if report is None else _report(report) for name, report in reports.items()},
+        "tokens": {"processed": counts["processed"], "supervised": supervised}
+        | {name: counts[name] for name in ("selected", "selected_supervised")},
+    }
+
+
+def run_facts(
+    trainer: SelectiveTrainer, arguments: Arguments, model_facts: dict[str, Any], wall_seconds: float
+) -> dict[str, Any]:
+    """What any command's summary holds, as the schema above has it: all but `data` and `tokens`."""
     entries = [_log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     counts, seconds = trainer.tokens, trainer.training_seconds
-    epochs = arguments.optimization.num_epochs
-    supervised = reports["train"].supervised_tokens * epochs
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,10 +88,9 @@ def build_summary(
         "seed": arguments.optimization.seed,
         "settings": arguments.settings(),
         "model": model_facts,
-        "data": {name: None if report is None else _report(report) for name, report in reports.items()},
+        "data": None,
         "optimizer_steps": trainer.state.global_step,
-        "tokens": {"processed": counts["processed"], "supervised": supervised}
-        | {name: counts[name] for name in ("selected", "selected_supervised")},
+        "tokens": None,
         "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]},
         "validation_loss": _validation(trainer.validation_losses),
         "peak_memory_bytes": entries[-1]["memory_peak_bytes"],
@@ -145,9 +155,9 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
-def write_summary(summary: dict[str, Any], run_folder: Path) -> Path:
+def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:
     """Writes `training_summary.json` whole or not at all; a number that JSON has no word for (nan) becomes null."""
-    path = run_folder / SUMMARY_NAME
+    path = run_folder / name
     unfinished = path.with_suffix(".json.tmp")
     unfinished.write_text(json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
@@ -162,7 +172,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def draw_curves(summary: dict[str, Any], run_folder: Path) -> Path:
+def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "nats per token") -> Path:
     """Draws `training_curves.png` from a summary: losses, learning rate, memory, gradient norm over the steps."""
     import matplotlib
 
@@ -190,7 +200,7 @@ def draw_curves(summary: dict[str, Any], run_folder: Path) -> Path:
     norm.plot(steps, [entry["grad_norm"] for entry in log], marker=marker, markersize=3, color="tab:purple")
 
     titles = {
-        loss: ("Loss", "nats per token"),
+        loss: ("Loss", loss_unit),
         rate: ("Learning rate", "learning rate"),
         memory: ("Resident memory of the process" if on_cpu else "GPU memory", "GiB"),
         norm: ("Gradient norm, before clipping", "L2 norm"),

@@ -24,23 +24,33 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tokentune.arguments import Arguments
-from tokentune.callbacks import DrawsOfTheEpoch, LastStep, Progress
+from tokentune.breakdown import KindOfModule
+from tokentune.callbacks import DrawsOfTheEpoch, LastStep, Progress, StepTimes
 from tokentune.collators import CausalCollator, SeededRows
 from tokentune.errors import UserError
 from tokentune.memory import BYTES_IN_GIB, SavedForBackward, memory_usage, reset_peak
+from tokentune.optimizers import LAYERWISE, TARGET_MODULES, check_optimizer, in_backward, is_low_rank
 
 logger = logging.getLogger(__name__)
 
 
-def build_training_arguments(arguments: Arguments, run_folder: Path) -> TrainingArguments:
+# Of Liger's kernels: its fused loss replaces the model's forward and sees (B, S) rows and labels; `loss.py` takes the
+# loss of the selected rows in chunks itself. Norms, rotary embeddings and MLPs act on each token alone.
+BESIDE_TOKENTUNE = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+
+
+def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: Any) -> TrainingArguments:
     """The Trainer's settings for a command line. Writes nothing.
+
+    Args:
+        changes: settings that a command has otherwise.
 
     Raises:
         UserError: an optimizer whose package or options are missing, a precision that the device cannot do.
     """
     optimization, output, data = arguments.optimization, arguments.output, arguments.data
     try:
-        settings = TrainingArguments(
+        settings = dict(
             output_dir=str(run_folder),
             per_device_train_batch_size=optimization.micro_batch_size,
             per_device_eval_batch_size=optimization.micro_batch_size,
@@ -50,7 +60,12 @@ def build_training_arguments(arguments: Arguments, run_folder: Path) -> Training
             weight_decay=optimization.weight_decay,
             warmup_steps=optimization.warmup_steps,
             lr_scheduler_type=optimization.lr_scheduler_type,
-            optim=optimization.optim,
+            use_liger_kernel=arguments.model.use_liger_kernel,
+            liger_kernel_config=BESIDE_TOKENTUNE if arguments.selection.tokentune else None,
+            optim=optimization.optim.removesuffix(LAYERWISE),
+            optim_args=optimization.optim_args,
+            optim_target_modules=TARGET_MODULES if is_low_rank(optimization.optim) else None,
+            max_grad_norm=optimization.max_grad_norm,
             seed=optimization.seed,
             data_seed=optimization.seed,
             bf16=arguments.model.bf16,
@@ -73,12 +88,10 @@ def build_training_arguments(arguments: Arguments, run_folder: Path) -> Training
             report_to=output.report_to or "none",
             disable_tqdm=True,
         )
+        settings = TrainingArguments(**(settings | changes))
     except (ValueError, ImportError) as error:  # what is left after the flags' own checks: precision and devices
         raise UserError(f"this machine cannot train with these flags: {error}") from error
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(settings)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"--optim {optimization.optim} cannot be used here: {error}") from error
+    check_optimizer(settings)
     # A plain run that sees several GPUs would be wrapped in nn.DataParallel, whose replicas call the original's layers.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
@@ -90,32 +103,77 @@ def update_count(rows: int, settings: TrainingArguments) -> int:
     return math.ceil(micro_batches / settings.gradient_accumulation_steps) * int(settings.num_train_epochs)
 
 
+# What a validation finds out, given the trainer and a loader of batches: "loss" and other figures by name.
+Evaluation = Callable[["SelectiveTrainer", DataLoader], dict[str, float]]
+
+
+def loss_per_token(trainer: "SelectiveTrainer", loader: DataLoader) -> dict[str, float]:
+    """`Evaluation` of a causal language model: "loss", nats per supervised token.
+
+    The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long one's.
+    Only two sums are kept, no logits.
+    """
+    device = trainer.args.device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    totals = torch.zeros(2, dtype=wide, device=device)
+    for batch in loader:
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        totals += torch.stack([trainer.model(**batch).loss.to(wide) * tokens, tokens.to(wide)])
+    loss_sum, tokens = trainer.accelerator.reduce(totals, "sum").tolist()
+    return {"loss": loss_sum / tokens}
+
+
 class SelectiveTrainer(Trainer):
-    """The Hugging Face Trainer with counts, memory figures and a validation loss per token.
+    """The Hugging Face Trainer with counts, memory figures and a validation over all rows at once.
 
     Attributes:
+        evaluations: (optimizer step, figures), in order; the figures are those of `Evaluation`.
         saved_for_backward_bytes: what autograd kept after the first micro-batch's forward pass; None before it.
+        saved_for_backward_by: the same by kind of module (`breakdown.py`).
+        batch_shape: of that micro-batch, (sequences, tokens); None before it.
+        step_seconds: of each optimizer step, without logging, evaluating and saving.
         evaluation_seconds: time spent in `evaluate` since the first step began.
         training_seconds: from the first step's beginning to the last log entry, evaluation left out.
         tokens: trained on up to the last log entry, over all processes: `processed` (real ones), `selected`, and
             `selected_supervised` targets.
-        use_cache: the model's own setting, which the Trainer switches off in its config.
-        validation_losses: (optimizer step, nats per supervised token), in order.
+        use_cache: the model's own setting, which the Trainer switches off in its config; None where it has none.
     """
 
-    def __init__(self, *args: Any, eval_collator: Callable[[list], dict[str, Tensor]], **kwargs: Any) -> None:
-        self.use_cache = kwargs["model"].config.use_cache
+    def __init__(
+        self,
+        *args: Any,
+        eval_collator: Callable[[list], dict[str, Tensor]],
+        evaluation: Evaluation,
+        **kwargs: Any,
+    ) -> None:
+        self.use_cache = getattr(kwargs["model"].config, "use_cache", None)
         super().__init__(*args, **kwargs)
-        self.eval_collator = eval_collator
+        self.eval_collator, self.evaluation = eval_collator, evaluation
+        self.optim_in_backward = False
         self.saved_for_backward_bytes: int | None = None
+        self.saved_for_backward_by: dict[str, int] = {}
+        self.batch_shape: tuple[int, int] | None = None
+        self.step_seconds: list[float] = []
         self.evaluation_seconds = self.training_seconds = 0.0
-        self.validation_losses: list[tuple[int, float]] = []
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
         self._peak_bytes = 0
         self._started: float | None = None
         self.tokens = dict.fromkeys(("processed", "selected", "selected_supervised"), 0)
         # Both stay on the device and are read at log lines: reading them makes the host wait for the GPU.
         self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    @property
+    def validation_losses(self) -> list[tuple[int, float]]:
+        """(optimizer step, validation loss), in order."""
+        return [(step, figures["loss"]) for step, figures in self.evaluations]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's; with `optim_in_backward` one per parameter."""
+        if self.optim_in_backward and self.optimizer is None:
+            chosen = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs = in_backward(*chosen, self.model)
+        return super().create_optimizer(model)
 
     # -- one step
 
@@ -136,16 +194,15 @@ class SelectiveTrainer(Trainer):
         """The Trainer's loss. The first training step's also measures what autograd keeps; later ones run free."""
         if self.saved_for_backward_bytes is not None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with SavedForBackward(self.model) as saved:
+        kinds = KindOfModule(self.model)
+        self.batch_shape = tuple(next(iter(inputs.values())).shape[:2])
+        with kinds, SavedForBackward(self.model, kinds.now) as saved:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.saved_for_backward_bytes = saved.bytes
+        self.saved_for_backward_bytes, self.saved_for_backward_by = saved.bytes, saved.bytes_by
         return loss
 
     def _count(self, inputs: dict[str, Tensor]) -> None:
-        mask, positions = inputs["attention_mask"], inputs.get("selected_positions")  # (B, S), (B, K)
-        selected = mask if positions is None else mask.gather(1, positions)
-        supervised = inputs["labels"][:, 1:] != -100  # the targets that were not selected are -100 by now
-        counts = torch.stack([mask.sum(), selected.sum(), supervised.sum()])
+        counts = torch.stack(self.data_collator.count(inputs))
         self._counts += counts.to(self._counts.device, non_blocking=True)
 
     def check_finite(self) -> None:
@@ -176,6 +233,8 @@ class SelectiveTrainer(Trainer):
         if "loss" in logs:
             self.check_finite()
             figures = self.memory_figures()
+            if self.optim_in_backward:  # the Trainer found no gradients
+                logs["grad_norm"] = self.optimizer.optimizer.gradient_norm()
             logs |= {f"memory_{name.removesuffix('_bytes')}_gib": size / BYTES_IN_GIB for name, size in figures.items()}
             seconds = time.perf_counter() - self._started - self.evaluation_seconds
             counts = self.accelerator.reduce(self._counts, "sum").tolist()
@@ -184,20 +243,27 @@ class SelectiveTrainer(Trainer):
             self.training_seconds, self.tokens = seconds, dict(zip(self.tokens, counts, strict=True))
         super().log(logs, start_time)
 
+    def average_weights(self) -> None:
+        """Puts the weights in place that the optimizer means to be used: schedule-free ones train others."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's save; a model whose loss was no number is not saved."""
         self.check_finite()
         super().save_model(output_dir, _internal_call)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # What `save_strategy="best"` saves after an evaluation; --save_steps asks for more.
+        best = super()._determine_best_metric(metrics, trial)
+        return best or self.state.global_step % self.args.save_steps == 0
 
     # -- validation
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Validation loss: nats per supervised token over all rows, by the full forward pass without a selection.
-
-        The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long
-        one's. Only two sums are kept, no logits.
+        """The figures of `self.evaluation` over all rows, by the full forward pass without a selection.
 
         Raises:
             UserError: the loss is not finite.
@@ -217,22 +283,18 @@ class SelectiveTrainer(Trainer):
         # model inside of DistributedDataParallel, does not mind.
         loader.batch_sampler.even_batches = False
         self.model.eval()
-        wide = torch.float32 if self.args.device.type == "mps" else torch.float64  # MPS has no float64
-        totals = torch.zeros(2, dtype=wide, device=self.args.device)
+        self.average_weights()
         # A data loader takes a seed from the CPU's generator; forked, so that watching a run does not change it.
         with torch.no_grad(), self.accelerator.autocast(), torch.random.fork_rng(devices=[]):
-            for batch in loader:
-                tokens = (batch["labels"][:, 1:] != -100).sum()
-                totals += torch.stack([self.model(**batch).loss.to(wide) * tokens, tokens.to(wide)])
-        loss_sum, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        loss = loss_sum / tokens
-        if not math.isfinite(loss):
-            raise UserError(f"the validation loss is {loss} at step {self.state.global_step}: stopped.")
-        self.validation_losses.append((self.state.global_step, loss))
+            figures = self.evaluation(self, loader)
+        if not math.isfinite(figures["loss"]):
+            raise UserError(f"the validation loss is {figures['loss']} at step {self.state.global_step}: stopped.")
+        self.evaluations.append((self.state.global_step, figures))
         self.reset_peaks()
         seconds = time.perf_counter() - started
         self.evaluation_seconds += seconds if self._started else 0.0
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_runtime": round(seconds, 3)}
+        metrics = {f"{metric_key_prefix}_{name}": figure for name, figure in figures.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -264,16 +326,26 @@ def build_trainer(
         args=settings,
         data_collator=collator,
         eval_collator=CausalCollator(pad_token_id=tokenizer.pad_token_id),
+        evaluation=loss_per_token,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        callbacks=[DrawsOfTheEpoch(train_rows), LastStep()],
     )
     if not trainer.model_accepts_loss_kwargs and settings.gradient_accumulation_steps > 1:
         logger.warning(
             "%s does not take num_items_in_batch: micro-batches weigh the same, however many targets they hold",
             type(model).__name__,
         )
+    return watched(trainer, train_rows, arguments)
+
+
+def watched(trainer: SelectiveTrainer, train_rows: SeededRows, arguments: Arguments) -> SelectiveTrainer:
+    """The trainer itself, with this project's callbacks for the Trainer's own."""
+    settings = trainer.args
+    trainer.optim_in_backward = arguments.optimization.optim_in_backward
+    trainer.add_callback(DrawsOfTheEpoch(train_rows))
+    trainer.add_callback(LastStep())
+    trainer.add_callback(StepTimes(trainer.step_seconds))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(trainer.memory_figures))
@@ -301,6 +373,7 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
         UserError: every adapter is still what it was, so that nothing was learnt.
     """
     model = trainer.model
+    trainer.average_weights()
     if isinstance(model, PreTrainedModel):
         trained, total = sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_parameters()
         core, dtype = model, saved_dtype
@@ -309,7 +382,8 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
         check_adapters_moved(model)
         trained, total = model.get_nb_trainable_parameters()
         core, dtype = model.get_base_model(), torch.float32
-    core.config.use_cache = trainer.use_cache  # off in training; saved off, it would slow every generation down
+    if trainer.use_cache is not None:
+        core.config.use_cache = trainer.use_cache  # off in training; saved off, it would slow every generation down
     trainer.save_model(str(run_folder))
     return {
         "class": type(core).__name__,

@@ -25,8 +25,9 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when run as a file
 
 from tokentune import apply_tokentune
+from tokentune.adapters import add_adapters
 from tokentune.collators import CausalCollator, SeededRows
-from tokentune.loading import add_adapters, load_base_model, load_tokenizer
+from tokentune.loading import load_base_model, load_tokenizer
 from tokentune.memory import SavedForBackward
 from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records, ensure_pad_token
 from tokentune.records import load_records

@@ -1,0 +1,90 @@
+"""The command line of classify.py: what it shares with finetune.py's, encoders' defaults, what follows from flags."""
+
+from pathlib import Path
+
+import pytest
+
+from tokentune.arguments import parse_arguments
+from tokentune.classification_arguments import ClassificationArguments
+from tokentune.classify import run_folder_of
+from tokentune.errors import UserError
+
+REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
+# Where an encoder's default is not the one of finetune.py, and what finetune.py has not.
+CHANGED = {
+    "max_length": 128,
+    "global_batch_size": 32,
+    "num_epochs": 3,
+    "learning_rate": 2e-5,
+    "warmup_steps": 0.1,
+    "lr_scheduler_type": "linear",
+    "lora_target_modules": ["all-linear"],
+    "save_total_limit": 1,
+}
+ADDED = {
+    "from_scratch": False,
+    "test_dataset_name_or_path": None,
+    "group_by_length": False,
+    "max_train_rows": None,
+    "seeds": [],
+    "task_type": "text",
+    "task_name": None,
+    "text_columns": [],
+    "label_column": None,
+    "metric_for_best_model": None,
+}
+
+
+def parsed(words: str) -> ClassificationArguments:
+    return parse_arguments([*REQUIRED, *words.split()], ClassificationArguments)
+
+
+def test_flags_are_finetunes_and_a_few_more() -> None:
+    shared = parse_arguments(REQUIRED).settings()
+    for prompt in ("prompt_template_name_or_path", "add_eos_token"):
+        del shared[prompt]
+    assert parsed("").settings() == shared | CHANGED | ADDED
+
+
+def test_what_does_not_go_with_an_encoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokentune.arguments.ModelArguments.__post_init__", lambda self: None)
+    with pytest.raises(UserError, match="Liger has kernels for causal language models"):
+        parsed("--use_liger_kernel")
+
+
+def test_one_seed_or_several() -> None:
+    assert parsed("").seeds == [42] and parsed("--seed 7").seeds == [7]
+    assert parsed("--seeds 1 2 3").seeds == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("", "owner-model-owner-data-text"),
+        ("--task_name rte --tokentune --prefix_length 32", "owner-model-owner-data-rte-tokentune-32"),
+        ("--task_type token --lora", "owner-model-owner-data-token-lora"),
+        ("--task_type image --tokentune --prefix_length 0.5", "owner-model-owner-data-image-tokentune-0.5"),
+        (
+            "--task_type token --tokentune --prefix_length 0.3 --selection labelled",
+            "owner-model-owner-data-token-tokentune-0.3-labelled",
+        ),
+    ],
+)
+def test_run_folder_is_named_after_data_task_and_method(words: str, name: str) -> None:
+    assert run_folder_of(parsed(f"--model_save_path runs {words}")) == Path("runs") / name
+
+
+def test_a_glue_task_needs_no_data_set() -> None:
+    words = ["--model_name_or_path", "owner/model", "--task_name", "mrpc"]
+    arguments = parse_arguments(words, ClassificationArguments)
+    assert run_folder_of(arguments).name == "owner-model-nyu-mll-glue-mrpc"
+    assert arguments.task.glue.metric == "f1"
+
+
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help"], ClassificationArguments)
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: classify.py")
+    assert all(f"--{name}" in text for name in (*CHANGED, *ADDED))

@@ -1,0 +1,193 @@
+"""Labelled rows: which data is read, which columns are taken, words aligned to sub-words, what is cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from classification_models import tiny_tokenizer, write_images, write_lines
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from tokentune import records
+from tokentune.arguments import parse_arguments
+from tokentune.classification_arguments import ClassificationArguments
+from tokentune.classification_rows import (
+    Columns,
+    Split,
+    encode_texts,
+    encode_words,
+    find_columns,
+    read_split,
+    some_rows,
+)
+from tokentune.errors import UserError
+from tokentune.glue import TASKS
+from tokentune.labels import Labels, find_labels, find_token_labels
+
+
+def arguments(words: str) -> ClassificationArguments:
+    return parse_arguments(["--model_name_or_path", "m", *words.split()], ClassificationArguments)
+
+
+def split_of(rows: list[dict], **features: Any) -> Split:
+    known = Dataset.from_list(rows, features=Features(features)) if features else Dataset.from_list(rows)
+    return Split(known, "data")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_glue_is_read_from_the_hub_by_name(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub(name: str, config: str | None = None, *, split: str) -> Dataset:
+        asked.append((name, config, split))
+        return Dataset.from_list([{**dict.fromkeys(TASKS[task].columns, "x"), "label": 0, "idx": 0}])
+
+    monkeypatch.setattr(records, "load_dataset", hub)
+    for words in (f"--task_name {task}", f"--task_name {task} --dataset_name_or_path nyu-mll/glue"):
+        asked.clear()
+        given = arguments(f"{words} --test_dataset_name_or_path nyu-mll/glue")
+        train, *_ = (read_split(given, split) for split in ("train", "validation", "test"))
+        half = {"mnli": "_matched", "mnli_mismatched": "_mismatched"}.get(task, "")
+        config = "mnli" if half else task
+        names = ["train", f"validation{half}", f"test{half}"]
+        assert asked == [("nyu-mll/glue", config, split) for split in names]
+        assert find_columns(given, train) == Columns(TASKS[task].columns, "label")
+
+
+def test_a_folder_s_own_validation_split_is_taken(tmp_path: Path) -> None:
+    for name, count in (("train", 3), ("validation", 2)):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": "x", "label": n} for n in range(count)])
+    given = arguments(f"--dataset_name_or_path {tmp_path}")
+    assert [len(read_split(given, split).rows) for split in ("train", "validation")] == [3, 2]
+    (tmp_path / "validation.jsonl").unlink()
+    with pytest.raises(UserError, match="names no validation split"):
+        read_split(given, "validation")
+
+
+def test_images_are_read_by_split(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 4)):
+        write_images(tmp_path / "bars" / split, count, seed=0)
+    given = arguments(f"--task_type image --dataset_name_or_path {tmp_path / 'bars'}")
+    train = read_split(given, "train").rows
+    assert len(train) == 6 and train.features["label"].names == ["column", "row"]
+    whole = write_images(tmp_path / "flat", 4, seed=0)
+    given = arguments(f"--task_type image --dataset_name_or_path x --eval_dataset_name_or_path {whole}")
+    assert len(read_split(given, "validation").rows) == 4
+    given = arguments(f"--task_type image --dataset_name_or_path x --eval_dataset_name_or_path {tmp_path / 'bars'}")
+    with pytest.raises(UserError, match="no split 'validation', only"):
+        read_split(given, "validation")
+
+
+def test_a_csv_file_s_text_may_look_like_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("sentence,label\n42,0\nNA,1\n", encoding="utf-8")
+    given = arguments(f"--task_name cola --dataset_name_or_path {path}")
+    assert read_split(given, "train").rows["sentence"][:] == ["42", "NA"]
+
+
+def test_some_rows_are_the_same_for_every_seed() -> None:
+    rows = Dataset.from_list([{"n": n} for n in range(50)])
+    chosen = some_rows(rows, 10)["n"][:]
+    assert len(set(chosen)) == 10 and chosen == sorted(chosen) and chosen != list(range(10))
+    assert some_rows(rows, 10)["n"][:] == chosen
+    assert len(some_rows(rows, 60)) == 50
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "inputs"),
+    [
+        ({"title": "a", "label": 0}, ("title",)),
+        ({"question": "a", "sentence": "b", "source": "c", "label": 0}, ("question", "sentence")),
+        ({"sentence": "a", "source": "c", "label": 0}, ("sentence",)),
+        ({"head": "a", "size": 3, "body": "b", "label": "x"}, ("head", "body")),
+    ],
+)
+def test_columns_of_texts_are_found(row: dict, inputs: tuple[str, ...]) -> None:
+    assert find_columns(arguments("--dataset_name_or_path x"), split_of([row])) == Columns(inputs, "label")
+
+
+def test_columns_of_words_are_found() -> None:
+    split = split_of([{"id": "1", "tokens": ["a"], "pos_tags": ["X"], "ner_tags": ["O"]}])
+    found = find_columns(arguments("--dataset_name_or_path x --task_type token"), split)
+    assert found == Columns(("tokens",), "ner_tags")
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_numbered_in_their_order() -> None:
+    labels = find_labels(split_of([{"label": n} for n in (7, 3, 7)]).rows, "label", "data", task=None)
+    assert labels.names == ("3", "7") and labels.encode(7, "row") == 1 and labels.outputs == 2
+    labels = find_labels(split_of([{"label": n} for n in (True, False)]).rows, "label", "data", task=None)
+    assert labels.names == ("False", "True")
+    labels = find_labels(split_of([{"label": n} for n in (0.5, 1.0)]).rows, "label", "data", task=None)
+    assert labels.is_regression and labels.outputs == 1 and labels.encode(2.5, "row") == 2.5
+
+
+def test_named_classes_keep_their_numbers_and_names() -> None:
+    split = split_of([{"label": n} for n in (2, 0)], label=ClassLabel(names=["a", "b", "c"]))
+    labels = find_labels(split.rows, "label", "data", task=None)
+    assert labels.names == ("a", "b", "c") and labels.encode(2, "row") == 2
+    with pytest.raises(UserError, match="label -1 is not among"):
+        labels.encode(-1, "row")
+    words = split_of([{"tags": [0, 1]}], tags=List(ClassLabel(names=["O", "B-x"])))
+    labels = find_token_labels(words.rows, "tags", "data")
+    assert labels.names == ("O", "B-x") and labels.outside == 0
+
+
+def test_labels_of_a_glue_task_may_be_its_names() -> None:
+    rows = split_of([{"label": name} for name in ("not_entailment", "entailment")]).rows
+    labels = find_labels(rows, "label", "data", task=TASKS["rte"])
+    assert labels.encode("not_entailment", "row") == 1
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+WORDS = Labels(("O", "B-x"), {"O": 0, "B-x": 1})
+
+
+def test_the_first_sub_word_carries_the_word_s_label() -> None:
+    """[CLS] we wait ... : "wait" is no word of the vocabulary and falls into letters, "suns" into two pieces."""
+    tokenizer = tiny_tokenizer()
+    split = split_of([{"tokens": ["we", "wait", "suns", "again"], "tags": ["O", "B-x", "B-x", "O"]}])
+    encoded = encode_words(split, Columns(("tokens",), "tags"), WORDS, tokenizer=tokenizer, max_length=32)
+    (row,) = encoded.rows
+    pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert pieces == ["[CLS]", "we", "w", "##a", "##i", "##t", "sun", "##s", "again", "[SEP]"]
+    assert row["labels"] == [-100, 0, 1, -100, -100, -100, 1, -100, 0, -100]
+    assert encoded.report.labels == 4 and encoded.report.cut_labels == 0
+
+
+def test_labels_behind_the_cut_are_counted() -> None:
+    split = split_of([{"tokens": ["we", "saw", "suns", "again"], "tags": ["O", "B-x", "B-x", "O"]}] * 2)
+    columns = Columns(("tokens",), "tags")
+    encoded = encode_words(split, columns, WORDS, tokenizer=tiny_tokenizer(), max_length=5)
+    assert [row["labels"] for row in encoded.rows] == [[-100, 0, 1, 1, -100]] * 2
+    assert (encoded.report.cut_rows, encoded.report.labels, encoded.report.cut_labels) == (2, 6, 2)
+    assert "2 rows cut at --max_length, 2 labels lost" in str(encoded.report)
+    unlabelled = encode_words(split, columns, None, tokenizer=tiny_tokenizer(), max_length=5)
+    assert unlabelled.rows[0]["word_positions"] == [1, 2, 3, None]
+
+
+def test_pairs_are_cut_at_the_longer_text() -> None:
+    split = split_of([{"a": "the sun " * 9, "b": "we saw", "label": "x"}, {"a": "sun", "b": "", "label": "y"}])
+    labels = Labels(("x", "y"), {"x": 0, "y": 1})
+    columns = Columns(("a", "b"), "label")
+    tokenizer = tiny_tokenizer()
+    encoded = encode_texts(split, columns, labels, tokenizer=tokenizer, max_length=10)
+    first = tokenizer.convert_ids_to_tokens(encoded.rows[0]["input_ids"])
+    assert len(first) == 10 and first[-4:] == ["[SEP]", "we", "saw", "[SEP]"]
+    assert encoded.rows[0]["token_type_ids"] == [0] * 7 + [1] * 3
+    assert [row["labels"] for row in encoded.rows] == [0, 1]
+    assert (encoded.report.rows, encoded.report.cut_rows) == (2, 1)
+
+
+def test_values_are_looked_at_as_texts() -> None:
+    split = split_of([{"text": 3, "label": 0}], text=Value("int64"), label=Value("int64"))
+    with pytest.raises(UserError, match="row 1: 'text' is 3, not text"):
+        encode_texts(split, Columns(("text",), "label"), None, tokenizer=tiny_tokenizer(), max_length=10)

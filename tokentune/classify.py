@@ -1,0 +1,191 @@
+"""Command: fine-tune an encoder to classify texts, words or images, with gradients for selected tokens or for all.
+
+    python ./tokentune/classify.py \
+        --model_name_or_path google-bert/bert-base-uncased --task_name mrpc --seeds 1 2 3 \
+        --tokentune --prefix_length 32
+
+The best checkpoint of each seed lands in `./models/<model>-<data>-<task>-tokentune-32/seed-1/` and so on, with the
+tokenizer, `training_summary.json` and `training_curves.png`; the scores' mean and deviation in
+`classification_summary.json` above them. `--help` lists every flag. Bad input ends with one sentence and exit code 2,
+before any weight is read and before anything is written.
+"""
+
+import copy
+import logging
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Other packages' words on their own internals, which a user can do nothing about.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+from transformers import PreTrainedConfig, set_seed
+
+from tokentune.arguments import parse_arguments
+from tokentune.classification_arguments import ClassificationArguments
+from tokentune.classification_data import ClassificationData, configured, load_data, load_processing
+from tokentune.classification_summary import said, scores_over_seeds, seed_summary, write_predictions, write_scores
+from tokentune.classification_training import build_classification_trainer, classification_settings, predict
+from tokentune.collators import SeededRows
+from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.glue import HUB_ID
+from tokentune.heads import HEADS
+from tokentune.loading import load_config, run_folder_name
+from tokentune.memory_report import memory_watched
+from tokentune.patching import profile_of
+from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
+from tokentune.run_folder import check_run_folder, clear_run_folder
+from tokentune.scores import metric_names
+from tokentune.summary import draw_curves, write_summary
+from tokentune.training import save_result
+from tokentune.verification import Pooling
+
+logger = logging.getLogger("tokentune")
+
+
+@dataclass
+class Plan:
+    """What every seed's training starts from: all that could be refused has been looked at."""
+
+    arguments: ClassificationArguments
+    config: PreTrainedConfig
+    processing: Any  # the tokenizer, or the image processor
+    data: ClassificationData
+    metric: str
+    run_folder: Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
+    log_to_stderr()
+    arguments = parse_arguments(argv, ClassificationArguments)
+    run_folder = run_folder_of(arguments)
+    if arguments.output.print_run_folder:
+        print(run_folder)
+        return
+    plan = prepare(arguments, run_folder)
+    summaries = [train(plan, seed) for seed in arguments.seeds]
+    scores = scores_over_seeds(summaries, arguments, plan.data.labels)
+    write_scores(scores, run_folder)
+    logger.info("%s; saved in %s", said(scores), run_folder)
+
+
+def run_folder_of(arguments: ClassificationArguments) -> Path:
+    """`<model_save_path>/<model>-<data>-<task>[-lora][-qlora][-tokentune-<selected>][-labelled]`."""
+    name = run_folder_name(
+        arguments.model.model_name_or_path,
+        arguments.data.dataset_name_or_path or HUB_ID,
+        lora=arguments.adapters.lora,
+        qlora=arguments.adapters.qlora,
+        tokentune=arguments.selection.tokentune,
+        prefix_length=arguments.selection.selected,
+        task=arguments.task.name,
+    )
+    if arguments.selection.tokentune and arguments.selection.selection == "labelled":
+        name += "-labelled"  # compared with a random draw of as many tokens, beside it
+    return Path(arguments.output.model_save_path).expanduser() / name
+
+
+def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
+    """Whatever can be refused is refused here: nothing has been written, no weight read."""
+    head = HEADS[arguments.task.task_type]
+    check_run_folder(run_folder, overwrite=arguments.output.overwrite_output_dir)
+    classification_settings(arguments, run_folder, "loss")
+    config = load_config(arguments.model.model_name_or_path, head=head)
+    processing = load_processing(arguments, config)
+    data = load_data(arguments, config, processing)
+    metric = chosen_metric(arguments, data)
+    config = configured(config, data.labels, processing)
+    skeleton = check_structure(arguments, config, head)
+    if arguments.selection.tokentune:
+        say_pooling(skeleton, arguments)
+    return Plan(arguments, config, processing, data, metric, run_folder)
+
+
+def chosen_metric(arguments: ClassificationArguments, data: ClassificationData) -> str:
+    """--metric_for_best_model, or the task's own. Raises UserError where the task has no such metric."""
+    known = metric_names(arguments.task.task_type, data.labels)
+    chosen = arguments.task.metric_for_best_model
+    if chosen is None:
+        return arguments.task.glue.metric if arguments.task.glue is not None else known[0]
+    chosen = chosen.removeprefix("eval_")
+    if chosen not in known:
+        raise UserError(f"--metric_for_best_model {chosen}: this task has {', '.join(known)}.")
+    return chosen
+
+
+def say_pooling(skeleton: Any, arguments: ClassificationArguments) -> None:
+    """Says what the head for whole sequences looks at in training. Evaluation is the ordinary forward pass."""
+    pooling = profile_of(skeleton).pooling
+    if arguments.task.task_type == "token":
+        logger.info("every selected word is classified; evaluation classifies all words")
+    elif pooling is None:
+        raise UserError(
+            f"--model_name_or_path {arguments.model.model_name_or_path}: its head pools no token that could be "
+            "selected. Take another model, or leave --tokentune out."
+        )
+    elif pooling is Pooling.ALL:
+        logger.info(
+            "the head pools all tokens: in training too it gets the whole sequence, the tokens that are not selected "
+            "as constants; evaluation is the ordinary forward pass"
+        )
+    else:
+        logger.info("the head pools the %s token, which is always selected", pooling.value)
+
+
+def train(plan: Plan, seed: int) -> dict[str, Any]:
+    """One seed's training: the best checkpoint, its summary and predictions in their folder. Returns the summary."""
+    started = time.perf_counter()
+    arguments = copy.deepcopy(plan.arguments)
+    arguments.optimization.seed = seed
+    several = len(arguments.seeds) > 1
+    folder = plan.run_folder / f"seed-{seed}" if several else plan.run_folder
+    settings = classification_settings(arguments, folder, plan.metric)
+    dtype = base_dtype(arguments, plan.config)
+    set_seed(seed)
+    model = prepare_model(
+        arguments,
+        dtype,
+        HEADS[arguments.task.task_type],
+        copy.deepcopy(plan.config),
+        from_scratch=arguments.model.from_scratch,
+    )
+    if settings.process_index == 0:
+        clear_run_folder(folder if several and seed != arguments.seeds[0] else plan.run_folder)
+    rows = SeededRows(plan.data.train.rows, seed)
+    trainer = build_classification_trainer(
+        model, settings, rows, plan.data.validation.rows, plan.processing, arguments, plan.data.labels
+    )
+    with unsupported_models_refused(), memory_watched(arguments, plan.config, trainer, HEADS[arguments.task.task_type]):
+        trainer.train()
+
+    if plan.data.test is not None and trainer.is_world_process_zero():
+        write_predictions(predict(trainer, plan.data.test.rows, plan.data.labels), folder)
+    facts = save_result(trainer, folder, saved_as(arguments, plan.config, dtype))
+    facts["base_dtype"] = str(dtype).removeprefix("torch.")
+    splits = {"train": plan.data.train, "validation": plan.data.validation, "test": plan.data.test}
+    summary = seed_summary(trainer, arguments, splits, facts, plan.metric, time.perf_counter() - started)
+    if trainer.is_world_process_zero():
+        write_summary(summary, folder)
+        draw_curves(summary, folder, loss_unit="squared error" if plan.data.labels.is_regression else "nats per label")
+        remove_best_checkpoints(folder, arguments.output.save_steps)
+    return summary
+
+
+def remove_best_checkpoints(folder: Path, save_steps: int) -> None:
+    """Removes what was the best for a while, the last of which the run's folder holds; those of --save_steps stay."""
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.removeprefix("checkpoint-")) % save_steps:
+            shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    run_command(main)
