@@ -5,6 +5,8 @@
 #     PROJECT_ROOT           the project's folder, whatever folder the script was called from
 #     ensure_venv, find_python                            set PYTHON, with and without installing packages
 #     finetune, run_folder, merge_adapter, lm_harness     the steps of scripts/train, merge.sh and scripts/eval
+#     stage                                               a finished stage of a long script is not done again
+#     classify, glue, score_table                         the steps of scripts/glue, scripts/ner and scripts/vision
 #
 # The scripts do not change folder: relative paths in flags, MODEL and DATASET are found from where you call. What they
 # write (MODEL_SAVE_PATH, RESULTS) goes below the project unless it is an absolute path.
@@ -26,6 +28,22 @@ die() {
 }
 
 in_project() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s' "$PROJECT_ROOT/$1" ;; esac; }
+
+# stage NAME TITLE COMMAND ...: runs a stage of a long script and notes in $DIR/.done/NAME that it is finished; skips it
+# where that is noted already.
+stage() {
+    local name=$1 title=$2 started=$SECONDS
+    shift 2
+    if [[ -e $DIR/.done/$name ]]; then
+        say "$title: finished earlier, skipped"
+        return
+    fi
+    say "$title"
+    "$@"
+    mkdir -p "$DIR/.done"
+    touch "$DIR/.done/$name"
+    say "finished in $((SECONDS - started)) s"
+}
 
 # --------------------------------------------------------------------------------------------------------------- Python
 
@@ -172,7 +190,7 @@ llama_2_on_platypus() {
 # flags lead to the right folder; it checks all of them on the way.
 run_folder() { llama_2_on_platypus "$@" --print_run_folder; }
 
-# finetune FLAGS ...: trains, and sets RUN_FOLDER.
+# finetune FLAGS ...: trains, and sets RUN_FOLDER; writes it to the file RUN_FOLDER_NOTE, where a caller names one.
 finetune() {
     find_python torch transformers peft accelerate datasets
     case " $* " in
@@ -184,6 +202,7 @@ finetune() {
     RUN_FOLDER=$(run_folder "$@")
     say "fine-tuning into $RUN_FOLDER"
     llama_2_on_platypus "$@"
+    [[ -z ${RUN_FOLDER_NOTE:-} ]] || printf '%s' "$RUN_FOLDER" >"$RUN_FOLDER_NOTE"
 }
 
 # merge_adapter FOLDER [FLAGS ...]: the adapter in FOLDER and its base into the full checkpoint FOLDER/merged. The base
@@ -202,6 +221,67 @@ merge_adapter() {
         --peft_model_path "$adapter" \
         --output_dir "$adapter/merged" \
         "$@"
+}
+
+# ------------------------------------------------------------------------------------------------------- classification
+
+# classify FLAGS ...: trains, unless the run is there already, so that a script of several runs can be started again.
+# --help shows classify.py's flags and ends the script.
+classify() {
+    local folder
+    find_python torch transformers peft accelerate datasets sklearn
+    case " $* " in
+        *" --help "* | *" -h "*)
+            classification --help
+            exit
+            ;;
+    esac
+    folder=$(classification "$@" --print_run_folder)
+    if [[ -f $folder/classification_summary.json && " $* " != *" --overwrite_output_dir "* ]]; then
+        say "there already (--overwrite_output_dir repeats it): $folder"
+        return
+    fi
+    say "training into $folder"
+    classification "$@"
+}
+
+# classification FLAGS ...: calls classify.py, its runs below MODEL_SAVE_PATH.
+classification() {
+    "$PYTHON" -u "$PROJECT_ROOT/tokentune/classify.py" \
+        --model_save_path "$(in_project "${MODEL_SAVE_PATH:-models}")" \
+        "$@"
+}
+
+# glue MODEL FLAGS ...: fine-tunes MODEL on each of TASKS, three seeds each, with the settings that BERT's authors have
+# for GLUE (Devlin et al., NAACL 2019: batches of 32, three epochs, 128 tokens, no WNLI). MNLI is evaluated on its
+# matched half; TASKS=mnli_mismatched trains again for the other one.
+glue() {
+    local model=${MODEL:-$1} rows=${DATASET:-nyu-mll/glue} task data
+    shift
+    for task in ${TASKS:-cola sst2 mrpc stsb qqp mnli qnli rte}; do
+        data=(--dataset_name_or_path "${rows//\{task\}/$task}")
+        if [[ -n ${EVAL_DATASET:-} ]]; then
+            data+=(--eval_dataset_name_or_path "${EVAL_DATASET//\{task\}/$task}")
+        fi
+        classify \
+            --model_name_or_path "$model" \
+            "${data[@]}" \
+            --task_name "$task" \
+            --seeds 1 2 3 \
+            --global_batch_size 32 \
+            --num_epochs 3 \
+            --learning_rate 2e-5 \
+            --weight_decay 0.01 \
+            --warmup_steps 0.1 \
+            --lr_scheduler_type linear \
+            --max_length 128 \
+            "$@"
+    done
+}
+
+# score_table: prints the scores and bytes of all classification runs below MODEL_SAVE_PATH; to be called after one.
+score_table() {
+    "$PYTHON" "$PROJECT_ROOT/scripts/glue/table.py" "$(in_project "${MODEL_SAVE_PATH:-models}")"
 }
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

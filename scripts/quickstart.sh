@@ -28,26 +28,20 @@ while [[ $# -gt 0 ]]; do
 done
 [[ $SEED =~ ^[0-9]+$ ]] || die "--seed needs a whole number, not '$SEED'"
 
-# step NAME TITLE COMMAND ...: runs one step and notes that it is finished, or skips it. A step that runs makes all
-# later ones run again: they build on it.
+# step NAME TITLE COMMAND ...: a stage with a number. One that runs makes all later ones run again: they build on it.
 step=0
 step() {
-    local name=$1 title=$2 started=$SECONDS marker number
+    local name=$1 title=$2 marker number
     shift 2
     step=$((step + 1))
-    if [[ -e $DIR/.done/$step-$name ]]; then
-        say "[$step/$STEPS] $title: finished earlier, skipped"
-        return
+    if [[ ! -e $DIR/.done/$step-$name ]]; then
+        for marker in "$DIR"/.done/*; do
+            number=${marker##*/}
+            number=${number%%-*}
+            [[ ! -e $marker || $number -lt $step ]] || rm "$marker"
+        done
     fi
-    for marker in "$DIR"/.done/*; do
-        number=${marker##*/}
-        number=${number%%-*}
-        [[ ! -e $marker || $number -lt $step ]] || rm "$marker"
-    done
-    say "[$step/$STEPS] $title"
-    "$@"
-    touch "$DIR/.done/$step-$name"
-    say "[$step/$STEPS] finished in $((SECONDS - started)) s"
+    stage "$step-$name" "[$step/$STEPS] $title" "$@"
 }
 
 make_base() {

@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 
 import psutil
@@ -21,10 +23,15 @@ class SavedForBackward:
 
     Each storage counts once, however many operations keep it; parameters and buffers do not count, as they are there
     anyway. Exact and the same on every device, but blind to the temporary memory of kernels.
+
+    Args:
+        kind: says of a tensor, when it is first kept, what it is; `bytes_by` then has the bytes by kind.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, kind: Callable[[Tensor], str] | None = None):
         self.bytes = 0
+        self.bytes_by: Counter[str] = Counter()
+        self._kind = kind
         self._seen = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._alive: list[Tensor] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -33,7 +40,10 @@ class SavedForBackward:
         if _address(tensor) not in self._seen:
             self._seen.add(_address(tensor))
             self._alive.append(tensor.detach())  # a freed storage's address could be given to another tensor
-            self.bytes += tensor.untyped_storage().nbytes()
+            size = tensor.untyped_storage().nbytes()
+            self.bytes += size
+            if self._kind is not None:
+                self.bytes_by[self._kind(tensor)] += size
         return tensor
 
     def __enter__(self) -> "SavedForBackward":
@@ -47,8 +57,8 @@ class SavedForBackward:
         self._alive.clear()
 
 
-def _address(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # of the storage's own object: fake tensors have no data to point to
 
 
 def memory_usage(device: torch.device | str) -> dict[str, int]:

@@ -1,190 +1,177 @@
-"""Time and memory of one training step: plain training, gradient checkpointing and TokenTune, side by side.
+"""Time and memory of one training step: plain, with gradient checkpointing, and with TokenTune, side by side.
 
-    python scripts/bench/step.py --output scripts/bench/results/step_cpu.json
+    python scripts/bench/step.py --output step.json --train full lora --proportions 0.1 0.3 --lengths 512 2048
+    python scripts/bench/step.py --output scripts/bench/results/step_cpu.json --suites table lowest
 
-A Llama with random weights takes forward and backward passes on random tokens, the methods one after the other in every
-round, so that whatever else the machine does hits all of them alike. Ratios are medians over rounds of the ratio within
-a round, with the interval that holds the median with 95 % confidence. Bytes are exact: what autograd keeps for the
-backward pass, each storage once, parameters excluded; on a GPU the allocator's peak too.
+A Llama with random weights takes steps on random tokens, the methods in turn within every round, so that whatever else
+the machine does hits all alike. Time ratios are medians over rounds of the ratio within a round, with the interval that
+holds the median with 95 % confidence. Bytes are exact: `saved_bytes` is what autograd keeps for the backward pass, each
+storage once, parameters excluded; `held_bytes` what the allocator holds more after the forward pass than before it;
+`peak_bytes` its peak during the step, weights included. A step is forward and backward pass, and AdamW in the suites
+for GPUs.
+
+The file is written after every model. Called again with the same --output, it goes on where it stopped; what did not
+fit in memory is noted as such. `--suites` names prepared sets (`cpu.sh` and `gpu.sh` run them all); without it, every
+combination of the other flags is measured.
 """
 
 import argparse
-import json
-import platform
+import gc
+import itertools
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import transformers
+from steps import report
+from steps.cases import DTYPES, METHODS, TRAIN, Case, Shape, shrunk, variants
+from steps.measure import Bench, measure
+from steps.suites import SUITES, cases_of
 
-from tokentune import apply_tokentune, remove_tokentune
-from tokentune.memory import SavedForBackward, gib, memory_usage, reset_peak
-from tokentune.selection import select_positions
-
-METHODS = ("full", "checkpointing", "tokentune")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from tokentune.errors import UserError
+from tokentune.memory import gib
 
 
 def main() -> None:
     options = parse()
-    rows = []
-    for adapters in options.train:
-        for heads in options.key_value_heads:
-            rows += measure(options, heads, adapters)
-    report = {"schema_version": 1, "setting": setting(options), "machine": machine(options), "rows": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {options.output}")
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--intermediate_size", type=int, default=2816)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--key_value_heads", type=int, nargs="+", default=[16, 4])
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
-    parser.add_argument("--proportion", type=float, default=0.3, help="selected tokens, as a share of the sequence")
-    parser.add_argument("--train", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write, or to go on with")
+    parser.add_argument("--suites", nargs="+", choices=["cpu", "gpu", *SUITES], help="prepared sets of models")
+    parser.add_argument("--small", action="store_true", help="tiny models and two rounds, to try the code path out")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--minutes", type=float, help="start no further model after this time (call again to go on)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    own = parser.add_argument_group("without --suites: every combination of these")
+    own.add_argument("--train", nargs="+", choices=TRAIN, default=["full", "lora"])
+    own.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4])
+    own.add_argument("--proportions", type=float, nargs="+", default=[0.3], help="selected tokens, of the sequence")
+    own.add_argument("--lengths", type=int, nargs="+", default=[512], help="tokens per sequence")
+    own.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of the weights")
+    own.add_argument("--layers", type=int, nargs="+", default=[6])
+    own.add_argument("--key_value_heads", type=int, nargs="+", default=[16, 4])
+    own.add_argument("--heads", type=int, default=16)
+    own.add_argument("--hidden_size", type=int, default=1024)
+    own.add_argument("--intermediate_size", type=int, default=2816)
+    own.add_argument("--vocabulary", type=int, default=32000)
+    own.add_argument("--batch", type=int, default=2, help="sequences per step")
+    own.add_argument("--rounds", type=int, default=9, help="timed steps per method; 0: bytes alone")
+    own.add_argument("--optimizer", action="store_true", help="AdamW is part of the step")
+    own.add_argument("--autocast", action="store_true", help="forward passes under bfloat16 autocast")
     return parser.parse_args()
 
 
-def build(options: argparse.Namespace, key_value_heads: int, adapters: str) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=key_value_heads,
-        vocab_size=options.vocabulary,
-        max_position_embeddings=max(4096, options.length),
-        use_cache=False,
-    )
-    with torch.device(options.device):
-        model = LlamaForCausalLM._from_config(config, dtype=DTYPES[options.dtype])
-    if adapters == "lora":
-        from peft import LoraConfig, get_peft_model
+def run(options: argparse.Namespace) -> None:
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device")
+    cases = cases_of(options.suites) if options.suites else combinations(options)
+    if options.small:
+        cases = [shrunk(case) for case in cases]
+    here = report.machine(options.device)
+    rows = [] if options.fresh else report.read_rows(options.output, here, options.seed)
+    left = [case for case in cases if not is_measured(case, rows)]
+    print(f"{len(cases) - len(left)} of {len(cases)} models measured already", flush=True)
+    started, model, model_key = time.perf_counter(), None, None
+    for done, case in enumerate(left):
+        if options.minutes is not None and time.perf_counter() - started > 60 * options.minutes:
+            print(f"{len(left) - done} models left after {options.minutes:g} minutes: call again to go on")
+            return
+        begun = time.perf_counter()
+        if model_key != case.model_key():
+            model = None  # the old one's memory first
+            free(options.device)
+        rows_of_case, model = measured(case, options, model)
+        model_key = case.model_key()
+        report.add_ratios(rows_of_case)
+        settings = [case.settings(variant) for variant in case.variants]
+        rows = [row for row in rows if not any(matches(row, setting) for setting in settings)] + rows_of_case
+        report.write(options.output, here, options.seed, rows)
+        show(rows_of_case, time.perf_counter() - begun)
+    print(f"written: {options.output}")
 
-        targets = ["gate_proj", "up_proj", "down_proj"]
-        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    return model.train()
 
-
-def measure(options: argparse.Namespace, key_value_heads: int, adapters: str) -> list[dict]:
-    """One row per method: bytes, seconds per round, and the ratios to plain training."""
-    torch.manual_seed(options.seed)
-    model = build(options, key_value_heads, adapters)
-    ids = torch.randint(0, options.vocabulary, (options.batch, options.length), device=options.device)
-    mask = torch.ones_like(ids)
-    positions = select_positions(mask, options.proportion)
-    rows = {method: prepare(model, ids, positions, method, options.device) for method in METHODS}
-    for method in METHODS:  # warm-up: allocator and thread pools
-        timed_step(model, ids, positions, method, options.device)
-    for _ in range(options.rounds):
-        for method in METHODS:
-            rows[method]["seconds"].append(timed_step(model, ids, positions, method, options.device))
-    for method in METHODS:
-        row = rows[method]
-        row |= {"train": adapters, "key_value_heads": key_value_heads}
-        for base in ("full", "checkpointing"):
-            pairs = zip(row["seconds"], rows[base]["seconds"], strict=True)
-            row[f"time_ratio_to_{base}"] = median_with_interval([one / other for one, other in pairs])
-            row[f"bytes_ratio_to_{base}"] = row["saved_bytes"] / rows[base]["saved_bytes"]
-        low, middle, high = row["time_ratio_to_full"]
-        print(
-            f"{adapters:5s} {key_value_heads:2d} kv heads {method:14s} saved {gib(row['saved_bytes']):>10s} "
-            f"({row['bytes_ratio_to_full']:.3f})  step {statistics.median(row['seconds']):.3f} s "
-            f"({middle:.3f}, 95 % {low:.3f} to {high:.3f})",
-            flush=True,
+def combinations(options: argparse.Namespace) -> list[Case]:
+    """The cases that the flags ask for, one per model and batch."""
+    axes = (options.train, options.dtypes, options.key_value_heads, options.layers, options.lengths)
+    cases = []
+    for train, dtype, heads, layers, length in itertools.product(*axes):
+        if options.heads % heads:
+            raise UserError(f"--key_value_heads {heads}: --heads {options.heads} is no multiple of it")
+        sizes = options.hidden_size, options.intermediate_size, layers, options.heads, heads, options.vocabulary
+        cases.append(
+            Case(
+                "custom",
+                Shape(f"llama-{options.hidden_size}", *sizes),
+                variants(tuple(options.methods), tuple(options.proportions)),
+                train=train,
+                dtype=dtype,
+                batch=options.batch,
+                length=length,
+                rounds=options.rounds,
+                optimizer=options.optimizer,
+                autocast=options.autocast,
+            )
         )
-    return list(rows.values())
+    return cases
 
 
-def prepare(model: nn.Module, ids: Tensor, positions: Tensor, method: str, device: str) -> dict:
-    """The bytes of one step, outside of the timed rounds."""
-    switch(model, method)
-    reset_peak(device)
-    with SavedForBackward(model) as saved:
-        loss = forward(model, ids, positions, method)
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return {
-        "method": method,
-        "saved_bytes": saved.bytes,
-        "peak_bytes": memory_usage(device)["peak_bytes"] if device != "cpu" else None,
-        "seconds": [],
-    }
+def is_measured(case: Case, rows: list[report.Row]) -> bool:
+    return all(any(matches(row, case.settings(variant)) for row in rows) for variant in case.variants)
 
 
-def switch(model: nn.Module, method: str) -> None:
-    remove_tokentune(model)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.gradient_checkpointing_disable()
-    if method == "checkpointing":
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method == "tokentune":
-        apply_tokentune(model, verify=False)
+def matches(row: report.Row, settings: dict) -> bool:
+    return all(row.get(key) == value for key, value in settings.items())
 
 
-def forward(model: nn.Module, ids: Tensor, positions: Tensor, method: str) -> Tensor:
-    if method == "tokentune":
-        return model(input_ids=ids, labels=ids, selected_positions=positions).loss
-    return model(input_ids=ids, labels=ids).loss
+def measured(case: Case, options: argparse.Namespace, model: torch.nn.Module | None) -> tuple[list, object]:
+    """The case's rows, and its model for a next case that has the same."""
+    try:
+        bench = Bench(case, options.device, options.seed, model)
+    except torch.OutOfMemoryError:
+        return [case.settings(variant) | {"error": "out of memory"} for variant in case.variants], None
+    return measure(bench), bench.model
 
 
-def timed_step(model: nn.Module, ids: Tensor, positions: Tensor, method: str, device: str) -> float:
-    switch(model, method)
-    synchronize(device)
-    start = time.perf_counter()
-    forward(model, ids, positions, method).backward()
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def synchronize(device: str) -> None:
+def free(device: str) -> None:
+    gc.collect()
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
-def median_with_interval(values: list[float]) -> tuple[float, float, float]:
-    """(low, median, high): order statistics that hold the median of the population with 95 % confidence."""
-    ordered, n = sorted(values), len(values)
-    reach = round(0.98 * n**0.5)  # 1.96 standard deviations of a binomial(n, 1/2), in ranks
-    return ordered[max(0, n // 2 - reach)], statistics.median(ordered), ordered[min(n - 1, n // 2 + reach)]
-
-
-def setting(options: argparse.Namespace) -> dict:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()} | {
-        "output": options.output.name
-    }
-
-
-def machine(options: argparse.Namespace) -> dict:
-    gpu = torch.cuda.get_device_name() if options.device.startswith("cuda") else None
-    return {
-        "device": gpu or platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+def show(rows: list[report.Row], seconds: float) -> None:
+    """One line per row."""
+    first = rows[0]
+    print(
+        f"{first['suite']}: {first['name']}, {first['layers']} layers, {first['key_value_heads']} key-value heads, "
+        f"{first['train']}, {first['dtype']}, {first['batch']} x {first['length']} tokens ({seconds:.0f} s)"
+    )
+    for row in rows:
+        name = row["method"] + ("" if row["proportion"] is None else f" {row['proportion']:g}")
+        if "error" in row:
+            print(f"  {name:28s} {row['error']}", flush=True)
+            continue
+        line = f"  {name:28s} saved {gib(row['saved_bytes']):>10s}"
+        if "bytes_ratio_to_full" in row:
+            line += f" ({row['bytes_ratio_to_full']:.3f} of plain)"
+        if row["seconds"]:
+            line += f"  peak {gib(row['peak_bytes']):>10s}  step {statistics.median(row['seconds']):.3f} s"
+        for base in ("full", "checkpointing"):
+            if f"time_ratio_to_{base}" in row:
+                low, middle, high = row[f"time_ratio_to_{base}"]
+                line += f"  {middle:.3f} of {base} ({low:.3f} to {high:.3f})"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

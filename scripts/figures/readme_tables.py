@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tokentune.arguments import Arguments
+from tokentune.classification_arguments import ClassificationArguments
 from tokentune.memory import BYTES_IN_MIB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,19 @@ METHOD_NAMES = {
     "full": "plain training",
     "checkpointing": "plain, gradient checkpointing",
     "tokentune": "**TokenTune, 30 % of the tokens**",
+    "tokentune_checkpointing": "**TokenTune, 30 %, checkpointing**",
+    "tokentune_segments": "**TokenTune, 30 %, lowest memory**",
+    "tokentune_offload": "**TokenTune, 30 %, checkpointing, offloaded**",
+}
+WEIGHTS = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}
+
+TASK_NAMES = {
+    "sst2": "SST-2, accuracy",
+    "cola": "CoLA, Matthews correlation",
+    "rte": "RTE, accuracy",
+    "paraphrase": "paraphrase pairs, accuracy",
+    "wnut17": "WNUT-17, entity F1",
+    "digits": "digits, accuracy",
 }
 
 
@@ -59,25 +73,75 @@ def read(name: str) -> dict:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def step_rows(suite: str, **chosen: object) -> list[dict]:
+    """Rows of a suite of scripts/bench/step.py with these settings, without those that ran out of memory."""
+    rows = [row for row in read("step_cpu.json")["rows"] if row["suite"] == suite and "error" not in row]
+    return [row for row in rows if all(row[key] == value for key, value in chosen.items())]
+
+
+def times(row: dict, base: str) -> str:
+    """0.45 (0.44 to 0.46): the time's ratio with its interval; 1 for the base itself."""
+    if row["method"] == base:
+        return "1"
+    low, middle, high = row[f"time_ratio_to_{base}"]
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 def step_table() -> str:
     rows = []
-    for row in read("step_cpu.json")["rows"]:
-        if row["key_value_heads"] != 4:
-            continue
-        low, middle, high = row["time_ratio_to_full"]
-        weights = {"full": "all weights", "lora": "LoRA"}[row["train"]]
-        of_time = "1" if row["method"] == "full" else f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        rows.append(
-            [
-                weights,
-                METHOD_NAMES[row["method"]],
-                f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB",
-                f"{row['bytes_ratio_to_full']:.2f}",
-                f"{statistics.median(row['seconds']):.2f} s",
-                of_time,
-            ]
-        )
+    for row in step_rows("table", key_value_heads=4, dtype="float32"):
+        saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row['bytes_ratio_to_full']:.2f}"
+        seconds = f"{statistics.median(row['seconds']):.2f} s"
+        rows.append([WEIGHTS[row["train"]], METHOD_NAMES[row["method"]], saved, ratio, seconds, times(row, "full")])
     return markdown(["trained", "method", "kept for backward", "of plain", "step", "of plain (95 % interval)"], rows)
+
+
+def lowest_table() -> str:
+    """24 layers, against gradient checkpointing."""
+    rows = []
+    for row in step_rows("lowest"):
+        if row["seconds"]:
+            heads = f"{row['key_value_heads']} of {row['heads']}"
+            saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row['bytes_ratio_to_checkpointing']:.2f}"
+            time = times(row, "checkpointing")
+            rows.append([WEIGHTS[row["train"]], heads, METHOD_NAMES[row["method"]], saved, ratio, time])
+    header = ["trained", "key-value heads", "method", "kept for backward", "of checkpointing"]
+    return markdown([*header, "time, of checkpointing (95 % interval)"], rows)
+
+
+def growth_table() -> str:
+    """Exponents of growth with the sequence and with layers, per method."""
+    names = {"saved_bytes": "kept", "step_peak_bytes": "peak", "seconds": "time"}
+    suites = {"length": "sequence", "depth": "layers"}
+    found = [fit for fit in read("step_cpu.json")["growth"] if fit["suite"] in suites]
+    fits = {(fit["method"], fit["suite"], fit["quantity"]): fit["exponent"] for fit in found}
+    columns = [(suite, quantity) for suite in suites for quantity in names]
+    methods = dict.fromkeys(method for method, *_ in fits)
+    rows = [[METHOD_NAMES[m], *(f"{fits[m, *column]:.2f}" for column in columns)] for m in methods]
+    return markdown(["grows with", *(f"{suites[suite]}: {names[quantity]}" for suite, quantity in columns)], rows)
+
+
+def qlora_table() -> str:
+    """Where a QLoRA step's time goes."""
+    rows = []
+    for row in step_rows("qlora"):
+        split = row["dequantisation"]
+        share = split["dequantisation_seconds"] / split["step_seconds"]
+        seconds = f"{statistics.median(row['seconds']):.2f} s"
+        rows.append([row["dtype"], METHOD_NAMES[row["method"]], seconds, times(row, "full"), f"{share:.0%}"])
+    return markdown(["computed in", "method", "step", "of plain (95 % interval)", "dequantisation"], rows)
+
+
+def bounds_table() -> str:
+    """What the method is held to, beside what was measured."""
+    rows = []
+    for entry in read("step_cpu.json")["bounds"]:
+        about = f"{WEIGHTS[entry['train']]}, {entry['key_value_heads']} key-value heads, {entry['dtype']}"
+        measured = f"{entry['measured']:.3f}"
+        if "interval" in entry:
+            measured += " ({:.3f} to {:.3f})".format(*entry["interval"])
+        rows.append([entry["what"], about, f"{entry['bound']:.2f}", measured, "yes" if entry["holds"] else "**no**"])
+    return markdown(["ratio", "of", "at most", "measured", "holds"], rows)
 
 
 def instruction_tuning_table() -> str:
@@ -113,18 +177,66 @@ def families_table() -> str:
     return f"{markdown(header, served)}\n\n{markdown(['refused', 'class', 'reason'], refused)}"
 
 
+def classification_table() -> str:
+    """Scores by task and method, below them what a step costs; then the tasks whose methods are others."""
+    report = read("classification.json")
+    counts = ["full", "32", "16", "8", "4"]
+    texts = ["sst2", "cola", "rte", "paraphrase"]
+    counts = [method for method in counts if any(run["method"] == method for run in report["runs"])]
+    rows = [[TASK_NAMES[task], *(score_of(report, task, method) for method in counts)] for task in texts]
+    header = ["", *("all tokens" if method == "full" else f"{method} selected" for method in counts)]
+    costs = {row["method"]: row for row in report["steps"]["rows"]}
+    shape = f"{report['steps']['batch']} x {report['steps']['length']} tokens"
+    saved, step = [f"kept for backward, {shape}"], [f"step, {shape}"]
+    for method in counts:
+        row = costs.get(method)
+        size = "" if row is None else f"{row['saved_for_backward_bytes'] / BYTES_IN_MIB:.0f} MiB"
+        time = "" if row is None else f"{statistics.median(row['seconds']):.2f} s"
+        if row is not None and method != "full":
+            size, time = f"{size} ({row['bytes_ratio_to_full']:.2f})", f"{time} ({row['time_ratio_to_full']:.2f})"
+        saved.append(size)
+        step.append(time)
+    others = [
+        [TASK_NAMES[task], *(score_of(report, task, method) for method in ("full", *methods))]
+        for task, methods in {"wnut17": ("random 0.3", "labelled 0.3"), "digits": ("0.5", "")}.items()
+    ]
+    others_header = ["", "all tokens", "30 % (digits: 50 %) at random", "30 %, entities first"]
+    return f"{markdown(header, [*rows, saved, step])}\n\n{markdown(others_header, others)}"
+
+
+def score_of(report: dict, task: str, method: str) -> str:
+    """Mean and standard deviation, in points of 100; empty for what was not run."""
+    for run in report["runs"]:
+        if (run["task"], run["method"]) == (task, method):
+            return f"{100 * run['mean']:.1f} ± {100 * run['standard_deviation']:.1f}"
+    return ""
+
+
 def flags_table() -> str:
+    return markdown(["flag", "default", "meaning"], flag_rows(Arguments))
+
+
+def classify_flags_table() -> str:
+    """The flags of `classify.py` that `finetune.py` has not, or has with another default or meaning."""
+    known = {tuple(row) for row in flag_rows(Arguments) if row[1]}
+    rows = [row for row in flag_rows(ClassificationArguments) if tuple(row) not in known]
+    empty = [n for n, row in enumerate(rows) if not row[1] and (n + 1 == len(rows) or not rows[n + 1][1])]
+    return markdown(["flag", "default", "meaning"], [row for n, row in enumerate(rows) if n not in empty])
+
+
+def flag_rows(command: type[Arguments]) -> list[list[str]]:
+    """A row for each flag, below one for each group, which has no default."""
     rows = []
-    for group in dataclasses.fields(Arguments):
+    for group in dataclasses.fields(command):
         rows.append([f"**{group.type._argument_group_name}**", "", ""])
         for flag in dataclasses.fields(group.type):
             rows.append([f"`--{flag.name}`", default_of(flag), flag.metadata["help"].replace("|", "\\|")])
-    return markdown(["flag", "default", "meaning"], rows)
+    return rows
 
 
 def default_of(flag: dataclasses.Field) -> str:
     if flag.default_factory is not dataclasses.MISSING:
-        return " ".join(flag.default_factory())
+        return " ".join(flag.default_factory()) or "-"
     if flag.default is dataclasses.MISSING:
         return "required"
     if isinstance(flag.default, bool) or flag.default is None:
@@ -134,10 +246,16 @@ def default_of(flag: dataclasses.Field) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
+    "lowest": lowest_table,
+    "growth": growth_table,
+    "qlora": qlora_table,
+    "bounds": bounds_table,
     "instruction_tuning": instruction_tuning_table,
     "quickstart": quickstart_table,
     "families": families_table,
+    "classification": classification_table,
     "flags": flags_table,
+    "classify_flags": classify_flags_table,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,387 @@
+"""Command: what a fine-tuning run needs in memory, before any weight is loaded or any GPU rented.
+
+    python ./tokentune/estimate.py --model_name_or_path llama-3-8b --bf16 --prefix_length 0.3
+
+Prints a table: full fine-tuning, gradient checkpointing, TokenTune and both, each with full weights, LoRA and QLoRA,
+and the cards that each fits. The flags are those of `finetune.py`, all but the model optional, and the model is a
+preset's name, a config.json, a folder or a hub id. Flags that choose a mode (`--lora --tokentune`) mark its row; with
+`--only` it is the only one. `--find proportion` and `--find batch`, with `--memory 24` (GB), give the largest that
+fits. No data set is needed. The real step runs, on tensors without data (`footprint.py`).
+"""
+
+import argparse
+import copy
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tokentune.arguments import Arguments, parse_arguments
+from tokentune.errors import UnsupportedModelError, UserError, run_command
+from tokentune.footprint import Footprint, measure, profile_of
+from tokentune.heads import CAUSAL_LM
+from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
+from tokentune.presets import PRESETS, Subject, load_subject
+from tokentune.verification import Profile
+
+CARDS_GB = (16, 24, 40, 48, 80, 141)  # as they are sold: 10^9 bytes
+# Of a card's memory: the driver, the CUDA context, kernels and cuBLAS's workspaces, and what the allocator cannot hand
+# out for fragmentation.
+RESERVE_BYTES = int(0.8 * BYTES_IN_GIB)
+FRAGMENTATION = 0.03
+METHODS = {  # (tokentune, gradient checkpointing)
+    "full": (False, False),
+    "gradient checkpointing": (False, True),
+    "TokenTune": (True, False),
+    "TokenTune + checkpointing": (True, True),
+}
+WEIGHTS = {"all weights": (False, False), "LoRA": (True, False), "QLoRA": (True, True)}  # (lora, qlora)
+PROPORTIONS = tuple(step / 100 for step in range(5, 101, 5))
+MOST_SEQUENCES = 4096
+SHOWN = ("weights", "gradients", "optimizer", "activations", "peak")
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    method: str
+    weights: str
+    chosen: bool  # by the command line's flags
+    footprint: Footprint | None
+    reason: str | None  # why there is no footprint
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = None if self.footprint is None else self.footprint.as_dict()
+        fits = None if self.footprint is None else [gb for gb in CARDS_GB if fits_card(self.footprint.peak, gb)]
+        return {
+            **{"method": self.method, "weights": self.weights, "chosen": self.chosen, "reason": self.reason},
+            **{"seconds": round(self.seconds, 1), "fits_gb": fits, "bytes": numbers},
+        }
+
+
+@dataclass
+class Request:
+    """A whole command line."""
+
+    arguments: Arguments
+    subject: Subject
+    shape: tuple[int, int]  # sequences and tokens of a micro-batch
+    device: str
+    only: bool
+    find: str | None
+    memory_gb: float | None
+    json: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
+    request = parse(argv)
+    profile = profile_or_reason(request)
+    report = {"settings": settings_of(request)}
+    if request.find is not None:
+        report["find"] = find(request, profile)
+    else:
+        rows = []
+        for row in estimate(request, profile):
+            print(f"{row.weights}, {row.method}: {row.seconds:.1f} s", file=sys.stderr)
+            rows.append(row)
+        print_table(rows, request)
+        report["rows"] = [row.as_dict() for row in rows]
+    if request.json is not None:
+        write_json(report, request.json)
+
+
+def parse(argv: Sequence[str] | None) -> Request:
+    """The command's own flags, and `finetune.py`'s, of which only the model is needed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="estimate.py",
+        description="What a fine-tuning run needs in memory. All flags of finetune.py besides these.",
+        epilog=f"Presets: {', '.join(PRESETS)}.",
+        allow_abbrev=False,
+    )
+    parser.error = _refuse
+    parser.add_argument("--find", choices=("proportion", "batch"), help="the largest that fits --memory")
+    parser.add_argument("--memory", type=float, metavar="GB", help="of the card, as it is sold (24: 24 x 10^9 bytes)")
+    parser.add_argument("--only", action="store_true", help="only the mode that the flags choose, no table of all")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it would train (cuda)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there, in bytes")
+    parser.add_argument("--fp16", action="store_true", help="as in finetune.py; needs no GPU here")
+    own, rest = parser.parse_known_args(words)
+    if own.find is not None and own.memory is None:
+        raise UserError(f"--find {own.find} needs the size of the card: add --memory 24 (GB)")
+    if own.memory is not None and own.memory <= 0:
+        raise UserError(f"--memory {own.memory:g}: must be above 0 (GB)")
+    if own.memory is not None and own.find is None:
+        raise UserError("--memory goes with --find proportion or --find batch")
+    if own.json is not None and not Path(own.json).resolve().parent.is_dir():
+        raise UserError(f"--json {own.json}: there is no such folder")
+    given = {word.split("=")[0] for word in rest}
+    if "--model_name_or_path" not in given:
+        raise UserError(f"--model_name_or_path is missing: a preset ({', '.join(PRESETS)}), a hub id or a folder")
+    if "--dataset_name_or_path" not in given:
+        rest += ["--dataset_name_or_path", "unused"]
+    logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
+    arguments = parse_arguments([*rest, "--report_to", "none"])
+    if own.fp16 and arguments.model.bf16:
+        raise UserError("--bf16 and --fp16 exclude each other: give one of them")
+    arguments.model.fp16 = own.fp16
+    arguments.__post_init__()
+    subject = load_subject(arguments.model.model_name_or_path)
+    batch_given = {"--global_batch_size", "--gradient_accumulation_steps"} & given
+    sequences = arguments.optimization.micro_batch_size if batch_given else subject.sequences
+    length = arguments.data.max_length if "--max_length" in given else subject.length
+    if subject.head is not CAUSAL_LM and "--lora_target_modules" not in given:
+        arguments.adapters.lora_target_modules = ["all-linear"]  # the default's names are those of decoders
+    if "--prefix_length" not in given:
+        arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
+    return Request(*(arguments, subject, (sequences, length), own.device), own.only, own.find, own.memory, own.json)
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message} (--help lists the flags)")
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def profile_or_reason(request: Request) -> Profile | str:
+    """How TokenTune serves the model, or why it cannot."""
+    if request.only and not request.arguments.selection.tokentune:
+        return "not asked for"
+    try:
+        return profile_of(request.subject.config, request.subject.head, request.arguments.model.attn_implementation)
+    except UnsupportedModelError as error:
+        return f"TokenTune cannot serve this model exactly: {error}"
+
+
+def estimate(request: Request, profile: Profile | str) -> Iterator[Row]:
+    """The table's rows, one by one: the mode that the flags choose first."""
+    arguments = request.arguments
+    chosen_method = arguments.selection.tokentune, arguments.memory.gradient_checkpointing
+    chosen_weights = arguments.adapters.lora, arguments.adapters.qlora
+    modes = [
+        ((method, weights), (chosen_method, chosen_weights) == (METHODS[method], WEIGHTS[weights]))
+        for weights in WEIGHTS
+        for method in METHODS
+    ]
+    for (method, weights), chosen in modes:
+        if chosen or not request.only:
+            yield _row(request, method, weights, chosen, profile)
+
+
+def _row(request: Request, method: str, weights: str, chosen: bool, profile: Profile | str) -> Row:
+    started = time.perf_counter()
+    footprint, reason = None, None
+    try:
+        footprint = footprint_of(request, with_mode(request.arguments, method, weights), request.shape, profile)
+    except (UserError, UnsupportedModelError) as error:
+        reason = str(error)
+    return Row(method, weights, chosen, footprint, reason, time.perf_counter() - started)
+
+
+def footprint_of(request: Request, arguments: Arguments, shape: tuple[int, int], profile: Profile | str) -> Footprint:
+    """`measure`, for the request's model.
+
+    Raises:
+        UserError: what cannot be run, with the reason.
+    """
+    if arguments.selection.tokentune and isinstance(profile, str):
+        raise UserError(profile)
+    subject = request.subject
+    try:
+        return measure(
+            subject.config,
+            arguments,
+            shape,
+            device=request.device,
+            head=subject.head,
+            profile=None if isinstance(profile, str) else profile,
+        )
+    except (RuntimeError, NotImplementedError) as error:  # code that reads what fake tensors do not have
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot be run without data: {type(error).__name__}: {lines[0]}") from error
+
+
+def with_mode(arguments: Arguments, method: str, weights: str) -> Arguments:
+    """The same flags, but for those that choose the table's row."""
+    changed = copy.deepcopy(arguments)
+    changed.selection.tokentune, changed.memory.gradient_checkpointing = METHODS[method]
+    changed.adapters.lora, changed.adapters.qlora = WEIGHTS[weights]
+    return changed
+
+
+def fits_card(peak: int, gb: float) -> bool:
+    """Whether a step of this peak fits a card of so many GB, the reserve taken off."""
+    return peak * (1 + FRAGMENTATION) + RESERVE_BYTES <= gb * 1e9
+
+
+# --- the largest that fits --------------------------------------------------------------------------------------------
+
+
+def find(request: Request, profile: Profile | str) -> dict[str, Any]:
+    """The largest proportion of selected tokens, or micro-batch, that fits the card, in the mode that the flags choose.
+
+    Raises:
+        UserError: not even the smallest fits, or a mode that this cannot be asked of.
+    """
+    arguments = request.arguments
+    rows, length = request.shape
+    if request.find == "proportion":
+        if not arguments.selection.tokentune:
+            raise UserError("--find proportion is about selected tokens: add --tokentune")
+        steps, unit = PROPORTIONS, "--prefix_length"
+
+        def run(proportion: float) -> Footprint:
+            changed = copy.deepcopy(arguments)
+            changed.selection.selected, changed.selection.prefix_length = proportion, str(proportion)
+            return footprint_of(request, changed, (rows, length), profile)
+    else:
+        steps, unit = range(1, MOST_SEQUENCES + 1), "sequences"
+
+        def run(sequences: int) -> Footprint:
+            return footprint_of(request, arguments, (sequences, length), profile)
+
+    best, footprint, tried = largest(steps, run, request.memory_gb)
+    if best is None:
+        raise UserError(
+            f"--memory {request.memory_gb:g}: not even {unit} {steps[0]} fits, whose peak is "
+            f"{_gib(footprint.peak)} GiB. Try --gradient_checkpointing, --lora, --qlora, or a shorter --max_length."
+        )
+    name = f"--prefix_length {best}" if request.find == "proportion" else f"{best} sequences of {length} tokens"
+    bound = " (the most that was tried)" if best == steps[-1] else ""
+    print(f"largest {request.find} for {request.memory_gb:g} GB: {name}{bound}, peak {_gib(footprint.peak)} GiB")
+    return {request.find: best, "memory_gb": request.memory_gb, "bytes": footprint.as_dict(), "steps_run": tried}
+
+
+def largest(
+    values: Sequence[Any], run: Callable[[Any], Footprint], memory_gb: float
+) -> tuple[Any | None, Footprint, int]:
+    """The last of ascending `values` whose step fits (None: not even the first), its footprint, and the steps run.
+
+    Looks at 1, 2, 4 ... values ahead, then halves the interval: a step grows with its value.
+    """
+    seen: dict[int, Footprint] = {}
+
+    def fits(index: int) -> bool:
+        seen[index] = run(values[index])
+        return fits_card(seen[index].peak, memory_gb)
+
+    if not fits(0):
+        return None, seen[0], 1
+    low, width = 0, 1
+    while low + width < len(values) and fits(low + width):
+        low, width = low + width, 2 * width
+    high = min(low + width, len(values))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return values[low], seen[low], len(seen)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def settings_of(request: Request) -> dict[str, Any]:
+    """What the numbers are for."""
+    arguments, (sequences, length) = request.arguments, request.shape
+    return {
+        "model": arguments.model.model_name_or_path,
+        "device": request.device,
+        "sequences": sequences,
+        "tokens": length,
+        "prefix_length": arguments.selection.prefix_length,
+        "precision": "bf16" if arguments.model.bf16 else "fp16" if arguments.model.fp16 else "none",
+        "optim": arguments.optimization.optim,
+        "reserve_bytes": RESERVE_BYTES,
+        "fragmentation": FRAGMENTATION,
+        "torch": torch.__version__,
+    }
+
+
+def print_table(rows: Sequence[Row], request: Request) -> None:
+    settings = settings_of(request)
+    mixed = {"none": "no mixed precision"}.get(settings["precision"], settings["precision"])
+    title = (
+        f"{settings['model']}, {settings['sequences']} x {settings['tokens']} tokens, {mixed}, {settings['optim']}, "
+        f"TokenTune with --prefix_length {settings['prefix_length']} (GiB)"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("trained")
+    table.add_column("method")
+    for name in SHOWN:
+        table.add_column(name, justify="right")
+    if request.device == "cuda":
+        table.add_column("fits (GB)")
+    previous, reasons = None, []
+    for row in rows:
+        if previous not in (None, row.weights):
+            table.add_section()
+        method = f"{row.method} *" if row.chosen and not request.only else row.method
+        cells = ["" if row.weights == previous else row.weights, method]
+        if row.footprint is None:
+            if row.reason not in reasons:
+                reasons.append(row.reason)
+            cells += [f"[{reasons.index(row.reason) + 1}]"]
+        else:
+            cells += [_gib(getattr(row.footprint, name)) for name in SHOWN]
+            if request.device == "cuda":
+                smallest = next((gb for gb in CARDS_GB if fits_card(row.footprint.peak, gb)), None)
+                cells += ["none" if smallest is None else " ".join(str(gb) for gb in CARDS_GB if gb >= smallest)]
+        table.add_row(*cells)
+        previous = row.weights
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"[{number}] {reason}", markup=False)
+    if any(row.chosen for row in rows) and not request.only:
+        console.print("* what the flags choose")
+    hosts = {row.weights: row.footprint.host for row in rows if row.footprint and row.footprint.host >= BYTES_IN_MIB}
+    for weights, size in hosts.items():
+        console.print(f"{weights}: {_gib(size)} GiB of optimizer states in the CPU's memory besides")
+    found = [row.footprint for row in rows if row.footprint is not None]
+    if any(f.peak_phase == "optimizer" and f.at_peak["rest"] > 0.1 * f.peak for f in found):
+        console.print(
+            f"{settings['optim']} updates all weights at once and holds a copy of them meanwhile, which makes the peak "
+            "of full training: --optim adamw_torch_fused needs none, --optim_in_backward no gradients either"
+        )
+    if request.device == "cuda":
+        console.print(
+            f"A card fits when its 10^9 bytes hold the peak, {FRAGMENTATION:.0%} of it for fragmentation and "
+            f"{RESERVE_BYTES / BYTES_IN_GIB:.1f} GiB for driver, CUDA context and cuBLAS.\nRows are full (no padding); "
+            "attention as fused on Ampere or later; what kernels allocate for themselves alone is not seen."
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / BYTES_IN_GIB:.2f}"
+
+
+def write_json(report: dict[str, Any], path: str) -> None:
+    """Writes it whole or not at all."""
+    target = Path(path)
+    unfinished = target.with_suffix(target.suffix + ".tmp")
+    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, target)
+
+
+if __name__ == "__main__":
+    run_command(main)

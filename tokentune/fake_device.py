@@ -1,0 +1,303 @@
+"""A GPU that is not there: tensors without data that look, to Python, as if they were on it.
+
+An estimate runs the real step on them. On "cuda" the code of models and of this project takes the paths that it takes
+on a GPU; on "cpu" those of the CPU. Two of torch's parts choose by the device in C++, where these tensors have no data
+(torch's meta device), and are stood in for here by function modes: mixed precision (`_Autocast`) and the kernel of
+scaled-dot-product attention (`_FusedAttention`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_CUDA = torch.device("cuda", 0)
+_MOST_REAL_NUMBERS = 2**24  # of tensors that hold positions, masks or counters, and are computed for real
+
+
+@contextmanager
+def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
+    """Within it, tensors are made without data, on a device of this kind: "cuda" (there may be none), or "cpu"."""
+    with ExitStack() as stack:
+        if kind == "cuda":
+            mode = _FakeCuda(allow_non_fake_inputs=True)
+            autocast = _Autocast()
+            for owner, name, value in (
+                (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
+                (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+                (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+                (torch.cuda, "_initialized", False),  # nothing asks for the random states of a GPU that is there
+                (torch.cuda, "synchronize", lambda *_: None),
+                (torch.Tensor, "record_stream", lambda *_: None),
+                *((torch.cuda, name, _NoStream) for name in ("Stream", "current_stream", "stream")),
+                (torch, "clear_autocast_cache", autocast.forget),
+            ):
+                stack.enter_context(replaced(owner, name, value))
+            stack.enter_context(mode)
+            stack.enter_context(_SmallRealTensors(mode))
+            stack.enter_context(_FusedAttention())
+            stack.enter_context(autocast)  # the innermost is asked first: attention sees what it has cast
+        else:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            stack.enter_context(mode)
+            stack.enter_context(_SmallRealTensors(mode))
+        yield mode
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it, `owner` has this attribute for its own."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+class _NoStream(nullcontext):
+    """A CUDA stream, the current one, and the context that makes one current."""
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+_torch_make_subclass = torch.Tensor._make_subclass
+
+
+def _make_subclass(cls: type, data: Tensor, requires_grad: bool = False, **options: Any) -> Tensor:
+    """torch's own, but that C++ sees the meta device of a fake tensor's data: autograd there asks devices for streams,
+    and a build of torch without CUDA, or a machine without GPU, has no CUDA device to ask. Python sees the fake device.
+    """
+    if issubclass(cls, FakeTensor):
+        options["dispatch_device"] = False
+    return _torch_make_subclass(cls, data, requires_grad, **options)
+
+
+class _FakeCuda(FakeTensorMode):
+    """Tensors that C++ code makes beside a given one are asked for on the meta device: they belong on the fake one."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "meta":
+            kwargs = dict(kwargs) | {"device": _CUDA}
+        return super().dispatch(func, types, args, kwargs)
+
+
+class _SmallRealTensors(TorchDispatchMode):
+    """Computes for real with what is real: positions, masks and step counters on the CPU, whose values code reads."""
+
+    def __init__(self, mode: FakeTensorMode):
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._is_real(func, args, kwargs):
+            with torch._subclasses.fake_tensor.unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _is_real(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        device = kwargs.get("device")
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors) or torch.device(device or "cpu").type != "cpu":
+            return False
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return False
+        if not tensors:  # a new tensor: of indices, or of numbers that the model's computation starts from?
+            if kwargs.get("dtype") is None:
+                return func.overloadpacket is torch.ops.aten.arange and all(isinstance(bound, int) for bound in args)
+            return device is not None and not (kwargs["dtype"].is_floating_point or kwargs["dtype"].is_complex)
+        try:
+            shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+        except RuntimeError:
+            shape = max((tensor.shape for tensor in tensors), key=lambda shape: shape.numel())
+        return shape.numel() <= _MOST_REAL_NUMBERS
+
+
+# --- mixed precision --------------------------------------------------------------------------------------------------
+
+# torch's lists for CUDA ("Autocast Op Reference"), as far as models of transformers call them.
+_IN_16_BITS: set[Callable] = {
+    *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, F.prelu),
+    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.addbmm, torch.baddbmm, torch.mv, torch.einsum),
+    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.chain_matmul, torch.linalg.multi_dot),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm),
+}
+_IN_32_BITS: set[Callable] = {
+    *(F.layer_norm, F.group_norm, F.nll_loss, F.cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.kl_div),
+    *(F.softplus, F.cosine_similarity, F.softmax, F.log_softmax, F.binary_cross_entropy_with_logits, F.normalize),
+    *(torch.layer_norm, torch.softmax, torch.log_softmax, torch.exp, torch.log, torch.pow, torch.rsqrt, torch.norm),
+    *(torch.cumsum, torch.cumprod, torch.sum, torch.prod, torch.erfinv, torch.cosh, torch.sinh, torch.tan),
+    *(Tensor.pow, Tensor.__pow__, Tensor.rsqrt, Tensor.exp, Tensor.log, Tensor.softmax, Tensor.log_softmax),
+    *(Tensor.norm, Tensor.sum, Tensor.prod, Tensor.cumsum, Tensor.cumprod, Tensor.reciprocal, torch.reciprocal),
+}
+
+
+class _Autocast(TorchFunctionMode):
+    """What `torch.autocast("cuda")` does to the arguments of functions, with its cache of 16-bit weights."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()
+        self.device = device
+        self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # id of a weight -> (it, in 16 bits)
+
+    def forget(self) -> None:
+        self.casts.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_autocast_enabled(self.device):
+            return func(*args, **kwargs)
+        if func in _IN_16_BITS:
+            dtype = torch.get_autocast_dtype(self.device)
+            args = tuple(self._cast(value, dtype) for value in args)
+            kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+        elif func in _IN_32_BITS and kwargs.get("dtype") is None:
+            args = tuple(self._cast(value, torch.float32) for value in args)
+            kwargs = {name: self._cast(value, torch.float32) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point() or value.dtype in (dtype, torch.float64) or value.device.type != self.device:
+            return value
+        weight = value.is_leaf and value.requires_grad and not value._is_view()
+        if not (weight and value.dtype is torch.float32 and torch.is_autocast_cache_enabled()):
+            return value.to(dtype)
+        if id(value) not in self.casts:
+            # As torch's: a cast made without gradients would serve the passes with gradients, and cut these off.
+            with torch.enable_grad():
+                self.casts[id(value)] = value, value.to(dtype)
+        return self.casts[id(value)][1]
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Scaled-dot-product attention by the kernel that CUDA takes on Ampere and later.
+
+    FlashAttention for 16 bits without a mask (grouped heads as they are); the memory-efficient kernel for float32 or
+    with a mask (grouped heads have been repeated by then, or are by the plain fallback that torch takes); heads beyond
+    256 numbers go the plain way, scores in memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # C++ takes both for meta tensors
+            return args[0].to(args[1].device, args[1].dtype)
+        kwargs.pop("pin_memory", None)  # the fake device's host memory is never pinned
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        grouped = enable_gqa and query.shape[1] != key.shape[1]
+        widths = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and widths:
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        if not grouped:
+            if attn_mask is not None and attn_mask.dtype is torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+            if attn_mask is not None:
+                attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+            return torch.ops.aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, gradients, dropout_p, is_causal, scale=scale
+            )[0]
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ key.transpose(-2, -1)
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def to_fake(model: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
+    """Gives a model on the meta device parameters and buffers on the fake device, in place. Within `fake_device`.
+
+    `dtype`: of the weights that bitsandbytes' 4-bit ones would be made from.
+    """
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=kind)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = empty
+        return made[id(tensor)]
+
+    alive = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = _fake_4bit(tensor, kind, dtype) if hasattr(tensor, "quant_type") else fake(tensor)
+    del alive  # until here: no id was given to two tensors
+    return model
+
+
+def _fake_4bit(weight: Any, kind: str, dtype: torch.dtype) -> nn.Parameter:
+    """A bitsandbytes weight (its `Params4bit`, not quantised yet) as its quantisation would leave it.
+
+    Two numbers to a byte; a scale for each block, itself in 8 bits with double quantisation, and then with a float32
+    scale for each 256 of those.
+    """
+    from bitsandbytes.functional import QuantState
+
+    block, double = weight.blocksize or 64, weight.compress_statistics
+    packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=kind)
+    blocks = -(-weight.numel() // block)
+    table = torch.empty(16, device=kind)
+    state = {"blocksize": block, "quant_type": weight.quant_type, "shape": weight.shape, "dtype": dtype}
+    if double:
+        scales = QuantState(
+            absmax=torch.empty(-(-blocks // 256), device=kind), blocksize=256, code=torch.empty(256, device=kind),
+            dtype=torch.float32,
+        )  # fmt: skip
+        absmax = torch.empty(blocks, dtype=torch.uint8, device=kind)
+        quantized = QuantState(absmax=absmax, code=table, offset=torch.empty((), device=kind), state2=scales, **state)
+    else:
+        quantized = QuantState(absmax=torch.empty(blocks, device=kind), code=table, **state)
+    parameter = nn.Parameter(packed, requires_grad=False)
+    parameter.quant_state, parameter.bnb_quantized = quantized, True
+    for name in ("quant_type", "compress_statistics", "blocksize", "quant_storage"):
+        setattr(parameter, name, getattr(weight, name))
+    return parameter
+
+
+def run_backward(loss: Tensor) -> None:
+    """`loss.backward()`, in which the function modes go on: through the public function they would pause meanwhile."""
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
