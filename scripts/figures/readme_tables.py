@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tokentune.arguments import Arguments
 from tokentune.classification_arguments import ClassificationArguments
-from tokentune.memory import BYTES_IN_MIB
+from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
@@ -144,6 +144,23 @@ def bounds_table() -> str:
     return markdown(["ratio", "of", "at most", "measured", "holds"], rows)
 
 
+def estimate_table() -> str:
+    """Estimated peaks, and the smallest card that holds them, of two models side by side."""
+    names = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
+    models = [{(row["weights"], row["method"]): row for row in read(f"estimate_{name}.json")["rows"]} for name in names]
+    rows = []
+    for weights, method in models[0]:
+        row = [weights, f"**{method}**" if method.startswith("TokenTune") else method]
+        for model in models:
+            found = model[weights, method]
+            card = f"{found['fits_gb'][0]} GB" if found["fits_gb"] else "none"
+            kept, peak = (f"{found['bytes'][key] / BYTES_IN_GIB:.1f} GiB" for key in ("activations", "peak"))
+            row += [kept, peak, card]
+        rows.append(row)
+    columns = [f"{name}: {what}" for name in names.values() for what in ("kept for backward", "peak", "smallest card")]
+    return markdown(["trained", "method", *columns], rows)
+
+
 def instruction_tuning_table() -> str:
     report = read("instruction_tuning.json")
     rows = [["base", f"{report['rows'][0]['base_loss']:.3f}", "", ""]]
@@ -250,6 +267,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth": growth_table,
     "qlora": qlora_table,
     "bounds": bounds_table,
+    "estimate": estimate_table,
     "instruction_tuning": instruction_tuning_table,
     "quickstart": quickstart_table,
     "families": families_table,
