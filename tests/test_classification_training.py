@@ -246,3 +246,25 @@ def test_weights_that_the_checkpoint_lacks(
         main(words.split())
     (said,) = [line for line in caplog.messages if "learnt from the start" in line]
     assert "bert.pooler.dense.weight" in said and "classifier.weight" in said and "layer" not in said
+
+
+# ---- the best checkpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapters", ["", "--lora --lora_target_modules all-linear"], ids=["full", "lora"])
+@pytest.mark.parametrize("task_type", ["text", "token", "image"])
+def test_the_best_checkpoint_comes_back_whole(
+    task_type: str, adapters: str, make_trainer: Callable[..., SelectiveTrainer], tmp_path: Path
+) -> None:
+    """ViT's weights have other names in the file than in memory."""
+    trainer = make_trainer(task_type, adapters)
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    best = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint")
+    trainer._load_best_model()
+    for name, parameter in trainer.model.named_parameters():
+        assert not parameter.requires_grad or torch.equal(parameter, best[name].to(parameter.dtype)), name

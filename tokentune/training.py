@@ -258,6 +258,16 @@ class SelectiveTrainer(Trainer):
         best = super()._determine_best_metric(metrics, trial)
         return best or self.state.global_step % self.args.save_steps == 0
 
+    def _load_best_model(self) -> None:
+        # The Trainer copies a checkpoint's tensors by their names in the file, where several families (ViT) have other
+        # ones than in memory, warns, and goes on with the last step's weights.
+        whole = isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if not whole:
+            super()._load_best_model()
+            return
+        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, local_files_only=True)
+        self.model.load_state_dict(best.state_dict())
+
     # -- validation
 
     def evaluate(
