@@ -11,7 +11,7 @@ forward twice, once per group, the second call nested in the first one's attenti
       layer.forward(selected)   with gradients
         norms, projections of the selected
         attention(q, k, v)                      selective_attention
-          layer.forward(rest)   no_grad         run_rest 
+          layer.forward(rest)   no_grad         run_rest
             norms, projections of the rest
             attention(q', k', v')               selective_attention: joins k, k' and v, v' for both passes (the join
             output projection, MLP of the rest      has gradients again), in sequence order, and attends with q'

@@ -146,8 +146,9 @@ def bounds_table() -> str:
 
 def estimate_table() -> str:
     """Estimated peaks, and the smallest card that holds them, of two models side by side."""
-    names = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B"}
-    models = [{(row["weights"], row["method"]): row for row in read(f"estimate_{name}.json")["rows"]} for name in names]
+    names = {"llama_2_7b": "Llama-2-7B", "llama_3_8b": "Llama-3-8B"}
+    reports = [read(f"estimate_{name}.json") for name in names]
+    models = [{(row["weights"], row["method"]): row for row in report["rows"]} for report in reports]
     rows = []
     for weights, method in models[0]:
         row = [weights, f"**{method}**" if method.startswith("TokenTune") else method]
