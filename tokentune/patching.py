@@ -107,8 +107,10 @@ def apply_tokentune(
     if hasattr(owner, _SETTINGS):
         profile = getattr(owner, _SETTINGS).profile
     else:
+        # A trainer may move the model to the accelerator later; each attention call looks at its own device again.
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
         for config in transformer_layers(owner).configs:
-            require_served(config._attn_implementation, owner.device)
+            require_served(config._attn_implementation, device)
         _keep_4bit_layout(owner)
         profile = verified_profile(owner) if verify else _assumed_profile(owner)
         install_hooks(owner)
