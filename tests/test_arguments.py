@@ -59,6 +59,22 @@ DEFAULTS = {
     "report_to": ["tensorboard"],
     "overwrite_output_dir": False,
     "print_run_folder": False,
+    "dataset_weights": [],
+    "data_format": "auto",
+    "chat_template": None,
+    "long_rows": "cut",
+    "packing": False,
+    "eval_fraction": None,
+    "streaming": False,
+    "data_cache": "auto",
+    "max_steps": None,
+    "preview": None,
+    "dry_run": False,
+    "resume_from_checkpoint": None,
+    "early_stopping_patience": None,
+    "load_best_model_at_end": False,
+    "auto_micro_batch": False,
+    "skip_memory_probe": False,
 }
 
 
@@ -66,7 +82,7 @@ def test_defaults_are_the_released_ones() -> None:
     settings = parse_arguments(REQUIRED).settings()
     template = settings.pop("prompt_template_name_or_path")
     assert template.endswith("tokentune/alpaca_template.json")
-    names = {"model_name_or_path": "owner/model", "dataset_name_or_path": "owner/data"}
+    names = {"model_name_or_path": "owner/model", "dataset_name_or_path": ["owner/data"]}
     assert settings == DEFAULTS | names
 
 

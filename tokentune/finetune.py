@@ -107,9 +107,10 @@ def encode(
     """
     data = arguments.data
     flag = "--dataset_name_or_path" if split == "train" else "--eval_dataset_name_or_path"
-    name = getattr(data, flag.removeprefix("--"))
-    if name is None:
+    names = data.dataset_name_or_path if split == "train" else [data.eval_dataset_name_or_path]
+    if names == [None]:
         return None, None
+    (name,) = names
     records = load_records(name, flag=flag, split=split)
     require_columns(records, ["instruction", "output"], f"{flag} {name}")
     rows, report = encode_records(

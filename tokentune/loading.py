@@ -5,6 +5,7 @@ The main path is `load_config` -> `resolve_base_dtype` -> `load_base_model`. Wha
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 def run_folder_name(
     model: str,
-    dataset: str,
+    dataset: str | Sequence[str],
     *,
     lora: bool,
     qlora: bool,
@@ -44,8 +45,9 @@ def run_folder_name(
     """The run's folder, as the released scripts name it: `<model>-<data set>[-lora][-qlora][-tokentune-<selected>]`.
 
     A hub id keeps its owner (`/` becomes `-`); of a local path only the last component counts, without a data file's
-    suffix. An integer `prefix_length` prints as `16`, a proportion as `0.3`. `qlora` implies adapters. What is learnt
-    from the data, where that can be several things, follows the data set's name: `task`.
+    suffix. Several data sets are joined by `+`. An integer `prefix_length` prints as `16`, a proportion as `0.3`.
+    `qlora` implies adapters. What is learnt from the data, where that can be several things, follows the data set's
+    name: `task`.
     """
 
     def short(name: str) -> str:
@@ -54,7 +56,7 @@ def run_folder_name(
         last = os.path.basename(os.path.abspath(name))
         return next((last.removesuffix(suffix) for suffix in DATA_SUFFIXES if last.endswith(suffix)), last)
 
-    parts = [short(model), short(dataset)]
+    parts = [short(model), "+".join(short(name) for name in ([dataset] if isinstance(dataset, str) else dataset))]
     parts += [task] if task is not None else []
     parts += ["lora"] if lora or qlora else []
     parts += ["qlora"] if qlora else []

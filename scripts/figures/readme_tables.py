@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tokentune.arguments import Arguments
+from tokentune.arguments import Arguments, FinetuneArguments
 from tokentune.classification_arguments import ClassificationArguments
 from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
 
@@ -231,12 +231,12 @@ def score_of(report: dict, task: str, method: str) -> str:
 
 
 def flags_table() -> str:
-    return markdown(["flag", "default", "meaning"], flag_rows(Arguments))
+    return markdown(["flag", "default", "meaning"], flag_rows(FinetuneArguments))
 
 
 def classify_flags_table() -> str:
     """The flags of `classify.py` that `finetune.py` has not, or has with another default or meaning."""
-    known = {tuple(row) for row in flag_rows(Arguments) if row[1]}
+    known = {tuple(row) for row in flag_rows(FinetuneArguments) if row[1]}
     rows = [row for row in flag_rows(ClassificationArguments) if tuple(row) not in known]
     empty = [n for n, row in enumerate(rows) if not row[1] and (n + 1 == len(rows) or not rows[n + 1][1])]
     return markdown(["flag", "default", "meaning"], [row for n, row in enumerate(rows) if n not in empty])

@@ -65,7 +65,7 @@ def layers() -> list[Case]:
 def proportions() -> list[Case]:
     """Bytes from 10 % of the tokens to all of them, with a look at the time that is too short for an interval."""
     chosen = variants(BASES) + variants(SELECTIVE, (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)) + variants(("tokentune_segments",))
-    return [Case("proportions", llama(4), chosen, train=train, rounds=2) for train in ("full", "lora")]
+    return [Case("proportions", llama(4), chosen, train=train, rounds=5) for train in ("full", "lora")]
 
 
 def overhead() -> list[Case]:
