@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers
 from tokentune.memory import SavedForBackward
+from tokentune.selective import without_queries
 
 LAYERS = 5
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -248,3 +249,49 @@ def test_what_cannot_be_checkpointed_is_refused() -> None:
     stack = SimpleNamespace(around=[around], layers=nn.ModuleList([nn.Linear(2, 2)]))
     with pytest.raises(UnsupportedModelError, match="several layers"):
         checkpoint_layers(stack, None, "auto", False)
+
+
+def test_a_recomputation_makes_no_queries_for_the_rest() -> None:
+    """The kept hidden states of the rest are run again for keys and values alone."""
+    ids, mask = padded_batch()
+    positions = draw(4, first=False)
+    rest_rows = LENGTH - positions.shape[1]
+    rows_of = {}
+    for name in ("q_proj", "k_proj"):
+        model = with_checkpointing(build("llama", num_hidden_layers=LAYERS), "hidden_states")
+        weight = getattr(model.model.layers[0].self_attn, name).weight
+        rows_of[name] = seen = []
+        linear = nn.functional.linear
+
+        def counted(hidden: Tensor, w: Tensor, *args: Tensor, linear=linear, weight=weight, seen=seen) -> Tensor:
+            seen.extend([hidden.shape[1]] if w is weight else [])
+            return linear(hidden, w, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.functional, "linear", counted)
+            run(model, positions, ids, mask, ids % 2)
+    assert rows_of["k_proj"].count(rest_rows) == 2 and rows_of["q_proj"].count(rest_rows) == 1
+    assert rows_of["k_proj"].count(positions.shape[1]) == rows_of["q_proj"].count(positions.shape[1]) == 2
+
+
+def test_keys_that_are_made_of_queries_are_found_out() -> None:
+    """The verification meets NaN where the projection that was left out is needed after all."""
+    model, hidden = build("llama", num_hidden_layers=LAYERS), torch.ones(1, 2, 32).double()
+    for layer in model.model.layers:
+        with without_queries(layer):
+            attention = layer.self_attn
+            assert attention.q_proj(hidden).isnan().all()
+            assert not attention.k_proj(hidden).isnan().any()
+        assert "forward" not in attention.q_proj.__dict__
+
+
+def test_projections_with_dropout_or_hooks_run_as_ever() -> None:
+    model = get_peft_model(
+        LlamaModel(tiny_llama_config()), LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, r=2)
+    ).train()
+    layer = model.get_base_model().layers[0]
+    with without_queries(layer):
+        assert not layer.self_attn.q_proj(torch.ones(1, 2, 32)).isnan().any()
+    layer.eval().self_attn.q_proj.register_forward_hook(lambda *_: None)
+    with without_queries(layer):
+        assert not layer.self_attn.q_proj(torch.ones(1, 2, 32)).isnan().any()

@@ -25,7 +25,8 @@ K selected rows alone (for models that allow it, see `Rows`). `tests/test_select
 with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -41,6 +42,7 @@ from tokentune.groups import TokenGroups, gather_tokens, in_sequence_order, toke
 from tokentune.masks import GroupMask, MaskRecipe, recipe_from_functions, recipe_from_mask
 
 SELECTED, REST = "selected", "rest"
+QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "query", "q_lin")  # modules whose output becomes queries and nothing else
 IMPLEMENTATION = "tokentune"  # the name under which attention and masks are registered with transformers
 
 # The forward pass under way; None outside of a selective forward, where every hook below does nothing.
@@ -279,6 +281,37 @@ def selective_attention(
     return attend(module, query, keys, values, mask, implementation, **options)
 
 
+@contextmanager
+def without_queries(layer: nn.Module) -> Iterator[None]:
+    """Within it, the layer's query projections compute nothing: a pass that ends at its keys and values needs none.
+
+    They return NaN, so that the verification finds a model whose keys or values are made of queries. What draws random
+    numbers, or is watched by hooks, runs as ever.
+    """
+
+    def nothing(projection: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden.new_full((*hidden.shape[:-1], projection.out_features), torch.nan)
+
+    undo: list[Callable[[], None]] = []
+    for name, module in layer.named_modules():
+        if name.rpartition(".")[2] in QUERY_PROJECTIONS and hasattr(module, "out_features"):
+            parts = list(module.modules())
+            if any(part.training and getattr(part, "p", 0) for part in parts) or any(map(_is_watched, parts)):
+                continue
+            own = module.__dict__.get("forward")
+            undo.append(partial(setattr, module, "forward", own) if own else partial(delattr, module, "forward"))
+            module.forward = partial(nothing, module)
+    try:
+        yield
+    finally:
+        while undo:
+            undo.pop()()
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def run_rest(step: Step, call: LayerCall) -> None:
     """The rest's pass through the layer, called from within the selected group's attention.
 
@@ -287,7 +320,7 @@ def run_rest(step: Step, call: LayerCall) -> None:
     args, kwargs = step.rows_of(call.args, REST), step.rows_of(call.kwargs, REST)
     call.running = REST
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_queries(call.layer) if call.rest_ends_early else nullcontext():
             output = call.layer.forward(call.groups.rest, *args, **kwargs)
             call.rest_output = output[0] if isinstance(output, tuple) else output
     except PassDone:
