@@ -189,9 +189,11 @@ def families_table() -> str:
         if "refused" in row:
             refused.append([name, f"`{row['class']}`", row["refused"]])
         else:
-            figures = [row["attention"], f"{row['difference']:.0e}", f"{row['bytes_ratio']:.2f}"]
+            again = f"{row['checkpointed_bytes_ratio']:.2f}" if row.get("checkpointing_is_exact") else "-"
+            figures = [row["attention"], f"{row['difference']:.0e}", f"{row['bytes_ratio']:.2f}", again]
             served.append([name, f"`{row['class']}`", *figures])
-    header = ["served", "class", "attention", "largest difference", "kept for backward, of plain"]
+    kept = "kept for backward, of plain"
+    header = ["served", "class", "attention", "largest difference", kept, "with checkpointing"]
     return f"{markdown(header, served)}\n\n{markdown(['refused', 'class', 'reason'], refused)}"
 
 
