@@ -45,7 +45,10 @@ class SeededRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int | None) -> dict[str, Any]:
+        """One row; None asks for one without targets, to fill the last batch up (`distributed.EvenSampler`)."""
+        if row is None:
+            return {"input_ids": self.rows[0]["input_ids"][:1], "labels": [IGNORED_LABEL], "draw_seed": 0}
         item = self.rows[row]
         mixed = np.random.SeedSequence((self.seed, int(self._epoch), row)).generate_state(1, np.uint64)[0]
         draw_seed = int(mixed >> np.uint64(1))  # 63 bits: fits int64

@@ -1,0 +1,197 @@
+"""Packing: several documents in one row, none of which sees another.
+
+    python -u ./tokentune/finetune.py ... --packing
+
+A document is a row of the data. It keeps the draw of its selection, and its labels, that it has in a row of its own;
+only then are documents joined. Their position ids restart, and from that, in a batch without an attention mask,
+transformers builds masks that keep them apart (`masking_utils.find_packed_sequence_indices`), for all its own mask
+functions and in any number of rows. Whether a model really keeps them apart, `separation.py` tries.
+
+Legend: B rows of a batch, S tokens of the padded batch, K selected positions per row, N documents of the batch.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from tokentune.collators import CausalCollator, SeededRows
+from tokentune.selection import IGNORED_LABEL
+
+logger = logging.getLogger(__name__)
+
+
+def bins_of(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
+    """Which documents share a row: best-fit decreasing, the longest first, each into the fullest row that has room.
+
+    The answer depends on the lengths alone. It needs at most about 11/9 of the fewest rows possible (Johnson et al.,
+    "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974).
+
+    Args:
+        lengths: tokens of each document.
+        max_length: tokens of a row.
+
+    Returns:
+        For each row the numbers of its documents, ascending.
+
+    Raises:
+        ValueError: a document is empty or longer than a row.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= max_length:
+        raise ValueError(f"documents of {lengths.min()} to {lengths.max()} tokens do not fit rows of {max_length}")
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # bins by the tokens that they have room for
+    rooms = 0  # bit r: some bin has room for exactly r tokens
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit: the least room that suffices
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, number = max_length, len(bins)
+            bins.append([])
+        bins[number].append(document)
+        if room > length:
+            with_room[room - length].append(number)
+            rooms |= 1 << (room - length)
+    return [sorted(documents) for documents in bins]
+
+
+def lengths_of(rows: Dataset | Sequence[dict[str, Any]]) -> np.ndarray:
+    """Tokens of each encoded row, (rows,) int64. Of a `Dataset` only the lists' ends are looked at."""
+    if not isinstance(rows, Dataset):
+        return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+    tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
+    lengths = [chunk.value_lengths().to_numpy() for table in tables for chunk in table["input_ids"].chunks]
+    return np.concatenate([np.zeros(0, np.int64), *lengths])
+
+
+class PackedRows(torch.utils.data.Dataset):
+    """Rows of several documents each: the item is {"documents": [...]}, each with the draw seed that it has alone."""
+
+    def __init__(self, rows: SeededRows, bins: Sequence[Sequence[int]]) -> None:
+        """
+        Args:
+            rows: the documents.
+            bins: for each packed row the numbers of its documents (`bins_of`).
+        """
+        self.rows = rows
+        self.bins = bins
+
+    def set_epoch(self, epoch: int) -> None:
+        """As of `SeededRows`."""
+        self.rows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, row: int | None) -> dict[str, list[dict[str, Any]]]:
+        """One packed row; None as of `SeededRows`."""
+        documents = [None] if row is None else self.bins[row]
+        return {"documents": [self.rows[document] for document in documents]}
+
+
+def pack(rows: SeededRows, max_length: int) -> PackedRows:
+    """Documents into rows of at most `max_length` tokens; says in the log how full they are."""
+    lengths = lengths_of(rows.rows)
+    bins = bins_of(lengths, max_length)
+    logger.info(
+        "--packing: %s documents in %s rows of at most %s tokens, %.1f%% full",
+        *(f"{number:,}" for number in (len(lengths), len(bins), max_length)),
+        100 * fill_rate(lengths, bins, max_length),
+    )
+    return PackedRows(rows, bins)
+
+
+def fill_rate(lengths: np.ndarray, bins: Sequence[Sequence[int]], max_length: int) -> float:
+    """The share of the packed rows' places that hold a token."""
+    return float(lengths.sum() / (len(bins) * max_length)) if bins else 0.0
+
+
+@dataclass
+class PackedCollator:
+    """Packed rows to a batch for a causal language model; draws the selection of each document when asked to.
+
+    Args:
+        documents: pads and draws for the documents, as if each were a row.
+    """
+
+    documents: CausalCollator
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            examples: B items of `PackedRows`.
+
+        Returns:
+            "input_ids", "labels" and "position_ids" (B, S) int64, and "use_cache": with a cache there is no packing.
+            When selecting also "selected_positions" (B, K), and "num_supervised", as of `CausalCollator`.
+
+            Rows that select fewer than K positions are filled up with their padding, which stands behind the documents
+            and becomes as wide as that takes. Padding has position 0, each token of it: a document of its own.
+        """
+        drawn = self.documents([document for example in examples for document in example["documents"]])
+        lengths = drawn["attention_mask"].sum(1).tolist()  # (N,)
+        placed, first = [], 0  # of each row its documents: (number in the batch, where it starts)
+        for example in examples:
+            starts = np.cumsum([0, *lengths[first : first + len(example["documents"])]]).tolist()
+            placed.append((list(enumerate(starts[:-1], start=first)), starts[-1]))
+            first += len(example["documents"])
+        selected = [self._selected(drawn, lengths, documents) for documents, _ in placed]
+        most = max(map(len, selected))
+        length = max(tokens + most - len(own) for (_, tokens), own in zip(placed, selected, strict=True))
+        multiple = self.documents.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+
+        input_ids = torch.full((len(examples), length), self.documents.pad_token_id, dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORED_LABEL)
+        position_ids = torch.zeros_like(input_ids)
+        for row, (documents, _) in enumerate(placed):
+            for number, start in documents:
+                n = lengths[number]
+                input_ids[row, start : start + n] = drawn["input_ids"][number, :n]
+                labels[row, start + 1 : start + n] = drawn["labels"][number, 1:n]  # nothing predicts its first token
+                position_ids[row, start : start + n] = torch.arange(n)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "use_cache": False}
+        if self.documents.prefix_length is None:
+            return batch
+        filled = [
+            torch.cat([own, torch.arange(tokens, tokens + most - len(own))])
+            for (_, tokens), own in zip(placed, selected, strict=True)
+        ]
+        supervised = int((labels[:, 1:] != IGNORED_LABEL).sum())
+        return batch | {"selected_positions": torch.stack(filled), "num_supervised": supervised}
+
+    @staticmethod
+    def _selected(drawn: dict[str, Tensor], lengths: list[int], documents: list[tuple[int, int]]) -> Tensor:
+        """The positions within one row that its documents drew, ascending; none where nothing is drawn."""
+        if "selected_positions" not in drawn:
+            return torch.zeros(0, dtype=torch.int64)
+        own = [(drawn["selected_positions"][number], lengths[number], start) for number, start in documents]
+        return torch.cat([positions[positions < n] + start for positions, n, start in own])
+
+    @staticmethod
+    def count(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a batch that this collator made: real tokens, selected ones, and supervised targets of the selection."""
+        tokens = real_tokens(batch["position_ids"])  # (B,)
+        positions = batch.get("selected_positions")
+        selected = tokens.sum() if positions is None else (positions < tokens[:, None]).sum()
+        return tokens.sum(), selected, (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+
+
+def real_tokens(position_ids: Tensor) -> Tensor:
+    """Tokens in front of the padding, (B, S) -> (B,): up to the last one that is not the first of a document.
+
+    A document of a single token at a row's end passes for padding; nothing can be learnt from it.
+    """
+    places = torch.arange(1, position_ids.shape[1] + 1, device=position_ids.device)
+    return (places * (position_ids > 0)).amax(1)
