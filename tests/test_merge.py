@@ -9,71 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama_config
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from adapters_on_disk import MLP, files_below, logits_of, make_adapter, make_base, refused
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from tokentune import merge as merge_module
-from tokentune.adapters import add_adapters
 from tokentune.errors import UserError, run_command
 from tokentune.loading import load_base_model
-from tokentune.merge import SUMMARY, float32_arithmetic, main, merge, probe_logits, replacing_folder
+from tokentune.merge import main, merge
+from tokentune.merge_folder import SUMMARY, replacing_folder
 from tokentune.trained_adapter import attach_adapter, read_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
-MLP = ["gate_proj", "down_proj", "up_proj"]
-
-
-def train_by_hand(model: PeftModel) -> None:
-    """Gives the zero factors values, as training would."""
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name:
-            nn.init.normal_(parameter, std=0.2)
-
-
-def make_adapter(base: Path, folder: Path, targets=MLP, *, trained: bool = True, **settings) -> Path:
-    torch.manual_seed(1)
-    model = load_base_model(str(base), dtype=torch.float32, quantize_4bit=False)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM", **settings))
-    if trained:
-        train_by_hand(model)
-    model.save_pretrained(folder)
-    return folder
-
-
-def make_base(folder: Path, tokenizer_from: Path, dtype=torch.float32, **changes) -> Path:
-    torch.manual_seed(2)
-    vocabulary = len(AutoTokenizer.from_pretrained(tokenizer_from))
-    LlamaForCausalLM(tiny_llama_config(**{"vocab_size": vocabulary, **changes})).to(dtype).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer_from / name, folder)
-    return folder
 
 
 @pytest.fixture
 def adapter(tiny_llama_dir, tmp_path) -> Path:
     return make_adapter(tiny_llama_dir, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def tied_base(tiny_llama_dir, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tied"
-    return make_base(folder, tiny_llama_dir, torch.bfloat16, tie_word_embeddings=True)
-
-
-def logits_of(folder: Path, adapter: Path | None = None) -> torch.Tensor:
-    """Straight from the libraries, in float32: (2, 20, V)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter) if adapter else model
-    ids = torch.arange(40).view(2, 20)
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits
-
-
-def files_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 # What a merge gives
@@ -103,90 +56,12 @@ def test_merged_model_is_base_plus_adapter(tiny_llama_dir, adapter, capsys):
     assert AutoTokenizer.from_pretrained(output).eos_token == "</s>"
 
 
-@pytest.mark.parametrize("dtype", [None, "auto", "float32", "float16", "bfloat16"])
-def test_types(tied_base, tmp_path, dtype, capsys):
-    adapter = make_adapter(tied_base, tmp_path / "run", ["q_proj", *MLP])
-    merge(str(tied_base), str(adapter), str(tmp_path / "out"), dtype=dtype)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    expected = torch.bfloat16 if dtype in (None, "auto") else getattr(torch, dtype)  # the base's own by default
-    assert {p.dtype for p in merged.parameters()} == {expected}
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert merged.config.tie_word_embeddings
-    relative = json.loads((tmp_path / "out" / SUMMARY).read_text())["logit_difference"]["in_float32"]["relative"]
-    limits = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.16}  # rounding of the adapted weights
-    assert relative < limits[expected]
-    assert relative > limits[expected] / 1000 or expected is torch.float32  # else it was not computed from the file
-    printed = capsys.readouterr().out
-    assert ("the same weights, computed in float32" in printed) == (expected is not torch.float32)
-
-
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "down_proj"]])
-def test_adapters_on_tied_embeddings(tied_base, tmp_path, targets):
-    """Folded into the shared weights, the change of one side would reach the other."""
-    adapter = make_adapter(tied_base, tmp_path / "run", targets)
-    merge(str(tied_base), str(adapter), str(tmp_path / "out"), dtype="float32")
-    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(tied_base, adapter), rtol=0, atol=1e-4)
-    assert not LlamaConfig.from_pretrained(tmp_path / "out").tie_word_embeddings
-
-
-def test_modules_saved_whole(tied_base, tmp_path):
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(tied_base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=MLP, modules_to_save=["lm_head"]))
-    train_by_hand(model)
-    nn.init.normal_(model.get_output_embeddings().modules_to_save["default"].weight)
-    model.save_pretrained(tmp_path / "run")
-    merge(str(tied_base), str(tmp_path / "run"), str(tmp_path / "out"), dtype="float32")
-    expected = logits_of(tied_base, tmp_path / "run")
-    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}}])
-def test_kinds_of_lora(tied_base, tmp_path, settings):
-    adapter = make_adapter(tied_base, tmp_path / "run", **settings)
-    merge(str(tied_base), str(adapter), str(tmp_path / "out"), dtype="float32")
-    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(tied_base, adapter), rtol=0, atol=1e-4)
-    merge(str(tied_base), str(adapter), str(tmp_path / "out"), dtype="bfloat16")  # in float32 for comparing
-
-
-def test_qlora_adapter_goes_into_the_unquantised_base(tiny_llama_dir, tmp_path):
-    base = make_base(tmp_path / "base", tiny_llama_dir, torch.bfloat16, hidden_size=64, intermediate_size=64)
-    quantised = load_base_model(str(base), dtype=torch.bfloat16, quantize_4bit=True)
-    model = add_adapters(quantised, r=4, alpha=8, dropout=0.1, target_modules=["all-linear"], quantized=True)
-    train_by_hand(model)
-    model.save_pretrained(tmp_path / "run")
-    merge(str(base), str(tmp_path / "run"), str(tmp_path / "run" / "merged"), dtype="float32")
-    merged, together = logits_of(tmp_path / "run" / "merged"), logits_of(base, tmp_path / "run")
-    torch.testing.assert_close(merged, together, rtol=0, atol=1e-4)
-    assert not hasattr(LlamaConfig.from_pretrained(tmp_path / "run" / "merged"), "quantization_config")
-
-
-def test_tokenizer_of_the_adapter_comes_first(tiny_llama_dir, adapter, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    tokenizer.pad_token = "<unk>"
-    tokenizer.save_pretrained(adapter)
-    merge(str(tiny_llama_dir), str(adapter), str(tmp_path / "out"))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<unk>"
-
-
 def test_real_model(shared, tmp_path):
     base = shared / "models" / "llama-tiny"
     adapter = make_adapter(base, tmp_path / "run", ["q_proj", "v_proj", *MLP])
     difference = merge(str(base), str(adapter), str(tmp_path / "run" / "merged"), dtype="float32")
     assert difference < 1e-3
     torch.testing.assert_close(logits_of(tmp_path / "run" / "merged"), logits_of(base, adapter), rtol=0, atol=1e-3)
-
-
-def test_float32_arithmetic_leaves_the_weights_as_they_were(tied_base):
-    model = load_base_model(str(tied_base), dtype=torch.bfloat16, quantize_4bit=False)
-    before = {name: p.data_ptr() for name, p in model.named_parameters()}
-    widened = probe_logits(model, in_float32=True)
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(widened, probe_logits(model.float(), in_float32=False), rtol=0, atol=1e-6)
-    with pytest.raises(IndexError), float32_arithmetic(model.bfloat16()):
-        model(input_ids=torch.tensor([[10**6]]))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # after an error too
 
 
 # The output folder
@@ -206,15 +81,6 @@ def test_an_empty_folder_is_fine(tiny_llama_dir, adapter, tmp_path):
     (tmp_path / "out").mkdir()
     merge(str(tiny_llama_dir), str(adapter), str(tmp_path / "out"))
     assert (tmp_path / "out" / SUMMARY).is_file()
-
-
-def refused(base, adapter, output, words, watched: Path, **settings) -> None:
-    """The merge is refused with these words, and nothing below `watched` has changed."""
-    before = files_below(watched)
-    with pytest.raises(UserError, match=words) as refusal:
-        merge(str(base), str(adapter), str(output), **settings)
-    assert len(str(refusal.value).splitlines()) <= 3
-    assert files_below(watched) == before
 
 
 def test_outputs_that_are_refused(tiny_llama_dir, adapter, tmp_path):
@@ -329,6 +195,60 @@ def test_adapter_with_nan(tiny_llama_dir, adapter, tmp_path):
     refused(tiny_llama_dir, adapter, tmp_path / "out", "NaN or infinite", tmp_path)
 
 
+def test_truncated_adapter(tiny_llama_dir, adapter, tmp_path):
+    file = adapter / "adapter_model.safetensors"
+    for kept in (file.stat().st_size // 2, 4, 0):
+        file.write_bytes(file.read_bytes()[:kept])
+        refused(tiny_llama_dir, adapter, tmp_path / "out", "--peft_model_path .*run: cannot be read", tmp_path)
+
+
+def test_a_pickle_is_not_executed(tiny_llama_dir, adapter, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(weights | {"trap": Trap()}, adapter / "adapter_model.bin")
+    refused(tiny_llama_dir, adapter, tmp_path / "out", "--peft_model_path .*run: cannot be read", tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "FUTURE_TUNING"}, "holds a FUTURE_TUNING adapter; only LoRA"),
+        ({"peft_type": None}, "holds a None adapter; only LoRA"),
+        ({"alora_invocation_tokens": [1, 2]}, "its alora_invocation_tokens makes the adapter more than a change"),
+    ],
+)
+def test_adapters_that_no_weight_can_stand_for(tiny_llama_dir, adapter, tmp_path, changes, words):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    refused(tiny_llama_dir, adapter, tmp_path / "out", words, tmp_path)
+
+
+def test_checkpoints(tiny_llama_dir, tmp_path):
+    run = tmp_path / "run"
+    for step in (2, 10):
+        make_adapter(tiny_llama_dir, run / f"checkpoint-{step}")
+    refused(tiny_llama_dir, run, tmp_path / "out", "holds no adapter. Its newest checkpoint is .*checkpoint-10", run)
+    merge(str(tiny_llama_dir), str(run / "checkpoint-2"), str(tmp_path / "out"))
+    torch.testing.assert_close(
+        logits_of(tmp_path / "out"), logits_of(tiny_llama_dir, run / "checkpoint-2"), rtol=0, atol=1e-5
+    )
+
+
+def test_a_card_of_the_users_own_outlives_an_earlier_merge(tiny_llama_dir, adapter, tmp_path):
+    output = tmp_path / "out"
+    merge(str(tiny_llama_dir), str(adapter), str(output))
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\n") and "## Merging" in card
+    (output / "README.md").write_text("# My model\n")
+    merge(str(tiny_llama_dir), str(adapter), str(output), dtype="bfloat16")
+    assert (output / "README.md").read_text() == "# My model\n"
+
+
 def test_another_kind_of_adapter(tiny_llama_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
@@ -414,10 +334,9 @@ def test_no_warning_for_the_adapters_own_base(tiny_llama_dir, adapter, tmp_path,
 
 
 def test_attached_weights_are_the_files(tiny_llama_dir, adapter):
-    config, weights = read_adapter(adapter)
     base = load_base_model(str(tiny_llama_dir), dtype=torch.bfloat16, quantize_4bit=False)
-    held = dict(attach_adapter(base, config, adapter).named_parameters())
-    for name, weight in weights.items():
+    held = dict(attach_adapter(base, read_adapter(adapter)).named_parameters())
+    for name, weight in load_file(adapter / "adapter_model.safetensors").items():
         torch.testing.assert_close(held[name.replace(".weight", ".default.weight")].data, weight, rtol=0, atol=0)
 
 

@@ -36,7 +36,7 @@ def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str])
     return targets
 
 
-def _keep_4bit_layout(model: nn.Module) -> None:
+def keep_4bit_layout(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights for inference.
 
     On CPUs with AVX512-BF16 the first forward in eval mode repacks them for a product that has no backward. Training
@@ -82,7 +82,7 @@ def add_adapters(
 
     targets = _check_target_modules(model, target_modules)
     if quantized:
-        _keep_4bit_layout(model)
+        keep_4bit_layout(model)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

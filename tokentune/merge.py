@@ -3,26 +3,41 @@
     python tokentune/merge.py --base_model_name_or_path meta-llama/Llama-2-7b-hf \
         --peft_model_path models/my-run --output_dir models/my-run/merged
 
-A QLoRA adapter is folded into the unquantised base. The result is written beside `--output_dir`, read back, compared
-with base + adapter on fixed token ids, and only then moved into place: a failure leaves nothing behind.
-`merge_summary.json` in the result records where it came from and how far its logits are from base + adapter.
+The result is written beside `--output_dir`, read back, compared with base + adapter on fixed inputs, and only then
+moved into place: a failure leaves nothing behind. Language models and classifiers (`classify.py --lora`) alike;
+embeddings are resized and untied as training did it.
 
-Legend: B sequences, S tokens, V vocabulary.
+A QLoRA adapter goes into the base's own 16-bit weights, or with `--qlora_base dequantized` into the 4-bit ones that it
+was trained on, as 16-bit values. How far each is from what was trained is measured and printed either way.
+
+Memory, on the CPU: one copy of the model in `--dtype`, for a QLoRA adapter the 4-bit one besides, and one layer in
+float32; a 7B model in 16 bits takes about 13.5 + 4 + 0.5 GB (measured on a model of 1.4 GiB: 1.2 GiB with LoRA, 2.0 GiB
+with QLoRA). Pages of the base's files come on top only where there is room for them.
+
+`merge_summary.json` in the result, schema version 2 (a difference: {largest, relative, rms, relative_rms}, the relative
+ones over the standard deviation of the logits):
+
+    base_model_name_or_path, peft_model_path, dtype, device
+    task_type           what is classified: text, token or image; null for a language model
+    vocabulary          rows of the embedding {base, merged}, and whether the output head shares them {tied}; or null
+    logit_difference    of the model read back from base + adapter: computed {in_dtype, in_float32}
+    qlora               null for an adapter that was not trained over 4 bits, as far as is known; else {base: 16bit or
+                        dequantized, recorded: whether the run's folder says so or the flag alone, from_training:
+                        {16bit, dequantized}, differences from the 4-bit base + adapter, computed in float32}
+    versions            of the libraries
 """
 
 import argparse
 import json
 import logging
-import os
-import shutil
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, get_args
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,199 +47,37 @@ if __package__ in (None, ""):
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import nn
 
-from tokentune.errors import UserError, run_command
+from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.folding import (
+    BaseKind,
+    Plan,
+    dequantize,
+    fold_and_save,
+    folded_logits,
+    load_16bit,
+    out_of_memory_refused,
+    plan_fold,
+    release_memory,
+    trained_logits,
+)
+from tokentune.heads import HEADS, IMAGE
+from tokentune.hub_upload import PUSH_FLAG, check_push, push_folder
 from tokentune.loading import checkpoint_dtype, load_base_model, load_config, load_tokenizer
-from tokentune.sources import first_line
-from tokentune.trained_adapter import ADAPTER_FLAG, BASE_FLAG, attach_adapter, check_recorded_base, read_adapter
+from tokentune.logit_difference import LogitDifference, logit_difference, probe_logits
+from tokentune.merge_folder import OUTPUT_FLAG, SUMMARY, check_output_folder, replacing_folder, write_errors_refused
+from tokentune.model_card import own_card, write_merged_card
+from tokentune.sources import check_model_folder
+from tokentune.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
+from tokentune.trained_head import head_of, with_outputs
+from tokentune.vocabulary import check_tokenizer, highest_token, is_tied
 
-if TYPE_CHECKING:
-    import peft
-
-OUTPUT_FLAG = "--output_dir"
+QLORA_FLAG = "--qlora_base"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SUMMARY = "merge_summary.json"  # also the mark of a folder that a later merge may replace
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-PROBE_SHAPE = (2, 32)  # (B, S) of the token ids that the logits are compared on
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # Relative to the logits' standard deviation, computed in float32. A float32 fold is exact up to rounding (measured:
 # 5e-6), so more is a defect. A 16-bit fold rounds every adapted weight (measured: bfloat16 0.01, float16 0.001).
 LARGEST_FLOAT32_DIFFERENCE, LARGEST_16_BIT_DIFFERENCE = 1e-3, 0.1
-
-
-@dataclass(frozen=True)
-class LogitDifference:
-    """Merged model against base + adapter: the largest difference of a logit, and that over the logits' deviation."""
-
-    largest: float
-    relative: float
-
-    def __str__(self) -> str:
-        return f"{self.largest:.3g} ({100 * self.relative:.3g} % of the logits' standard deviation)"
-
-
-def check_output_folder(output: Path, sources: Sequence[str]) -> None:
-    """Refuses an output folder that is in use for something else, or cannot be written.
-
-    Args:
-        sources: the base's and the adapter's folder (or hub id), which the output must not replace.
-    """
-    target = output.resolve()
-    for source in map(os.path.realpath, sources):
-        if target == Path(source) or (os.path.exists(source) and target in Path(source).parents):
-            raise UserError(f"{OUTPUT_FLAG} {output}: would replace {source}, which is read. Choose another folder.")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{OUTPUT_FLAG} {output}: is a file. Choose a folder.")
-    if target.is_dir() and any(target.iterdir()) and not (target / SUMMARY).is_file():
-        raise UserError(
-            f"{OUTPUT_FLAG} {output}: holds something that is not an earlier merge (no {SUMMARY}). "
-            "Empty it, or choose another folder."
-        )
-
-
-@contextmanager
-def replacing_folder(output: Path) -> Iterator[Path]:
-    """Yields an empty sibling folder, which takes `output`'s place whole when the block succeeds, else is removed.
-
-    A sibling, because only within one file system is a rename one step. An earlier `output` is moved aside first
-    and put back if the last step fails.
-
-    Raises:
-        UserError: the folder cannot be made there.
-    """
-    target = output.resolve()
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    made_parents = [parent for parent in target.parents if not parent.exists()]  # innermost first
-    try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{OUTPUT_FLAG} {output}: cannot be written: {error.strerror}") from error
-        yield partial
-        aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-        if target.exists():
-            target.rename(aside)
-        try:
-            partial.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made_parents:
-            with suppress(OSError):  # never made, or somebody else's files are in it by now
-                parent.rmdir()
-        raise
-
-
-def choose_device(device: str, model_bytes: int) -> torch.device:
-    """The device named, or for "auto" the GPU when it has room for the model (and half as much again), else the CPU."""
-    if device == "auto":
-        roomy = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * model_bytes
-        return torch.device("cuda" if roomy else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used here: {first_line(error)}") from error
-    return torch.device(device)
-
-
-@contextmanager
-def float32_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Within it, each module computes in float32 from the weights as they are held.
-
-    Its weights are widened just for its own forward, so that comparing a 16-bit model in float32 takes the room of
-    one layer's float32 copy, not of the whole model's.
-    """
-    held: dict[nn.Module, list[tuple[nn.Parameter, torch.Tensor]]] = {}
-
-    def widen(module: nn.Module, args: tuple) -> None:
-        held[module] = [(p, p.data) for p in module.parameters(recurse=False)]
-        for parameter, data in held[module]:
-            parameter.data = data.float()
-
-    def restore(module: nn.Module, args: tuple, output: object) -> None:
-        for parameter, data in held.pop(module):
-            parameter.data = data
-
-    hooks = []
-    for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore, always_call=True)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def probe_logits(model: nn.Module, *, in_float32: bool) -> torch.Tensor:
-    """Logits (B, S, V), float32 on the CPU, on token ids that depend on the vocabulary's size alone."""
-    config = model.config.get_text_config()
-    length = min(PROBE_SHAPE[1], getattr(config, "max_position_embeddings", None) or PROBE_SHAPE[1])
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(config.vocab_size, (PROBE_SHAPE[0], length), generator=generator)  # (B, S)
-    device = model.get_input_embeddings().weight.device
-    with float32_arithmetic(model) if in_float32 else nullcontext():
-        logits = model.eval()(input_ids=token_ids.to(device), use_cache=False).logits
-    return logits.float().cpu()
-
-
-def logit_difference(reference: torch.Tensor, merged: torch.Tensor) -> LogitDifference:
-    """Both (B, S, V)."""
-    largest = (merged - reference).abs().max().item()
-    return LogitDifference(largest, largest / reference.std().item())
-
-
-def untie_adapted_embeddings(model: "peft.PeftModel") -> None:
-    """Gives the output head its own weights where it shares the input embedding's and an adapter sits on either.
-
-    Folding into the shared weights would change both, while the adapter changes one only.
-    """
-    base = model.get_base_model()
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or not (hasattr(embedding, "get_base_layer") or hasattr(head, "get_base_layer")):
-        return
-    # (modules trained whole have no base layer: peft puts their own copy in place of the shared weights)
-    embedding, head = (m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in (embedding, head))
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
-
-
-def fold_and_save(
-    base_name: str, folder: Path, config: "peft.LoraConfig", partial: Path, *, device: str, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.device]:
-    """Folds the adapter in and saves model and tokenizer into `partial`; the model is freed before returning.
-
-    Returns:
-        Logits of base + adapter, computed in `dtype` and in float32 (both (B, S, V)), and the device used.
-    """
-    base = load_base_model(base_name, dtype=dtype, quantize_4bit=False, flag=BASE_FLAG)
-    place = choose_device(device, base.get_memory_footprint())
-    try:
-        model = attach_adapter(base, config, folder).to(place)
-        references = [probe_logits(model, in_float32=False), probe_logits(model, in_float32=True)]
-        if not all(torch.isfinite(logits).all() for logits in references):
-            raise UserError(f"--dtype: base + adapter gives NaN or infinite logits in {dtype}. Try --dtype float32.")
-        untie_adapted_embeddings(model)
-        merged = model.merge_and_unload(safe_merge=True)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--device {device}: out of memory on {place}. Merge with --device cpu.") from error
-    except ValueError as error:  # peft's check of the folded weights
-        raise UserError(f"--dtype: the folded weights exceed {dtype}'s range. Try --dtype float32.") from error
-    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = load_tokenizer(str(folder), flag=ADAPTER_FLAG) if own else load_tokenizer(base_name, flag=BASE_FLAG)
-    try:
-        merged.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    except (OSError, SafetensorError) as error:  # a full disk, above all
-        raise UserError(f"{OUTPUT_FLAG}: the model could not be written: {first_line(error)}") from error
-    return *references, place
 
 
 def merge(
@@ -234,76 +87,244 @@ def merge(
     *,
     device: str = "auto",
     dtype: str | None = None,
+    qlora_base: str = "auto",
+    max_shard_size: str = "5GB",
+    push_to_hub: str | None = None,
+    hub_public: bool = False,
 ) -> float:
     """Folds an adapter into its base and saves a full checkpoint with its tokenizer; see the module's docstring.
 
     Args:
         base_model_name_or_path: the unquantised base, local folder or hub id.
-        peft_model_path: the adapter's folder.
+        peft_model_path: the adapter's folder, or that of one checkpoint.
         output_dir: may lie inside the adapter's folder. An earlier merge there is replaced.
         device: "auto" or a torch device.
         dtype: "float32", "float16", "bfloat16", or None (or "auto") for the base's own.
+        qlora_base: what a QLoRA adapter is folded into: "16bit", "dequantized", or "auto", today the former.
+        max_shard_size: of one weight file; a larger model gets several, and an index.
+        push_to_hub: repository to upload to, "" for the folder's name; None: none.
+        hub_public: a new repository is public.
 
     Returns:
         The largest logit difference between base + adapter and the merged model as read back, both in `dtype`.
 
     Raises:
-        UserError: anything that the caller can cure; nothing is written then.
+        UserError: anything that the caller can cure; nothing is written then (but for a failed upload).
     """
-    folder, output = Path(peft_model_path), Path(output_dir)
-    base_config = load_config(base_model_name_or_path, flag=BASE_FLAG)
-    if getattr(base_config, "quantization_config", None) is not None:
-        raise UserError(f"{BASE_FLAG} {base_model_name_or_path}: its weights are quantised. Give the unquantised base.")
-    adapter_config, _ = read_adapter(folder)
-    check_recorded_base(adapter_config.base_model_name_or_path, base_model_name_or_path, base_config)
-    check_output_folder(output, [base_model_name_or_path, peft_model_path])
-    held = checkpoint_dtype(base_config) if dtype in (None, "auto") else DTYPES[dtype]
+    output = Path(output_dir)
+    check_push(push_to_hub, output)
+    plan, processing = _prepare(base_model_name_or_path, peft_model_path, output, device, dtype, max_shard_size)
+    kinds, recorded = _kinds(plan.adapter, qlora_base)
+    earlier_card = own_card(output)
 
-    with replacing_folder(output) as partial:
-        in_dtype, in_float32, place = fold_and_save(
-            base_model_name_or_path, folder, adapter_config, partial, device=device, dtype=held
-        )
-        merged = load_base_model(str(partial), dtype=held, quantize_4bit=False, flag=OUTPUT_FLAG).to(place)
-        same = logit_difference(in_dtype, probe_logits(merged, in_float32=False))
-        exact = logit_difference(in_float32, probe_logits(merged, in_float32=True))
-        if held is torch.float32 and not exact.relative <= LARGEST_FLOAT32_DIFFERENCE:
+    with replacing_folder(output) as partial, out_of_memory_refused(device, plan.place):
+        trained, others, reference = _fold_all(plan, kinds, partial, max_shard_size)
+        with write_errors_refused():
+            processing.save_pretrained(partial)
+        merged = load_base_model(str(partial), dtype=plan.dtype, quantize_4bit=False, flag=OUTPUT_FLAG, head=plan.head)
+        merged = merged.to(plan.place)
+        same = logit_difference(reference.in_dtype, probe_logits(merged, in_float32=False, head=plan.head))
+        in_float32 = probe_logits(merged, in_float32=True, head=plan.head)
+        exact = logit_difference(reference.in_float32, in_float32)
+        if plan.dtype is torch.float32 and not exact.relative <= LARGEST_FLOAT32_DIFFERENCE:
             raise RuntimeError(f"the merged model's logits differ from base + adapter by {exact}; nothing was written")
-        summary = {
-            "base_model_name_or_path": base_model_name_or_path,
-            "peft_model_path": peft_model_path,
-            "dtype": str(held).removeprefix("torch."),
-            "device": str(place),
-            "logit_difference": {"in_dtype": asdict(same), "in_float32": asdict(exact)},
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": version("peft"),
-            },
-        }
-        (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        summary = _summary(plan, merged, peft_model_path, same, exact)
+        if trained is not None:
+            differences = {**others, kinds[0]: logit_difference(trained, in_float32)}
+            summary["qlora"] = {
+                "base": kinds[0],
+                "recorded": recorded,
+                "from_training": {kind: asdict(differences[kind]) for kind in get_args(BaseKind)},
+            }
+        with write_errors_refused():
+            (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+            write_merged_card(summary, plan.adapter.record.summary, partial, name=_card_name(output), own=earlier_card)
 
-    print(f"largest logit difference from base + adapter, computed in {summary['dtype']}: {same}")
-    if held is not torch.float32:
-        print(f"the same weights, computed in float32: {exact}")
-        if exact.relative > LARGEST_16_BIT_DIFFERENCE:
-            print("warning: much of the adapter was lost in rounding; merge with --dtype float32", file=sys.stderr)
+    _report(summary, same, exact)
     print(f"saved {output}")
+    if push_to_hub is not None:
+        print(f"uploaded to {push_folder(output, push_to_hub, public=hub_public)}")
     return same.largest
 
 
+def _prepare(
+    base: str, adapter_folder: str, output: Path, device: str, dtype: str | None, max_shard_size: str
+) -> tuple[Plan, Any]:
+    """Reads and checks everything but the base's weights.
+
+    Returns:
+        The plan, and the tokenizer or image processor: the adapter's own where it has one, else the base's.
+    """
+    if not re.fullmatch(r"[1-9][0-9]*(\.[0-9]+)?[KMGT]?B", max_shard_size, re.IGNORECASE):
+        raise UserError(f"--max_shard_size {max_shard_size}: give a number with its unit, such as 5GB or 500MB.")
+    check_model_folder(base, BASE_FLAG)
+    adapter = read_adapter(Path(adapter_folder))
+    head = head_of(adapter)
+    config = load_config(base, flag=BASE_FLAG, head=head)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
+    check_recorded_base(adapter.config.base_model_name_or_path, base, config)
+    check_output_folder(output, [base, adapter_folder])
+    held = checkpoint_dtype(config) if dtype in (None, "auto") else DTYPES[dtype]
+    config = with_outputs(config, adapter, head)
+    plan = plan_fold(base, config, head, adapter, dtype=held, device=device)
+    return plan, _processing(plan)
+
+
+def _processing(plan: Plan) -> Any:
+    folder = plan.adapter.folder
+    if plan.head is IMAGE:
+        from tokentune.images import load_image_processor  # its packages take a second to import
+
+        own = (folder / "preprocessor_config.json").is_file()
+        return load_image_processor(str(folder) if own else plan.base, plan.config, from_scratch=False)
+    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = load_tokenizer(str(folder), flag=ADAPTER_FLAG) if own else load_tokenizer(plan.base, flag=BASE_FLAG)
+    if own and highest_token(tokenizer) >= plan.rows:
+        base_tokenizer = load_tokenizer(plan.base, flag=BASE_FLAG)
+        check_tokenizer(tokenizer, base_tokenizer, plan.rows, f"{ADAPTER_FLAG} {folder}")
+    text = plan.config.get_text_config()
+    if plan.head.is_new and text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks for the last token in front of padding
+    return tokenizer
+
+
+def _kinds(adapter: Adapter, flag: str) -> tuple[list[BaseKind], bool | None]:
+    """The bases that the adapter is folded into, the one that is saved first, and what its record says of 4 bits.
+
+    Raises:
+        UserError: the flag asks for a base that the adapter was not trained on.
+    """
+    known = adapter.record.qlora
+    if known is False and flag == "dequantized":
+        raise UserError(
+            f"{QLORA_FLAG} dequantized: {adapter.folder} was trained on an unquantised base, as its record says, and "
+            "4 bits would only take it away from that. Leave the flag out."
+        )
+    if (not known and flag == "auto") or known is False:
+        if known is None:
+            print(
+                f"note: {adapter.folder} does not tell whether it was trained over a 4-bit base. If it was, "
+                f"{QLORA_FLAG} 16bit or dequantized measures how far each is from that.",
+                file=sys.stderr,
+            )
+        return ["16bit"], known
+    chosen: BaseKind = "dequantized" if flag == "dequantized" else "16bit"
+    return [chosen, *(kind for kind in get_args(BaseKind) if kind != chosen)], known
+
+
+def _fold_all(
+    plan: Plan, kinds: Sequence[BaseKind], partial: Path, max_shard_size: str
+) -> tuple[Any, dict[BaseKind, LogitDifference], Any]:
+    """Folds the adapter into each kind of base, one after another; the first of `kinds` is saved into `partial`.
+
+    Returns:
+        Logits of the 4-bit base + adapter (None for one kind), the differences of the kinds that are not saved from
+        them, and the logits of base + adapter of the one that is.
+    """
+    trained, others, reference = None, {}, None
+    if len(kinds) > 1:
+        trained, base = trained_logits(plan)
+        base = dequantize(base, plan.dtype)
+        if kinds[0] == "dequantized":
+            reference = fold_and_save(plan, base, partial, max_shard_size=max_shard_size)
+        else:
+            others["dequantized"] = logit_difference(trained, folded_logits(plan, base))
+        del base  # never two copies of the model
+        release_memory()
+    if kinds[0] == "16bit":
+        reference = fold_and_save(plan, load_16bit(plan), partial, max_shard_size=max_shard_size)
+    else:
+        others["16bit"] = logit_difference(trained, folded_logits(plan, load_16bit(plan)))
+    release_memory()
+    return trained, others, reference
+
+
+def _card_name(output: Path) -> str:
+    """What the merged model is called: its run's name, where it lies in the run's folder."""
+    output = output.resolve()
+    return f"{output.parent.name}-merged" if output.name == "merged" else output.name
+
+
+def _summary(
+    plan: Plan, merged: Any, adapter_folder: str, same: LogitDifference, exact: LogitDifference
+) -> dict[str, Any]:
+    vocabulary = None
+    if plan.head is not IMAGE:
+        rows = {"base": plan.base_rows, "merged": plan.rows}
+        vocabulary = rows | {"tied": is_tied(merged)}
+    return {
+        "schema_version": 2,
+        "base_model_name_or_path": plan.base,
+        "peft_model_path": adapter_folder,
+        "task_type": next((name for name, head in HEADS.items() if head is plan.head), None),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.place),
+        "vocabulary": vocabulary,
+        "logit_difference": {"in_dtype": asdict(same), "in_float32": asdict(exact)},
+        "qlora": None,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": version("peft")},
+    }
+
+
+def _report(summary: dict[str, Any], same: LogitDifference, exact: LogitDifference) -> None:
+    vocabulary = summary["vocabulary"]
+    if vocabulary is not None and vocabulary["merged"] != vocabulary["base"]:
+        print(f"embeddings: {vocabulary['merged']} rows, as in training (the base has {vocabulary['base']})")
+    print(f"largest logit difference from base + adapter, computed in {summary['dtype']}: {same}")
+    if summary["dtype"] != "float32":
+        print(f"the same weights, computed in float32: {exact}")
+        if exact.relative > LARGEST_16_BIT_DIFFERENCE:
+            print("warning: much of the adapter was lost in rounding; merge with --dtype float32", file=sys.stderr)
+    if summary["qlora"] is None:
+        return
+    saved, measured = summary["qlora"]["base"], summary["qlora"]["from_training"]
+    print("logit difference from what was trained, the 4-bit base + adapter, in % of the logits' standard deviation:")
+    for kind, difference in measured.items():
+        figures = f"{100 * difference['relative_rms']:.3g} % (root mean square), {100 * difference['relative']:.3g} %"
+        print(f"  {QLORA_FLAG} {kind}: {figures} (largest){', saved' if kind == saved else ''}")
+    closer = min(measured, key=lambda kind: measured[kind]["rms"])
+    if closer != saved:
+        print(f"{QLORA_FLAG} {closer} is closer to what was trained than what was saved")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
     parser = argparse.ArgumentParser(
-        prog="merge.py", description="Fold a trained adapter into its base model and save the full checkpoint."
+        prog="merge.py",
+        description="Fold a trained adapter into its base model and save the full checkpoint.",
+        epilog="Memory: one copy of the model in --dtype, a QLoRA adapter's 4-bit base, one layer in float32.",
     )
-    parser.add_argument(BASE_FLAG, required=True, help="The unquantised base model: a local folder or a hub id.")
-    parser.add_argument(ADAPTER_FLAG, required=True, help="The adapter's folder: a run's folder or one checkpoint.")
-    parser.add_argument(OUTPUT_FLAG, required=True, help="The merged model's folder; an earlier merge is replaced.")
-    parser.add_argument(
-        "--device", default="auto", help="Where to compute: auto (a GPU with room, else cpu) or a device."
+    add = parser.add_argument
+    add(BASE_FLAG, required=True, help="the unquantised base model: a local folder or a hub id")
+    add(ADAPTER_FLAG, required=True, help="the adapter's folder: a run's folder or one checkpoint")
+    add(OUTPUT_FLAG, required=True, help="the merged model's folder; an earlier merge is replaced")
+    add("--device", default="auto", help="where to compute: auto (a GPU with room, else cpu) or a device")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="the merged weights' type; auto (the default) is the base's own",
     )
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES], help="The merged weights' type; auto is the base's own."
+    add(
+        QLORA_FLAG,
+        default="auto",
+        choices=["auto", *get_args(BaseKind)],
+        help="what a QLoRA adapter is folded into: the base's own weights (16bit), or the 4-bit ones that it was "
+        "trained on, as 16-bit values (dequantized); both are measured against the 4-bit base + adapter. auto (the "
+        "default) is 16bit; where the adapter's folder does not say how it was trained, naming one says that it is "
+        "QLoRA's",
     )
+    add("--max_shard_size", default="5GB", help="a larger model is saved in several files (default: 5GB)")
+    add(
+        PUSH_FLAG,
+        nargs="?",
+        const="",
+        metavar="REPOSITORY",
+        help="upload the result to the hub, into a private repository: owner/name, or by itself the folder's name",
+    )
+    add("--hub_public", action="store_true", help="... into a public one, where it is new")
+    log_to_stderr()
     merge(**vars(parser.parse_args(argv)))
 
 
