@@ -2,8 +2,13 @@
 
 import json
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+# Tokens that runs of the tests keep for later runs are not to stay on this machine.
+DATA_CACHE = tempfile.TemporaryDirectory(prefix="tokentune-tests-")
+os.environ["HF_DATASETS_CACHE"] = DATA_CACHE.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -31,6 +36,25 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("real data and models (../shared) are not on this machine")
     return SHARED
+
+
+@pytest.fixture
+def refused(
+    tiny_llama_dir: Path,
+    alpaca_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> Callable[..., str]:
+    """Runs finetune.py on good input with some flags replaced; checks that it is refused before any weight is read."""
+    from bad_input import no_weights, refusal
+
+    from tokentune import finetune, preparation
+
+    monkeypatch.setattr(preparation, "load_base_model", no_weights)
+    given = {"--model_name_or_path": tiny_llama_dir, "--dataset_name_or_path": alpaca_file}
+    given |= {"--model_save_path": tmp_path / "models"}
+    return lambda *words: refusal(finetune.main, given, words, tmp_path, capsys)
 
 
 def tiny_llama_config(**changes: object) -> LlamaConfig:

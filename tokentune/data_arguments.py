@@ -43,7 +43,10 @@ class DataArguments(RowsArguments):
     )  # fmt: skip
     dataset_weights: list[float] = field(
         default_factory=list,
-        metadata={"help": "how often each of several data sets is drawn from, e.g. 0.7 0.3; by default every row once"},
+        metadata={
+            "help": "the share of each of several data sets in what is trained on, e.g. 0.7 0.3: rows of those "
+            "that are too small for theirs come several times; by default every row once"
+        },
     )
     data_format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = flag(
         "auto",
@@ -74,7 +77,44 @@ class DataArguments(RowsArguments):
 
     def __post_init__(self) -> None:
         RowsArguments.__post_init__(self)
+        require("" not in self.dataset_name_or_path, "--dataset_name_or_path: one of the names is empty")
+        self._check_weights()
+        self._check_streaming()
+        if self.eval_fraction is not None:
+            fraction = f"--eval_fraction {self.eval_fraction}"
+            require(0 < self.eval_fraction < 1, f"{fraction}: give a share between 0 and 1, such as 0.05")
+            require(
+                self.eval_dataset_name_or_path is None,
+                f"{fraction} and --eval_dataset_name_or_path both say what to evaluate on: give one of them",
+            )
+        for name in ("data_cache", "chat_template"):
+            require(getattr(self, name) != "", f"--{name} is empty: leave it out, or give a path")
         require(
             self.eval_steps is None or self.eval_dataset_name_or_path is not None or self.eval_fraction is not None,
             "--eval_steps needs data to evaluate on: add --eval_dataset_name_or_path or --eval_fraction",
+        )
+
+    def _check_weights(self) -> None:
+        weights, names = self.dataset_weights, self.dataset_name_or_path
+        if not weights:
+            return
+        given = f"--dataset_weights {' '.join(map(str, weights))}"
+        require(
+            len(weights) == len(names), f"{given}: {len(weights)} weights for {len(names)} data sets; give one each"
+        )
+        require(all(0 <= weight < float("inf") for weight in weights), f"{given}: must be 0 or more")
+        require(any(weights), f"{given}: all are 0, so there would be no data")
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            return
+        require(
+            not self.packing,
+            "--streaming with --packing: which documents fill a row is chosen by all their lengths, which a stream "
+            "does not know beforehand. Leave one of them out",
+        )
+        require(
+            self.eval_fraction is None,
+            "--streaming with --eval_fraction: the validation rows would be complete only once all data was read. "
+            "Put them into a file of their own: --eval_dataset_name_or_path",
         )

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tokentune.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow
 from tokentune.errors import UserError
 from tokentune.records import require_columns
 from tokentune.selection import IGNORED_LABEL
@@ -87,14 +89,15 @@ def encode_example(
     Raises:
         UserError: the tokenizer has no EOS to add, or can tell neither offsets nor the text that it encoded.
     """
+    row = encode_answer(prompt, answer, tokenizer, add_eos_token=add_eos_token)
+    return {"input_ids": row.ids[:max_length], "labels": row.labels[:max_length]}
+
+
+def encode_answer(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool) -> TokenRow:
+    """`encode_example`, uncut."""
     ids, start = _encode(prompt, answer, tokenizer, add_eos_token)
-    return _labelled(ids, start, max_length)
-
-
-def _labelled(ids: list[int], start: int, max_length: int) -> dict[str, list[int]]:
     start = min(max(start, 1), len(ids))
-    labels = [IGNORED_LABEL] * start + ids[start:]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    return TokenRow(ids, [IGNORED_LABEL] * start + ids[start:])
 
 
 def _encode(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, add_eos: bool) -> tuple[list[int], int]:
@@ -157,7 +160,7 @@ def _first_token_beyond(prompt: str, text: str, ids: list[int], tokenizer: PreTr
     _check_spelling(whole.lstrip() == text.lstrip(), text)
     end = max(0, len(prompt) + len(whole) - len(text))  # decoders may drop leading spaces
     # The fewest tokens that spell the whole prompt. Of unfinished characters decoders show nothing, or U+FFFD.
-    count = bisect_left(range(len(ids) + 1), end, key=lambda n: _common_prefix(decode(n), whole))
+    count = bisect_left(range(len(ids) + 1), end, key=lambda n: common_prefix(decode(n), whole))
     return count - 1 if len(decode(count)) > end else count  # the last of them spells a part of the answer too
 
 
@@ -169,27 +172,9 @@ def _check_spelling(same: bool, text: str) -> None:
         )
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix(a: str, b: str) -> int:
     """The number of characters in which both begin alike."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-@dataclass
-class EncodingReport:
-    """What became of the records."""
-
-    rows: int  # kept
-    dropped_rows: int  # without a single supervised token: the answer is empty, or cut away entirely
-    cut_rows: int  # kept, but longer than max_length and cut
-    tokens: int  # of the kept rows
-    supervised_tokens: int  # of the kept rows
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised; "
-            f"{self.cut_rows:,} rows cut to the maximum length, "
-            f"{self.dropped_rows:,} dropped because no answer token is left"
-        )
 
 
 def encode_records(
@@ -200,7 +185,7 @@ def encode_records(
     max_length: int,
     add_eos_token: bool,
 ) -> tuple[Dataset, EncodingReport]:
-    """Tokenizes every record; shows a progress bar.
+    """Tokenizes every record; shows a progress bar on a terminal.
 
     Args:
         dataset: columns `instruction` and `output`, and `input` where there is one.
@@ -212,42 +197,14 @@ def encode_records(
         UserError: a column is missing, or no row has a supervised token left.
     """
     require_columns(dataset, ("instruction", "output"), "the data set")
-
-    def encode(record: dict) -> dict:
+    limit, table = LengthLimit(max_length), TableOfRows()
+    for record in tqdm(dataset, desc="Tokenizing", disable=None):
         prompt = template.prompt(record["instruction"], record.get("input"))
-        ids, start = _encode(prompt, record["output"], tokenizer, add_eos_token)
-        example = _labelled(ids, start, max_length)
-        return example | {
-            "cut": len(ids) > max_length,
-            "tokens": len(example["input_ids"]),
-            "supervised": sum(label != IGNORED_LABEL for label in example["labels"]),
-        }
-
-    counts = {"cut": Value("bool"), "tokens": Value("int64"), "supervised": Value("int64")}
-    encoded = dataset.map(
-        encode,
-        remove_columns=dataset.column_names,
-        features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counts}),
-        # The cache's key knows this module by its name, not its text: it would outlive a change of the code.
-        load_from_cache_file=False,
-        desc="Tokenizing",
-    )
-    kept = [row for row, supervised in enumerate(encoded["supervised"]) if supervised]
-    dropped = len(encoded) - len(kept)
-    if not kept:
-        raise UserError(
-            f"no token to learn is left in any of {dropped} rows: every answer is empty or lies beyond "
-            f"--max_length {max_length}. Raise it, or shorten the prompts."
-        )
-    encoded = encoded.select(kept) if dropped else encoded
-    report = EncodingReport(
-        rows=len(kept),
-        dropped_rows=dropped,
-        cut_rows=sum(encoded["cut"]),
-        tokens=sum(encoded["tokens"]),
-        supervised_tokens=sum(encoded["supervised"]),
-    )
-    return encoded.remove_columns(list(counts)), report
+        row = limit(encode_answer(prompt, record["output"], tokenizer, add_eos_token=add_eos_token))
+        if row is not None:
+            table.add(row)
+    limit.report.check(max_length)
+    return table.finish(), limit.report
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_vocab_size: int | None) -> int:

@@ -4,7 +4,6 @@ Local files are read here instead of by `datasets.load_dataset`, whose errors te
 a `.json` array and JSON Lines by guessing, and which leaves a copy of every file in a cache.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,12 +13,13 @@ from typing import Any
 import pandas
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetsError
 
 from tokentune.errors import UserError
-from tokentune.sources import DATA_SUFFIXES, first_line, hub_error, is_local_path
+from tokentune.json_files import BoundedLines, not_text, read_json, read_json_lines
+from tokentune.sources import DATA_SUFFIXES, first_line, hub_error, is_local_path, listed
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
+# What pandas raises for a file that is no CSV; its ParserError and UnicodeDecodeError are ValueErrors.
+CSV_ERRORS = (ValueError, OverflowError)
 
 
 def load_records(
@@ -61,15 +63,13 @@ def load_records(
         UserError: not found, unreachable or gated; an unknown file type; malformed content (with file and line or
             row); no rows.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        dataset = (
-            _load_folder(path, flag, split, text_columns) if path.is_dir() else _load_file(path, flag, text_columns)
-        )
-    elif is_local_path(name_or_path):
-        raise UserError(f"{flag} {name_or_path}: no such file or folder. Check the path (now in {Path.cwd()}).")
+    path = local_path(name_or_path, flag)
+    if path is None:
+        dataset = _with_text(load_from_hub(name_or_path, flag, split, config), f"{flag} {name_or_path}", text_columns)
+    elif path.is_dir():
+        dataset = _load_folder(path, flag, split, text_columns)
     else:
-        dataset = _load_from_hub(name_or_path, flag, split, config, text_columns)
+        dataset = _load_file(path, flag, text_columns)
 
     dataset = _without_dropped_sources(dataset, name_or_path)
     if len(dataset) == 0:
@@ -89,7 +89,7 @@ def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> Non
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise UserError(
-            f"{where}: no column {', '.join(map(repr, missing))}. It has {', '.join(map(repr, dataset.column_names))}; "
+            f"{where}: no column {', '.join(map(repr, missing))}. It has {listed(dataset.column_names)}; "
             "rename the columns that hold these texts."
         )
 
@@ -104,9 +104,34 @@ def tells_split(name_or_path: str, split: str) -> bool:
     return any(_split_of(file.relative_to(folder)) == split for file in folder.rglob("*") if file.is_file())
 
 
-def _load_from_hub(name: str, flag: str, split: str, config: str | None, text_columns: Sequence[str]) -> Dataset:
+# ---- where rows are --------------------------------------------------------------------------------------------------
+
+
+def local_path(name_or_path: str, flag: str) -> Path | None:
+    """The file or folder that a name means; None for a hub id.
+
+    Raises:
+        UserError: spelt like a path, and not there.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    if is_local_path(name_or_path):
+        raise UserError(f"{flag} {name_or_path}: no such file or folder. Check the path (now in {Path.cwd()}).")
+    return None
+
+
+def load_from_hub(
+    name: str, flag: str, split: str, config: str | None = None, *, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """A hub data set's split, downloaded, or with `streaming` read from there while it is iterated over.
+
+    Raises:
+        UserError: not found, gated or unreachable; no such split or configuration; one that needs its own code.
+    """
+    options = {"streaming": True} if streaming else {}
     try:
-        dataset = load_dataset(name, *([] if config is None else [config]), split=split)
+        return load_dataset(name, *([] if config is None else [config]), split=split, **options)
     except OSError as error:  # not found, gated, offline and unreachable are all OSErrors here
         raise hub_error(name, error, flag) from error
     except (
@@ -115,13 +140,38 @@ def _load_from_hub(name: str, flag: str, split: str, config: str | None, text_co
         DatasetsError,
     ) as error:  # no such split, several configurations, a loading script
         raise UserError(f"{flag} {name}: the hub's data set cannot be read: {first_line(error)}") from error
-    return _with_text(dataset, f"{flag} {name}", text_columns)
 
 
-def _load_folder(folder: Path, flag: str, split: str, text_columns: Sequence[str]) -> Dataset:
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _load_saved(folder, flag, split, text_columns)
-    # Sorted, so that rows, and with them every seeded draw, keep their order on any file system.
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def load_saved(folder: Path, flag: str, split: str) -> Dataset:
+    """The data set, or its split, of a folder that `save_to_disk` wrote.
+
+    Raises:
+        UserError: it cannot be read, or has no such split.
+    """
+    try:
+        dataset = load_from_disk(folder)
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"{flag} {folder}: not a saved data set after all: {first_line(error)}") from error
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{flag} {folder}: no split {split!r}, only {', '.join(dataset)}.")
+        dataset = dataset[split]
+    return dataset
+
+
+def split_files(folder: Path, flag: str, split: str) -> list[Path]:
+    """The data files of a folder that belong to the split, or all where no name tells any.
+
+    Sorted, so that rows, and with them every seeded draw, keep their order on any file system.
+
+    Raises:
+        UserError: there are none.
+    """
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in DATA_SUFFIXES and f.is_file())
     files = [file for file in files if file.name not in FILES_TO_IGNORE]  # descriptions of a data set, no data
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
@@ -133,27 +183,21 @@ def _load_folder(folder: Path, flag: str, split: str, text_columns: Sequence[str
     if not files:
         found = ", ".join(sorted({name for name in splits.values() if name}))
         raise UserError(f"{flag} {folder}: no file is named after the split {split!r}, only {found}. Name a file.")
-    parts = [_load_file(file, flag, text_columns) for file in files]
-    needed = [c for c in text_columns if c not in OPTIONAL_COLUMNS and any(c in part.column_names for part in parts)]
-    for file, part in zip(files, parts, strict=True):
-        require_columns(part, needed, str(file))  # joining would fill the column with nulls
-    try:
-        return concatenate_datasets(parts)
-    except (ValueError, TypeError, pyarrow.ArrowException) as error:
-        raise UserError(f"{flag} {folder}: the files' columns do not fit together: {first_line(error)}") from error
+    return files
 
 
-def _load_saved(folder: Path, flag: str, split: str, text_columns: Sequence[str]) -> Dataset:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    try:
-        dataset = load_from_disk(folder)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"{flag} {folder}: not a saved data set after all: {first_line(error)}") from error
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise UserError(f"{flag} {folder}: no split {split!r}, only {', '.join(dataset)}.")
-        dataset = dataset[split]
-    return _with_text(dataset, f"{flag} {folder}", text_columns)
+def unknown_suffix(path: Path, flag: str) -> UserError:
+    """What to say of a file that none of the readers is for."""
+    return UserError(f"{flag} {path}: unknown file type; {', '.join(DATA_SUFFIXES)} can be read.")
+
+
+def csv_error(path: Path, error: Exception) -> UserError:
+    """What to say of a file that pandas cannot read as CSV."""
+    if isinstance(error, pandas.errors.EmptyDataError):
+        return UserError(f"{path}: the file is empty.")
+    if isinstance(error, UnicodeDecodeError):
+        return not_text(path, error.start)
+    return UserError(f"{path}: not valid CSV: {first_line(error)}.")
 
 
 def _split_of(path: Path) -> str | None:
@@ -165,91 +209,51 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
+# ---- tables of all rows ----------------------------------------------------------------------------------------------
+
+
+def _load_folder(folder: Path, flag: str, split: str, text_columns: Sequence[str]) -> Dataset:
+    if is_saved_dataset(folder):
+        return _with_text(load_saved(folder, flag, split), f"{flag} {folder}", text_columns)
+    files = split_files(folder, flag, split)
+    parts = [_load_file(file, flag, text_columns) for file in files]
+    needed = [c for c in text_columns if c not in OPTIONAL_COLUMNS and any(c in part.column_names for part in parts)]
+    for file, part in zip(files, parts, strict=True):
+        require_columns(part, needed, str(file))  # joining would fill the column with nulls
+    try:
+        return concatenate_datasets(parts)
+    except (ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"{flag} {folder}: the files' columns do not fit together: {first_line(error)}") from error
+
+
 def _load_file(path: Path, flag: str, text_columns: Sequence[str]) -> Dataset:
     readers: dict[str, Callable[[Path], Dataset]] = {
-        ".json": lambda p: _dataset_of(_read_json(p), p, text_columns),
-        ".jsonl": lambda p: _dataset_of(_read_json_lines(_read_text(p), p), p, text_columns),
+        ".json": lambda p: _dataset_of(read_json(p), p, text_columns),
+        ".jsonl": lambda p: _dataset_of(read_json_lines(p), p, text_columns),
         ".csv": lambda p: _dataset_of(_read_csv(p, text_columns), p, text_columns),
         ".parquet": lambda p: _read_parquet(p, text_columns),
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{flag} {path}: unknown file type; {', '.join(readers)} can be read.")
+        raise unknown_suffix(path, flag)
     try:
         return reader(path)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read: {error.strerror or first_line(error)}.") from error
 
 
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as Windows programs write it, is no text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, e.g. with iconv.") from error
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty.")
-    return text
-
-
-def _read_json(path: Path) -> list[dict]:
-    text = _read_text(path)
-    try:
-        content = json.loads(text, parse_constant=_no_number)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):  # a second object: JSON Lines named .json
-            return _read_json_lines(text, path)
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.") from error
-    if isinstance(content, dict):
-        content = content["data"] if isinstance(content.get("data"), list) else [content]
-    if not isinstance(content, list):
-        raise UserError(f"{path}: holds a JSON {_json_type(content)}; expected an array of objects.")
-    for row, record in enumerate(content, start=1):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, row {row}: expected an object, found a JSON {_json_type(record)}.")
-    return content
-
-
-def _read_json_lines(text: str, path: Path) -> list[dict]:
-    rows = []
-    # Not splitlines(): it also splits at U+2028 and the like, which JSON allows within a text.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, parse_constant=_no_number)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno}).") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: expected an object, found a JSON {_json_type(record)}.")
-        rows.append(record)
-    return rows
-
-
-def _no_number(name: str) -> None:
-    """NaN, which JSON has not but Python writes (pandas' missing values), is a missing value."""
-
-
-def _json_type(value: Any) -> str:
-    names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
 def _read_csv(path: Path, text_columns: Sequence[str]) -> list[dict]:
     try:
         # An answer "42", "NA" or "None" is text. Only an empty cell is missing.
         frame = pandas.read_csv(
-            path,
+            BoundedLines(path),
             encoding="utf-8-sig",
             dtype=dict.fromkeys(text_columns, object),
             keep_default_na=False,
             na_values=[""],
         )
-    except pandas.errors.EmptyDataError as error:
-        raise UserError(f"{path}: the file is empty.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, e.g. with iconv.") from error
-    except pandas.errors.ParserError as error:
-        raise UserError(f"{path}: not valid CSV: {first_line(error)}.") from error
+    except CSV_ERRORS as error:
+        raise csv_error(path, error) from error
     if not isinstance(frame.index, pandas.RangeIndex):  # pandas took the surplus first cells for row names
         raise UserError(f"{path}: the rows have more cells than the header has names.")
     frame = frame.astype(object)
@@ -286,18 +290,25 @@ def _with_text(dataset: Dataset, where: str, text_columns: Sequence[str]) -> Dat
     return dataset
 
 
-def _dataset_of(rows: list[dict], path: Path, text_columns: Sequence[str]) -> Dataset:
+def _dataset_of(rows: Iterable[dict], path: Path, text_columns: Sequence[str]) -> Dataset:
     """A data set in memory: every column that any row has, None where a row lacks it."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    rows = [{name: row.get(name) for name in names} for row in rows]
-    _check_text(rows, str(path), text_columns)
-    columns = {}
-    for name in names:
+    columns: dict[str, list] = {}
+    for count, row in enumerate(rows):
+        for name in row:
+            if name not in columns:
+                columns[name] = [None] * count
+        for name, values in columns.items():
+            values.append(row.get(name))
+    texts = [name for name in text_columns if name in columns]
+    values_of_rows = zip(*(columns[name] for name in texts), strict=True)
+    _check_text((dict(zip(texts, values, strict=True)) for values in values_of_rows), str(path), texts)
+    arrays = {}
+    for name in list(columns):
         try:
-            columns[name] = pyarrow.array([row[name] for row in rows])
+            arrays[name] = pyarrow.array(columns.pop(name))
         except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise UserError(f"{path}: column {name!r} cannot be stored: {first_line(error)}") from error
-    return Dataset(pyarrow.table(columns))
+    return Dataset(pyarrow.table(arrays))
 
 
 def _without_dropped_sources(dataset: Dataset, name: str) -> Dataset:

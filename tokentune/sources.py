@@ -1,7 +1,7 @@
 """Names on the command line: whether one means a local path or a hub id, and what to say when it leads nowhere."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import constants as hub_constants
@@ -60,6 +60,13 @@ def first_line(error: BaseException) -> str:
     return lines[0] if len(lines[0]) <= 300 else lines[0][:300] + " ..."
 
 
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names for a message, in quotes; of many, or long ones, the beginning."""
+    names = list(names)
+    shown = [repr(name if len(name) <= 60 else name[:60] + "...") for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def hub_error(name: str, error: BaseException, flag: str) -> UserError:
     """Turns a failure to get a model or data set from the hub into a sentence that names the cure.
 
@@ -87,8 +94,8 @@ def hub_error(name: str, error: BaseException, flag: str) -> UserError:
         )
     elif unreachable and hub_constants.HF_HUB_OFFLINE:
         reason = (
-            "no local folder of this name, not in the hub's cache, and HF_HUB_OFFLINE=1 forbids to download it. "
-            "Give a local folder, or unset HF_HUB_OFFLINE."
+            "no local folder of this name, not in the hub's cache, and --offline or HF_HUB_OFFLINE=1 forbids to "
+            "download it. Give a local folder, or go online once."
         )
     elif unreachable:
         reason = (
@@ -102,6 +109,11 @@ def hub_error(name: str, error: BaseException, flag: str) -> UserError:
 
 def loading_error(name: str, error: BaseException, flag: str) -> UserError:
     """`hub_error` for hub ids; for a local folder, what is the matter with its files."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{flag} {name}: comes with Python code of its own, which is not run unasked. Look at it, then add "
+            "--trust_remote_code."
+        )
     if not os.path.isdir(name):
         return hub_error(name, error, flag)
     if isinstance(error, SafetensorError):

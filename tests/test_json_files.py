@@ -1,0 +1,106 @@
+"""JSON Lines and JSON: record by record, in bounded memory, with the place of whatever is wrong."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from tokentune import json_files
+from tokentune.errors import UserError
+from tokentune.json_files import parse_json, read_json, read_json_lines
+
+
+def refused(path: Path) -> str:
+    reader = read_json_lines if path.suffix == ".jsonl" else read_json
+    with pytest.raises(UserError) as error:
+        list(reader(path))
+    assert str(error.value).startswith(str(path))
+    return str(error.value)
+
+
+def test_a_line_of_a_gigabyte_is_refused_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "fine"}\n{"text": "')
+        file.truncate(2**30)  # a sparse file: the rest is zeros, and takes no disk
+    tracemalloc.start()
+    try:
+        message = refused(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * json_files.MOST_LINE_BYTES
+    finally:
+        tracemalloc.stop()
+    assert "line 2: longer than 64 MiB" in message
+
+
+def test_the_longest_line_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "MOST_LINE_BYTES", 40)
+    path = tmp_path / "a.jsonl"
+    for size, fits in ((27, True), (28, False)):
+        line = json.dumps({"text": "x" * size}) + "\n"
+        assert (len(line) <= 40) is fits
+        path.write_text(line)
+        if fits:
+            assert list(read_json_lines(path)) == [{"text": "x" * size}]
+        else:
+            assert "line 1: longer" in refused(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_lines_are_read_one_at_a_time(suffix: str, tmp_path: Path) -> None:
+    """20 MB of JSON Lines, whatever the file is called, with one record in memory."""
+    path = tmp_path / f"a{suffix}"
+    line = json.dumps({"text": "x" * 100_000}) + "\n"
+    with open(path, "w") as file:
+        for _ in range(200):
+            file.write(line)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in (read_json_lines if suffix == ".jsonl" else read_json)(path)) == 200
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_json_file_that_is_too_large_to_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "MOST_JSON_BYTES", 10)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x"}]))
+    assert "Convert it to JSON Lines" in refused(path)
+    path.write_text('{"text": "x"}\n{"text": "y"}\n')
+    assert len(list(read_json(path))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: cannot be read: nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "line 1: cannot be read: Exceeds the limit"),
+        (b'{"a": 1}\n{"a": "\xff"}', "not UTF-8 text (byte 16)"),
+        (b'\xef\xbb\xbf{"a": 1}\n{"a"}', "line 2: not valid JSON"),
+        (b'{"a": 1}\r\n\x00\r\n', "line 2: not valid JSON"),
+        (b'{"a": 1}{"a": 2}', "line 1: not valid JSON: Extra data"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8 text (byte 0)"),
+        (b"\n \n", "the file is empty"),
+    ],
+)
+def test_bad_lines(content: bytes, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert part in refused(path)
+
+
+def test_bad_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content, part in (
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "Exceeds the limit"),
+        (b'[{"a": 1},\n{"a": \xff}]', "not UTF-8 text (byte 17)"),
+        (b'{"a": 1}\noops', "line 2"),
+    ):
+        path.write_bytes(content)
+        assert part in refused(path)
+
+
+def test_numbers_that_json_has_not() -> None:
+    assert parse_json('[NaN, -Infinity, 1e999, "\\u2028"]') == [None, None, float("inf"), "\u2028"]

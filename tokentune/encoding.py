@@ -1,0 +1,134 @@
+"""Encoded rows on their way into training: cut or dropped at the maximum length, counted, and put into a table.
+
+What a record's tokens and labels are is told elsewhere (`prompts.py`, `conversations.py`); this is the same for all.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pyarrow
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+
+from tokentune.errors import UserError
+from tokentune.selection import IGNORED_LABEL
+
+FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+
+
+class TokenRow(NamedTuple):
+    """One row, uncut: token ids, and as many labels, which are the ids or -100 where nothing is learnt."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class EncodingReport:
+    """What became of the records."""
+
+    rows: int = 0  # kept
+    dropped_rows: int = 0  # without a single supervised token: the answer is empty, or cut away entirely
+    cut_rows: int = 0  # kept, but longer than max_length and cut
+    tokens: int = 0  # of the kept rows
+    supervised_tokens: int = 0  # of the kept rows
+    cut_ends: int = 0  # of the cut rows, those that lost supervised tokens, and so the end of an answer
+    dropped_long_rows: int = 0  # longer than max_length, where such rows are dropped
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised; "
+            f"{self.cut_rows:,} rows cut to the maximum length"
+        )
+        text += f" ({self.cut_ends:,} of them lost an answer's end)" if self.cut_ends else ""
+        text += f", {self.dropped_long_rows:,} dropped because they are longer" if self.dropped_long_rows else ""
+        return f"{text}, {self.dropped_rows:,} dropped because no answer token is left"
+
+    def __add__(self, other: "EncodingReport") -> "EncodingReport":
+        return EncodingReport(**{name: count + getattr(other, name) for name, count in vars(self).items()})
+
+    @property
+    def read_rows(self) -> int:
+        """Records that were encoded, kept or not."""
+        return self.rows + self.dropped_rows + self.dropped_long_rows
+
+    def check(self, max_length: int) -> None:
+        """Raises UserError when no row is left to learn from."""
+        if self.rows:
+            return
+        if self.dropped_long_rows == self.read_rows:
+            raise UserError(
+                f"every one of {self.read_rows} rows is longer than --max_length {max_length}, and --long_rows drop "
+                "leaves none. Raise it, or take --long_rows cut."
+            )
+        raise UserError(
+            f"no token to learn is left in any of {self.read_rows} rows: every answer is empty or lies beyond "
+            f"--max_length {max_length}. Raise it, or shorten the prompts."
+        )
+
+
+@dataclass
+class LengthLimit:
+    """What becomes of each row at the maximum length, counted.
+
+    Args:
+        max_length: tokens.
+        long_rows: "cut" takes the end away (an EOS too: a cut answer should not teach to stop there), "drop" the row.
+    """
+
+    max_length: int
+    long_rows: Literal["cut", "drop"] = "cut"
+    report: EncodingReport = field(default_factory=EncodingReport)
+
+    def __call__(self, row: TokenRow) -> TokenRow | None:
+        """The row as it is trained on; None where it is dropped."""
+        report, too_long = self.report, len(row.ids) > self.max_length
+        if too_long and self.long_rows == "drop":
+            report.dropped_long_rows += 1
+            return None
+        ids, labels = row.ids[: self.max_length], row.labels[: self.max_length]
+        supervised = count_supervised(labels)
+        if supervised == 0:
+            report.dropped_rows += 1
+            return None
+        report.rows += 1
+        report.cut_rows += too_long
+        report.cut_ends += too_long and count_supervised(row.labels) > supervised
+        report.tokens += len(ids)
+        report.supervised_tokens += supervised
+        return TokenRow(ids, labels)
+
+
+def count_supervised(labels: Iterable[int]) -> int:
+    """Labels that are learnt."""
+    return sum(label != IGNORED_LABEL for label in labels)
+
+
+class TableOfRows:
+    """A table with the columns "input_ids" and "labels", written row by row.
+
+    Args:
+        file: where to; None keeps it in memory.
+
+    Raises (its methods too):
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self._buffer = None if file is not None else pyarrow.BufferOutputStream()
+        target = {"stream": self._buffer} if file is None else {"path": str(file)}
+        self._writer = ArrowWriter(features=FEATURES, **target)
+
+    def add(self, row: TokenRow) -> None:
+        """Appends a row."""
+        self._writer.write({"input_ids": row.ids, "labels": row.labels})
+
+    def finish(self) -> Dataset:
+        """Closes the table and opens it for reading; one in a file is mapped, not read."""
+        self._writer.finalize(close_stream=self.file is not None)
+        if self.file is None:
+            return Dataset.from_buffer(self._buffer.getvalue())
+        return Dataset.from_file(str(self.file))
