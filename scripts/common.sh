@@ -165,15 +165,32 @@ last_value() {
 
 # ---------------------------------------------------------------------------------------------- fine-tuning and merging
 
+# choose_launcher: sets LAUNCHER to what starts finetune.py: python, or what LAUNCH names, the file scripts/launch/
+# <LAUNCH>.yaml for NUM_PROCESSES processes (default: one per GPU), or a whole command such as "torchrun --nnodes 2 ...".
+choose_launcher() {
+    local config=$PROJECT_ROOT/scripts/launch/${LAUNCH:-}.yaml
+    LAUNCHER=("$PYTHON" -u)
+    case ${LAUNCH:-} in
+        "") return ;;
+        *[[:space:]]*) read -r -a LAUNCHER <<<"$LAUNCH" && return ;;
+    esac
+    [[ -f $config ]] || die "LAUNCH=$LAUNCH: there is no scripts/launch/$LAUNCH.yaml" \
+        "give single, ddp, fsdp2 or zero3, or a whole command: LAUNCH=\"accelerate launch --config_file my.yaml\""
+    [[ -n ${NUM_PROCESSES:-} ]] ||
+        NUM_PROCESSES=$("$PYTHON" -c 'import torch; print(max(1, torch.accelerator.device_count()))')
+    LAUNCHER=("$PYTHON" -m accelerate.commands.launch --config_file "$config" --num_processes "$NUM_PROCESSES")
+    SHARES=$NUM_PROCESSES
+}
+
 # llama_2_on_platypus FLAGS ...: calls finetune.py with the settings that the released training scripts share, and FLAGS
-# after them: where a flag is given twice, the last one counts.
+# after them: where a flag is given twice, the last one counts. Each of SHARES processes does its share of the batch.
 llama_2_on_platypus() {
-    "$PYTHON" -u "$PROJECT_ROOT/tokentune/finetune.py" \
+    "${LAUNCHER[@]}" "$PROJECT_ROOT/tokentune/finetune.py" \
         --model_name_or_path "${MODEL:-meta-llama/Llama-2-7b-hf}" \
         --dataset_name_or_path "${DATASET:-garage-bAInd/Open-Platypus}" \
         --prompt_template_name_or_path "$PROJECT_ROOT/tokentune/alpaca_template.json" \
         --global_batch_size 32 \
-        --gradient_accumulation_steps 32 \
+        --gradient_accumulation_steps "$((32 / ${SHARES:-1}))" \
         --num_epochs 1 \
         --num_workers 4 \
         --weight_decay 0.01 \
@@ -188,17 +205,22 @@ llama_2_on_platypus() {
 
 # run_folder FLAGS ...: prints the folder of the run with these flags. finetune.py itself names it, so that overridden
 # flags lead to the right folder; it checks all of them on the way.
-run_folder() { llama_2_on_platypus "$@" --print_run_folder; }
+run_folder() {
+    local LAUNCHER=("$PYTHON" -u)
+    llama_2_on_platypus "$@" --print_run_folder
+}
 
 # finetune FLAGS ...: trains, and sets RUN_FOLDER; writes it to the file RUN_FOLDER_NOTE, where a caller names one.
 finetune() {
     find_python torch transformers peft accelerate datasets
     case " $* " in
         *" --help "* | *" -h "*)
+            LAUNCHER=("$PYTHON" -u)
             llama_2_on_platypus --help
             exit
             ;;
     esac
+    choose_launcher
     RUN_FOLDER=$(run_folder "$@")
     say "fine-tuning into $RUN_FOLDER"
     llama_2_on_platypus "$@"
@@ -286,24 +308,24 @@ score_table() {
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
-# lm_harness TASK SHOTS BATCH_SIZE [FLAGS ...]: lm-evaluation-harness on MODEL; a GPU is used where there is one.
+# lm_harness TASK SHOTS BATCH_SIZE [FLAGS ...]: lm-evaluation-harness on MODEL; a GPU is used where there is one. With
+# SKIP_FINISHED set, a task whose result is there already is skipped.
 lm_harness() {
-    local task=$1 shots=$2 batch_size=$3 model=${MODEL:-} tasks launcher
+    local task=$1 shots=$2 batch_size=$3 model=${MODEL:-} tasks launcher stem
     shift 3
     find_python torch transformers accelerate lm_eval
     # A model given the harness's own way: named here too, so that its results get their own folder.
     if [[ " $* " =~ [[:space:],]pretrained=([^,[:space:]]+) ]]; then model=${BASH_REMATCH[1]}; fi
-    if [[ -z $model ]]; then
-        model=$(in_project "${MODEL_SAVE_PATH:-models}")
-        model=${model%/}/meta-llama-Llama-2-7b-hf-garage-bAInd-Open-Platypus-lora-tokentune-0.3/merged
-        [[ -d $model ]] || die "there is no merged model at $model" \
-            "train it: bash $PROJECT_ROOT/scripts/train/lora_tokentune_platypus_llama_2.sh" \
-            "or choose another one: MODEL=<folder or hub id> bash $0"
-    fi
+    [[ -n $model ]] || model=$(merged_model)
     # lm-eval adds a second --tasks to the first instead of replacing it: ours is given only where you give none.
     tasks=$(last_value -t "$(last_value --tasks "" "$@")" "$@")
     [[ -n $tasks ]] || set -- --tasks "$task" "$@"
     shots=$(last_value -f "$(last_value --num_fewshot "$shots" "$@")" "$@")
+    stem=$(in_project "${RESULTS:-results}")/$(results_name "$model")/$(basename "${tasks:-$task}")_${shots}shot
+    if [[ -n ${SKIP_FINISHED:-} ]] && has_result "$stem"; then
+        say "there already: ${stem}_*.json"
+        return
+    fi
     launcher=(-m lm_eval)
     if [[ ${NUM_PROCESSES:-1} -gt 1 ]]; then
         launcher=(-m accelerate.commands.launch --num_processes "$NUM_PROCESSES" -m lm_eval)
@@ -313,13 +335,47 @@ lm_harness() {
         --model_args "pretrained=$model,dtype=auto" \
         --num_fewshot "$shots" \
         --batch_size "$batch_size" \
-        --output_path "$(results_folder "$model")/$(basename "${tasks:-$task}")_${shots}shot.json" \
+        --output_path "$stem.json" \
         "$@"
 }
 
-# results_folder MODEL: RESULTS/<run folder>/merged for a merged run, RESULTS/<folder's name> for another folder, and
-# RESULTS/<hub id with / as -> otherwise.
-results_folder() {
+# has_result STEM: whether lm-eval wrote STEM_<date>.json to its end; an interruption may leave the beginning of one.
+has_result() {
+    local file
+    for file in "$1"_[0-9]*.json; do
+        [[ ! -f $file || $(tail -c 1 "$file") != "}" ]] || return 0
+    done
+    return 1
+}
+
+# merged_model: prints the folder that is evaluated where no MODEL is named.
+merged_model() {
+    local model
+    model=$(in_project "${MODEL_SAVE_PATH:-models}")
+    model=${model%/}/meta-llama-Llama-2-7b-hf-garage-bAInd-Open-Platypus-lora-tokentune-0.3/merged
+    [[ -d $model ]] || die "there is no merged model at $model" \
+        "train it: bash $PROJECT_ROOT/scripts/train/lora_tokentune_platypus_llama_2.sh" \
+        "or choose another one: MODEL=<folder or hub id> bash $0"
+    printf '%s' "$model"
+}
+
+# base_of FOLDER: prints what a model was trained from, as its run noted it: in the folder itself, or in the one above
+# a merged one.
+base_of() {
+    "$PYTHON" -c '
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+for path in (folder / "training_summary.json", folder.parent / "training_summary.json"):
+    if path.is_file():
+        sys.exit(print(json.loads(path.read_text(encoding="utf-8"))["settings"]["model_name_or_path"]))
+path = folder.parent / "adapter_config.json"
+sys.exit(print(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]) if path.is_file() else 1)' \
+        "$1" || die "nothing in $1 says what it was trained from" "name it: BASE=<folder or hub id> bash $0"
+}
+
+# results_name MODEL: the folder of a model's results below RESULTS: <run folder>/merged for a merged run, its own name
+# for another folder, and a hub id with / as -.
+results_name() {
     local name
     if [[ -d $1 ]]; then
         name=$(CDPATH='' cd -- "$1" && pwd -P)
@@ -330,5 +386,5 @@ results_folder() {
     else
         name=${1//\//-}
     fi
-    printf '%s' "$(in_project "${RESULTS:-results}")/$name"
+    printf '%s' "$name"
 }

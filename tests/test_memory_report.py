@@ -12,7 +12,8 @@ from tokentune import finetune
 from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.footprint import Footprint, measure
-from tokentune.memory_report import REPORT_NAME, advice, is_out_of_memory, memory_watched
+from tokentune.memory_advice import advice
+from tokentune.memory_report import REPORT_NAME, is_out_of_memory, memory_watched
 from tokentune.training import SelectiveTrainer
 
 REQUIRED = "--model_name_or_path owner/model --dataset_name_or_path owner/data --report_to none"

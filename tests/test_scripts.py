@@ -55,7 +55,10 @@ BENCHMARKS = {  # script -> task, shots, batch size
     "winogrande": ("winogrande", "0", "20"),
 }
 
-STEERING = {"MODEL", "DATASET", "MODEL_SAVE_PATH", "RESULTS", "NUM_PROCESSES", "PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX"}
+STEERING = {
+    *("LAUNCH", "MODEL", "DATASET", "MODEL_SAVE_PATH", "RESULTS", "NUM_PROCESSES", "PYTHON"),
+    *("VIRTUAL_ENV", "CONDA_PREFIX"),
+}
 
 # Stands in for python: writes each call to $CALLS, answers --print_run_folder with $RUN_FOLDER, and leaves an adapter
 # there when finetune.py "trains", or exits with $FAIL where the call matches $FAIL_ON. The scripts' own look-ups (-c)
@@ -136,7 +139,7 @@ def test_shellcheck_finds_nothing():
 
 def test_the_commands_are_the_ones_the_readme_names():
     assert sorted(path.stem for path in TRAIN.glob("*.sh")) == sorted(TRAINING_SCRIPTS)
-    assert sorted(path.stem for path in EVAL.glob("*.sh")) == sorted(f"lm_harness_{name}" for name in BENCHMARKS)
+    assert sorted(path.stem for path in EVAL.glob("*.sh")) == sorted(["all", *(f"lm_harness_{b}" for b in BENCHMARKS)])
 
 
 # --------------------------------------------------------------------------------------------- what is passed on

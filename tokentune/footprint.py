@@ -8,13 +8,14 @@ precision, its loss, its backward pass, the Trainer's optimizer. `accounting.py`
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -30,7 +31,8 @@ from tokentune.memory import SavedForBackward
 from tokentune.patching import Settings
 from tokentune.preparation import adapt_and_patch, base_dtype
 from tokentune.selection import selected_count
-from tokentune.training import SelectiveTrainer, build_training_arguments
+from tokentune.training import SelectiveTrainer
+from tokentune.training_settings import build_training_arguments
 from tokentune.verification import Profile, verified_profile
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
@@ -50,6 +52,7 @@ class Footprint:
         at_peak: the peak by kind; "rest" is what is there for a moment.
         activations_by: `activations` by the kind of module that kept them (`breakdown.py`).
         host: bytes in the CPU's memory beside the device (paged optimizer states, offloaded keys and values).
+        sent: to other processes, in an optimizer step (`sharding.py`).
     """
 
     weights: int
@@ -61,15 +64,20 @@ class Footprint:
     at_peak: dict[str, int]
     activations_by: dict[str, int] = field(default_factory=dict)
     host: int = 0
+    sent: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def profile_of(config: PreTrainedConfig, head: Head, attention: str | None = None) -> Profile:
+def profile_of(
+    config: PreTrainedConfig, head: Head, attention: str | None = None, *, trust_remote_code: bool = False
+) -> Profile:
     """What the selective layers do with this model, once compared with the definition (`verification.py`)."""
     with torch.device("meta"):
-        skeleton = head.auto_class.from_config(config, attn_implementation=attention)
+        skeleton = head.auto_class.from_config(
+            config, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
     return verified_profile(skeleton)
 
 
@@ -81,6 +89,8 @@ def measure(
     device: str = "cuda",
     head: Head = CAUSAL_LM,
     profile: Profile | None = None,
+    all_in: torch.dtype | None = None,
+    inspect: Callable[[LiveBytes], None] | None = None,
 ) -> Footprint:
     """The footprint of a step of the model that `config` describes, trained as `arguments` say.
 
@@ -88,13 +98,20 @@ def measure(
         shape: (B, S), all tokens real.
         device: "cuda" or "cpu".
         profile: of the patched model, where `--tokentune` is given; None has it verified here.
+        all_in: the type of all weights and products, instead of what the flags say.
+        inspect: gets the counter after the step.
 
     Raises:
         UserError: what cannot be adapted or patched, an optimizer that is not there.
         UnsupportedModelError: layers that TokenTune cannot serve.
     """
     model = skeleton(config, arguments, head, profile)
-    settings = build_training_arguments(arguments, Path("unused"), use_cpu=True, bf16=False, fp16=False)
+    if all_in is not None:
+        model.to(all_in)
+        arguments = copy.deepcopy(arguments)
+        arguments.model.bf16 = arguments.model.fp16 = False
+    with _run_under_way_kept():
+        settings = build_training_arguments(arguments, Path("unused"), use_cpu=True, bf16=False, fp16=False)
     with fake_device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         to_fake(model, device, base_dtype(arguments, config)).train()
@@ -102,10 +119,30 @@ def measure(
             claim_model(live, model)
             optimizer = _optimizer(model, arguments, settings, device)
             _make_states(optimizer, model, live)
+            if arguments.optimization.gradient_accumulation_steps > 1:  # those of earlier micro-batches
+                for parameter in model.parameters():
+                    parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+                live.claim(GRADIENTS, [p.grad for p in model.parameters() if p.grad is not None])
             batch = _batch(model, arguments, shape, device)
             live.claim("batch", [value for value in batch.values() if isinstance(value, Tensor)])
             live.restart()
-            return _step(model, batch, optimizer, arguments, live)
+            footprint = _step(model, batch, optimizer, arguments, live)
+            if inspect is not None:
+                inspect(live)
+            return footprint
+
+
+@contextmanager
+def _run_under_way_kept() -> Iterator[None]:
+    """The Trainer's settings make accelerate forget what it was set up for, when they are made."""
+    states = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
+    try:
+        yield
+    finally:
+        for shared, content in states:
+            if content:
+                shared.clear()
+                shared.update(content)
 
 
 def skeleton(
@@ -117,7 +154,10 @@ def skeleton(
     arguments.selection.skip_verification |= profile is not None
     with torch.device("meta"):
         attention = arguments.model.attn_implementation
-        model = head.auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
+        trusted = arguments.model.trust_remote_code
+        model = head.auto_class.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted
+        )
         if arguments.adapters.qlora:
             model = _with_4bit_layers(model, autocast or dtype, head)
         model = adapt_and_patch(model, arguments, head)
@@ -160,7 +200,7 @@ def _step(model: nn.Module, batch: dict[str, Any], optimizer: Any, arguments: Ar
 
     live.begin("forward")
     with SavedForBackward(model, kind) as saved, kinds:
-        loss = _forward(model, batch, arguments, live.device)
+        loss = forward_loss(model, batch, arguments, live.device)
     live.begin("backward")
     run_backward(loss)
     gradients = live.bytes_of(GRADIENTS)
@@ -183,7 +223,7 @@ def _step(model: nn.Module, batch: dict[str, Any], optimizer: Any, arguments: Ar
     )
 
 
-def _forward(model: nn.Module, batch: dict[str, Any], arguments: Arguments, device: str) -> Tensor:
+def forward_loss(model: nn.Module, batch: dict[str, Any], arguments: Arguments, device: str) -> Tensor:
     """The loss, as the Trainer has it: under autocast, with outputs turned to float32 outside of it (accelerate)."""
     dtype = _autocast_dtype(arguments)
     with torch.autocast(device, dtype) if dtype is not None else nullcontext():

@@ -15,6 +15,7 @@ repeated on each chunk; `verification.py` tries it. The value is that of transfo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -31,6 +33,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from tokentune.errors import UnsupportedModelError
 from tokentune.selection import IGNORED_LABEL
 from tokentune.selective import Rows
+from tokentune.split_weights import gathered
 
 if TYPE_CHECKING:
     from tokentune.verification import Profile
@@ -122,12 +125,14 @@ class ChunkedLoss:
             hidden, targets = hidden[rows], targets[rows]
 
         def summed(hidden: Tensor, targets: Tensor) -> Tensor:
-            logits = self.behind_head.repeat(self.head(hidden[None]))[0].to(wide)  # (n, V)
+            logits = self.behind_head.repeat(self._call_head(hidden[None]))[0].to(wide)  # (n, V)
             return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
         chunks = -(-len(targets) // max(1, self.chunk_bytes // (4 * logits.shape[-1])))
         pieces = list(zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True))
-        if not is_frozen(self.head) or any(tensor.requires_grad for tensor in self.behind_head.tensors()):
+        if not torch.is_grad_enabled():  # an evaluation
+            loss = torch.stack([summed(*piece) for piece in pieces]).sum()
+        elif not is_frozen(self.head) or any(tensor.requires_grad for tensor in self.behind_head.tensors()):
             chance = any(isinstance(module, nn.Dropout) for module in self.head.modules())
             options = {"use_reentrant": False, "preserve_rng_state": chance}
             loss = torch.stack([checkpoint(summed, *piece, **options) for piece in pieces]).sum()
@@ -135,6 +140,14 @@ class ChunkedLoss:
             loss = _FrozenHead.apply(hidden, summed, [len(piece) for piece, _ in pieces], targets)
         count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+    def _call_head(self, hidden: Tensor) -> Tensor:
+        if not isinstance(self.head, FSDPModule):
+            return self.head(hidden)
+        # FSDP's hooks would add each chunk's gradients up over the processes by themselves. It gets them all at once
+        # where the rows came from: the weights stay whole from the head's call on empty rows to its gradients.
+        with gathered(self.head):
+            return self.head.forward(hidden)
 
     def _supervised_rows(self, supervised: Tensor) -> Tensor | None:
         """Their numbers, ascending: (B * K,) -> (N,); None: all. At least one, so that all weights get a gradient."""
@@ -144,6 +157,17 @@ class ChunkedLoss:
         if count is None or count >= len(supervised):
             return None
         return (~supervised).to(torch.uint8).argsort(stable=True)[: max(count, 1)]
+
+
+def put_loss(model: PreTrainedModel, loss_function: Callable) -> list[Callable[[], None]]:
+    """Puts it in place of the model's own, with the hooks of a `ChunkedLoss`; returns what undoes that, last first."""
+    undo = loss_function.install() if isinstance(loss_function, ChunkedLoss) else []
+    if "_loss_function" in model.__dict__:
+        undo.append(partial(setattr, model, "_loss_function", model._loss_function))
+    else:
+        undo.append(partial(delattr, model, "_loss_function"))
+    model._loss_function = loss_function
+    return undo
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -11,17 +11,19 @@
     peak                    GPU: the allocator's; CPU: the process's highest resident memory
     activations_by          the activations by kind of module (breakdown.py)
     estimated_peak          of the same step, by the estimator (footprint.py), on this type of device
-    advice                  [{change (flags), peak, saving}], estimated, the largest saving first
+    room                    what a step may take, as far as it is known
+    advice                  [{change (flags), peak, saving, fits (null where the room is not known)}], estimated, the
+                            largest saving first
+    together                {change (flags), peak}: the first of them that fit when made together; null where one alone
+                            fits, where all do not, or where the room is not known
     out_of_memory           whether that ended the run
 """
 
-import copy
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +35,22 @@ from transformers import PreTrainedConfig
 
 from tokentune.accounting import quantization_constants
 from tokentune.arguments import Arguments
-from tokentune.errors import UnsupportedModelError, UserError
-from tokentune.footprint import Footprint, measure, profile_of
+from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head
 from tokentune.memory import gib
+from tokentune.memory_advice import advice, estimator, fits, together
 from tokentune.summary import device_facts
 from tokentune.training import SelectiveTrainer
 
 REPORT_NAME = "memory_report.json"
-_CPU_ALLOCATOR = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
-_LEAST_SAVING = 0.01  # of the peak: less is no advice
+_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's or the CPU's allocator raised it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_ALLOCATOR)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
 
 
 @contextmanager
@@ -77,55 +78,88 @@ def memory_watched(
         if not is_out_of_memory(error):
             raise
         error.__traceback__ = None  # its frames hold the tensors that filled the memory
-        raise UserError(_explained(arguments, config, trainer, head)) from None
+        when = "while the model was loaded" if trainer is None else "in training"
+        raise out_of_memory(arguments, config, trainer, head, when=when) from None
     finally:
         if snapshot is not None:
             torch.cuda.memory._dump_snapshot(snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _explained(arguments: Arguments, config: PreTrainedConfig, trainer: SelectiveTrainer | None, head: Head) -> str:
-    report = build_report(arguments, config, trainer, head) | {"out_of_memory": True}
+def out_of_memory(
+    arguments: Arguments,
+    config: PreTrainedConfig,
+    trainer: SelectiveTrainer | None,
+    head: Head = CAUSAL_LM,
+    *,
+    when: str,
+    shape: tuple[int, int] | None = None,
+    room: int | None = None,
+) -> UserError:
+    """What is to be raised: how much is needed, and what would help; prints the report.
+
+    Args:
+        when: memory ran out, in words.
+        shape: sequences and tokens of the batch that did not fit, before training; None: the run's own.
+        room: bytes that a step may take, its weights among them; None: not known.
+    """
+    if trainer is not None and not trainer.is_world_process_zero():
+        return UserError(f"out of memory {when}: the first process says what would help")
+    report = build_report(arguments, config, trainer, head, shape=shape, room=room) | {"out_of_memory": True}
     print_report(report)
     if arguments.memory.report_memory and trainer is not None:
         write_report(report, Path(trainer.args.output_dir))
-    when = "while the model was loaded" if trainer is None else "in training"
     if not report["advice"]:
-        return f"out of memory {when}: take a larger device, or a smaller model"
+        return UserError(f"out of memory {when}: take a larger device, or a smaller model")
     best = report["advice"][0]
-    estimated = "" if report["estimated_peak"] is None else f", whose step needs about {gib(report['estimated_peak'])}"
-    return f"out of memory {when}{estimated}. {best['change']} would save most: about {gib(best['saving'])}"
+    needed = "" if report["estimated_peak"] is None else f", whose step needs about {gib(report['estimated_peak'])}"
+    needed += f" where {gib(room)} are to be had" if needed and room is not None else ""
+    message = f"out of memory {when}{needed}. {best['change']} would save most: about {gib(best['saving'])}"
+    return UserError(message if room is None else f"{message}.\n{_what_fits(report)}")
+
+
+def _what_fits(report: dict[str, Any]) -> str:
+    alone = [entry for entry in report["advice"] if entry["fits"]]
+    if alone:
+        return "Any of these makes it fit: " + "; ".join(f"{e['change']} ({gib(e['peak'])})" for e in alone)
+    if report["together"] is not None:
+        return f"No single flag makes it fit; together these do: {report['together']['change']} " + (
+            f"({gib(report['together']['peak'])})"
+        )
+    return "All of them together do not make it fit: take a larger device, or a smaller model"
 
 
 def build_report(
-    arguments: Arguments, config: PreTrainedConfig, trainer: SelectiveTrainer | None, head: Head = CAUSAL_LM
+    arguments: Arguments,
+    config: PreTrainedConfig,
+    trainer: SelectiveTrainer | None,
+    head: Head = CAUSAL_LM,
+    *,
+    shape: tuple[int, int] | None = None,
+    room: int | None = None,
 ) -> dict[str, Any]:
-    """The report, as the schema above has it."""
-    shape = getattr(trainer, "batch_shape", None) or (
-        arguments.optimization.micro_batch_size,
-        arguments.data.max_length,
+    """The report, as the schema above has it. `shape` and `room` as of `out_of_memory`."""
+    measured = shape is None  # in training: there is nothing to measure before it
+    shape = (
+        shape
+        or getattr(trainer, "batch_shape", None)
+        or (arguments.optimization.micro_batch_size, arguments.data.max_length)
     )
     device = device_facts()
-    kind = "cuda" if device["type"] == "cuda" else "cpu"
-
-    attention = arguments.model.attn_implementation
-    profile = cache(partial(profile_of, config, head, attention))
-
-    def run(changed: Arguments, shape: tuple[int, int]) -> Footprint | None:
-        try:
-            known = profile() if changed.selection.tokentune else None
-            return measure(config, changed, shape, device=kind, head=head, profile=known)
-        except (UserError, UnsupportedModelError, RuntimeError, NotImplementedError):  # no such row to advise
-            return None
-
+    run = estimator(arguments, config, "cuda" if device["type"] == "cuda" else "cpu", head)
     now = run(arguments, shape)
-    parts = _measured(arguments, trainer)
+    found = [] if now is None else advice(arguments, shape, now, run)
+    for entry in found:
+        entry["fits"] = None if room is None else fits(entry["peak"], room)
+    combined = room is not None and not any(entry["fits"] for entry in found)
     return {
         "device": device,
         "batch": {"sequences": shape[0], "tokens": shape[1]},
-        **parts,
+        **_measured(arguments, trainer if measured else None),
         "estimated_peak": None if now is None else now.peak,
-        "advice": [] if now is None else advice(arguments, shape, now, run),
+        "room": room,
+        "advice": found,
+        "together": together(arguments, shape, found, run, room) if combined else None,
         "out_of_memory": False,
     }
 
@@ -157,63 +191,6 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-# --- what would help --------------------------------------------------------------------------------------------------
-
-
-def advice(
-    arguments: Arguments, shape: tuple[int, int], now: Footprint, run: Callable[..., Footprint | None]
-) -> list[dict[str, Any]]:
-    """Single changes of the command line, with what each saves of the step's peak (`now`), the most first.
-
-    `run(arguments, (sequences, tokens))` estimates a step; None where that cannot be had.
-    """
-    found = []
-    for change, changed, changed_shape in _changes(arguments, shape):
-        footprint = run(changed, changed_shape)
-        if footprint is not None and now.peak - footprint.peak > _LEAST_SAVING * now.peak:
-            found.append({"change": change, "peak": footprint.peak, "saving": now.peak - footprint.peak})
-    return sorted(found, key=lambda entry: -entry["saving"])
-
-
-def _changes(arguments: Arguments, shape: tuple[int, int]) -> Iterator[tuple[str, Arguments, tuple[int, int]]]:
-    """What a user could change: (the flags in words, the command line with it, sequences and tokens)."""
-    sequences, tokens = shape
-    selection, adapters, optimization = arguments.selection, arguments.adapters, arguments.optimization
-
-    def change(group: str, **values: Any) -> Arguments:
-        changed = copy.deepcopy(arguments)
-        for name, value in values.items():
-            setattr(getattr(changed, group), name, value)
-        return changed
-
-    if not selection.tokentune:
-        settings = {"tokentune": True, "selected": 0.3, "prefix_length": "0.3"}
-        yield "--tokentune --prefix_length 0.3", change("selection", **settings), shape
-    elif isinstance(selection.selected, float) and selection.selected > 0.2:
-        half = round(selection.selected / 2, 2)
-        yield f"--prefix_length {half}", change("selection", selected=half, prefix_length=str(half)), shape
-    if not arguments.memory.gradient_checkpointing:
-        yield "--gradient_checkpointing", change("memory", gradient_checkpointing=True), shape
-    if not adapters.lora:
-        yield "--lora", change("adapters", lora=True), shape
-    if not adapters.qlora:
-        yield "--qlora", change("adapters", lora=True, qlora=True), shape
-    if not (arguments.model.bf16 or arguments.model.fp16):
-        yield "--bf16", change("model", bf16=True), shape
-    if not adapters.lora:
-        for optim in ("adamw_torch_fused", "adamw_bnb_8bit"):
-            if optimization.optim != optim:
-                yield f"--optim {optim}", change("optimization", optim=optim), shape
-        if not optimization.optim_in_backward and optimization.gradient_accumulation_steps == 1:
-            settings = {"optim_in_backward": True, "max_grad_norm": 0.0}
-            yield "--optim_in_backward --max_grad_norm 0", change("optimization", **settings), shape
-    if sequences > 1:
-        doubled = 2 * optimization.gradient_accumulation_steps
-        yield f"--gradient_accumulation_steps {doubled}", arguments, (sequences // 2, tokens)
-    if tokens >= 64:
-        yield f"--max_length {tokens // 2}", arguments, (sequences, tokens // 2)
-
-
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
@@ -234,9 +211,11 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(table)
     if report["advice"]:
         title = f"What would help most: estimated for {batch}, from {gib(report['estimated_peak'])}"
-        table = Table("change", "saves", "peak", title=title, title_justify="left")
+        known = report["room"] is not None
+        table = Table("change", "saves", "peak", *(["fits"] if known else []), title=title, title_justify="left")
         for entry in report["advice"]:
-            table.add_row(entry["change"], gib(entry["saving"]), gib(entry["peak"]))
+            said = ["yes" if entry["fits"] else "no"] if known else []
+            table.add_row(entry["change"], gib(entry["saving"]), gib(entry["peak"]), *said)
         console.print(table)
 
 

@@ -26,7 +26,7 @@ from tokentune.checkpointing import CHECKPOINT_REST, checkpoint_layers
 from tokentune.drawing import draw, has_labels, per_token, pooled_tokens
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import gather_tokens, token_order
-from tokentune.loss import CHUNK_BYTES, ChunkedLoss, is_frozen, why_not_in_chunks
+from tokentune.loss import CHUNK_BYTES, ChunkedLoss, is_frozen, put_loss, why_not_in_chunks
 from tokentune.masks import recipe_from_functions
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import (
@@ -227,7 +227,8 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
             kwargs["labels"] = labels.gather(1, positions.to(labels.device))
     if not whole:
         _start_step(settings, positions, rows)
-    _put_loss(model, settings, loss_function)
+    if loss_function is not None:
+        settings.undo += put_loss(model, loss_function)
     return (), kwargs
 
 
@@ -246,18 +247,6 @@ def _start_step(settings: Settings, positions: Any, rows: Rows) -> None:
     step = Step(positions, implementations, settings.stack.calls, rows)
     settings.undo += activate(step)
     settings.undo += checkpoint_layers(settings.stack, step, settings.checkpoint_rest, settings.offload_kv)
-
-
-def _put_loss(model: PreTrainedModel, settings: Settings, loss_function: Callable | None) -> None:
-    """Puts the loss in place of the model's own; `settings.undo` gets what puts that back."""
-    if isinstance(loss_function, ChunkedLoss):
-        settings.undo += loss_function.install()
-    if loss_function is not None:
-        if "_loss_function" in model.__dict__:
-            settings.undo.append(partial(setattr, model, "_loss_function", model._loss_function))
-        else:
-            settings.undo.append(partial(delattr, model, "_loss_function"))
-        model._loss_function = loss_function
 
 
 def _chunked_loss(

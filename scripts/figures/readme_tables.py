@@ -174,6 +174,21 @@ def instruction_tuning_table() -> str:
     return markdown(["", "validation loss", "kept for backward", "tokens/s (CPU)"], rows)
 
 
+def merging_table() -> str:
+    """A QLoRA adapter merged into either base: how far from what was trained, and the validation loss."""
+    report = read("merging.json")
+    rows = [["base, not trained", "", f"{report['base']['validation_loss']:.4f}"]]
+    rows.append(["4-bit base + adapter, as trained", "", f"{report['trained']['validation_loss']:.4f}"])
+    for merged in report["merged"]:
+        kind = {"16bit": "16-bit", "dequantized": "dequantised"}[merged["base"]]
+        gap = merged["from_training"]
+        difference = f"{100 * gap['relative_rms']:.2g} (largest {100 * gap['relative']:.2g})"
+        name = f"merged into the {kind} base, {merged['dtype']}"
+        rows.append([name, difference, f"{merged['validation_loss']:.4f}"])
+    header = ["model", "logits' difference from what was trained, % of their deviation", "validation loss"]
+    return markdown(header, rows)
+
+
 def quickstart_table() -> str:
     """From a copy of the quick start's own report.json."""
     match = read("quickstart.json")["exact_match"]
@@ -272,6 +287,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bounds": bounds_table,
     "estimate": estimate_table,
     "instruction_tuning": instruction_tuning_table,
+    "merging": merging_table,
     "quickstart": quickstart_table,
     "families": families_table,
     "classification": classification_table,

@@ -1,0 +1,67 @@
+"""How much memory this process may still take, by whoever limits it first.
+
+On a GPU the driver knows. On the host there are several limits, and the one that counts is often not the machine's:
+a container's (cgroups) kills the process that exceeds it without a word, `ulimit -v` makes an allocation fail.
+"""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device | str) -> int:
+    """Bytes that can still be allocated on this device, what torch's allocator of a GPU holds in stock among them."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher's processes on this machine
+    return min([psutil.virtual_memory().available // sharing, *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """What this process's own limits leave."""
+    own = psutil.Process().memory_info()
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        yield max(most - own.vms, 0)
+    if sys.platform == "linux":
+        yield from _cgroup_limits()
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """What the limits of this process's control groups leave, of both versions of the interface, parents included."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            top, files = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, files = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = top / name.lstrip("/")
+        # In a container the group may be mounted as the root, under another name than the process knows it by.
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(top):
+                yield from _room_in(group, *files)
+
+
+def _room_in(group: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+    most, used = "".join(_lines(group / limit)), "".join(_lines(group / usage))
+    if most.isdigit() and used.isdigit():  # "max": none
+        cached = next((line.split()[1] for line in _lines(group / "memory.stat") if line.startswith(reclaimable)), "0")
+        yield max(int(most) - int(used) + int(cached), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
