@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+import tokentune
 from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
 
@@ -37,6 +38,9 @@ DEFAULTS = {
     "logging_steps": 1000,
     "logging_dir": None,
     "model_parallel": False,
+    "offline": False,
+    "trust_remote_code": False,
+    "allow_pickle": False,
     "attn_implementation": None,
     "chunked_loss": "auto",
     "use_liger_kernel": False,
@@ -75,6 +79,8 @@ DEFAULTS = {
     "load_best_model_at_end": False,
     "auto_micro_batch": False,
     "skip_memory_probe": False,
+    "push_to_hub": None,
+    "hub_public": False,
 }
 
 
@@ -203,3 +209,29 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in DEFAULTS)
     assert "obsolete" in text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_is_readable(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns
+    assert text.startswith("usage: finetune.py --model_name_or_path NAME --dataset_name_or_path NAME [flags]\n")
+    flat = " ".join(text.split())
+    assert "--lora_r N rank (default: 8) --lora_alpha N" in flat  # one spelling, and the default
+    assert "--num_workers N data-loader worker processes (default: 0)" in flat  # 0 is a default worth saying
+    assert "(default: alpaca_template.json)" in flat and "(default: ./models/)" in flat
+    assert "--checkpoint_rest {auto,keys_values,hidden_states,segments}" in flat
+    assert "--lora_target_modules NAME ..." in flat and "--preview [N]" in flat
+    assert "memory: What is kept for the backward pass, and where. --gradient_checkpointing keep" in flat
+    assert "None" not in text and "False" not in text and "_OR_PATH" not in text
+    assert "(default:\n" not in text
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tokentune {tokentune.__version__}\n"

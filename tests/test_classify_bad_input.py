@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bad_input import no_weights, refusal
 from classification_models import (
     save_tiny_bert,
     save_tiny_vit,
@@ -37,33 +38,10 @@ def refused(
 ) -> Callable[..., str]:
     """Runs the command on good input with some flags replaced; checks that it is refused, returns the message."""
 
-    def no_weights(*args: object, **kwargs: object) -> None:
-        raise AssertionError("weights were about to be loaded")
-
     monkeypatch.setattr(classify, "prepare_model", no_weights)
-
-    def run(*words: object) -> str:
-        given = {"--model_name_or_path": bert, "--dataset_name_or_path": texts, "--eval_dataset_name_or_path": texts}
-        given |= {"--max_length": 32, "--model_save_path": tmp_path / "models"}
-        for flag in [flag for flag in given if flag in words]:
-            given.pop(flag)
-        argv = [str(word) for pair in given.items() for word in pair] + [str(word) for word in words if word]
-        before = contents(tmp_path)
-        with pytest.raises(SystemExit) as ended:
-            run_command(lambda: classify.main(argv))
-        assert ended.value.code == 2
-        assert contents(tmp_path) == before
-        stderr = capsys.readouterr().err
-        assert "Traceback" not in stderr
-        message = stderr[stderr.index("error: ") :]
-        assert len(message.strip().splitlines()) <= 3
-        return message
-
-    return run
-
-
-def contents(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    given = {"--model_name_or_path": bert, "--dataset_name_or_path": texts, "--eval_dataset_name_or_path": texts}
+    given |= {"--max_length": 32, "--model_save_path": tmp_path / "models"}
+    return lambda *words: refusal(classify.main, given, [word for word in words if word], tmp_path, capsys)
 
 
 def rows(path: Path, *changes: dict, drop: str | None = None) -> Path:

@@ -50,14 +50,16 @@ def load_image_folder(folder: str, *, flag: str, split: str) -> Dataset:
     return splits["train"]
 
 
-def load_image_processor(name: str, config: PreTrainedConfig, *, from_scratch: bool) -> Any:
+def load_image_processor(
+    name: str, config: PreTrainedConfig, *, from_scratch: bool, trust_remote_code: bool = False
+) -> Any:
     """What makes a model's pixels of an image; with `from_scratch`, the model type's own where the folder has none.
 
     Raises:
         UserError: none is there, or it needs a package that is not installed.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
         if not from_scratch or not isinstance(size, int) or type(config) not in IMAGE_PROCESSOR_MAPPING:

@@ -2,9 +2,13 @@
 
 The main path is `load_config` -> `resolve_base_dtype` -> `load_base_model`. Whatever a user can get wrong on the way
 (a folder that is not there, a gated repository, a damaged file) ends in a `UserError` that names the flag and the cure.
+
+Nothing that comes with a model is executed: no Python code of its repository unless `trust_remote_code`; weights are
+read from safetensors, or with `allow_pickle` from pickle files too, of which torch takes the tensors alone.
 """
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +27,15 @@ from transformers.utils import logging
 
 from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head, head_modules, head_weights
-from tokentune.sources import DATA_SUFFIXES, check_model_folder, hub_error, is_local_path, loading_error
+from tokentune.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
 
 logger = logging.get_logger(__name__)
 
 MODEL_FLAG = "--model_name_or_path"
 # What transformers, safetensors and the hub's client raise for input that cannot be read.
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError)
+NO_WEIGHTS = "give a folder that has them"
 
 
 def run_folder_name(
@@ -67,45 +73,61 @@ def run_folder_name(
 # ------------------------------------------------------------------------------------------- config, tokenizer, weights
 
 
-def load_config(name_or_path: str, *, flag: str = MODEL_FLAG, head: Head = CAUSAL_LM) -> PreTrainedConfig:
+def load_config(
+    name_or_path: str, *, flag: str = MODEL_FLAG, head: Head = CAUSAL_LM, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The configuration of a model that can have the head, without any weight.
 
     Raises:
         UserError: unknown folder or hub id, gated, unreachable, a `config.json` that cannot be used, or one of
-            another kind of model.
+            another kind of model, or of one that brings its own code, unless `trust_remote_code`.
     """
     check_model_folder(name_or_path, flag)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise loading_error(name_or_path, error, flag) from error
-    if type(config) not in head.models:
+    own_code = trust_remote_code and head.auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in head.models and not own_code:
         raise UserError(f"{flag} {name_or_path}: a {config.model_type} model is not {head.description}.")
     return config
 
 
-def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG) -> None:
-    """Refuses a local model folder without weights. `hint`: what to do without them."""
-    if os.path.isdir(name_or_path) and not any(Path(name_or_path).glob("*.safetensors")):
+def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow_pickle: bool = False) -> None:
+    """Refuses a local model folder without weights that may be read. `hint`: what to do without them."""
+    folder = Path(name_or_path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickles:
         raise UserError(f"{flag} {name_or_path}: this folder holds no weights (*.safetensors); {hint}.")
+    if not allow_pickle:
+        raise UserError(f"{flag} {name_or_path}: {_only_pickle(pickles[0].name, flag)}")
 
 
-def load_tokenizer(name_or_path: str, *, flag: str = MODEL_FLAG, **options: Any) -> PreTrainedTokenizerBase:
+def _only_pickle(file: str, flag: str) -> str:
+    cure = " or give --allow_pickle, which reads tensors alone" if flag == MODEL_FLAG else ""
+    return f"its weights are a pickle file ({file}), which could run code. Take them as safetensors{cure}."
+
+
+def load_tokenizer(
+    name_or_path: str, *, flag: str = MODEL_FLAG, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's or adapter's folder, or of a hub id. A missing pad token is the collation's matter.
 
     Args:
         options: of the tokenizer's class.
 
     Raises:
-        UserError: unknown folder or hub id, gated, unreachable, or no tokenizer in it.
+        UserError: unknown folder or hub id, gated, unreachable, no tokenizer in it, or one that brings its own code.
     """
     if is_local_path(name_or_path) and not os.path.isdir(name_or_path):
         raise UserError(f"{flag} {name_or_path}: no such folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
     except LOADING_ERRORS as error:
-        if not os.path.isdir(name_or_path):
-            raise hub_error(name_or_path, error, flag) from error
+        if "trust_remote_code" in str(error) or not os.path.isdir(name_or_path):
+            raise loading_error(name_or_path, error, flag) from error
         tokenizer = None
     # Some classes build an empty vocabulary, with special tokens at most, where their files are missing.
     if tokenizer is None or tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
@@ -127,13 +149,15 @@ def load_base_model(
     head: Head = CAUSAL_LM,
     config: PreTrainedConfig | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """A model with every weight read from the checkpoint, but for those of a head that is learnt from the start.
 
     Such a head's weights that the checkpoint lacks, or has for other classes, are random, and said in the log.
 
     Args:
-        name_or_path: local folder or hub id; safetensors files only, and no code from the repository is run.
+        name_or_path: local folder or hub id.
         dtype: how the weights are held; with `quantize_4bit`, those that stay unquantised.
         quantize_4bit: NF4 with double quantisation (QLoRA's, Dettmers et al. 2023, section 3) for all linear layers
             but the output head.
@@ -143,12 +167,16 @@ def load_base_model(
         head: what it ends in.
         config: instead of the checkpoint's own (other classes, say).
         attn_implementation: of the attention's kernels, as in transformers; None: the model's own.
+        trust_remote_code: run the code that comes with the model.
+        allow_pickle: where there are no safetensors, read the tensors (and nothing else) of pytorch_model.bin.
 
     Raises:
         UserError: it cannot be found or read, is not a model with this head, its files lack weights or hold others,
             or it does not fit the GPUs.
     """
     check_model_folder(name_or_path, flag)
+    # Without safetensors on the hub, transformers would have a service of the hub convert the weights, and use those.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     quantization = None
     if quantize_4bit:
         quantization = BitsAndBytesConfig(
@@ -156,7 +184,7 @@ def load_base_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype or dtype,
-            llm_int8_skip_modules=_new_modules(name_or_path, head, config, flag),
+            llm_int8_skip_modules=_new_modules(name_or_path, head, config, flag, trust_remote_code),
         )
     try:
         model, report = head.auto_class.from_pretrained(
@@ -166,14 +194,26 @@ def load_base_model(
             dtype=dtype,
             device_map=device_map,
             quantization_config=quantization,
-            use_safetensors=True,
-            trust_remote_code=False,
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
             # Both are only warned about by default, and the weights in question left random: see _check_complete.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except LOADING_ERRORS as error:
+        if "no file named" in str(error):
+            check_weights(name_or_path, hint=NO_WEIGHTS, flag=flag, allow_pickle=allow_pickle)
+        if "use_safetensors" in str(error):
+            raise UserError(f"{flag} {name_or_path}: {_only_pickle('pytorch_model.bin', flag)}") from error
         raise loading_error(name_or_path, error, flag) from error
+    except (*PICKLE_ERRORS, RuntimeError) as error:
+        if not isinstance(error, PICKLE_ERRORS) and "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(
+            f"{flag} {name_or_path}: its pickle file is damaged, or holds more than tensors; nothing in it was run. "
+            "Take the weights as safetensors."
+        ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{flag} {name_or_path}: this repository holds an adapter, not a full model. Give its base.")
     _check_complete(report, name_or_path, flag, head, model)
@@ -182,12 +222,13 @@ def load_base_model(
     return model
 
 
-def _new_modules(name: str, head: Head, config: PreTrainedConfig | None, flag: str) -> list[str] | None:
+def _new_modules(name: str, head: Head, config: PreTrainedConfig | None, flag: str, trust: bool) -> list[str] | None:
     """The modules of a head that is learnt from the start, which 4 bits cannot be; None: transformers' own choice."""
     if not head.is_new:
         return None
+    config = config or load_config(name, flag=flag, head=head, trust_remote_code=trust)
     with torch.device("meta"):
-        return head_modules(head.auto_class.from_config(config or load_config(name, flag=flag, head=head)))
+        return head_modules(head.auto_class.from_config(config, trust_remote_code=trust))
 
 
 def _check_complete(report: dict, name: str, flag: str, head: Head, model: PreTrainedModel) -> None:

@@ -37,6 +37,16 @@ class ModelArguments:
         "own (--chunked_loss)",
     )
     model_parallel: bool = flag(False, "spread the base over the visible GPUs, layer by layer")
+    offline: bool = flag(
+        False,
+        "ask the hub for nothing: models and data are local folders, or in its cache; wandb keeps its log for later",
+    )
+    trust_remote_code: bool = flag(
+        False, "run the Python code that comes with a model or tokenizer: it can do anything that you can"
+    )
+    allow_pickle: bool = flag(
+        False, "where there is no safetensors file, read weights from pytorch_model.bin: tensors alone, no code"
+    )
 
     def __post_init__(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is empty: give a hub id or a local folder")
@@ -76,6 +86,7 @@ class SelectionArguments:
         "100",
         "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); "
         "without --tokentune it does nothing",
+        metavar="NUMBER",
     )
     selection: Literal["random", "reference"] = flag(
         "random", "how they are drawn: uniformly without replacement, or as the released code did (for comparison)"

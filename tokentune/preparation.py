@@ -46,7 +46,9 @@ def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head =
     name, attention = arguments.model.model_name_or_path, arguments.model.attn_implementation
     try:
         with torch.device("meta"):
-            skeleton = head.auto_class.from_config(config, attn_implementation=attention)
+            skeleton = head.auto_class.from_config(
+                config, attn_implementation=attention, trust_remote_code=arguments.model.trust_remote_code
+            )
     except (ValueError, ImportError) as error:
         if attention is not None and "ttention" in str(error):
             raise UserError(f"--attn_implementation {attention}: {error}") from error
@@ -88,8 +90,10 @@ def prepare_model(
         config: instead of the checkpoint's own.
         from_scratch: random weights for `config`, none read.
     """
+    trusted = arguments.model.trust_remote_code
     if from_scratch:
-        return adapt_and_patch(head.auto_class.from_config(config, dtype=dtype), arguments, head)
+        model = head.auto_class.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        return adapt_and_patch(model, arguments, head)
     spread = arguments.model.model_parallel and torch.cuda.device_count() > 1
     autocast = torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
     model = load_base_model(
@@ -101,6 +105,8 @@ def prepare_model(
         head=head,
         config=config,
         attn_implementation=arguments.model.attn_implementation,
+        trust_remote_code=trusted,
+        allow_pickle=arguments.model.allow_pickle,
     )
     return adapt_and_patch(model, arguments, head)
 

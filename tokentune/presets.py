@@ -46,8 +46,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_LLAMA, **_sizes(5120, 13824, 40, 40, 40), "vocab_size": 32000, "dtype": "float16",
         "max_position_embeddings": 4096,
     },
+    "llama-2-70b": {
+        **_LLAMA, **_sizes(8192, 28672, 80, 64, 8), "vocab_size": 32000, "dtype": "float16",
+        "max_position_embeddings": 4096,
+    },
     "llama-3-8b": {
         **_LLAMA, **_sizes(4096, 14336, 32, 32, 8), "vocab_size": 128256, "dtype": "bfloat16",
+        "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-3-70b": {
+        **_LLAMA, **_sizes(8192, 28672, 80, 64, 8), "vocab_size": 128256, "dtype": "bfloat16",
         "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
     "llama-3.2-1b": {**_LLAMA_3, **_sizes(2048, 8192, 16, 32, 8), "head_dim": 64, "tie_word_embeddings": True},
@@ -75,7 +83,7 @@ class Subject:
     length: int
 
 
-def load_subject(name: str) -> Subject:
+def load_subject(name: str, *, trust_remote_code: bool = False) -> Subject:
     """The model behind a preset's name, a configuration file, a local folder or a hub id.
 
     A model that can generate is a causal language model (1 x 2,048 tokens); an encoder classifies texts (32 x 128).
@@ -87,7 +95,7 @@ def load_subject(name: str) -> Subject:
         values = dict(PRESETS[name])
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     elif name.endswith(".json"):
-        config = _from_file(name)
+        config = _from_file(name, trust_remote_code)
     elif "/" not in name and not is_local_path(name) and not os.path.exists(name):
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -96,14 +104,19 @@ def load_subject(name: str) -> Subject:
             "otherwise a hub id (owner/name), a folder or a config.json"
         )
     else:
-        config = _of_either_kind(name)
-    causal = type(config) in CAUSAL_LM.models and not _is_encoder(config)
-    if not causal and type(config) not in TEXT.models:
+        config = _of_either_kind(name, trust_remote_code)
+    own_code = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+    causal = _serves(config, CAUSAL_LM, own_code) and not _is_encoder(config)
+    if not causal and not _serves(config, TEXT, own_code):
         raise UserError(
             f"--model_name_or_path {name}: a {config.model_type} model is neither {CAUSAL_LM.description} nor an "
             "encoder that classifies texts"
         )
     return Subject(config, CAUSAL_LM, 1, 2048) if causal else Subject(config, TEXT, 32, 128)
+
+
+def _serves(config: PreTrainedConfig, head: Head, own_code: dict[str, str]) -> bool:
+    return type(config) in head.models or head.auto_class.__name__ in own_code
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
@@ -114,19 +127,19 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
     return hasattr(config, "is_decoder") and hasattr(config, "type_vocab_size") and not config.is_decoder
 
 
-def _of_either_kind(name: str) -> PreTrainedConfig:
+def _of_either_kind(name: str, trusted: bool) -> PreTrainedConfig:
     try:
-        return load_config(name)
+        return load_config(name, trust_remote_code=trusted)
     except UserError as error:
         if "is not a" not in str(error):
             raise
-    return load_config(name, head=TEXT)
+    return load_config(name, head=TEXT, trust_remote_code=trusted)
 
 
-def _from_file(name: str) -> PreTrainedConfig:
+def _from_file(name: str, trusted: bool) -> PreTrainedConfig:
     if not os.path.isfile(name):
         raise UserError(f"--model_name_or_path {name}: no such file.")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     except LOADING_ERRORS as error:
         raise hub_error(name, error, "--model_name_or_path") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from tokentune.flags import flag, process_count, require
+from tokentune.flags import flag, log_without_effect, process_count, require
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ class OptimizationArguments:
         "any optimizer of the Hugging Face Trainer; galore_* and apollo_* project the linear layers of all layers, "
         "*_layerwise implies --optim_in_backward",
     )
-    optim_args: str | None = flag(None, "its options, name=value,name=value, as in the Trainer: rank=64,scale=0.25")
+    optim_args: str | None = flag(
+        None, "its options, name=value,name=value, as in the Trainer: rank=64,scale=0.25", metavar="NAME=VALUE,..."
+    )
     optim_in_backward: bool = flag(
         False,
         "apply each gradient in the backward pass, as soon as it is complete, and free it: there is never more than "
@@ -47,8 +49,9 @@ class OptimizationArguments:
     seed: int = flag(42, "of the order of the data, the selection, dropout and the adapters' first values")
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "gradient_accumulation_steps", "num_epochs"):
-            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
+        for name in ("global_batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} {value}: must be 1 or more")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed"):
             require(0 <= getattr(self, name) < float("inf"), f"--{name} {getattr(self, name)}: must be 0 or more")
         require(self.learning_rate > 0, "--learning_rate 0: nothing would be learnt")
@@ -120,6 +123,7 @@ class OutputArguments:
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
         if self.report_to == ["none"]:
             self.report_to = []
+        require("none" not in self.report_to, f"--report_to {' '.join(self.report_to)}: none, or the others")
         available = get_available_reporting_integrations()
         for name in self.report_to:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
@@ -159,8 +163,16 @@ class RunArguments:
         False, "find the largest micro-batch that fits, by trying; the global batch, and so the result, stays"
     )
     skip_memory_probe: bool = flag(False, "do not try the longest batch before training")
+    push_to_hub: str | None = field(
+        default=None,
+        metadata={"help": "afterwards, upload the run's folder without its checkpoints to the hub, into a private "
+                          "repository: owner/name, or by itself the folder's name", "nargs": "?", "const": ""},
+    )  # fmt: skip
+    hub_public: bool = flag(False, "... into a public one, where it is new")
 
     def __post_init__(self) -> None:
         for name in ("preview", "early_stopping_patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} {value}: must be 1 or more")
+        if self.push_to_hub is None:
+            log_without_effect(self, ("hub_public",), "--push_to_hub")

@@ -1,0 +1,83 @@
+"""`--dry_run`: everything but the steps, told truly, and nothing written."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from bad_input import contents
+
+from tokentune import finetune
+from tokentune.errors import UserError
+
+SHORT = "--global_batch_size 4 --gradient_accumulation_steps 2 --warmup_steps 0 --max_length 96 --learning_rate 5e-3"
+
+
+@pytest.fixture
+def command(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> list[str]:
+    names = ["--model_name_or_path", str(tiny_llama_dir), "--dataset_name_or_path", str(alpaca_file)]
+    return [*names, "--model_save_path", str(tmp_path / "models"), *SHORT.split(), "--data_cache", "none"]
+
+
+def numbers(line: str) -> list[int]:
+    return [int(number.replace(",", "")) for number in re.findall(r"\b\d[\d,]*(?![\d.]|x)", line)]
+
+
+@pytest.mark.parametrize(
+    "words", ["", "--lora --tokentune --prefix_length 0.3 --num_epochs 2", "--max_steps 6 --qlora"]
+)
+def test_says_what_the_run_then_does(
+    words: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = contents(tmp_path)
+    finetune.main([*command, *words.split(), "--dry_run"])
+    assert contents(tmp_path) == before
+    told = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+
+    finetune.main([*command, *words.split(), "--report_to", "none"])
+    (folder,) = (tmp_path / "models").iterdir()
+    summary = json.loads((folder / "training_summary.json").read_text(encoding="utf-8"))
+    assert told["run folder"] == str(folder)
+    assert numbers(told["steps"])[:2] == [summary["optimizer_steps"], 4]
+    assert "(2 x 2 micro-batches x 1 processes)" in told["steps"]
+    model = summary["model"]
+    assert told["model"].startswith(
+        f"{model['class']}, {model['parameters']:,} parameters, {model['trainable_parameters']:,} of them trained"
+    )
+    epochs = summary["tokens"]["processed"] / summary["data"]["train"]["tokens"]
+    if "max_steps" not in words:
+        assert numbers(told["tokens"])[0] * epochs == summary["tokens"]["processed"]
+    if "tokentune" in words:
+        assert numbers(told["tokens"])[2] * epochs == summary["tokens"]["selected"]
+    else:
+        assert "all get gradients" in told["tokens"]
+    assert "at the peak of a step of 2 x " in told["memory"]
+
+
+def test_is_refused_as_the_run_would_be(command: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "tiny-llama-tiny_alpaca"
+    folder.mkdir(parents=True)
+    (folder / "training_summary.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="already holds a finished run"):
+        finetune.main([*command, "--dry_run"])
+
+
+def test_a_run_to_be_replaced_stays(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "models" / "tiny-llama-tiny_alpaca"
+    (folder / "checkpoint-5").mkdir(parents=True)
+    (folder / "training_summary.json").write_text("{}", encoding="utf-8")
+    before = contents(tmp_path)
+    finetune.main([*command, "--dry_run", "--overwrite_output_dir"])
+    assert contents(tmp_path) == before
+    assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_packed_rows_and_streams(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    finetune.main([*command, "--max_length", "256", "--packing", "--dry_run"])
+    packed = capsys.readouterr().out
+    finetune.main([*command, "--max_length", "256", "--streaming", "--max_steps", "3", "--dry_run"])
+    streamed = capsys.readouterr().out
+    steps = next(line for line in packed.splitlines() if line.startswith("steps"))
+    assert numbers(steps)[0] < 4  # sixteen rows, in fewer ones
+    assert re.search(r"a step of 2 x 2\d\d tokens", packed)
+    assert "steps       3 of 4 rows" in streamed and "a step of 2 x 256 tokens" in streamed
