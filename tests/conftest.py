@@ -2,13 +2,12 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Tokens that runs of the tests keep for later runs are not to stay on this machine.
-DATA_CACHE = tempfile.TemporaryDirectory(prefix="tokentune-tests-")
-os.environ["HF_DATASETS_CACHE"] = DATA_CACHE.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tokentune-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -23,6 +22,11 @@ TEXT = [
     "Below is an instruction that describes a task, paired with an input that provides further context.",
     "### Instruction: ### Input: ### Response: the quick brown fox jumps over the lazy dog 0123456789",
 ]
+
+
+def pytest_sessionfinish() -> None:
+    """Tokens that runs of the tests keep for later runs do not stay on this machine."""
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -265,6 +265,7 @@ def test_the_best_checkpoint_comes_back_whole(
             if parameter.requires_grad:
                 parameter.add_(1.0)
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint")
+    trainer.state.best_global_step, trainer.state.best_metric = 1, 0.5
     trainer._load_best_model()
     for name, parameter in trainer.model.named_parameters():
         assert not parameter.requires_grad or torch.equal(parameter, best[name].to(parameter.dtype)), name

@@ -15,7 +15,7 @@ from tokentune import apply_tokentune
 from tokentune.arguments import Arguments, parse_arguments
 from tokentune.errors import UserError
 from tokentune.preparation import check_kernels
-from tokentune.training import BESIDE_TOKENTUNE, build_training_arguments
+from tokentune.training_settings import BESIDE_TOKENTUNE, build_training_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data", "--use_liger_kernel"]
 ROWS: list[int] = []  # of each call of the stand-in's norm

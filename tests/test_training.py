@@ -22,7 +22,8 @@ from tokentune.loading import load_config, load_tokenizer
 from tokentune.preparation import base_dtype, prepare_model, saved_as
 from tokentune.prompts import ensure_pad_token
 from tokentune.run_folder import check_run_folder, clear_run_folder
-from tokentune.training import SelectiveTrainer, build_trainer, build_training_arguments, save_result, update_count
+from tokentune.training import SelectiveTrainer, build_trainer, save_result
+from tokentune.training_settings import build_training_arguments, update_count
 
 ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
 
@@ -360,7 +361,7 @@ def test_tensorboard_files_go_to_logging_dir(tiny_llama_dir: Path, tmp_path: Pat
 def test_data_parallel_is_prevented(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr("tokentune.training.check_optimizer", lambda settings: None)  # tries a step on the device
+    monkeypatch.setattr("tokentune.training_settings.check_optimizer", lambda settings: None)  # tries a step on the device
     assert TrainingArguments(str(tmp_path), report_to="none").n_gpu == 2  # the Trainer would wrap the model
     settings = build_training_arguments(arguments_for(tiny_llama_dir, tmp_path, "--global_batch_size 8"), tmp_path)
     assert settings.n_gpu == 1
@@ -382,7 +383,7 @@ def test_loss_that_is_no_number_stops_the_run_and_saves_nothing(
     trainer = make_trainer("--tokentune --global_batch_size 4 --logging_steps 1000 --save_steps 1")
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="training loss became nan or infinite around step 1:"):
+    with pytest.raises(UserError, match="training loss became nan or infinite at step 1:"):
         trainer.train()
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 

@@ -1,15 +1,18 @@
 """What happens between the Trainer's steps: the epoch's draws, the last step, and what the user sees."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import IntervalStrategy, TrainerCallback
+from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallback
 
 from tokentune.collators import SeededRows
 from tokentune.memory import gib
+
+logger = logging.getLogger(__name__)
 
 
 class DrawsOfTheEpoch(TrainerCallback):
@@ -45,6 +48,22 @@ class SaveEvery(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = control.should_save or state.global_step % args.save_steps == 0
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """The Trainer's, whose last step is logged like any last step. Its patience is kept in checkpoints."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        pass  # the Trainer's own warns that the last weights are not the best, which another flag is for
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience and state.global_step < state.max_steps:
+            control.should_log = True
+            logger.info(
+                "stopped early, after step %d of %d: %d evaluations in a row without a lower validation loss than %.4f",
+                *(state.global_step, state.max_steps, self.early_stopping_patience_counter, state.best_metric),
+            )
 
 
 class LastStep(TrainerCallback):

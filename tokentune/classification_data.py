@@ -31,6 +31,7 @@ from tokentune.images import encode_images, load_image_processor
 from tokentune.labels import Labels, find_labels, find_token_labels
 from tokentune.loading import check_weights, load_tokenizer
 from tokentune.prompts import ensure_pad_token
+from tokentune.sources import listed
 
 logger = logging.getLogger(__name__)
 _NEEDS_PREFIX_SPACE = ("roberta", "deberta", "gpt2", "bloom", "longformer", "modernbert")  # to be given single words
@@ -54,11 +55,14 @@ def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig
     """
     model = arguments.model
     if not model.from_scratch:
-        check_weights(model.model_name_or_path, hint="--from_scratch trains random ones")
+        hint = "--from_scratch trains random ones"
+        check_weights(model.model_name_or_path, hint=hint, allow_pickle=model.allow_pickle)
+    trusted = {"trust_remote_code": model.trust_remote_code}
     if arguments.task.task_type == "image":
-        return load_image_processor(model.model_name_or_path, config, from_scratch=model.from_scratch)
+        return load_image_processor(model.model_name_or_path, config, from_scratch=model.from_scratch, **trusted)
     words = arguments.task.task_type == "token" and config.model_type in _NEEDS_PREFIX_SPACE
-    tokenizer = load_tokenizer(model.model_name_or_path, **({"add_prefix_space": True} if words else {}))
+    options = {"add_prefix_space": True} if words else {}
+    tokenizer = load_tokenizer(model.model_name_or_path, **trusted, **options)
     tokenizer.padding_side = "right"
     text = config.get_text_config()
     ensure_pad_token(tokenizer, text.vocab_size)
@@ -112,7 +116,7 @@ def check_columns(split: Split, columns: Columns, *, labelled: bool) -> None:
     if missing:
         raise UserError(
             f"{split.where}: no column {', '.join(map(repr, missing))}, which the training data has. It has "
-            f"{', '.join(map(repr, split.rows.column_names))}."
+            f"{listed(split.rows.column_names)}."
         )
 
 

@@ -18,7 +18,7 @@ from tokentune.images import holds_images, load_image_folder
 from tokentune.labels import Labels, shortened
 from tokentune.records import load_records, require_columns, tells_split
 from tokentune.selection import IGNORED_LABEL
-from tokentune.sources import is_local_path
+from tokentune.sources import is_local_path, listed
 
 FLAGS = {
     "train": "--dataset_name_or_path",
@@ -135,7 +135,7 @@ def find_columns(arguments: ClassificationArguments, train: Split) -> Columns:
     if label is None:
         raise UserError(
             f"{train.where}: no column {' or '.join(map(repr, LABEL_COLUMNS[task.task_type]))}. It has "
-            f"{', '.join(map(repr, features))}: name the one of labels with --label_column."
+            f"{listed(features)}: name the one of labels with --label_column."
         )
     inputs = tuple(task.text_columns) or (task.glue.columns if task.glue is not None else ())
     if not inputs:
@@ -143,12 +143,12 @@ def find_columns(arguments: ClassificationArguments, train: Split) -> Columns:
         if not candidates:
             kinds = {"text": "of texts", "token": "of lists of words (tokens or words)", "image": "of images"}
             raise UserError(
-                f"{train.where}: no column {kinds[task.task_type]}. It has {', '.join(map(repr, features))}: "
+                f"{train.where}: no column {kinds[task.task_type]}. It has {listed(features)}: "
                 "name one with --text_columns."
             )
         if len(candidates) > 2:
             raise UserError(
-                f"{train.where}: {len(candidates)} columns of texts ({', '.join(map(repr, candidates))}): "
+                f"{train.where}: {len(candidates)} columns of texts ({listed(candidates)}): "
                 "name one or two with --text_columns."
             )
         inputs = candidates

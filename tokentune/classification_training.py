@@ -25,7 +25,8 @@ from tokentune.scores import LOWER_IS_BETTER, scorer
 from tokentune.selection import IGNORED_LABEL
 from tokentune.selective import Rows
 from tokentune.structure import transformer_layers
-from tokentune.training import SelectiveTrainer, build_training_arguments, watched
+from tokentune.training import SelectiveTrainer, watched
+from tokentune.training_settings import build_training_arguments
 
 
 def classification_settings(arguments: ClassificationArguments, run_folder: Path, metric: str) -> TrainingArguments:

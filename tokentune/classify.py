@@ -12,7 +12,6 @@ before any weight is read and before anything is written.
 
 import copy
 import logging
-import shutil
 import sys
 import time
 import warnings
@@ -30,25 +29,32 @@ if __package__ in (None, ""):
 from transformers import PreTrainedConfig, set_seed
 
 from tokentune.arguments import parse_arguments
+from tokentune.checkpoints import remove_best_checkpoints
 from tokentune.classification_arguments import ClassificationArguments
 from tokentune.classification_data import ClassificationData, configured, load_data, load_processing
 from tokentune.classification_summary import said, scores_over_seeds, seed_summary, write_predictions, write_scores
 from tokentune.classification_training import build_classification_trainer, classification_settings, predict
 from tokentune.collators import SeededRows
+from tokentune.config_file import write_config
 from tokentune.errors import UserError, log_to_stderr, run_command
 from tokentune.glue import HUB_ID
 from tokentune.heads import HEADS
+from tokentune.interruptions import interruptible
 from tokentune.loading import load_config, run_folder_name
 from tokentune.memory_report import memory_watched
+from tokentune.model_card import write_model_card
 from tokentune.patching import profile_of
 from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.run_folder import check_run_folder, clear_run_folder
+from tokentune.run_lock import locked
 from tokentune.scores import metric_names
-from tokentune.summary import draw_curves, write_summary
+from tokentune.summary import draw_curves, library_versions, write_summary
 from tokentune.training import save_result
 from tokentune.verification import Pooling
 
 logger = logging.getLogger("tokentune")
+
+AGAIN = "Nothing of it can be gone on with: start it again, with --overwrite_output_dir."
 
 
 @dataclass
@@ -71,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.output.print_run_folder:
         print(run_folder)
         return
-    plan = prepare(arguments, run_folder)
-    summaries = [train(plan, seed) for seed in arguments.seeds]
-    scores = scores_over_seeds(summaries, arguments, plan.data.labels)
-    write_scores(scores, run_folder)
-    logger.info("%s; saved in %s", said(scores), run_folder)
+    with interruptible(AGAIN), locked(run_folder):
+        plan = prepare(arguments, run_folder)
+        summaries = [train(plan, seed) for seed in arguments.seeds]
+        scores = scores_over_seeds(summaries, arguments, plan.data.labels)
+        write_config(arguments, run_folder, sys.argv[1:] if argv is None else argv, library_versions())
+        write_scores(scores, run_folder)  # last: it marks a finished run
+        logger.info("%s; saved in %s", said(scores), run_folder)
 
 
 def run_folder_of(arguments: ClassificationArguments) -> Path:
@@ -99,7 +107,8 @@ def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     head = HEADS[arguments.task.task_type]
     check_run_folder(run_folder, overwrite=arguments.output.overwrite_output_dir)
     classification_settings(arguments, run_folder, "loss")
-    config = load_config(arguments.model.model_name_or_path, head=head)
+    name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
+    config = load_config(name, head=head, trust_remote_code=trusted)
     processing = load_processing(arguments, config)
     data = load_data(arguments, config, processing)
     metric = chosen_metric(arguments, data)
@@ -174,17 +183,11 @@ def train(plan: Plan, seed: int) -> dict[str, Any]:
     splits = {"train": plan.data.train, "validation": plan.data.validation, "test": plan.data.test}
     summary = seed_summary(trainer, arguments, splits, facts, plan.metric, time.perf_counter() - started)
     if trainer.is_world_process_zero():
-        write_summary(summary, folder)
         draw_curves(summary, folder, loss_unit="squared error" if plan.data.labels.is_regression else "nats per label")
+        write_model_card(summary, folder)
+        write_summary(summary, folder)
         remove_best_checkpoints(folder, arguments.output.save_steps)
     return summary
-
-
-def remove_best_checkpoints(folder: Path, save_steps: int) -> None:
-    """Removes what was the best for a while, the last of which the run's folder holds; those of --save_steps stay."""
-    for path in folder.glob("checkpoint-*"):
-        if int(path.name.removeprefix("checkpoint-")) % save_steps:
-            shutil.rmtree(path)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A traceback means a defect in TokenTune, so everything that is not a `UserError`
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -25,17 +26,35 @@ def run_command(main: Callable[[], None]) -> None:
         main: the command; takes nothing, returns nothing.
 
     Raises:
-        SystemExit: 2 after a `UserError` (its message on stderr), 130 after Ctrl-C (128 + SIGINT, the shells' own
-            convention). Every other exception propagates with its traceback.
+        SystemExit: 2 after a `UserError` (its message on stderr), 130 after Ctrl-C and 143 after SIGTERM (128 + the
+            signal's number, the shells' own convention). Every other exception propagates with its traceback.
     """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_once(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except RuntimeError as error:
+        from tokentune.peers import lost_peer
+
+        if (message := lost_peer(error)) is None:
+            raise
+        _say_once(f"error: {message}")
+        sys.exit(1)
+    except KeyboardInterrupt as error:  # `interruptions.Interrupted` among it
+        if os.environ.get("RANK", "0") == "0":  # a launcher interrupts all its processes
+            print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(128 + getattr(error, "signal_number", signal.SIGINT))
+
+
+def _say_once(message: str) -> None:
+    """Prints what is wrong; of a launcher's processes, which mostly find the same, one does."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from tokentune.peers import leave_it_to_others  # too large an import for `--help`
+
+        if leave_it_to_others():
+            return
+    print(message, file=sys.stderr)
 
 
 def log_to_stderr() -> None:
@@ -48,3 +67,7 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if os.environ.get("RANK", "0") != "0":
+        from tokentune.peers import let_first_process_speak
+
+        let_first_process_speak()

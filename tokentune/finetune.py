@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -25,27 +26,41 @@ if __package__ in (None, ""):
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from tokentune.arguments import Arguments, parse_arguments
-from tokentune.collators import SeededRows
+from tokentune.checkpoints import remove_best_checkpoints
+from tokentune.config_file import write_config
+from tokentune.data_checks import check_data
+from tokentune.dry_run import build_without_folder, say_plan
 from tokentune.errors import log_to_stderr, run_command
-from tokentune.loading import load_config, load_tokenizer, run_folder_name
+from tokentune.hub_upload import check_push, push_folder
+from tokentune.instruction_data import load_instruction_data
+from tokentune.interruptions import interruptible
+from tokentune.loading import NO_WEIGHTS, check_weights, load_config, load_tokenizer, run_folder_name
+from tokentune.memory_probe import probe_memory
 from tokentune.memory_report import memory_watched
+from tokentune.micro_batch import choose_micro_batch
+from tokentune.model_card import write_model_card
+from tokentune.packing import pack
+from tokentune.peers import end_when_stuck
 from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.prompts import EncodingReport, PromptTemplate, encode_records, ensure_pad_token
-from tokentune.records import load_records, require_columns
-from tokentune.run_folder import check_run_folder, clear_run_folder
-from tokentune.summary import build_summary, draw_curves, write_summary
-from tokentune.training import build_trainer, build_training_arguments, save_result
+from tokentune.preview import show_preview
+from tokentune.prompts import PromptTemplate, ensure_pad_token
+from tokentune.resuming import prepare_run_folder, train_to_the_end, what_to_resume
+from tokentune.run_folder import check_run_folder, removed_if_empty
+from tokentune.run_lock import locked
+from tokentune.separation import check_separation
+from tokentune.streaming_rows import seeded_rows
+from tokentune.summary import build_summary, draw_curves, library_versions, write_summary
+from tokentune.training import build_trainer, save_result
+from tokentune.training_settings import build_training_arguments
 
 logger = logging.getLogger("tokentune")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
-    started = time.perf_counter()
     log_to_stderr()
     arguments = parse_arguments(argv)
     run_folder = run_folder_of(arguments)
@@ -53,36 +68,74 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(run_folder)
         return
 
+    only_looks = arguments.run.dry_run or arguments.run.preview is not None
+    with interruptible(), end_when_stuck(), nullcontext() if only_looks else locked(run_folder):
+        fine_tune(arguments, run_folder, sys.argv[1:] if argv is None else argv)
+
+
+def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> None:
+    """The run itself. `words`: the command line that it was asked for with."""
+    started = time.perf_counter()
     # Whatever can be refused is refused here: nothing has been written, no weight read.
-    check_run_folder(run_folder, overwrite=arguments.output.overwrite_output_dir)
+    check_push(arguments.run.push_to_hub, run_folder)
+    start = what_to_resume(arguments, run_folder)
+    overwrite = arguments.output.overwrite_output_dir
+    if arguments.run.preview is None:
+        check_run_folder(run_folder, overwrite=overwrite, resuming=start.in_place, can_resume=True)
     settings = build_training_arguments(arguments, run_folder)
     template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
-    config = load_config(arguments.model.model_name_or_path)
+    name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
+    config = load_config(name, trust_remote_code=trusted)
     dtype = base_dtype(arguments, config)
-    tokenizer = load_tokenizer(arguments.model.model_name_or_path)
+    tokenizer = load_tokenizer(name, trust_remote_code=trusted)
     ensure_pad_token(tokenizer, config.get_text_config().vocab_size)
-    check_structure(arguments, config)
-    train_rows, train_report = encode(arguments, template, tokenizer, split="train")
-    eval_rows, eval_report = encode(arguments, template, tokenizer, split="validation")
+    skeleton = check_structure(arguments, config)
+    if arguments.data.packing:
+        check_separation(skeleton)
+    check_weights(name, hint=NO_WEIGHTS, allow_pickle=arguments.model.allow_pickle)
+    data = load_instruction_data(arguments, tokenizer, template)
+    if arguments.run.preview is not None:
+        show_preview(data, tokenizer, arguments, config.get_text_config().vocab_size)
+        return
+    check_data(data, tokenizer, arguments, config.get_text_config().vocab_size)
 
     set_seed(arguments.optimization.seed)
     with memory_watched(arguments, config):
         model = prepare_model(arguments, dtype)
-    if settings.process_index == 0:
-        clear_run_folder(run_folder)
-    rows = SeededRows(train_rows, arguments.optimization.seed)
-    trainer = build_trainer(model, settings, rows, eval_rows, tokenizer, arguments)
+    rows = seeded_rows(data.train, arguments.optimization.seed)
+    if arguments.data.packing:
+        rows = pack(rows, arguments.data.max_length)
+    if arguments.run.dry_run:
+        trainer = build_without_folder(
+            lambda: build_trainer(model, settings, rows, data.validation, tokenizer, arguments), settings
+        )
+        reports = {"train": data.train_report, "validation": data.validation_report}
+        say_plan(trainer, data.table, reports, arguments, config, run_folder)
+        return
+    with unsupported_models_refused(), removed_if_empty(run_folder):
+        trainer = build_trainer(model, settings, rows, data.validation, tokenizer, arguments)
+        if arguments.run.auto_micro_batch:
+            choose_micro_batch(trainer, arguments, config, start.checkpoint)
+        probe_memory(trainer, arguments, config)
+    if trainer.is_world_process_zero():
+        prepare_run_folder(run_folder, start)
+        write_config(arguments, run_folder, words, library_versions())
     with unsupported_models_refused(), memory_watched(arguments, config, trainer):
-        trainer.train()
+        train_to_the_end(trainer, start)
 
     saved_dtype = saved_as(arguments, config, dtype)
     facts = save_result(trainer, run_folder, saved_dtype) | {"base_dtype": str(dtype).removeprefix("torch.")}
     if trainer.is_world_process_zero():
-        reports = {"train": train_report, "validation": eval_report}
-        summary = build_summary(trainer, arguments, reports, facts, time.perf_counter() - started)
-        write_summary(summary, run_folder)
+        summary = build_summary(trainer, arguments, data, facts, time.perf_counter() - started)
         draw_curves(summary, run_folder)
+        write_model_card(summary, run_folder)
+        write_summary(summary, run_folder)  # last: it marks a finished run
+        if arguments.run.load_best_model_at_end:
+            remove_best_checkpoints(run_folder, arguments.output.save_steps)
         logger.info("saved in %s", run_folder)
+        if arguments.run.push_to_hub is not None:
+            address = push_folder(run_folder, arguments.run.push_to_hub, public=arguments.run.hub_public)
+            logger.info("uploaded to %s", address)
 
 
 def run_folder_of(arguments: Arguments) -> Path:
@@ -96,28 +149,6 @@ def run_folder_of(arguments: Arguments) -> Path:
         prefix_length=arguments.selection.selected,
     )
     return Path(arguments.output.model_save_path).expanduser() / name
-
-
-def encode(
-    arguments: Arguments, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, split: str
-) -> tuple[Dataset | None, EncodingReport | None]:
-    """The training or validation data as rows of token ids and labels, and what was cut and dropped.
-
-    Returns (None, None) where no validation data is given. `split` chooses within a hub data set or a folder.
-    """
-    data = arguments.data
-    flag = "--dataset_name_or_path" if split == "train" else "--eval_dataset_name_or_path"
-    names = data.dataset_name_or_path if split == "train" else [data.eval_dataset_name_or_path]
-    if names == [None]:
-        return None, None
-    (name,) = names
-    records = load_records(name, flag=flag, split=split)
-    require_columns(records, ["instruction", "output"], f"{flag} {name}")
-    rows, report = encode_records(
-        records, tokenizer, template, max_length=data.max_length, add_eos_token=data.add_eos_token
-    )
-    logger.info("%s %s: %s", flag, name, report)
-    return rows, report
 
 
 if __name__ == "__main__":

@@ -89,6 +89,20 @@ def _on_one_layer(settings: TrainingArguments) -> tuple[Optimizer, nn.Parameter]
     return build(groups, **options), linear.weight
 
 
+def state_classes(optim: str) -> list[type]:
+    """The classes, besides tensors and numbers, of what an optimizer keeps: they hold such alone."""
+    if optim.startswith("galore"):
+        from galore_torch.galore_projector import GaLoreProjector
+
+        return [GaLoreProjector]
+    if optim.startswith("apollo"):
+        from apollo_torch.random_projector import GradientProjector
+        from apollo_torch.svd_projector import GaLoreProjector
+
+        return [GradientProjector, GaLoreProjector]
+    return []
+
+
 def in_backward(build: Any, options: dict[str, Any], model: nn.Module) -> tuple[type, dict[str, Any]]:
     """The Trainer's optimizer class and options, made over for one optimizer per parameter."""
     if options.get("optim_bits") == 8:

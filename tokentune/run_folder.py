@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokentune.errors import UserError
@@ -12,23 +14,38 @@ SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.json
 RUN_FILES = (
     *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),
     *("adapter_model.*", "adapter_config.json", "model*.safetensors*"),
+    *(".checkpoint-*", "broken-checkpoint-*", ".result.partial", "nan_batch*.json"),
 )
 
 
-def check_run_folder(run_folder: Path, *, overwrite: bool) -> None:
+def check_run_folder(run_folder: Path, *, overwrite: bool, resuming: bool = False, can_resume: bool = False) -> None:
     """Refuses a folder that cannot be written to, or that holds a run already; leaves nothing behind.
+
+    Args:
+        resuming: the run that it holds is gone on with.
+        can_resume: the command has --resume_from_checkpoint.
 
     Raises:
         UserError: with what to change.
     """
-    if run_folder.is_dir() and not overwrite:
-        finished = any((run_folder / name).exists() for name in (SUMMARY_NAME, SCORES_NAME))
+    if run_folder.is_dir() and not overwrite and not resuming:
+        finished = is_finished(run_folder)
         if finished or any(run_folder.glob("checkpoint-*")) or any(run_folder.glob("seed-*")):
             what = "a finished run" if finished else "the checkpoints of an unfinished run"
-            raise UserError(
-                f"{run_folder} already holds {what}.\n"
-                "Give another --model_save_path, or --overwrite_output_dir to replace it."
-            )
+            cure = "Give another --model_save_path, or --overwrite_output_dir to replace it."
+            if can_resume and not finished:
+                cure = "Go on with it: --resume_from_checkpoint. " + cure
+            raise UserError(f"{run_folder} already holds {what}.\n{cure}")
+    check_writable(run_folder)
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether a run came to its end here: its summary is the last thing that it writes."""
+    return any((run_folder / name).exists() for name in (SUMMARY_NAME, SCORES_NAME))
+
+
+def check_writable(run_folder: Path) -> None:
+    """Refuses, UserError, a folder that cannot be written, or made; leaves nothing behind."""
     existing = next(path for path in (run_folder.absolute(), *run_folder.absolute().parents) if path.exists())
     try:
         # Only a real attempt tells: permission bits say nothing to root, on read-only disks or on network shares.
@@ -40,11 +57,21 @@ def check_run_folder(run_folder: Path, *, overwrite: bool) -> None:
         ) from error
 
 
-def clear_run_folder(run_folder: Path) -> None:
-    """Removes what an earlier run left.
+@contextmanager
+def removed_if_empty(run_folder: Path) -> Iterator[None]:
+    """Around what may fail after the Trainer made the folder, before anything is written there."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            run_folder.rmdir()
+        raise
 
-    Checkpoints are rotated by their step: old ones with a higher step would push the new ones out.
-    """
+
+def clear_run_folder(run_folder: Path, *, keep_broken: bool = False) -> None:
+    """Removes what an earlier run left; `keep_broken`: but for damaged checkpoints that were put aside."""
     for pattern in RUN_FILES:
         for path in run_folder.glob(pattern):
+            if keep_broken and path.name.startswith("broken-"):
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -8,13 +8,21 @@ The summary's schema, version 1 (memory in bytes, times in seconds, losses in na
     seed                     int
     settings                 {flag: value}, every flag of finetune.py
     model                    {class, parameters, trainable_parameters, base_dtype, saved_dtype}
-    data                     {train, validation}: each {rows, dropped_rows, cut_rows, tokens, supervised_tokens},
-                             validation null without validation data
+    data                     {train (rows as often as an epoch has them; null where streamed), validation (null without
+                             such data)}: each {rows, dropped_rows (nothing to learn), dropped_long_rows, cut_rows,
+                             cut_ends (rows that lost the end of an answer), tokens, supervised_tokens}
+    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out}], one for each data set
     optimizer_steps          int
+    micro_batch_size         sequences per forward pass and process
+    saved_step               the optimizer step that the weights are from: the last one, or with
+                             --load_best_model_at_end the one with the lowest validation loss
+    stopped_early            whether --early_stopping_patience ended it
     tokens                   trained on, over all epochs and processes: {processed (real tokens, padding left out),
-                             supervised, selected (those with gradients), selected_supervised}
+                             supervised (null for a run that ended within an epoch), selected (those with gradients),
+                             selected_supervised}
     loss                     {first (of step 1), last (mean since the log entry before it)}
-    validation_loss          {base (before training), final, steps: [{step, loss}]}, or null
+    validation_loss          {base (before training), final (of saved_step), best: {step, loss}, steps: [{step, loss}]},
+                             or null
     peak_memory_bytes        GPU: the allocator's, summed over the GPUs, of training alone (loading and evaluation are
                              left out); CPU: the process's highest resident memory since it began
     saved_for_backward_bytes unique storages that autograd kept after the first micro-batch's forward pass, parameters
@@ -31,8 +39,8 @@ The summary's schema, version 1 (memory in bytes, times in seconds, losses in na
 
 import json
 import math
-import os
 import platform
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,8 +50,10 @@ import torch
 
 import tokentune
 from tokentune.arguments import Arguments
+from tokentune.checkpoints import write_whole
+from tokentune.encoding import EncodingReport
+from tokentune.instruction_data import InstructionData
 from tokentune.memory import BYTES_IN_GIB
-from tokentune.prompts import EncodingReport
 from tokentune.run_folder import CURVES_NAME, SUMMARY_NAME
 from tokentune.training import SelectiveTrainer
 
@@ -54,7 +64,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsand
 def build_summary(
     trainer: SelectiveTrainer,
     arguments: Arguments,
-    reports: dict[str, EncodingReport | None],
+    data: InstructionData,
     model_facts: dict[str, Any],
     wall_seconds: float,
 ) -> dict[str, Any]:
@@ -62,14 +72,17 @@ def build_summary(
 
     Args:
         trainer: after `train()`.
-        reports: of "train" and "validation"; None for no validation data.
+        data: what was learnt from and evaluated on.
         model_facts: the schema's `model`.
         wall_seconds: since the command began.
     """
     counts = trainer.tokens
-    supervised = reports["train"].supervised_tokens * arguments.optimization.num_epochs
+    of_an_epoch, epochs = data.train_report, trainer.state.epoch
+    known = of_an_epoch is not None and epochs == int(epochs)
+    supervised = of_an_epoch.supervised_tokens * int(epochs) if known else None
     return run_facts(trainer, arguments, model_facts, wall_seconds) | {
-        "data": {name: None if report is None else _report(report) for name, report in reports.items()},
+        "data": {"train": _report(data.train_report), "validation": _report(data.validation_report)},
+        "sources": [asdict(source) for source in data.sources],
         "tokens": {"processed": counts["processed"], "supervised": supervised}
         | {name: counts[name] for name in ("selected", "selected_supervised")},
     }
@@ -90,9 +103,12 @@ def run_facts(
         "model": model_facts,
         "data": None,
         "optimizer_steps": trainer.state.global_step,
+        "micro_batch_size": trainer.args.per_device_train_batch_size,
+        "saved_step": trainer.saved_step,
+        "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "tokens": None,
         "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]},
-        "validation_loss": _validation(trainer.validation_losses),
+        "validation_loss": _validation(trainer.validation_losses, trainer.saved_step),
         "peak_memory_bytes": entries[-1]["memory_peak_bytes"],
         "saved_for_backward_bytes": trainer.saved_for_backward_bytes,
         "tokens_per_second": counts["processed"] / seconds,
@@ -104,9 +120,8 @@ def run_facts(
     }
 
 
-def _report(report: EncodingReport) -> dict[str, int]:
-    names = ("rows", "dropped_rows", "cut_rows", "tokens", "supervised_tokens")
-    return {name: getattr(report, name) for name in names}
+def _report(report: EncodingReport | None) -> dict[str, int] | None:
+    return None if report is None else asdict(report)
 
 
 def _log_entry(entry: dict[str, float]) -> dict[str, float]:
@@ -117,11 +132,12 @@ def _log_entry(entry: dict[str, float]) -> dict[str, float]:
     return kept | {f"memory_{kind}_bytes": int(entry[f"memory_{kind}_gib"] * BYTES_IN_GIB) for kind in kinds}
 
 
-def _validation(losses: list[tuple[int, float]]) -> dict[str, Any] | None:
+def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, Any] | None:
     if not losses:
         return None
     steps = [{"step": step, "loss": loss} for step, loss in losses]
-    return {"base": losses[0][1], "final": losses[-1][1], "steps": steps}
+    final = dict(losses).get(saved_step, losses[-1][1])
+    return {"base": losses[0][1], "final": final, "best": min(steps, key=lambda at: at["loss"]), "steps": steps}
 
 
 def device_facts() -> dict[str, Any]:
@@ -158,9 +174,7 @@ def library_versions() -> dict[str, str | None]:
 def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:
     """Writes `training_summary.json` whole or not at all; a number that JSON has no word for (nan) becomes null."""
     path = run_folder / name
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
     return path
 
 

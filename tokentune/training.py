@@ -19,112 +19,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tokentune.arguments import Arguments
 from tokentune.breakdown import KindOfModule
-from tokentune.callbacks import DrawsOfTheEpoch, LastStep, Progress, StepTimes
+from tokentune.callbacks import DrawsOfTheEpoch, EarlyStopping, LastStep, Progress, SaveEvery, StepTimes
+from tokentune.checkpoints import StorageError, written_into
 from tokentune.collators import CausalCollator, SeededRows
+from tokentune.distributed import as_often_as_others, even_sampler
 from tokentune.errors import UserError
+from tokentune.evaluation import loss_per_token
+from tokentune.interruptions import until_interrupted
 from tokentune.memory import BYTES_IN_GIB, SavedForBackward, memory_usage, reset_peak
-from tokentune.optimizers import LAYERWISE, TARGET_MODULES, check_optimizer, in_backward, is_low_rank
+from tokentune.nan_batch import FirstBadLoss, write_nan_batch
+from tokentune.offline import offline
+from tokentune.optimizers import in_backward
+from tokentune.packing import PackedCollator, PackedRows
+from tokentune.resumable_trainer import EndWhenAsked, ResumableTrainer
+from tokentune.run_state import Resumption
+from tokentune.split_weights import is_split, own_class, save_split_model, set_fsdp_policy, whole_tensor
+from tokentune.trackers import keep_trackers_from_harm
+from tokentune.training_settings import update_count
 
 logger = logging.getLogger(__name__)
-
-
-# Of Liger's kernels: its fused loss replaces the model's forward and sees (B, S) rows and labels; `loss.py` takes the
-# loss of the selected rows in chunks itself. Norms, rotary embeddings and MLPs act on each token alone.
-BESIDE_TOKENTUNE = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-
-
-def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: Any) -> TrainingArguments:
-    """The Trainer's settings for a command line. Writes nothing.
-
-    Args:
-        changes: settings that a command has otherwise.
-
-    Raises:
-        UserError: an optimizer whose package or options are missing, a precision that the device cannot do.
-    """
-    optimization, output, data = arguments.optimization, arguments.output, arguments.data
-    try:
-        settings = dict(
-            output_dir=str(run_folder),
-            per_device_train_batch_size=optimization.micro_batch_size,
-            per_device_eval_batch_size=optimization.micro_batch_size,
-            gradient_accumulation_steps=optimization.gradient_accumulation_steps,
-            num_train_epochs=optimization.num_epochs,
-            learning_rate=optimization.learning_rate,
-            weight_decay=optimization.weight_decay,
-            warmup_steps=optimization.warmup_steps,
-            lr_scheduler_type=optimization.lr_scheduler_type,
-            use_liger_kernel=arguments.model.use_liger_kernel,
-            liger_kernel_config=BESIDE_TOKENTUNE if arguments.selection.tokentune else None,
-            optim=optimization.optim.removesuffix(LAYERWISE),
-            optim_args=optimization.optim_args,
-            optim_target_modules=TARGET_MODULES if is_low_rank(optimization.optim) else None,
-            max_grad_norm=optimization.max_grad_norm,
-            seed=optimization.seed,
-            data_seed=optimization.seed,
-            bf16=arguments.model.bf16,
-            fp16=arguments.model.fp16,
-            use_cpu=not torch.accelerator.is_available(),
-            dataloader_num_workers=data.num_workers,
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            remove_unused_columns=False,  # the collator reads `draw_seed`, which the model does not take
-            eval_strategy="no" if data.eval_steps is None else "steps",
-            eval_steps=data.eval_steps,
-            eval_on_start=data.eval_dataset_name_or_path is not None,
-            prediction_loss_only=True,
-            save_steps=output.save_steps,
-            save_total_limit=output.save_total_limit,
-            logging_steps=output.logging_steps,
-            logging_first_step=True,
-            # The filter looks at every loss on the host, which would make it wait for the GPU; and it hides the
-            # failure that `SelectiveTrainer` stops at.
-            logging_nan_inf_filter=False,
-            report_to=output.report_to or "none",
-            disable_tqdm=True,
-        )
-        settings = TrainingArguments(**(settings | changes))
-    except (ValueError, ImportError) as error:  # what is left after the flags' own checks: precision and devices
-        raise UserError(f"this machine cannot train with these flags: {error}") from error
-    check_optimizer(settings)
-    # A plain run that sees several GPUs would be wrapped in nn.DataParallel, whose replicas call the original's layers.
-    settings._n_gpu = min(settings.n_gpu, 1)
-    return settings
-
-
-def update_count(rows: int, settings: TrainingArguments) -> int:
-    """Optimizer steps of the whole run over `rows` sequences; an epoch's last one may be smaller."""
-    micro_batches = math.ceil(rows / (settings.per_device_train_batch_size * settings.world_size))
-    return math.ceil(micro_batches / settings.gradient_accumulation_steps) * int(settings.num_train_epochs)
 
 
 # What a validation finds out, given the trainer and a loader of batches: "loss" and other figures by name.
 Evaluation = Callable[["SelectiveTrainer", DataLoader], dict[str, float]]
 
 
-def loss_per_token(trainer: "SelectiveTrainer", loader: DataLoader) -> dict[str, float]:
-    """`Evaluation` of a causal language model: "loss", nats per supervised token.
-
-    The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long one's.
-    Only two sums are kept, no logits.
-    """
-    device = trainer.args.device
-    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    totals = torch.zeros(2, dtype=wide, device=device)
-    for batch in loader:
-        tokens = (batch["labels"][:, 1:] != -100).sum()
-        totals += torch.stack([trainer.model(**batch).loss.to(wide) * tokens, tokens.to(wide)])
-    loss_sum, tokens = trainer.accelerator.reduce(totals, "sum").tolist()
-    return {"loss": loss_sum / tokens}
-
-
-class SelectiveTrainer(Trainer):
-    """The Hugging Face Trainer with counts, memory figures and a validation over all rows at once.
+class SelectiveTrainer(ResumableTrainer):
+    """The resumable Trainer with counts, memory figures and a validation over all rows at once.
 
     Attributes:
         evaluations: (optimizer step, figures), in order; the figures are those of `Evaluation`.
@@ -156,12 +83,14 @@ class SelectiveTrainer(Trainer):
         self.step_seconds: list[float] = []
         self.evaluation_seconds = self.training_seconds = 0.0
         self.evaluations: list[tuple[int, dict[str, float]]] = []
-        self._peak_bytes = 0
+        self._peak_bytes = self.peak_before = 0
         self._started: float | None = None
+        self.seconds_before = 0.0
+        self._place = (0, -1)  # optimizer step, micro-batch of it
         self.tokens = dict.fromkeys(("processed", "selected", "selected_supervised"), 0)
         # Both stay on the device and are read at log lines: reading them makes the host wait for the GPU.
         self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
-        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        self._bad_loss = FirstBadLoss(self.args.device)
 
     @property
     def validation_losses(self) -> list[tuple[int, float]]:
@@ -175,19 +104,37 @@ class SelectiveTrainer(Trainer):
             self.optimizer_cls_and_kwargs = in_backward(*chosen, self.model)
         return super().create_optimizer(model)
 
+    def set_micro_batch(self, sequences: int, accumulation: int) -> None:
+        """Splits each global batch into so many micro-batches of so many sequences. To be called before `train()`."""
+        self.args.per_device_train_batch_size = self.args.per_device_eval_batch_size = sequences
+        self.args.gradient_accumulation_steps = accumulation
+        self._train_batch_size = self.args.train_batch_size  # of which the Trainer took a copy, and takes one likewise
+
+    # -- several processes
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's accelerator, with this project's precision where FSDP adds gradients up."""
+        super().create_accelerator_and_postprocess()
+        set_fsdp_policy(self.accelerator)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        return even_sampler(self) or super()._get_train_sampler(train_dataset)
+
     # -- one step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step (forward, backward), counted. Returns the micro-batch's share of the loss."""
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = time.perf_counter() - self.seconds_before
             self.reset_peaks()  # what loading the weights took is no part of training
-            self._peak_bytes = 0
+            self._peak_bytes = self.peak_before
         if self.args.device.type == "cpu" or self.state.global_step % 10 == 0:
             self.check_finite()
         self._count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite &= torch.isfinite(loss)
+        step, place = self._place
+        self._place = (self.state.global_step, place + 1 if step == self.state.global_step else 0)
+        self._bad_loss.note(loss, self._place[0] * self.args.gradient_accumulation_steps + self._place[1])
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -206,14 +153,21 @@ class SelectiveTrainer(Trainer):
         self._counts += counts.to(self._counts.device, non_blocking=True)
 
     def check_finite(self) -> None:
-        """Raises UserError when the loss of any step so far was no finite number."""
-        if not bool(self._finite):
+        """Raises UserError when the loss of any step so far was no finite number; writes its batch down first."""
+        number = self._bad_loss.number()
+        if number is not None:
+            path, step = write_nan_batch(self, number)
+            batch = "" if path is None else f" The batch is in {path}."
             raise UserError(
-                f"the training loss became nan or infinite around step {max(self.state.global_step, 1)}: stopped.\n"
+                f"the training loss became nan or infinite at step {step}: stopped.{batch}\n"
                 "Try a lower --learning_rate, a longer --warmup_steps, or --bf16 (float16 overflows above 65504)."
             )
 
     # -- figures
+
+    def seconds(self) -> float:
+        """Since the first step began, of all processes that this run was resumed in."""
+        return self.seconds_before if self._started is None else time.perf_counter() - self._started
 
     def memory_figures(self) -> dict[str, int]:
         """Bytes of all devices that hold weights: now allocated, now reserved, and the peak of training so far."""
@@ -233,10 +187,10 @@ class SelectiveTrainer(Trainer):
         if "loss" in logs:
             self.check_finite()
             figures = self.memory_figures()
-            if self.optim_in_backward:  # the Trainer found no gradients
+            if self.optim_in_backward and self._started is not None:  # the Trainer found no gradients
                 logs["grad_norm"] = self.optimizer.optimizer.gradient_norm()
             logs |= {f"memory_{name.removesuffix('_bytes')}_gib": size / BYTES_IN_GIB for name, size in figures.items()}
-            seconds = time.perf_counter() - self._started - self.evaluation_seconds
+            seconds = self.seconds() - self.evaluation_seconds
             counts = self.accelerator.reduce(self._counts, "sum").tolist()
             new_tokens = counts[0] - self.tokens["processed"]
             logs["tokens_per_second"] = new_tokens / (seconds - self.training_seconds)
@@ -251,22 +205,24 @@ class SelectiveTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's save; a model whose loss was no number is not saved."""
         self.check_finite()
-        super().save_model(output_dir, _internal_call)
+        with offline():
+            super().save_model(output_dir, _internal_call)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # What `save_strategy="best"` saves after an evaluation; --save_steps asks for more.
         best = super()._determine_best_metric(metrics, trial)
-        return best or self.state.global_step % self.args.save_steps == 0
+        return best or self.state.global_step % self.args.save_steps == 0 or self.asked is not None
 
     def _load_best_model(self) -> None:
-        # The Trainer copies a checkpoint's tensors by their names in the file, where several families (ViT) have other
-        # ones than in memory, warns, and goes on with the last step's weights.
-        whole = isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-        if not whole:
-            super()._load_best_model()
-            return
-        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, local_files_only=True)
-        self.model.load_state_dict(best.state_dict())
+        super()._load_best_model()
+        metric, best = self.args.metric_for_best_model.removeprefix("eval_"), self.state.best_metric
+        logger.info("the result is that of step %d: validation %s %.4f, the best", self.saved_step, metric, best)
+
+    @property
+    def saved_step(self) -> int:
+        """After training: the optimizer step that the weights are from, the last one or the best one."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if best else self.state.global_step
 
     # -- validation
 
@@ -296,7 +252,8 @@ class SelectiveTrainer(Trainer):
         self.average_weights()
         # A data loader takes a seed from the CPU's generator; forked, so that watching a run does not change it.
         with torch.no_grad(), self.accelerator.autocast(), torch.random.fork_rng(devices=[]):
-            figures = self.evaluation(self, loader)
+            batches = as_often_as_others(loader, rows, self.eval_collator) if is_split(self.model) else loader
+            figures = self.evaluation(self, until_interrupted(batches))
         if not math.isfinite(figures["loss"]):
             raise UserError(f"the validation loss is {figures['loss']} at step {self.state.global_step}: stopped.")
         self.evaluations.append((self.state.global_step, figures))
@@ -334,12 +291,13 @@ def build_trainer(
     trainer = SelectiveTrainer(
         model=model,
         args=settings,
-        data_collator=collator,
+        data_collator=PackedCollator(collator) if isinstance(train_rows, PackedRows) else collator,
         eval_collator=CausalCollator(pad_token_id=tokenizer.pad_token_id),
         evaluation=loss_per_token,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
+        callbacks=_callbacks(arguments),
     )
     if not trainer.model_accepts_loss_kwargs and settings.gradient_accumulation_steps > 1:
         logger.warning(
@@ -347,6 +305,13 @@ def build_trainer(
             type(model).__name__,
         )
     return watched(trainer, train_rows, arguments)
+
+
+def _callbacks(arguments: Arguments) -> list[TrainerCallback]:
+    """Those of early stopping and of keeping the best weights."""
+    patience = arguments.run.early_stopping_patience
+    callbacks: list[TrainerCallback] = [SaveEvery()] if arguments.run.load_best_model_at_end else []
+    return callbacks + ([EarlyStopping(patience)] if patience is not None else [])
 
 
 def watched(trainer: SelectiveTrainer, train_rows: SeededRows, arguments: Arguments) -> SelectiveTrainer:
@@ -359,11 +324,16 @@ def watched(trainer: SelectiveTrainer, train_rows: SeededRows, arguments: Argume
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(trainer.memory_figures))
+    trainer.flags = arguments.settings()
+    trainer.add_callback(Resumption(trainer))
+    trainer.add_callback(EndWhenAsked(trainer))
+    keep_trackers_from_harm(trainer)
     if arguments.output.logging_dir is not None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # it has no argument for this, only an environment variable
                 callback.logging_dir = arguments.output.logging_dir
-    steps = update_count(len(train_rows), settings)
+    rows = 0 if settings.max_steps > 0 else len(train_rows)  # a stream of rows has no length, and needs --max_steps
+    steps = update_count(rows, settings)
     if settings.warmup_steps >= steps:
         logger.warning(
             "--warmup_steps %d: this run has %d optimizer steps, so the learning rate never reaches its peak",
@@ -387,16 +357,29 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
     if isinstance(model, PreTrainedModel):
         trained, total = sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_parameters()
         core, dtype = model, saved_dtype
-        model.to(saved_dtype)  # float32 masters are for training; the checkpoint keeps its type and size
+        if not is_split(model):
+            model.to(saved_dtype)  # float32 masters are for training; the checkpoint keeps its type and size
     else:
         check_adapters_moved(model)
         trained, total = model.get_nb_trainable_parameters()
         core, dtype = model.get_base_model(), torch.float32
     if trainer.use_cache is not None:
         core.config.use_cache = trainer.use_cache  # off in training; saved off, it would slow every generation down
-    trainer.save_model(str(run_folder))
+    try:
+        with written_into(run_folder, writes=trainer.args.should_save) as folder:
+            if is_split(model):
+                trainer.check_finite()
+                save_split_model(trainer, folder, dtype)
+            else:
+                trainer.save_model(str(folder))
+    except StorageError as error:
+        kept = trainer.last_checkpoint
+        cure = f"Make room, and go on from {kept}: the same command with --resume_from_checkpoint."
+        if kept is None:
+            cure = "No checkpoint is there to go on from: make room, and start again, with --save_steps."
+        raise UserError(f"the trained model could not be written to {run_folder}: {error}.\n{cure}") from error
     return {
-        "class": type(core).__name__,
+        "class": own_class(core).__name__,
         "parameters": total,
         "trainable_parameters": trained,
         "saved_dtype": str(dtype).removeprefix("torch."),
@@ -407,7 +390,7 @@ def check_adapters_moved(model: nn.Module) -> None:
     """Refuses adapters that training left at their start: one factor of each begins at zero (B; A for embeddings)."""
     zero_at_start = ("lora_B", "lora_embedding_A")
     factors = [p for name, p in model.named_parameters() if any(part in name for part in zero_at_start)]
-    if not sum(factor.abs().sum().item() for factor in factors) > 0:
+    if not sum(whole_tensor(factor.detach().abs().sum()).item() for factor in factors) > 0:
         raise UserError(
             "nothing was learnt: every lora_B is still zero after training, and is not saved.\n"
             "A learning rate of 0 does this: a run of one step, with --warmup_steps above 0, has no other."
