@@ -17,6 +17,7 @@ from tokentune.arguments import parse_arguments
 from tokentune.callbacks import EarlyStopping
 from tokentune.errors import UserError
 from tokentune.evaluation import loss_per_token
+from tokentune.summary import warn_without_gain
 from tokentune.training import SelectiveTrainer
 
 Make = Callable[..., SelectiveTrainer]
@@ -168,3 +169,10 @@ def test_patience_is_the_trainer_s_own() -> None:
     callback = EarlyStopping(2)
     callback.early_stopping_patience_counter = 1
     assert type(callback).from_state(callback.state()).early_stopping_patience_counter == 1
+
+
+@pytest.mark.parametrize(("final", "warned"), [(2.9, False), (3.0, True), (3.4, True)])
+def test_a_run_that_gained_nothing_says_so(final: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "tokentune"):
+        warn_without_gain({"validation_loss": {"base": 3.0, "final": final}, "saved_step": 7})
+    assert ("did not fall: 3.0000 before" in caplog.text) == warned

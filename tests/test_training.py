@@ -361,7 +361,8 @@ def test_tensorboard_files_go_to_logging_dir(tiny_llama_dir: Path, tmp_path: Pat
 def test_data_parallel_is_prevented(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr("tokentune.training_settings.check_optimizer", lambda settings: None)  # tries a step on the device
+    # It would try a step on the device that is not there.
+    monkeypatch.setattr("tokentune.training_settings.check_optimizer", lambda settings: None)
     assert TrainingArguments(str(tmp_path), report_to="none").n_gpu == 2  # the Trainer would wrap the model
     settings = build_training_arguments(arguments_for(tiny_llama_dir, tmp_path, "--global_batch_size 8"), tmp_path)
     assert settings.n_gpu == 1

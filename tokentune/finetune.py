@@ -52,7 +52,7 @@ from tokentune.run_folder import check_run_folder, removed_if_empty
 from tokentune.run_lock import locked
 from tokentune.separation import check_separation
 from tokentune.streaming_rows import seeded_rows
-from tokentune.summary import build_summary, draw_curves, library_versions, write_summary
+from tokentune.summary import build_summary, draw_curves, library_versions, warn_without_gain, write_summary
 from tokentune.training import build_trainer, save_result
 from tokentune.training_settings import build_training_arguments
 
@@ -130,6 +130,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
         draw_curves(summary, run_folder)
         write_model_card(summary, run_folder)
         write_summary(summary, run_folder)  # last: it marks a finished run
+        warn_without_gain(summary)
         if arguments.run.load_best_model_at_end:
             remove_best_checkpoints(run_folder, arguments.output.save_steps)
         logger.info("saved in %s", run_folder)

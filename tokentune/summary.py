@@ -38,6 +38,7 @@ The summary's schema, version 1 (memory in bytes, times in seconds, losses in na
 """
 
 import json
+import logging
 import math
 import platform
 from dataclasses import asdict
@@ -56,6 +57,8 @@ from tokentune.instruction_data import InstructionData
 from tokentune.memory import BYTES_IN_GIB
 from tokentune.run_folder import CURVES_NAME, SUMMARY_NAME
 from tokentune.training import SelectiveTrainer
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
@@ -122,6 +125,16 @@ def run_facts(
 
 def _report(report: EncodingReport | None) -> dict[str, int] | None:
     return None if report is None else asdict(report)
+
+
+def warn_without_gain(summary: dict[str, Any]) -> None:
+    """Says so where what is saved is no better on the validation data than the model was before training."""
+    losses = summary["validation_loss"]
+    if losses is not None and losses["final"] >= losses["base"]:
+        logger.warning(
+            "the validation loss did not fall: %.4f before training, %.4f of what is saved (step %d)",
+            *(losses["base"], losses["final"], summary["saved_step"]),
+        )
 
 
 def _log_entry(entry: dict[str, float]) -> dict[str, float]:
