@@ -286,7 +286,8 @@ def test_nothing_fits(config_file: Path) -> None:
 def test_every_preset_is_a_model() -> None:
     for name, millions in {
         "llama-2-7b": 6738, "llama-2-13b": 13016, "llama-3-8b": 8030, "llama-3.2-1b": 1236, "llama-3.2-3b": 3213,
-        "qwen3-8b": 8191, "mistral-7b": 7242, "bert-base": 109, "bert-large": 335,
+        "qwen3-8b": 8191, "mistral-7b": 7242, "llama-2-70b": 68977, "llama-3-70b": 70554,
+        "bert-base": 109, "bert-large": 335,
     }.items():  # fmt: skip
         subject = estimate.load_subject(name)
         with torch.device("meta"):

@@ -54,6 +54,7 @@ class LiveBytes(TorchDispatchMode):
         self.device = device
         self.now = self.peak = self.operations = self.peak_at = 0
         self.phase = self.peak_phase = ""
+        self.phases: list[tuple[int, str]] = []  # (first operation, name)
         self.extra = 0  # of the workspace at the peak
         self.blocks: list[Block] = []
         self._live: dict[int, tuple[weakref.ref, Block]] = {}
@@ -109,6 +110,7 @@ class LiveBytes(TorchDispatchMode):
     def begin(self, phase: str) -> None:
         """Names what comes now, for `peak_phase`."""
         self.phase = phase
+        self.phases.append((self.operations + 1, phase))
 
     def restart(self) -> None:
         """Forgets the peak so far, and all that was freed by now."""
@@ -130,6 +132,37 @@ class LiveBytes(TorchDispatchMode):
         # What was freed within the peak's own operation may have gone before or after: of temporaries alone.
         sizes[REST] += self.peak - sizes.total()
         return dict(sizes)
+
+    def highest(
+        self, factors: Callable[[str], dict[str, float]], fixed: Callable[[str], dict[str, int]]
+    ) -> tuple[str, dict[str, int]]:
+        """The peak that there would be if each byte of a kind were so many, and `fixed` ones were there besides.
+
+        Args:
+            factors: of a phase, {kind: bytes for a byte}; 1 for kinds that are not in it.
+            fixed: of a phase, {kind: bytes}.
+
+        Returns:
+            The phase that holds the peak, and its bytes by kind.
+        """
+        changes: list[tuple[int, str, int]] = []
+        for block in self.blocks:
+            if block.device == self.device:
+                changes.append((block.born, block.kind, block.size))
+                if block.freed is not None:  # within this operation it is still there
+                    changes.append((block.freed + 1, block.kind, -block.size))
+        starts = [(0, ""), *self.phases]
+        changes += [(start, REST, 0) for start, _ in self.phases]
+        sizes, best = Counter(), ("", {})
+        for operation, kind, size in sorted(changes, key=lambda change: (change[0], change[2])):
+            sizes[kind] += size
+            phase = next(name for start, name in reversed(starts) if start <= operation)
+            if phase and size >= 0:
+                weights = factors(phase)
+                scaled = {kind: round(count * weights.get(kind, 1.0)) for kind, count in sizes.items()}
+                total = {kind: scaled.get(kind, 0) + fixed(phase).get(kind, 0) for kind in scaled | fixed(phase)}
+                best = max(best, (phase, total), key=lambda found: sum(found[1].values()))
+        return best
 
 
 def claim_model(live: LiveBytes, model: nn.Module) -> None:

@@ -34,6 +34,7 @@ from tokentune.errors import UnsupportedModelError
 from tokentune.groups import TokenGroups
 from tokentune.offloading import HostMemory
 from tokentune.selective import REST, LayerCall, PassDone, Step, activate, run_rest
+from tokentune.split_weights import gathered
 from tokentune.structure import Stack
 
 CHECKPOINT_REST = ("auto", "keys_values", "hidden_states", "segments")
@@ -268,7 +269,8 @@ class _Segment:
         call = layer.call(TokenGroups(hidden, rest), with_gradients=False, rest_pass=rest_pass, rest_ends_early=last)
         layer.step.call = call
         set_random_states(layer.states_before, hidden)
-        with suppress(PassDone):
+        # Of the segment's layers FSDP has the last one's weights whole now, whose turn it is.
+        with suppress(PassDone), gathered(layer.layer, stays=last):
             layer.function(hidden, *layer.more_args)
         self.keys_values[number] = tuple(map(_alone, call.rest_kv))
         return call.rest_output

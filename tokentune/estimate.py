@@ -6,7 +6,8 @@ Prints a table: full fine-tuning, gradient checkpointing, TokenTune and both, ea
 and the cards that each fits. The flags are those of `finetune.py`, all but the model optional, and the model is a
 preset's name, a config.json, a folder or a hub id. Flags that choose a mode (`--lora --tokentune`) mark its row; with
 `--only` it is the only one. `--find proportion` and `--find batch`, with `--memory 24` (GB), give the largest that
-fits. No data set is needed. The real step runs, on tensors without data (`footprint.py`).
+fits, `--find length` the longest sequence. No data set is needed. The real step runs, on tensors without data
+(`footprint.py`). `--num_processes 8 --sharding fsdp` tells what each of several GPUs holds and sends (`sharding.py`).
 """
 
 import argparse
@@ -32,12 +33,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokentune.arguments import Arguments, parse_arguments
+from tokentune.arguments import Arguments, parse_arguments, settings_in_file
 from tokentune.errors import UnsupportedModelError, UserError, run_command
 from tokentune.footprint import Footprint, measure, profile_of
 from tokentune.heads import CAUSAL_LM
 from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
+from tokentune.micro_batch import last_that_fits
 from tokentune.presets import PRESETS, Subject, load_subject
+from tokentune.sharding import SHARDINGS, describe, measure_share
 from tokentune.verification import Profile
 
 CARDS_GB = (16, 24, 40, 48, 80, 141)  # as they are sold: 10^9 bytes
@@ -54,6 +57,7 @@ METHODS = {  # (tokentune, gradient checkpointing)
 WEIGHTS = {"all weights": (False, False), "LoRA": (True, False), "QLoRA": (True, True)}  # (lora, qlora)
 PROPORTIONS = tuple(step / 100 for step in range(5, 101, 5))
 MOST_SEQUENCES = 4096
+LENGTHS = range(128, 2**20 + 1, 128)  # tokens
 SHOWN = ("weights", "gradients", "optimizer", "activations", "peak")
 
 
@@ -89,6 +93,8 @@ class Request:
     find: str | None
     memory_gb: float | None
     json: str | None
+    processes: int
+    sharding: str | None  # None: one process
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,9 +125,15 @@ def parse(argv: Sequence[str] | None) -> Request:
         allow_abbrev=False,
     )
     parser.error = _refuse
-    parser.add_argument("--find", choices=("proportion", "batch"), help="the largest that fits --memory")
+    parser.add_argument("--find", choices=("proportion", "batch", "length"), help="the largest that fits --memory")
     parser.add_argument("--memory", type=float, metavar="GB", help="of the card, as it is sold (24: 24 x 10^9 bytes)")
     parser.add_argument("--only", action="store_true", help="only the mode that the flags choose, no table of all")
+    parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="GPUs that share the training (1)")
+    parser.add_argument(
+        "--sharding",
+        choices=SHARDINGS,
+        help="what is split between them: ddp nothing, zero2 optimizer and gradients, fsdp the weights as well (ddp)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it would train (cuda)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, in bytes")
     parser.add_argument("--fp16", action="store_true", help="as in finetune.py; needs no GPU here")
@@ -131,29 +143,43 @@ def parse(argv: Sequence[str] | None) -> Request:
     if own.memory is not None and own.memory <= 0:
         raise UserError(f"--memory {own.memory:g}: must be above 0 (GB)")
     if own.memory is not None and own.find is None:
-        raise UserError("--memory goes with --find proportion or --find batch")
+        raise UserError("--memory goes with --find proportion, batch or length")
+    if own.num_processes < 1:
+        raise UserError(f"--num_processes {own.num_processes}: must be 1 or more")
+    if own.sharding is not None and own.num_processes == 1:
+        raise UserError(f"--sharding {own.sharding} is about several GPUs: add --num_processes 8")
     if own.json is not None and not Path(own.json).resolve().parent.is_dir():
         raise UserError(f"--json {own.json}: there is no such folder")
-    given = {word.split("=")[0] for word in rest}
+    in_file = settings_in_file(rest)
+    own.fp16 |= in_file.get("fp16", False)
+    given = {word.split("=")[0] for word in rest} | {f"--{name}" for name in in_file}
     if "--model_name_or_path" not in given:
         raise UserError(f"--model_name_or_path is missing: a preset ({', '.join(PRESETS)}), a hub id or a folder")
     if "--dataset_name_or_path" not in given:
         rest += ["--dataset_name_or_path", "unused"]
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
-    arguments = parse_arguments([*rest, "--report_to", "none"])
+    arguments = parse_arguments([*rest, "--fp16", "false", "--report_to", "none"])
     if own.fp16 and arguments.model.bf16:
         raise UserError("--bf16 and --fp16 exclude each other: give one of them")
     arguments.model.fp16 = own.fp16
     arguments.__post_init__()
-    subject = load_subject(arguments.model.model_name_or_path)
+    subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
     batch_given = {"--global_batch_size", "--gradient_accumulation_steps"} & given
-    sequences = arguments.optimization.micro_batch_size if batch_given else subject.sequences
+    sequences, rest_of_batch = divmod(arguments.optimization.micro_batch_size, own.num_processes)
+    if batch_given and (sequences == 0 or rest_of_batch):
+        raise UserError(
+            f"--global_batch_size {arguments.optimization.global_batch_size}: its micro-batches of "
+            f"{arguments.optimization.micro_batch_size} cannot be shared by --num_processes {own.num_processes}"
+        )
+    sequences = sequences if batch_given else subject.sequences
     length = arguments.data.max_length if "--max_length" in given else subject.length
     if subject.head is not CAUSAL_LM and "--lora_target_modules" not in given:
         arguments.adapters.lora_target_modules = ["all-linear"]  # the default's names are those of decoders
     if "--prefix_length" not in given:
         arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
-    return Request(*(arguments, subject, (sequences, length), own.device), own.only, own.find, own.memory, own.json)
+    sharding = None if own.num_processes == 1 else own.sharding or "ddp"
+    shape, shared = (sequences, length), (own.num_processes, sharding)
+    return Request(arguments, subject, shape, own.device, own.only, own.find, own.memory, own.json, *shared)
 
 
 def _refuse(message: str) -> None:
@@ -168,7 +194,13 @@ def profile_or_reason(request: Request) -> Profile | str:
     if request.only and not request.arguments.selection.tokentune:
         return "not asked for"
     try:
-        return profile_of(request.subject.config, request.subject.head, request.arguments.model.attn_implementation)
+        model = request.arguments.model
+        return profile_of(
+            request.subject.config,
+            request.subject.head,
+            model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )
     except UnsupportedModelError as error:
         return f"TokenTune cannot serve this model exactly: {error}"
 
@@ -207,15 +239,12 @@ def footprint_of(request: Request, arguments: Arguments, shape: tuple[int, int],
     if arguments.selection.tokentune and isinstance(profile, str):
         raise UserError(profile)
     subject = request.subject
+    options = {"device": request.device, "head": subject.head}
+    options["profile"] = None if isinstance(profile, str) else profile
+    if request.sharding is not None:
+        options |= {"processes": request.processes, "sharding": request.sharding}
     try:
-        return measure(
-            subject.config,
-            arguments,
-            shape,
-            device=request.device,
-            head=subject.head,
-            profile=None if isinstance(profile, str) else profile,
-        )
+        return (measure if request.sharding is None else measure_share)(subject.config, arguments, shape, **options)
     except (RuntimeError, NotImplementedError) as error:  # code that reads what fake tensors do not have
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be run without data: {type(error).__name__}: {lines[0]}") from error
@@ -254,6 +283,11 @@ def find(request: Request, profile: Profile | str) -> dict[str, Any]:
             changed = copy.deepcopy(arguments)
             changed.selection.selected, changed.selection.prefix_length = proportion, str(proportion)
             return footprint_of(request, changed, (rows, length), profile)
+    elif request.find == "length":
+        steps, unit = LENGTHS, "tokens"
+
+        def run(tokens: int) -> Footprint:
+            return footprint_of(request, arguments, (rows, tokens), profile)
     else:
         steps, unit = range(1, MOST_SEQUENCES + 1), "sequences"
 
@@ -266,7 +300,14 @@ def find(request: Request, profile: Profile | str) -> dict[str, Any]:
             f"--memory {request.memory_gb:g}: not even {unit} {steps[0]} fits, whose peak is "
             f"{_gib(footprint.peak)} GiB. Try --gradient_checkpointing, --lora, --qlora, or a shorter --max_length."
         )
-    name = f"--prefix_length {best}" if request.find == "proportion" else f"{best} sequences of {length} tokens"
+    name = {
+        "proportion": f"--prefix_length {best}",
+        "batch": f"{best} sequences of {length} tokens",
+        "length": f"{rows} x {best} tokens",
+    }[request.find]
+    positions = getattr(request.subject.config.get_text_config(), "max_position_embeddings", None)
+    if request.find == "length" and positions is not None and best > positions:
+        print(f"the model was made for at most {positions} positions")
     bound = " (the most that was tried)" if best == steps[-1] else ""
     print(f"largest {request.find} for {request.memory_gb:g} GB: {name}{bound}, peak {_gib(footprint.peak)} GiB")
     return {request.find: best, "memory_gb": request.memory_gb, "bytes": footprint.as_dict(), "steps_run": tried}
@@ -275,26 +316,15 @@ def find(request: Request, profile: Profile | str) -> dict[str, Any]:
 def largest(
     values: Sequence[Any], run: Callable[[Any], Footprint], memory_gb: float
 ) -> tuple[Any | None, Footprint, int]:
-    """The last of ascending `values` whose step fits (None: not even the first), its footprint, and the steps run.
+    """The last of ascending `values` whose step fits (None: not even the first), its footprint, and the steps run."""
+    seen: dict[Any, Footprint] = {}
 
-    Looks at 1, 2, 4 ... values ahead, then halves the interval: a step grows with its value.
-    """
-    seen: dict[int, Footprint] = {}
+    def whether_fits(value: Any) -> bool:
+        seen[value] = run(value)
+        return fits_card(seen[value].peak, memory_gb)
 
-    def fits(index: int) -> bool:
-        seen[index] = run(values[index])
-        return fits_card(seen[index].peak, memory_gb)
-
-    if not fits(0):
-        return None, seen[0], 1
-    low, width = 0, 1
-    while low + width < len(values) and fits(low + width):
-        low, width = low + width, 2 * width
-    high = min(low + width, len(values))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return values[low], seen[low], len(seen)
+    best = last_that_fits(values, whether_fits)
+    return best, seen[values[0] if best is None else best], len(seen)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -311,6 +341,8 @@ def settings_of(request: Request) -> dict[str, Any]:
         "prefix_length": arguments.selection.prefix_length,
         "precision": "bf16" if arguments.model.bf16 else "fp16" if arguments.model.fp16 else "none",
         "optim": arguments.optimization.optim,
+        "processes": request.processes,
+        "sharding": request.sharding,
         "reserve_bytes": RESERVE_BYTES,
         "fragmentation": FRAGMENTATION,
         "torch": torch.__version__,
@@ -324,11 +356,15 @@ def print_table(rows: Sequence[Row], request: Request) -> None:
         f"{settings['model']}, {settings['sequences']} x {settings['tokens']} tokens, {mixed}, {settings['optim']}, "
         f"TokenTune with --prefix_length {settings['prefix_length']} (GiB)"
     )
+    if request.sharding is not None:
+        title = f"{describe(request.sharding, request.processes)}: {title}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("trained")
     table.add_column("method")
     for name in SHOWN:
         table.add_column(name, justify="right")
+    if request.sharding is not None:
+        table.add_column("sent per step", justify="right")
     if request.device == "cuda":
         table.add_column("fits (GB)")
     previous, reasons = None, []
@@ -343,6 +379,7 @@ def print_table(rows: Sequence[Row], request: Request) -> None:
             cells += [f"[{reasons.index(row.reason) + 1}]"]
         else:
             cells += [_gib(getattr(row.footprint, name)) for name in SHOWN]
+            cells += [_gib(row.footprint.sent)] if request.sharding is not None else []
             if request.device == "cuda":
                 smallest = next((gb for gb in CARDS_GB if fits_card(row.footprint.peak, gb)), None)
                 cells += ["none" if smallest is None else " ".join(str(gb) for gb in CARDS_GB if gb >= smallest)]
@@ -358,7 +395,8 @@ def print_table(rows: Sequence[Row], request: Request) -> None:
     for weights, size in hosts.items():
         console.print(f"{weights}: {_gib(size)} GiB of optimizer states in the CPU's memory besides")
     found = [row.footprint for row in rows if row.footprint is not None]
-    if any(f.peak_phase == "optimizer" and f.at_peak["rest"] > 0.1 * f.peak for f in found):
+    updates = [f for f in found if f.peak_phase == "optimizer" and f.at_peak["rest"] > 0.1 * f.peak]
+    if updates and request.sharding is None:
         console.print(
             f"{settings['optim']} updates all weights at once and holds a copy of them meanwhile, which makes the peak "
             "of full training: --optim adamw_torch_fused needs none, --optim_in_backward no gradients either"

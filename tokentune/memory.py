@@ -5,10 +5,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.module import register_module_forward_hook
 
 BYTES_IN_GIB = 1024**3
 BYTES_IN_MIB = 1024**2
@@ -22,7 +25,8 @@ class SavedForBackward:
     >>> saved.bytes
 
     Each storage counts once, however many operations keep it; parameters and buffers do not count, as they are there
-    anyway. Exact and the same on every device, but blind to the temporary memory of kernels.
+    anyway (those that FSDP gathers for a layer are freed behind it). Exact and the same on every device, but blind to
+    the temporary memory of kernels.
 
     Args:
         kind: says of a tensor, when it is first kept, what it is; `bytes_by` then has the bytes by kind.
@@ -33,6 +37,9 @@ class SavedForBackward:
         self.bytes_by: Counter[str] = Counter()
         self._kind = kind
         self._seen = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._counted: dict[int, tuple[int, str | None]] = {}  # address -> its bytes and kind
+        self._model = model
+        self._watch: Any = None
         self._alive: list[Tensor] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -40,13 +47,32 @@ class SavedForBackward:
         if _address(tensor) not in self._seen:
             self._seen.add(_address(tensor))
             self._alive.append(tensor.detach())  # a freed storage's address could be given to another tensor
-            size = tensor.untyped_storage().nbytes()
-            self.bytes += size
-            if self._kind is not None:
-                self.bytes_by[self._kind(tensor)] += size
+            self._count(tensor, 1)
         return tensor
 
+    def _count(self, tensor: Tensor, sign: int) -> None:
+        address = _address(tensor)
+        if sign > 0:
+            kind = None if self._kind is None else self._kind(tensor)
+            self._counted[address] = tensor.untyped_storage().nbytes(), kind
+        size, kind = self._counted[address]
+        self.bytes += sign * size
+        if kind is not None:
+            self.bytes_by[kind] += sign * size
+
+    def _leave_out_gathered(self, module: nn.Module, *_: Any) -> None:
+        """Forward hook of all modules: FSDP puts whole parameters in place while a module runs, kept or not by then."""
+        for tensor in module._parameters.values():
+            if tensor is not None and _address(tensor) not in self._seen:
+                self._seen.add(_address(tensor))
+                self._alive.append(tensor.detach())
+            elif tensor is not None and _address(tensor) in self._counted:
+                self._count(tensor, -1)
+                del self._counted[_address(tensor)]
+
     def __enter__(self) -> "SavedForBackward":
+        if any(isinstance(module, FSDPModule) for module in self._model.modules()):
+            self._watch = register_module_forward_hook(self._leave_out_gathered)
         self._hooks.__enter__()
         return self
 
@@ -54,6 +80,8 @@ class SavedForBackward:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
+        if self._watch is not None:
+            self._watch.remove()
         self._alive.clear()
 
 
