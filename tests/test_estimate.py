@@ -11,7 +11,7 @@ from conftest import tiny_bert_config, tiny_llama_config
 from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM
 
-from tokentune import estimate
+from tokentune import estimate, estimate_table
 from tokentune.accounting import LiveBytes, quantization_constants
 from tokentune.arguments import Arguments, parse_arguments
 from tokentune.errors import UserError
@@ -249,8 +249,8 @@ def test_largest_asks_few_times() -> None:
         return Footprint(0, 0, 0, 0, value * 10**9, "forward", {})
 
     best, footprint, count = estimate.largest(range(1, 1001), step, 100.0)
-    reserve = 100e9 - estimate.RESERVE_BYTES
-    assert best == int(reserve / 1e9 / (1 + estimate.FRAGMENTATION)) == footprint.peak // 10**9
+    reserve = 100e9 - estimate_table.RESERVE_BYTES
+    assert best == int(reserve / 1e9 / (1 + estimate_table.FRAGMENTATION)) == footprint.peak // 10**9
     assert count == len(asked) < 16
     assert estimate.largest(range(200, 300), step, 100.0)[0] is None
     assert estimate.largest(range(1, 50), step, 100.0)[0] == 49
