@@ -23,9 +23,9 @@ from tokentune.collators import SeededRows
 from tokentune.loading import load_config, load_tokenizer
 from tokentune.preparation import base_dtype, prepare_model
 from tokentune.prompts import ensure_pad_token
+from tokentune.runs.training_settings import build_training_arguments
 from tokentune.split_weights import is_split, whole_state
 from tokentune.training import SelectiveTrainer, build_trainer, save_result
-from tokentune.training_settings import build_training_arguments
 
 ROWS, GLOBAL_BATCH, STEPS = 19, 12, 3  # two steps per epoch, of 12 and 7 rows
 FSDP_2 = {

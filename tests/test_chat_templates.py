@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.chat_tokenizers import CHATML, LLAMA_3, MISTRAL, STYLES, TOOLS, chat_tokenizer, learnt_texts, without_marks
-from tokentune.chat_templates import ChatEncoder, load_chat_template
-from tokentune.conversations import Conversation, openai_conversation
+from tokentune.data.chat_templates import ChatEncoder, load_chat_template
+from tokentune.data.conversations import Conversation, openai_conversation
 from tokentune.errors import UserError
 
 CHAT = [

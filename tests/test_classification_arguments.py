@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tokentune.arguments import parse_arguments
-from tokentune.classification_arguments import ClassificationArguments
 from tokentune.classify import run_folder_of
-from tokentune.data_arguments import DataArguments, RowsArguments
+from tokentune.command_line.data_arguments import DataArguments, RowsArguments
+from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.errors import UserError
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
@@ -50,7 +50,7 @@ def test_flags_are_finetunes_and_a_few_more() -> None:
 
 
 def test_what_does_not_go_with_an_encoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokentune.model_arguments.ModelArguments.__post_init__", lambda self: None)
+    monkeypatch.setattr("tokentune.command_line.model_arguments.ModelArguments.__post_init__", lambda self: None)
     with pytest.raises(UserError, match="Liger has kernels for causal language models"):
         parsed("--use_liger_kernel")
 

@@ -7,10 +7,10 @@ import pytest
 from classification_models import tiny_tokenizer, write_images, write_lines
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from tokentune import records
 from tokentune.arguments import parse_arguments
-from tokentune.classification_arguments import ClassificationArguments
-from tokentune.classification_rows import (
+from tokentune.data import records
+from tokentune.encoders.classification_arguments import ClassificationArguments
+from tokentune.encoders.classification_rows import (
     Columns,
     Split,
     encode_texts,
@@ -19,9 +19,9 @@ from tokentune.classification_rows import (
     read_split,
     some_rows,
 )
+from tokentune.encoders.glue import TASKS
+from tokentune.encoders.labels import Labels, find_labels, find_token_labels
 from tokentune.errors import UserError
-from tokentune.glue import TASKS
-from tokentune.labels import Labels, find_labels, find_token_labels
 
 
 def arguments(words: str) -> ClassificationArguments:

@@ -20,11 +20,15 @@ from transformers import BertForSequenceClassification, ModernBertConfig, Modern
 
 from tokentune import apply_tokentune
 from tokentune.arguments import parse_arguments
-from tokentune.classification_arguments import ClassificationArguments
-from tokentune.classification_data import ClassificationData, configured, load_data, load_processing
-from tokentune.classification_training import build_classification_trainer, classification_settings, tokens_per_image
 from tokentune.classify import main
 from tokentune.collators import SeededRows
+from tokentune.encoders.classification_arguments import ClassificationArguments
+from tokentune.encoders.classification_data import ClassificationData, configured, load_data, load_processing
+from tokentune.encoders.classification_training import (
+    build_classification_trainer,
+    classification_settings,
+    tokens_per_image,
+)
 from tokentune.heads import HEADS, head_modules
 from tokentune.loading import load_config
 from tokentune.preparation import prepare_model

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from tokentune.collators import CausalCollator, ClassificationCollator, EncoderDraw, SeededRows, stack_images
+from tokentune.data.records import load_records
 from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records
-from tokentune.records import load_records
 from tokentune.selection import selected_count
 from tokentune.verification import Pooling
 

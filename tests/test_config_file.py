@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from tokentune import classify, estimate, finetune
 from tokentune.arguments import FinetuneArguments, parse_arguments
-from tokentune.classification_arguments import ClassificationArguments
-from tokentune.config_file import STARTING, read_config, write_config
+from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.errors import UserError
+from tokentune.runs.config_file import STARTING, read_config, write_config
 
 REQUIRED = "model_name_or_path: owner/model\ndataset_name_or_path: owner/data\n"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tokentune.conversations import openai_conversation, sharegpt_conversation, text_of
+from tokentune.data.conversations import openai_conversation, sharegpt_conversation, text_of
 from tokentune.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

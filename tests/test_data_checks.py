@@ -10,12 +10,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.arguments import parse_arguments
-from tokentune.data_checks import check_data, look_at
-from tokentune.encoding import EncodingReport
+from tokentune.data.data_checks import check_data, look_at
+from tokentune.data.encoding import EncodingReport
+from tokentune.data.instruction_data import InstructionData
+from tokentune.data.row_statistics import draws, end_token_ids, row_statistics
 from tokentune.errors import UserError
-from tokentune.instruction_data import InstructionData
 from tokentune.loading import load_tokenizer
-from tokentune.row_statistics import draws, end_token_ids, row_statistics
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data", "--report_to", "none"]
 BOS, EOS, VOCABULARY = 1, 2, 90

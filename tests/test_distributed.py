@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokentune.arguments import parse_arguments
-from tokentune.distributed import DDP, DEEPSPEED, FSDP, EvenSampler, check_checkpoint, engine
 from tokentune.errors import UserError
-from tokentune.peers import lost_peer
-from tokentune.sharding import measure_share
+from tokentune.footprints.sharding import measure_share
+from tokentune.runs.distributed import DDP, DEEPSPEED, FSDP, EvenSampler, check_checkpoint, engine
+from tokentune.runs.peers import lost_peer
 
 ROOT = Path(__file__).resolve().parents[1]
 SELECTIVE = "--tokentune --prefix_length 0.3 --skip_verification"

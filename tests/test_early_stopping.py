@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from tokentune import finetune
 from tokentune.arguments import parse_arguments
-from tokentune.callbacks import EarlyStopping
 from tokentune.errors import UserError
-from tokentune.evaluation import loss_per_token
-from tokentune.summary import warn_without_gain
+from tokentune.runs.callbacks import EarlyStopping
+from tokentune.runs.evaluation import loss_per_token
+from tokentune.runs.summary import warn_without_gain
 from tokentune.training import SelectiveTrainer
 
 Make = Callable[..., SelectiveTrainer]

@@ -11,12 +11,13 @@ from conftest import tiny_bert_config, tiny_llama_config
 from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM
 
-from tokentune import estimate, estimate_table
-from tokentune.accounting import LiveBytes, quantization_constants
+from tokentune import estimate
 from tokentune.arguments import Arguments, parse_arguments
 from tokentune.errors import UserError
-from tokentune.fake_device import fake_device, run_backward, to_fake
-from tokentune.footprint import Footprint, measure
+from tokentune.footprints import estimate_table
+from tokentune.footprints.accounting import LiveBytes, quantization_constants
+from tokentune.footprints.fake_device import fake_device, run_backward, to_fake
+from tokentune.footprints.footprint import Footprint, measure
 from tokentune.heads import TEXT
 from tokentune.memory import SavedForBackward
 from tokentune.preparation import base_dtype, prepare_model

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tokentune.checkpoints
 import tokentune.finetune
-import tokentune.resumable_trainer
+import tokentune.runs.checkpoints
+import tokentune.runs.resumable_trainer
 from tokentune.arguments import parse_arguments
-from tokentune.checkpoints import MANIFEST_NAME, fault_of
 from tokentune.errors import UserError, run_command
-from tokentune.interruptions import Interrupted
-from tokentune.resuming import check_same_run
-from tokentune.run_lock import locked
+from tokentune.runs.checkpoints import MANIFEST_NAME, fault_of
+from tokentune.runs.interruptions import Interrupted
+from tokentune.runs.resuming import check_same_run
+from tokentune.runs.run_lock import locked
 from tokentune.training import SelectiveTrainer
 
 # Windows of 3, 3 and 2 micro-batches of 2 rows: 3 steps in an epoch, 9 in the run.
@@ -162,7 +162,7 @@ def _in_writing_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def _before_the_rename(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tokentune.resumable_trainer, "publish", kill_myself)
+    patch.setattr(tokentune.runs.resumable_trainer, "publish", kill_myself)
 
 
 def _in_deleting_an_old_one(patch: pytest.MonkeyPatch) -> None:

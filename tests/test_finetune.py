@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokentune.patching
 from tokentune.arguments import parse_arguments
+from tokentune.data.records import load_records
 from tokentune.errors import UserError
 from tokentune.finetune import main
 from tokentune.loading import load_tokenizer
 from tokentune.prompts import PromptTemplate, encode_records
-from tokentune.records import load_records
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHORT = (

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tokentune.arguments import FinetuneArguments, parse_arguments
-from tokentune.data_checks import check_data
+from tokentune.data.data_checks import check_data
+from tokentune.data.instruction_data import load_instruction_data
+from tokentune.data.json_files import read_json_lines
 from tokentune.errors import UserError
-from tokentune.instruction_data import load_instruction_data
-from tokentune.json_files import read_json_lines
 from tokentune.loading import load_tokenizer
 from tokentune.prompts import PromptTemplate, ensure_pad_token
 

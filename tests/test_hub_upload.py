@@ -9,10 +9,11 @@ import yaml
 from adapters_on_disk import make_adapter
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from tokentune import finetune, hub_upload
+from tokentune import finetune
 from tokentune.errors import UserError
-from tokentune.hub_upload import check_push, push_folder, repository_name
 from tokentune.merge import merge
+from tokentune.runs import hub_upload
+from tokentune.runs.hub_upload import check_push, push_folder, repository_name
 
 
 class Hub:

@@ -11,13 +11,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.chat_tokenizers import CHATML, TOOLS, chat_tokenizer, learnt_texts
-from tokentune import json_files, records
 from tokentune.arguments import FinetuneArguments, parse_arguments
-from tokentune.data_formats import Answer
-from tokentune.data_mixing import mixture_counts, mixture_rows
+from tokentune.data import json_files, records
+from tokentune.data.data_formats import Answer
+from tokentune.data.data_mixing import mixture_counts, mixture_rows
+from tokentune.data.instruction_data import InstructionData, held_out, load_instruction_data
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.instruction_data import InstructionData, held_out, load_instruction_data
 from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
 TEMPLATE = PromptTemplate.load(DEFAULT_TEMPLATE)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tokentune import json_files
+from tokentune.data import json_files
+from tokentune.data.json_files import parse_json, read_json, read_json_lines
 from tokentune.errors import UserError
-from tokentune.json_files import parse_json, read_json, read_json_lines
 
 
 def refused(path: Path) -> str:

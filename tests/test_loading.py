@@ -14,8 +14,9 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, T5Config
 
-from tokentune import sources
 from tokentune.adapters import add_adapters
+from tokentune.data import sources
+from tokentune.data.sources import hub_error, is_local_path
 from tokentune.errors import UserError
 from tokentune.loading import (
     _check_placement,
@@ -26,7 +27,6 @@ from tokentune.loading import (
     resolve_base_dtype,
     run_folder_name,
 )
-from tokentune.sources import hub_error, is_local_path
 
 FLAG = "--model_name_or_path"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,21 +16,22 @@ import torch
 from test_training import arguments_for, make_rows
 from torch import Tensor
 
-from tokentune import available_memory, finetune, memory_probe, micro_batch
+from tokentune import finetune
 from tokentune.arguments import Arguments, parse_arguments
-from tokentune.available_memory import available_bytes
 from tokentune.collators import SeededRows
 from tokentune.errors import UserError
-from tokentune.footprint import measure
+from tokentune.footprints import available_memory, memory_probe, micro_batch
+from tokentune.footprints.available_memory import available_bytes
+from tokentune.footprints.footprint import measure
+from tokentune.footprints.memory_advice import advice, together
+from tokentune.footprints.memory_probe import generous_bytes, probe_memory, weights_of
+from tokentune.footprints.micro_batch import choose_micro_batch, last_that_fits
+from tokentune.footprints.trial_step import longest_batch, try_batch
 from tokentune.loading import load_config, load_tokenizer
-from tokentune.memory_advice import advice, together
-from tokentune.memory_probe import generous_bytes, probe_memory, weights_of
-from tokentune.micro_batch import choose_micro_batch, last_that_fits
 from tokentune.preparation import base_dtype, prepare_model
 from tokentune.prompts import ensure_pad_token
+from tokentune.runs.training_settings import build_training_arguments
 from tokentune.training import SelectiveTrainer, build_trainer
-from tokentune.training_settings import build_training_arguments
-from tokentune.trial_step import longest_batch, try_batch
 
 Build = Callable[..., tuple[SelectiveTrainer, Arguments]]
 

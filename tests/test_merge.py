@@ -18,8 +18,8 @@ from tokentune import merge as merge_module
 from tokentune.errors import UserError, run_command
 from tokentune.loading import load_base_model
 from tokentune.merge import main, merge
-from tokentune.merge_folder import SUMMARY, replacing_folder
-from tokentune.trained_adapter import attach_adapter, read_adapter
+from tokentune.merging.merge_folder import SUMMARY, replacing_folder
+from tokentune.merging.trained_adapter import attach_adapter, read_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 

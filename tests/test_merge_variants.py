@@ -22,9 +22,9 @@ from transformers import (
 
 from tokentune.adapters import add_adapters
 from tokentune.loading import load_base_model
-from tokentune.logit_difference import float32_arithmetic, probe_logits
 from tokentune.merge import merge
-from tokentune.merge_folder import SUMMARY
+from tokentune.merging.logit_difference import float32_arithmetic, probe_logits
+from tokentune.merging.merge_folder import SUMMARY
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tokentune import classify, finetune
 from tokentune.merge import merge
-from tokentune.model_card import CARD_NAME, MARK, own_card, write_merged_card, write_model_card
+from tokentune.runs.model_card import CARD_NAME, MARK, own_card, write_merged_card, write_model_card
 
 SUMMARY = {
     "settings": {

@@ -11,8 +11,9 @@ from huggingface_hub import constants as hub_constants
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tokentune import finetune, offline
+from tokentune import finetune
 from tokentune.errors import UserError
+from tokentune.runs import offline
 
 SHORT = "--global_batch_size 8 --warmup_steps 0 --max_length 64 --lora --learning_rate 5e-3 --report_to none"
 CACHED = "nobody/tiny-llama"

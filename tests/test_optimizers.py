@@ -16,10 +16,10 @@ from tokentune import apply_tokentune
 from tokentune.arguments import parse_arguments
 from tokentune.collators import SeededRows
 from tokentune.errors import UserError
-from tokentune.optimizer_in_backward import OptimizerInBackward
-from tokentune.optimizers import check_optimizer, check_projected_layers, in_backward
+from tokentune.runs.optimizer_in_backward import OptimizerInBackward
+from tokentune.runs.optimizers import check_optimizer, check_projected_layers, in_backward
+from tokentune.runs.training_settings import build_training_arguments
 from tokentune.training import SelectiveTrainer, build_trainer, save_result
-from tokentune.training_settings import build_training_arguments
 
 ROWS = [{"input_ids": list(range(n, n + 12)), "labels": [-100] * 4 + list(range(n + 4, n + 12))} for n in range(3, 15)]
 IN_BACKWARD = "--optim_in_backward --max_grad_norm 0"

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from tokentune import apply_tokentune
 from tokentune.arguments import parse_arguments
 from tokentune.collators import CausalCollator, SeededRows
+from tokentune.data.packing import PackedCollator, PackedRows, bins_of, fill_rate, lengths_of, pack
+from tokentune.data.separation import check_separation
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.packing import PackedCollator, PackedRows, bins_of, fill_rate, lengths_of, pack
-from tokentune.separation import check_separation
 
 PAD = 7  # a token as well
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 from tokentune import preparation
 from tokentune.arguments import parse_arguments
 from tokentune.collators import CausalCollator, SeededRows
+from tokentune.data.instruction_data import InstructionData, load_instruction_data
+from tokentune.data.preview import THEME, Document, mark_line, marked, show_preview
+from tokentune.data.token_text import spelled, visible
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.instruction_data import InstructionData, load_instruction_data
 from tokentune.loading import load_tokenizer
-from tokentune.preview import THEME, Document, mark_line, marked, show_preview
 from tokentune.prompts import PromptTemplate
-from tokentune.token_text import spelled, visible
 
 ODD = "naïve 日本語 👩‍👩‍👧‍👦 🎉 “quoted”\n\ttwo  spaces"
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from tokentune.data.records import load_records
 from tokentune.errors import UserError
 from tokentune.prompts import (
     DEFAULT_TEMPLATE,
@@ -22,7 +23,6 @@ from tokentune.prompts import (
     encode_records,
     ensure_pad_token,
 )
-from tokentune.records import load_records
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 WHOLE = {"max_length": 10_000, "add_eos_token": False}

@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from tokentune import records
+from tokentune.data import records
+from tokentune.data.records import load_records, require_columns
 from tokentune.errors import UserError, run_command
-from tokentune.records import load_records, require_columns
 
 ROWS = [
     {"instruction": "Add.", "input": "1 2", "output": "3", "id": 7},

@@ -12,11 +12,11 @@ from conftest import tiny_llama_config
 from transformers import LlamaForCausalLM
 
 from tokentune import estimate
-from tokentune.accounting import REST, LiveBytes
 from tokentune.arguments import Arguments, parse_arguments
 from tokentune.errors import UserError
-from tokentune.footprint import Footprint, measure
-from tokentune.sharding import measure_share
+from tokentune.footprints.accounting import REST, LiveBytes
+from tokentune.footprints.footprint import Footprint, measure
+from tokentune.footprints.sharding import measure_share
 from tokentune.structure import transformer_layers
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "vocab_size": 512}

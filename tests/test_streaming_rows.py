@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import PLAIN, write
-from tokentune import record_streams, records, streaming_rows
 from tokentune.arguments import parse_arguments
+from tokentune.data import record_streams, records, streaming_rows
+from tokentune.data.instruction_data import load_instruction_data
+from tokentune.data.streaming_rows import StreamedRows
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.instruction_data import load_instruction_data
-from tokentune.streaming_rows import StreamedRows
 
 TOKENIZER = chat_tokenizer(CHATML)
 

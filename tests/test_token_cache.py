@@ -13,10 +13,10 @@ from datasets import Dataset
 
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import ALPACA, PLAIN, write
-from tokentune import instruction_data, token_cache
 from tokentune.arguments import parse_arguments
+from tokentune.data import instruction_data, token_cache
+from tokentune.data.instruction_data import InstructionData, load_instruction_data
 from tokentune.errors import UserError
-from tokentune.instruction_data import InstructionData, load_instruction_data
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
 
@@ -151,13 +151,12 @@ def test_changes_of_code_libraries_and_day(
 
 
 def test_the_code_s_hash_reads_the_modules_that_decide(tmp_path: Path) -> None:
-    folder = Path(token_cache.__file__).parent
-    assert all((folder / f"{name}.py").is_file() for name in token_cache.MODULES)
-    imported = {line.split()[1] for m in token_cache.MODULES for line in (folder / f"{m}.py").read_text().splitlines()
-                if line.startswith("from tokentune.")}  # fmt: skip
+    texts = [next(token_cache.PACKAGE.rglob(f"{name}.py")).read_text() for name in token_cache.MODULES]
+    lines = [line.split() for text in texts for line in text.splitlines() if line.startswith("from tokentune.")]
+    imported = {words[1].rpartition(".")[2] for words in lines}
     passive = {"errors", "sources", "selection", "arguments", "data_arguments", "flags"}
     passive |= {"data_mixing", "streaming_rows", "token_cache"}  # after the cache, or beside it
-    assert {name.removeprefix("tokentune.") for name in imported} - passive <= set(token_cache.MODULES)
+    assert imported - passive <= set(token_cache.MODULES)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no facts", "bad facts", "missing"])

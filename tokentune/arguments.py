@@ -23,14 +23,14 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from tokentune import __version__
-from tokentune.config_file import read_config
-from tokentune.data_arguments import DataArguments
-from tokentune.distributed import check_engine
+from tokentune.command_line.data_arguments import DataArguments
+from tokentune.command_line.flags import check_characters, log_without_effect, require
+from tokentune.command_line.model_arguments import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
+from tokentune.command_line.run_arguments import OptimizationArguments, OutputArguments, RunArguments
 from tokentune.errors import UserError
-from tokentune.flags import check_characters, log_without_effect, require
-from tokentune.model_arguments import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
-from tokentune.offline import go_offline
-from tokentune.run_arguments import OptimizationArguments, OutputArguments, RunArguments
+from tokentune.runs.config_file import read_config
+from tokentune.runs.distributed import check_engine
+from tokentune.runs.offline import go_offline
 
 
 @dataclass

@@ -29,26 +29,32 @@ if __package__ in (None, ""):
 from transformers import PreTrainedConfig, set_seed
 
 from tokentune.arguments import parse_arguments
-from tokentune.checkpoints import remove_best_checkpoints
-from tokentune.classification_arguments import ClassificationArguments
-from tokentune.classification_data import ClassificationData, configured, load_data, load_processing
-from tokentune.classification_summary import said, scores_over_seeds, seed_summary, write_predictions, write_scores
-from tokentune.classification_training import build_classification_trainer, classification_settings, predict
 from tokentune.collators import SeededRows
-from tokentune.config_file import write_config
+from tokentune.encoders.classification_arguments import ClassificationArguments
+from tokentune.encoders.classification_data import ClassificationData, configured, load_data, load_processing
+from tokentune.encoders.classification_summary import (
+    said,
+    scores_over_seeds,
+    seed_summary,
+    write_predictions,
+    write_scores,
+)
+from tokentune.encoders.classification_training import build_classification_trainer, classification_settings, predict
+from tokentune.encoders.glue import HUB_ID
+from tokentune.encoders.scores import metric_names
 from tokentune.errors import UserError, log_to_stderr, run_command
-from tokentune.glue import HUB_ID
+from tokentune.footprints.memory_report import memory_watched
 from tokentune.heads import HEADS
-from tokentune.interruptions import interruptible
 from tokentune.loading import load_config, run_folder_name
-from tokentune.memory_report import memory_watched
-from tokentune.model_card import write_model_card
 from tokentune.patching import profile_of
 from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.run_folder import check_run_folder, clear_run_folder
-from tokentune.run_lock import locked
-from tokentune.scores import metric_names
-from tokentune.summary import draw_curves, library_versions, write_summary
+from tokentune.runs.checkpoints import remove_best_checkpoints
+from tokentune.runs.config_file import write_config
+from tokentune.runs.interruptions import interruptible
+from tokentune.runs.model_card import write_model_card
+from tokentune.runs.run_folder import check_run_folder, clear_run_folder
+from tokentune.runs.run_lock import locked
+from tokentune.runs.summary import draw_curves, library_versions, write_summary
 from tokentune.training import save_result
 from tokentune.verification import Pooling
 

@@ -35,7 +35,7 @@ def run_command(main: Callable[[], None]) -> None:
         _say_once(f"error: {error}")
         sys.exit(2)
     except RuntimeError as error:
-        from tokentune.peers import lost_peer
+        from tokentune.runs.peers import lost_peer
 
         if (message := lost_peer(error)) is None:
             raise
@@ -50,7 +50,7 @@ def run_command(main: Callable[[], None]) -> None:
 def _say_once(message: str) -> None:
     """Prints what is wrong; of a launcher's processes, which mostly find the same, one does."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from tokentune.peers import leave_it_to_others  # too large an import for `--help`
+        from tokentune.runs.peers import leave_it_to_others  # too large an import for `--help`
 
         if leave_it_to_others():
             return
@@ -68,6 +68,6 @@ def log_to_stderr() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     if os.environ.get("RANK", "0") != "0":
-        from tokentune.peers import let_first_process_speak
+        from tokentune.runs.peers import let_first_process_speak
 
         let_first_process_speak()

@@ -32,12 +32,12 @@ if __package__ in (None, ""):
 
 from tokentune.arguments import Arguments, parse_arguments, settings_in_file
 from tokentune.errors import UnsupportedModelError, UserError, run_command
-from tokentune.estimate_table import Row, fits_card, in_gib, print_table, settings_of
-from tokentune.footprint import Footprint, measure, profile_of
+from tokentune.footprints.estimate_table import Row, fits_card, in_gib, print_table, settings_of
+from tokentune.footprints.footprint import Footprint, measure, profile_of
+from tokentune.footprints.micro_batch import last_that_fits
+from tokentune.footprints.presets import PRESETS, Subject, load_subject
+from tokentune.footprints.sharding import SHARDINGS, measure_share
 from tokentune.heads import CAUSAL_LM
-from tokentune.micro_batch import last_that_fits
-from tokentune.presets import PRESETS, Subject, load_subject
-from tokentune.sharding import SHARDINGS, measure_share
 from tokentune.verification import Profile
 
 METHODS = {  # (tokentune, gradient checkpointing)

@@ -29,32 +29,32 @@ if __package__ in (None, ""):
 from transformers import set_seed
 
 from tokentune.arguments import Arguments, parse_arguments
-from tokentune.checkpoints import remove_best_checkpoints
-from tokentune.config_file import write_config
-from tokentune.data_checks import check_data
-from tokentune.dry_run import build_without_folder, say_plan
+from tokentune.data.data_checks import check_data
+from tokentune.data.instruction_data import load_instruction_data
+from tokentune.data.packing import pack
+from tokentune.data.preview import show_preview
+from tokentune.data.separation import check_separation
+from tokentune.data.streaming_rows import seeded_rows
 from tokentune.errors import log_to_stderr, run_command
-from tokentune.hub_upload import check_push, push_folder
-from tokentune.instruction_data import load_instruction_data
-from tokentune.interruptions import interruptible
+from tokentune.footprints.memory_probe import probe_memory
+from tokentune.footprints.memory_report import memory_watched
+from tokentune.footprints.micro_batch import choose_micro_batch
 from tokentune.loading import NO_WEIGHTS, check_weights, load_config, load_tokenizer, run_folder_name
-from tokentune.memory_probe import probe_memory
-from tokentune.memory_report import memory_watched
-from tokentune.micro_batch import choose_micro_batch
-from tokentune.model_card import write_model_card
-from tokentune.packing import pack
-from tokentune.peers import end_when_stuck
 from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.preview import show_preview
 from tokentune.prompts import PromptTemplate, ensure_pad_token
-from tokentune.resuming import prepare_run_folder, train_to_the_end, what_to_resume
-from tokentune.run_folder import check_run_folder, removed_if_empty
-from tokentune.run_lock import locked
-from tokentune.separation import check_separation
-from tokentune.streaming_rows import seeded_rows
-from tokentune.summary import build_summary, draw_curves, library_versions, warn_without_gain, write_summary
+from tokentune.runs.checkpoints import remove_best_checkpoints
+from tokentune.runs.config_file import write_config
+from tokentune.runs.dry_run import build_without_folder, say_plan
+from tokentune.runs.hub_upload import check_push, push_folder
+from tokentune.runs.interruptions import interruptible
+from tokentune.runs.model_card import write_model_card
+from tokentune.runs.peers import end_when_stuck
+from tokentune.runs.resuming import prepare_run_folder, train_to_the_end, what_to_resume
+from tokentune.runs.run_folder import check_run_folder, removed_if_empty
+from tokentune.runs.run_lock import locked
+from tokentune.runs.summary import build_summary, draw_curves, library_versions, warn_without_gain, write_summary
+from tokentune.runs.training_settings import build_training_arguments
 from tokentune.training import build_trainer, save_result
-from tokentune.training_settings import build_training_arguments
 
 logger = logging.getLogger("tokentune")
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tokentune.data.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
 from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head, head_modules, head_weights
-from tokentune.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
 
 logger = logging.get_logger(__name__)
 

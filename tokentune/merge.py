@@ -48,8 +48,11 @@ if __package__ in (None, ""):
 import torch
 import transformers
 
+from tokentune.data.sources import check_model_folder
 from tokentune.errors import UserError, log_to_stderr, run_command
-from tokentune.folding import (
+from tokentune.heads import HEADS, IMAGE
+from tokentune.loading import checkpoint_dtype, load_base_model, load_config, load_tokenizer
+from tokentune.merging.folding import (
     BaseKind,
     Plan,
     dequantize,
@@ -61,16 +64,19 @@ from tokentune.folding import (
     release_memory,
     trained_logits,
 )
-from tokentune.heads import HEADS, IMAGE
-from tokentune.hub_upload import PUSH_FLAG, check_push, push_folder
-from tokentune.loading import checkpoint_dtype, load_base_model, load_config, load_tokenizer
-from tokentune.logit_difference import LogitDifference, logit_difference, probe_logits
-from tokentune.merge_folder import OUTPUT_FLAG, SUMMARY, check_output_folder, replacing_folder, write_errors_refused
-from tokentune.model_card import own_card, write_merged_card
-from tokentune.sources import check_model_folder
-from tokentune.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
-from tokentune.trained_head import head_of, with_outputs
-from tokentune.vocabulary import check_tokenizer, highest_token, is_tied
+from tokentune.merging.logit_difference import LogitDifference, logit_difference, probe_logits
+from tokentune.merging.merge_folder import (
+    OUTPUT_FLAG,
+    SUMMARY,
+    check_output_folder,
+    replacing_folder,
+    write_errors_refused,
+)
+from tokentune.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
+from tokentune.merging.trained_head import head_of, with_outputs
+from tokentune.merging.vocabulary import check_tokenizer, highest_token, is_tied
+from tokentune.runs.hub_upload import PUSH_FLAG, check_push, push_folder
+from tokentune.runs.model_card import own_card, write_merged_card
 
 QLORA_FLAG = "--qlora_base"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -174,7 +180,7 @@ def _prepare(
 def _processing(plan: Plan) -> Any:
     folder = plan.adapter.folder
     if plan.head is IMAGE:
-        from tokentune.images import load_image_processor  # its packages take a second to import
+        from tokentune.encoders.images import load_image_processor  # its packages take a second to import
 
         own = (folder / "preprocessor_config.json").is_file()
         return load_image_processor(str(folder) if own else plan.base, plan.config, from_scratch=False)

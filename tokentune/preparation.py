@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.adapters import add_adapters
 from tokentune.arguments import Arguments
+from tokentune.data.sources import loading_error
 from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head
 from tokentune.loading import checkpoint_dtype, load_base_model, resolve_base_dtype
-from tokentune.optimizers import check_projected_layers
-from tokentune.sources import loading_error
+from tokentune.runs.optimizers import check_projected_layers
 
 logger = logging.getLogger(__name__)
 

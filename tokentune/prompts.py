@@ -19,9 +19,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow
+from tokentune.data.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow
+from tokentune.data.records import require_columns
 from tokentune.errors import UserError
-from tokentune.records import require_columns
 from tokentune.selection import IGNORED_LABEL
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("alpaca_template.json")

@@ -24,24 +24,24 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tokentune.arguments import Arguments
-from tokentune.breakdown import KindOfModule
-from tokentune.callbacks import DrawsOfTheEpoch, EarlyStopping, LastStep, Progress, SaveEvery, StepTimes
-from tokentune.checkpoints import StorageError, written_into
 from tokentune.collators import CausalCollator, SeededRows
-from tokentune.distributed import as_often_as_others, even_sampler
+from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.errors import UserError
-from tokentune.evaluation import loss_per_token
-from tokentune.interruptions import until_interrupted
+from tokentune.footprints.breakdown import KindOfModule
 from tokentune.memory import BYTES_IN_GIB, SavedForBackward, memory_usage, reset_peak
-from tokentune.nan_batch import FirstBadLoss, write_nan_batch
-from tokentune.offline import offline
-from tokentune.optimizers import in_backward
-from tokentune.packing import PackedCollator, PackedRows
-from tokentune.resumable_trainer import EndWhenAsked, ResumableTrainer
-from tokentune.run_state import Resumption
+from tokentune.runs.callbacks import DrawsOfTheEpoch, EarlyStopping, LastStep, Progress, SaveEvery, StepTimes
+from tokentune.runs.checkpoints import StorageError, written_into
+from tokentune.runs.distributed import as_often_as_others, even_sampler
+from tokentune.runs.evaluation import loss_per_token
+from tokentune.runs.interruptions import until_interrupted
+from tokentune.runs.nan_batch import FirstBadLoss, write_nan_batch
+from tokentune.runs.offline import offline
+from tokentune.runs.optimizers import in_backward
+from tokentune.runs.resumable_trainer import EndWhenAsked, ResumableTrainer
+from tokentune.runs.run_state import Resumption
+from tokentune.runs.trackers import keep_trackers_from_harm
+from tokentune.runs.training_settings import update_count
 from tokentune.split_weights import is_split, own_class, save_split_model, set_fsdp_policy, whole_tensor
-from tokentune.trackers import keep_trackers_from_harm
-from tokentune.training_settings import update_count
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokentune.collators import CausalCollator
+from tokentune.data.records import load_records
 from tokentune.prompts import PromptTemplate, encode_records, ensure_pad_token
-from tokentune.records import load_records
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {

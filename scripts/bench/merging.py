@@ -24,7 +24,7 @@ from torch import nn
 
 from tokentune.adapters import keep_4bit_layout
 from tokentune.loading import load_base_model
-from tokentune.logit_difference import float32_arithmetic
+from tokentune.merging.logit_difference import float32_arithmetic
 
 
 def loss_in_float32(model: nn.Module, options: argparse.Namespace) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 from style import BLACK, BLUE, GREEN, HERE, VERMILION, command, panels, read_json, save
 
 from tokentune.errors import UserError
-from tokentune.run_folder import SUMMARY_NAME
+from tokentune.runs.run_folder import SUMMARY_NAME
 from tokentune.selection import parse_prefix_length
 
 LINES = ((BLUE, "o", "-"), (GREEN, "^", "--"), (VERMILION, "v", ":"), (BLACK, "s", "-."))

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tokentune.arguments import Arguments, FinetuneArguments
-from tokentune.classification_arguments import ClassificationArguments
+from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,10 +27,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when
 from tokentune import apply_tokentune
 from tokentune.adapters import add_adapters
 from tokentune.collators import CausalCollator, SeededRows
+from tokentune.data.records import load_records
 from tokentune.loading import load_base_model, load_tokenizer
 from tokentune.memory import SavedForBackward
 from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records, ensure_pad_token
-from tokentune.records import load_records
 
 # Other packages' words on their own internals, which a user can do nothing about.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -21,7 +21,7 @@ from readme_tables import markdown
 
 from tokentune.errors import UserError
 from tokentune.memory import gib
-from tokentune.run_folder import SUMMARY_NAME
+from tokentune.runs.run_folder import SUMMARY_NAME
 
 PAPER = {"TokenTune, 0.3": 0.72, "QLoRA": 0.37, "QLoRA + TokenTune, 0.3": 0.21}  # of full fine-tuning's peak memory
 

@@ -1,0 +1,1 @@
+"""The flags, in groups, each with its check."""

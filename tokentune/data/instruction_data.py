@@ -1,0 +1,259 @@
+"""The data of a run: from the command line's names to rows of token ids and labels.
+
+Main path: `load_instruction_data` opens each data set (`record_streams.py`), tells its format (`data_formats.py`),
+encodes its rows (`prompts.py`, `chat_templates.py`), keeps the tokens for the next run (`token_cache.py`), and puts
+training and validation rows together (`data_mixing.py`). With `--streaming` it leaves the rows where they are
+(`streaming_rows.py`).
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tokentune.arguments import FinetuneArguments
+from tokentune.command_line.data_arguments import DataArguments
+from tokentune.command_line.flags import process_count
+from tokentune.data.chat_templates import ChatEncoder, load_chat_template
+from tokentune.data.data_formats import FORMATS, READ_COLUMNS, SOURCE_COLUMN, Answer, Item, recognise
+from tokentune.data.data_mixing import mixture_counts, mixture_rows
+from tokentune.data.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow, count_supervised
+from tokentune.data.record_streams import RecordSource, open_source
+from tokentune.data.records import DROPPED_SOURCES
+from tokentune.data.streaming_rows import StreamedRows, StreamedSource
+from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
+from tokentune.errors import UserError
+from tokentune.prompts import PromptTemplate, encode_answer
+
+logger = logging.getLogger(__name__)
+
+TRAIN_FLAG, VALIDATION_FLAG = "--dataset_name_or_path", "--eval_dataset_name_or_path"
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One data set of the command line."""
+
+    flag: str
+    name: str
+    data_format: str
+    rows: int | None  # that can be learnt from, or evaluated on; None: streamed, and not counted
+    used: int | None  # of them in an epoch: more than there are where a weight repeats them
+    left_out: int  # of sources that training leaves out (`records.DROPPED_SOURCES`)
+
+
+@dataclass
+class InstructionData:
+    """What a run learns from and is evaluated on.
+
+    Rows have the columns "input_ids" and "labels" (-100: no loss) of equal length.
+    """
+
+    train: Dataset | StreamedRows
+    validation: Dataset | None
+    train_report: EncodingReport | None  # of an epoch's rows; None: streamed
+    validation_report: EncodingReport | None
+    sources: list[SourceReport] = field(default_factory=list)
+
+    @property
+    def table(self) -> Dataset | None:
+        """The training rows, where they are at hand; None: streamed."""
+        return self.train if isinstance(self.train, Dataset) else None
+
+
+class RecordEncoder:
+    """Encodes prompts with answers by `prompts.py`, conversations by the tokenizer's chat template.
+
+    Raises:
+        UserError: as `encode_example` and `ChatEncoder`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool) -> None:
+        self.tokenizer, self.add_eos_token = tokenizer, add_eos_token
+        self._chat: ChatEncoder | None = None
+
+    def __call__(self, item: Item, where: str) -> TokenRow:
+        if isinstance(item, Answer):
+            return encode_answer(item.prompt, item.answer, self.tokenizer, add_eos_token=self.add_eos_token)
+        if self._chat is None:  # a tokenizer without a chat template is good enough for everything else
+            self._chat = ChatEncoder(self.tokenizer, add_eos_token=self.add_eos_token)
+        return self._chat(item, where)
+
+
+def load_instruction_data(
+    arguments: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate
+) -> InstructionData:
+    """Reads, encodes and splits the data; shows progress on a terminal.
+
+    Args:
+        tokenizer: takes over `--chat_template`, and so saves it with the model.
+        template: around instructions.
+
+    Raises:
+        UserError: data that cannot be found, read, told or learnt from; a conversation without a chat template.
+    """
+    data = arguments.data
+    if data.chat_template is not None:
+        tokenizer.chat_template = load_chat_template(data.chat_template)
+    loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run)
+    if data.streaming:
+        train, train_report, sources = _streamed(arguments, loader), None, []
+    else:
+        parts = [loader.load(name, TRAIN_FLAG, "train", data.eval_fraction) for name in data.dataset_name_or_path]
+        train, train_report, sources = _mixed(parts, data, arguments.optimization.seed)
+    validation = validation_report = None
+    if data.eval_dataset_name_or_path is not None:
+        part = loader.load(data.eval_dataset_name_or_path, VALIDATION_FLAG, "validation", None)
+        validation, validation_report = part.rows("train"), part.report("train")
+        validation_report.check(data.max_length)
+        sources.append(part.summary(len(validation)))
+    elif data.eval_fraction is not None:
+        validation = concatenate_datasets([part.rows("validation") for part in parts])
+        validation_report = sum((part.report("validation") for part in parts), EncodingReport())
+        logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
+    if data.chat_template is not None and not loader.conversations:
+        logger.warning("--chat_template has no effect: the data holds no conversation. It is saved all the same")
+    return InstructionData(train, validation, train_report, validation_report, sources)
+
+
+def held_out(item: Item, fraction: float) -> bool:
+    """Whether a row belongs to the validation data: told by what it says alone, so the same in every run and file."""
+    content = json.dumps([*item], sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One encoded data set. Its tables: "train", and "validation" where a part of it is held out."""
+
+    source: RecordSource
+    entry: Entry
+
+    def rows(self, side: str) -> Dataset:
+        return self.entry.tables[side]
+
+    def report(self, side: str) -> EncodingReport:
+        return EncodingReport(**self.entry.facts["reports"][side])
+
+    def summary(self, used: int) -> SourceReport:
+        facts, source = self.entry.facts, self.source
+        return SourceReport(source.flag, source.name, facts["format"], len(self.rows("train")), used, facts["left_out"])
+
+
+class _Loader:
+    """Opens and encodes the data sets of one command line."""
+
+    def __init__(
+        self, data: DataArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, *, keep: bool
+    ) -> None:
+        """`keep`: tokens may be written into the cache."""
+        self.data, self.tokenizer, self.template, self.keep = data, tokenizer, template, keep
+        self.encoder = RecordEncoder(tokenizer, add_eos_token=data.add_eos_token)
+        self.conversations = False
+
+    def load(self, name: str, flag: str, split: str, fraction: float | None) -> _Part:
+        """A data set, encoded: all of it as "train", or with a fraction of it apart as "validation"."""
+        source, data = open_source(name, flag=flag, split=split), self.data
+        folder = cache_folder(data.data_cache)
+        key = "" if folder is None else cache_key(source, data, self.tokenizer, self.template, eval_fraction=fraction)
+        entry = cached(folder, key, lambda target: self._encode(source, fraction, target), source.where, keep=self.keep)
+        part = _Part(source, entry)
+        if left_out := entry.facts["left_out"]:
+            logger.warning("%s: %d rows left out, data_source %s", name, left_out, " or ".join(DROPPED_SOURCES))
+        self.conversations |= entry.facts["conversations"]
+        logger.info("%s: %s, %s", source.where, entry.facts["format"], part.report("train"))
+        return part
+
+    def open_stream(self, name: str) -> StreamedSource:
+        """A data set that is read while training."""
+        source = open_source(name, flag=TRAIN_FLAG, split="train", streaming=True)
+        columns, first = source.peek()
+        kind = recognise(columns, first, self.data.data_format, source.where)
+        self.conversations |= not isinstance(FORMATS[kind].parse(first, f"{name}, row 1", self.template), Answer)
+        logger.info("%s: %s, read while training", source.where, kind)
+        return StreamedSource(source, kind)
+
+    def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
+        columns, first = source.peek()
+        kind = recognise(columns, first, self.data.data_format, source.where)
+        sides = ("train",) if fraction is None else ("train", "validation")
+        limits = {side: LengthLimit(self.data.max_length, self.data.long_rows) for side in sides}
+        tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
+        left_out, conversations = 0, False
+        for where, record in tqdm(source.records(READ_COLUMNS), desc="Tokenizing", unit=" rows", disable=None):
+            if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
+                left_out += 1
+                continue
+            item = FORMATS[kind].parse(record, where, self.template)
+            conversations |= not isinstance(item, Answer)
+            side = "validation" if fraction is not None and held_out(item, fraction) else "train"
+            row = limits[side](self.encoder(item, where))
+            if row is not None:
+                tables[side].add(row)
+        reports = {side: vars(limit.report) for side, limit in limits.items()}
+        facts = {"format": kind, "left_out": left_out, "conversations": conversations, "reports": reports}
+        if not any(limit.report.read_rows for limit in limits.values()):
+            raise UserError(f"{source.where}: holds no rows to train on.")
+        return Entry({side: table.finish() for side, table in tables.items()}, facts)
+
+
+def _mixed(parts: list[_Part], data: DataArguments, seed: int) -> tuple[Dataset, EncodingReport, list[SourceReport]]:
+    """The training rows of an epoch."""
+    total = sum((part.report("train") for part in parts), EncodingReport())
+    sizes = [len(part.rows("train")) for part in parts]
+    if data.eval_fraction is None:
+        total.check(data.max_length)
+    else:
+        held = sum((part.report("validation") for part in parts), EncodingReport())
+        (total + held).check(data.max_length)
+        _check_sides(total.rows, held.rows, data.eval_fraction)
+    rows, counts = concatenate_datasets([part.rows("train") for part in parts]), sizes
+    if data.dataset_weights:
+        for part, size, weight in zip(parts, sizes, data.dataset_weights, strict=True):
+            if weight > 0 and size == 0:
+                raise UserError(f"{part.source.where}: --dataset_weights {weight}, but no row is left to learn from.")
+        counts = mixture_counts(sizes, data.dataset_weights)
+        rows = rows.select(mixture_rows(sizes, counts, seed))
+        total = _recounted(total, rows)
+    summaries = [part.summary(count) for part, count in zip(parts, counts, strict=True)]
+    if len(parts) > 1:
+        for summary in summaries:
+            logger.info("%s: %s rows in an epoch, of %s", summary.name, f"{summary.used:,}", f"{summary.rows:,}")
+    return rows, total, summaries
+
+
+def _recounted(report: EncodingReport, rows: Dataset) -> EncodingReport:
+    """The report with the rows and tokens of this selection of rows."""
+    tokens = sum(len(ids) for ids in rows["input_ids"])
+    supervised = sum(count_supervised(labels) for labels in rows["labels"])
+    changed = {"rows": len(rows), "tokens": tokens, "supervised_tokens": supervised}
+    return EncodingReport(**(vars(report) | changed))
+
+
+def _check_sides(train: int, validation: int, fraction: float) -> None:
+    for count, side, cure in ((train, "training", "lower"), (validation, "validation", "raise")):
+        if count == 0:
+            raise UserError(
+                f"--eval_fraction {fraction} of {train + validation} rows leaves none for {side}: {cure} it, or name "
+                f"data with {VALIDATION_FLAG}."
+            )
+
+
+def _streamed(arguments: FinetuneArguments, loader: _Loader) -> StreamedRows:
+    data = arguments.data
+    return StreamedRows(
+        [loader.open_stream(name) for name in data.dataset_name_or_path],
+        loader.template,
+        loader.encoder,
+        max_length=data.max_length,
+        long_rows=data.long_rows,
+        weights=data.dataset_weights or None,
+        seed=arguments.optimization.seed,
+        batch_size=arguments.optimization.micro_batch_size,
+        world_size=process_count(),
+    )

@@ -1,0 +1,172 @@
+"""Rows that are read, tokenized and shuffled while training, for data that does not fit on the disk.
+
+The stream has no end: data sets begin anew when they are exhausted, and `--max_steps` ends the run. The same seed gives
+the same rows in the same order, so a resumed run, which skips what was trained on already, continues exactly.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from tokentune.collators import SeededRows
+from tokentune.data.data_formats import FORMATS, READ_COLUMNS, SOURCE_COLUMN, Item
+from tokentune.data.encoding import LengthLimit, TokenRow
+from tokentune.data.record_streams import RecordSource
+from tokentune.data.records import DROPPED_SOURCES
+from tokentune.errors import UserError
+from tokentune.prompts import PromptTemplate
+
+SHUFFLED_ROWS = 10_000  # rows that the order is drawn among
+SHUFFLED_CHARACTERS = 2**25  # fewer rows where they are long
+FRUITLESS_ROWS = 100_000  # without one to learn from: nothing will come any more
+
+
+class WorkerError(UserError):
+    """A `UserError` of a loader's worker: torch puts the worker's traceback around its message, which is left off."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class StreamedSource(NamedTuple):
+    """A data set and the name of its format."""
+
+    source: RecordSource
+    data_format: str
+
+
+class Drawn(NamedTuple):
+    """A record of the stream: its number since the beginning, its place for messages, and itself."""
+
+    number: int
+    where: str
+    data_format: str
+    record: dict[str, Any]
+
+
+class StreamedRows(torch.utils.data.IterableDataset):
+    """An endless stream of items "input_ids", "labels" and "draw_seed", for a `DataLoader` of any number of workers.
+
+    Several data sets are read one after another, or with weights in turns that are drawn in their proportion. The order
+    is then drawn within a buffer of `SHUFFLED_ROWS` rows. The seed of an item's selection depends on (seed, number of
+    the row since the stream's beginning) alone.
+
+    Every worker reads everything and tokenizes its own batches, which the loader takes in turns: the batches are the
+    same for any number of workers, as long as no row is dropped for want of anything to learn.
+
+    Args:
+        encoder: an item's tokens and labels, uncut.
+        weights: one for each source, not all zero; None reads one after another.
+        batch_size: sequences of a micro-batch and process.
+        world_size: processes that share the stream; each takes its share of every batch (accelerate's
+            `IterableDatasetShard`).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[StreamedSource],
+        template: PromptTemplate,
+        encoder: Callable[[Item, str], TokenRow],
+        *,
+        max_length: int,
+        long_rows: str,
+        weights: Sequence[float] | None,
+        seed: int,
+        batch_size: int,
+        world_size: int = 1,
+    ) -> None:
+        self.sources, self.template, self.encoder = sources, template, encoder
+        self.max_length, self.long_rows, self.weights, self.seed = max_length, long_rows, weights, seed
+        self.block = batch_size * world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: there is one epoch without an end, and rows that come again have other numbers."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """
+        Raises:
+            UserError: a malformed row, where the stream comes to it; nothing to learn in many rows.
+        """
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
+            yield from self._share(0, 1)
+            return
+        try:
+            yield from self._share(worker.id, worker.num_workers)
+        except UserError as error:
+            raise WorkerError(str(error)) from error
+
+    def _share(self, index: int, workers: int) -> Iterator[dict[str, Any]]:
+        """The items of one of so many workers."""
+        limit, fruitless = LengthLimit(self.max_length, self.long_rows), 0
+        for position, drawn in enumerate(self._shuffled()):
+            if position // self.block % workers != index:
+                continue
+            item = FORMATS[drawn.data_format].parse(drawn.record, drawn.where, self.template)
+            row = limit(self.encoder(item, drawn.where))
+            fruitless = 0 if row is not None else fruitless + 1
+            if row is not None:
+                yield {"input_ids": row.ids, "labels": row.labels, "draw_seed": self._draw_seed(drawn.number)}
+            elif fruitless >= FRUITLESS_ROWS:
+                limit.report.check(self.max_length)  # says what is the matter, if it was so from the beginning
+                raise UserError(f"{drawn.where} and {fruitless:,} rows before it hold no token to learn.")
+
+    def _draw_seed(self, number: int) -> int:
+        mixed = np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0]
+        return int(mixed >> np.uint64(1))  # 63 bits: fits int64
+
+    def _shuffled(self) -> Iterator[Drawn]:
+        """The stream in drawn order: each row leaves a full buffer from a place that is drawn."""
+        rng = random.Random(f"order {self.seed}")
+        buffer: list[Drawn] = []
+        characters = 0
+        for drawn in self._numbered():
+            buffer.append(drawn)
+            characters += _characters(drawn.record)
+            while len(buffer) >= SHUFFLED_ROWS or characters > SHUFFLED_CHARACTERS:
+                place = rng.randrange(len(buffer))
+                buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                taken = buffer.pop()
+                characters -= _characters(taken.record)
+                yield taken
+
+    def _numbered(self) -> Iterator[Drawn]:
+        for number, (source, (where, record)) in enumerate(self._mixed()):
+            yield Drawn(number, where, source.data_format, record)
+
+    def _mixed(self) -> Iterator[tuple[StreamedSource, tuple[str, dict[str, Any]]]]:
+        if self.weights is None:
+            yield from _endless(self.sources)
+        endless = [_endless([source]) for source in self.sources]
+        rng = random.Random(f"mixture {self.seed}")
+        for (number,) in iter(lambda: rng.choices(range(len(endless)), self.weights), None):
+            yield next(endless[number])
+
+
+def _endless(sources: Sequence[StreamedSource]) -> Iterator[tuple[StreamedSource, tuple[str, dict[str, Any]]]]:
+    """Their records, one source after another, again and again."""
+    found = True
+    while found:
+        found = False
+        for source in sources:
+            for where, record in source.source.records(READ_COLUMNS):
+                if record.get(SOURCE_COLUMN) not in DROPPED_SOURCES:
+                    found = True
+                    yield source, (where, record)
+    raise UserError(f"{sources[0].source.where}: holds no rows to train on.")
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_characters, values))
+
+
+def seeded_rows(rows: Dataset | StreamedRows, seed: int) -> SeededRows | StreamedRows:
+    """Rows whose items carry the seed of their selection; a stream's do already."""
+    return rows if isinstance(rows, StreamedRows) else SeededRows(rows, seed)

@@ -1,0 +1,185 @@
+"""Tokenized data kept for the next run, under a key that changes when anything does that the tokens depend on.
+
+An entry is a folder: tables in Arrow's stream format, which are mapped into memory, and `entry.json` with what was
+counted and each table's SHA-256. It is written under another name and renamed when it is complete, so that an
+interrupted run leaves none; one that was damaged afterwards is found out by its hashes and made again.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from tokentune.command_line.data_arguments import DataArguments
+from tokentune.data.record_streams import RecordSource
+from tokentune.data.sources import first_line
+from tokentune.prompts import PromptTemplate
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pandas", "pyarrow")
+# What decides on tokens and labels: an entry must not outlive a change of it.
+PACKAGE = Path(__file__).resolve().parents[1]
+MODULES = ("record_streams", "records", "json_files", "data_formats", "conversations", "chat_templates")
+MODULES += ("prompts", "encoding", "instruction_data")
+ENTRY = "entry.json"
+ABANDONED_SECONDS = 24 * 3600  # a half-written entry as old as this belongs to a run that died
+
+
+class Entry(NamedTuple):
+    """Tables by name, and what else is to be remembered of them, as JSON holds it."""
+
+    tables: dict[str, Dataset]
+    facts: dict[str, Any]
+
+
+# Makes an entry; its tables are written into the folder, or kept in memory where there is none.
+Build = Callable[[Path | None], Entry]
+
+
+def cache_folder(data_cache: str) -> Path | None:
+    """The folder that `--data_cache` means."""
+    if data_cache == "none":
+        return None
+    if data_cache == "auto":
+        return Path(datasets.config.HF_DATASETS_CACHE) / "tokentune"
+    return Path(data_cache).expanduser()
+
+
+def cache_key(
+    source: RecordSource, data: DataArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, **more: Any
+) -> str:
+    """The key of a data set's tokens: a hash of its content and of everything that turns it into tokens.
+
+    Args:
+        more: what else matters, as JSON holds it.
+    """
+    chat_template = json.dumps(tokenizer.chat_template)
+    parts = {
+        "content": source.fingerprint(),
+        "tokenizer": _tokenizer_state(tokenizer),
+        "chat_template": chat_template,
+        "day": today() if "strftime_now" in chat_template else None,
+        "prompt_template": asdict(template),
+        "format": data.data_format,
+        "max_length": data.max_length,
+        "long_rows": data.long_rows,
+        "add_eos_token": data.add_eos_token,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "code": _code_hash(),
+        **more,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def today() -> str:
+    """The date, which some chat templates write."""
+    return datetime.now().astimezone().date().isoformat()
+
+
+def cached(folder: Path | None, key: str, build: Build, what: str, *, keep: bool = True) -> Entry:
+    """The entry of this key, from the cache or made now and kept there.
+
+    Args:
+        folder: of the cache; None: there is none.
+        what: names the data in log lines.
+        keep: False only looks for it.
+
+    Raises:
+        UserError: what `build` raises.
+    """
+    if folder is None:
+        return build(None)
+    if (entry := _read(folder / key, what)) is not None:
+        logger.info("%s: tokens of an earlier run are used again (%s)", what, folder / key)
+        return entry
+    if not keep:
+        return build(None)
+    try:
+        _write(folder, key, build)
+    except OSError as error:
+        logger.warning("--data_cache %s: cannot keep tokens there: %s", folder, error.strerror or first_line(error))
+    else:
+        if (entry := _read(folder / key, what)) is not None:
+            return entry
+    return build(None)
+
+
+def _write(folder: Path, key: str, build: Build) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.part-*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{key}.part-", dir=folder))
+    try:
+        entry = build(unfinished)
+        hashes = {name: _file_hash(unfinished / f"{name}.arrow") for name in entry.tables}
+        (unfinished / ENTRY).write_text(json.dumps({"sha256": hashes, "facts": entry.facts}), encoding="utf-8")
+        if (folder / key).exists() and _open(folder / key) is None:
+            shutil.rmtree(folder / key, ignore_errors=True)
+        try:
+            unfinished.rename(folder / key)
+        except OSError:
+            if not (folder / key).exists():  # otherwise another process has finished the same meanwhile
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _read(folder: Path, what: str) -> Entry | None:
+    """The entry; None where there is none, or, said in a warning, where it is broken."""
+    if not folder.exists():
+        return None
+    entry = _open(folder)
+    if entry is None:
+        logger.warning("%s: the tokens kept in %s are broken; made again", what, folder)
+    return entry
+
+
+def _open(folder: Path) -> Entry | None:
+    """The entry in a folder; None where its parts are not what was written."""
+    try:
+        content = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+        for name, expected in content["sha256"].items():
+            if _file_hash(folder / f"{name}.arrow") != expected:
+                return None
+        tables = {name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in content["sha256"]}
+        return Entry(tables, content["facts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException):
+        return None
+
+
+def _file_hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _code_hash() -> str:
+    texts = (next(PACKAGE.rglob(f"{name}.py")).read_bytes() for name in MODULES)
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides how a text is tokenized."""
+    if getattr(tokenizer, "is_fast", False):
+        state: Any = tokenizer.backend_tokenizer.to_str()
+    else:
+        state = [tokenizer.get_vocab(), repr(sorted(tokenizer.init_kwargs.items()))]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = [type(tokenizer).__name__, state, special, sorted(tokenizer.added_tokens_encoder.items())]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What `classify.py` has beside the rest: labels, tasks, images, scores."""

@@ -1,0 +1,148 @@
+"""What a run of `classify.py` leaves besides its weights.
+
+Each seed's `training_summary.json` is that of `finetune.py` (`summary.py`) with these differences and additions:
+
+    data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels}, test null
+                             without test data; tokens of images are not counted here
+    tokens                   trained on, over all epochs and processes: {processed, selected, labels (that could be
+                             learnt from: of rows, or words), selected_labels (that were learnt from)}
+    share_of_labels_trained  selected_labels / labels
+    loss, validation_loss    nats per label; of a number to predict, squared error
+    evaluations              [{step, epoch, loss and every score}], each by the full forward pass without a selection
+    metric                   the score that chose the best checkpoint
+    best                     {step, score, metrics}: the checkpoint that was kept
+    seconds_per_step         median over the optimizer steps; logging, evaluating and saving left out
+
+`classification_summary.json` in the run's top folder, schema version 1, over all seeds:
+
+    task, metric, classes    the task's name or type; the metric of `score`; the classes' names, null for a number
+    method                   {tokentune, prefix_length, selection, lora}: prefix_length and selection null without it
+    seeds                    [{seed, score, metrics, seconds_per_step, saved_for_backward_bytes, peak_memory_bytes,
+                             train_rows, steps, best_step, share_of_labels_trained, folder}]
+    mean, standard_deviation of the scores (sample deviation, n - 1; null for one seed)
+    settings, device, versions
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tokentune.encoders.classification_arguments import ClassificationArguments
+from tokentune.encoders.classification_rows import Encoded
+from tokentune.encoders.labels import Labels
+from tokentune.encoders.scores import LOWER_IS_BETTER
+from tokentune.runs.run_folder import PREDICTIONS_NAME, SCORES_NAME
+from tokentune.runs.summary import device_facts, library_versions, run_facts, write_summary
+from tokentune.training import SelectiveTrainer
+
+SCHEMA_VERSION = 1
+
+
+def seed_summary(
+    trainer: SelectiveTrainer,
+    arguments: ClassificationArguments,
+    splits: dict[str, Encoded | None],
+    model_facts: dict[str, Any],
+    metric: str,
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """The summary of one seed's finished training, as above.
+
+    Args:
+        splits: "train", "validation" and "test".
+        model_facts: as `summary.build_summary`.
+        metric: of the score.
+    """
+    counts = trainer.tokens
+    labels = splits["train"].report.labels * arguments.optimization.num_epochs
+    per_epoch = trainer.state.max_steps / arguments.optimization.num_epochs
+    evaluations = [{"step": step, "epoch": step / per_epoch} | figures for step, figures in trainer.evaluations]
+    best = (min if metric in LOWER_IS_BETTER else max)(evaluations, key=lambda entry: entry[metric])
+    figures = {name: value for name, value in best.items() if name not in ("step", "epoch")}
+    return run_facts(trainer, arguments, model_facts, wall_seconds) | {
+        "data": {name: None if split is None else asdict(split.report) for name, split in splits.items()},
+        "tokens": {
+            "processed": counts["processed"],
+            "selected": counts["selected"],
+            "labels": labels,
+            "selected_labels": counts["selected_supervised"],
+        },
+        "share_of_labels_trained": counts["selected_supervised"] / labels,
+        "evaluations": evaluations,
+        "metric": metric,
+        "best": {"step": best["step"], "score": best[metric], "metrics": figures},
+        "seconds_per_step": statistics.median(trainer.step_seconds),
+    }
+
+
+def scores_over_seeds(
+    summaries: list[dict[str, Any]], arguments: ClassificationArguments, labels: Labels
+) -> dict[str, Any]:
+    """`classification_summary.json`, from the seeds' summaries."""
+    selection = arguments.selection
+    seeds = [
+        {
+            "seed": summary["seed"],
+            "score": summary["best"]["score"],
+            "metrics": summary["best"]["metrics"],
+            "seconds_per_step": summary["seconds_per_step"],
+            "saved_for_backward_bytes": summary["saved_for_backward_bytes"],
+            "peak_memory_bytes": summary["peak_memory_bytes"],
+            "train_rows": summary["data"]["train"]["rows"],
+            "steps": summary["optimizer_steps"],
+            "best_step": summary["best"]["step"],
+            "share_of_labels_trained": summary["share_of_labels_trained"],
+            "folder": summary["run_folder"],
+        }
+        for summary in summaries
+    ]
+    scores = [entry["score"] for entry in seeds]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": arguments.task.name,
+        "metric": summaries[0]["metric"],
+        "classes": list(labels.names) or None,
+        "method": {
+            "tokentune": selection.tokentune,
+            "prefix_length": selection.selected if selection.tokentune else None,
+            "selection": selection.selection if selection.tokentune else None,
+            "lora": arguments.adapters.lora,
+        },
+        "seeds": seeds,
+        "mean": statistics.fmean(scores),
+        "standard_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+        "settings": arguments.settings(),
+        "device": device_facts(),
+        "versions": library_versions(),
+    }
+
+
+def write_scores(scores: dict[str, Any], run_folder: Path) -> Path:
+    """Writes `classification_summary.json`, whole or not at all."""
+    return write_summary(scores, run_folder, SCORES_NAME)
+
+
+def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> Path:
+    """Writes `predictions.jsonl`, one row of the test data a line, whole or not at all."""
+    path = run_folder / PREDICTIONS_NAME
+    unfinished = path.with_suffix(".jsonl.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
+    os.replace(unfinished, path)
+    return path
+
+
+def said(scores: dict[str, Any]) -> str:
+    """One line for the log: every seed's score, their mean and deviation, and what share of labels was learnt from."""
+    each = ", ".join(f"{entry['score']:.4f} (seed {entry['seed']})" for entry in scores["seeds"])
+    parts = [f"{scores['task']} {scores['metric']}: {each}"]
+    if scores["standard_deviation"] is not None:
+        parts.append(f"mean {scores['mean']:.4f}, standard deviation {scores['standard_deviation']:.4f}")
+    share = statistics.fmean(entry["share_of_labels_trained"] for entry in scores["seeds"])
+    if share < 1:
+        parts.append(f"{share:.1%} of the labels were learnt from")
+    return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""What `merge.py` is made of."""

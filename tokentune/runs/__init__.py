@@ -1,0 +1,1 @@
+"""A run from its settings to its end: trainer parts, checkpoints, resuming, records of it."""
