@@ -357,7 +357,11 @@ def test_environment_is_installed_once_for_each_requirements_file(project_copy, 
     assert result.returncode == 0, result.stderr
     pip, *rest = logged()
     assert pip.startswith(".venv -m pip install") and str(project / "requirements.txt") in pip  # not stamped before
-    stages = [".venv -m ruff check .", ".venv -m ruff format --check .", ".venv -m pytest -q -k some"]
+    stages = [
+        ".venv -m ruff check .",
+        ".venv -m ruff format --check .",
+        ".venv -m pytest -q --numprocesses auto --dist loadfile -k some",
+    ]
     assert rest == stages
 
     assert call(test_script, "-k", "some", cwd=tmp_path, env=env).returncode == 0

@@ -162,6 +162,24 @@ def estimate_table() -> str:
     return markdown(["trained", "method", *columns], rows)
 
 
+def sharded_table() -> str:
+    """Estimated peaks and traffic of large models on one GPU and on several."""
+    report = read("estimate_sharded.json")["rows"]
+    counts = sorted({row["processes"] for row in report})
+    names = {"llama-3-8b": "8B", "llama-3-70b": "70B"}
+    found = {(row["model"], row["weights"], row["method"], row["processes"]): row["bytes"] for row in report}
+    rows = []
+    for model, weights, method in dict.fromkeys(key[:3] for key in found):
+        row = [names[model], weights, f"**{method}**" if method.startswith("TokenTune") else method]
+        for count in counts:
+            figures = found[model, weights, method, count]
+            sent = f", {figures['sent'] / BYTES_IN_GIB:.0f} GiB sent" if count > 1 else ""
+            row.append(f"{figures['peak'] / BYTES_IN_GIB:.1f} GiB{sent}")
+        rows.append(row)
+    shares = [f"{count} GPUs, FSDP" if count > 1 else "1 GPU" for count in counts]
+    return markdown(["model", "trained", "method", *shares], rows)
+
+
 def instruction_tuning_table() -> str:
     report = read("instruction_tuning.json")
     rows = [["base", f"{report['rows'][0]['base_loss']:.3f}", "", ""]]
@@ -286,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qlora": qlora_table,
     "bounds": bounds_table,
     "estimate": estimate_table,
+    "sharded": sharded_table,
     "instruction_tuning": instruction_tuning_table,
     "merging": merging_table,
     "quickstart": quickstart_table,
