@@ -214,6 +214,18 @@ def test_a_pickle_is_not_executed(tiny_llama_dir, adapter, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_base_of_pickles_is_read_when_asked(tiny_llama_dir, adapter, tmp_path):
+    base = shutil.copytree(tiny_llama_dir, tmp_path / tiny_llama_dir.name)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    refused(base, adapter, tmp_path / "out", "--allow_pickle", tmp_path / "out")
+    merge(str(base), str(adapter), str(tmp_path / "read"), allow_pickle=True)
+    merge(str(tiny_llama_dir), str(adapter), str(tmp_path / "expected"))
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    found = load_file(tmp_path / "read" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -146,6 +146,19 @@ def test_estimate_runs_it_when_asked(with_code: Path, burnt: Path, capsys: pytes
     assert burnt.exists() and "TokenTune" in capsys.readouterr().out
 
 
+def test_a_merge_runs_it_when_asked(with_code: Path, burnt: Path, arguments, tmp_path: Path) -> None:
+    finetune.main(arguments(with_code, "--trust_remote_code", "--lora"))
+    (adapter,) = (tmp_path / "models").glob("own-code-*-lora")
+    burnt.unlink()
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+    with pytest.raises(UserError, match="add --trust_remote_code"):
+        merge.merge(str(with_code), str(adapter), str(tmp_path / "merged"))
+    assert not burnt.exists() and not (tmp_path / "merged").exists()
+    merge.merge(str(with_code), str(adapter), str(tmp_path / "merged"), trust_remote_code=True)
+    assert burnt.exists() and load_file(tmp_path / "merged" / "model.safetensors")
+
+
 def test_code_of_a_tokenizer_is_not_run(tiny_llama_dir: Path, burnt: Path, arguments, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "own-tokenizer"))
     path = folder / "tokenizer_config.json"

@@ -106,7 +106,7 @@ def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow
 
 
 def _only_pickle(file: str, flag: str) -> str:
-    cure = " or give --allow_pickle, which reads tensors alone" if flag == MODEL_FLAG else ""
+    cure = " or give --allow_pickle, which reads tensors alone" if flag.endswith("model_name_or_path") else ""
     return f"its weights are a pickle file ({file}), which could run code. Take them as safetensors{cure}."
 
 

@@ -55,6 +55,7 @@ from tokentune.loading import checkpoint_dtype, load_base_model, load_config, lo
 from tokentune.merging.folding import (
     BaseKind,
     Plan,
+    Trust,
     dequantize,
     fold_and_save,
     folded_logits,
@@ -97,6 +98,8 @@ def merge(
     max_shard_size: str = "5GB",
     push_to_hub: str | None = None,
     hub_public: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> float:
     """Folds an adapter into its base and saves a full checkpoint with its tokenizer; see the module's docstring.
 
@@ -110,6 +113,8 @@ def merge(
         max_shard_size: of one weight file; a larger model gets several, and an index.
         push_to_hub: repository to upload to, "" for the folder's name; None: none.
         hub_public: a new repository is public.
+        trust_remote_code: run the Python code that comes with the base.
+        allow_pickle: where the base has no safetensors, read the tensors (and nothing else) of pytorch_model.bin.
 
     Returns:
         The largest logit difference between base + adapter and the merged model as read back, both in `dtype`.
@@ -119,7 +124,9 @@ def merge(
     """
     output = Path(output_dir)
     check_push(push_to_hub, output)
-    plan, processing = _prepare(base_model_name_or_path, peft_model_path, output, device, dtype, max_shard_size)
+    check_shard_size(max_shard_size)
+    trust = Trust(trust_remote_code, allow_pickle)
+    plan, processing = _prepare(base_model_name_or_path, peft_model_path, output, device, dtype, trust)
     kinds, recorded = _kinds(plan.adapter, qlora_base)
     earlier_card = own_card(output)
 
@@ -127,8 +134,8 @@ def merge(
         trained, others, reference = _fold_all(plan, kinds, partial, max_shard_size)
         with write_errors_refused():
             processing.save_pretrained(partial)
-        merged = load_base_model(str(partial), dtype=plan.dtype, quantize_4bit=False, flag=OUTPUT_FLAG, head=plan.head)
-        merged = merged.to(plan.place)
+        options = {"dtype": plan.dtype, "quantize_4bit": False, "trust_remote_code": trust_remote_code}
+        merged = load_base_model(str(partial), flag=OUTPUT_FLAG, head=plan.head, **options).to(plan.place)
         same = logit_difference(reference.in_dtype, probe_logits(merged, in_float32=False, head=plan.head))
         in_float32 = probe_logits(merged, in_float32=True, head=plan.head)
         exact = logit_difference(reference.in_float32, in_float32)
@@ -153,27 +160,31 @@ def merge(
     return same.largest
 
 
+def check_shard_size(size: str) -> None:
+    """Refuses what is no size of a file."""
+    if not re.fullmatch(r"[1-9][0-9]*(\.[0-9]+)?[KMGT]?B", size, re.IGNORECASE):
+        raise UserError(f"--max_shard_size {size}: give a number with its unit, such as 5GB or 500MB.")
+
+
 def _prepare(
-    base: str, adapter_folder: str, output: Path, device: str, dtype: str | None, max_shard_size: str
+    base: str, adapter_folder: str, output: Path, device: str, dtype: str | None, trust: Trust
 ) -> tuple[Plan, Any]:
     """Reads and checks everything but the base's weights.
 
     Returns:
         The plan, and the tokenizer or image processor: the adapter's own where it has one, else the base's.
     """
-    if not re.fullmatch(r"[1-9][0-9]*(\.[0-9]+)?[KMGT]?B", max_shard_size, re.IGNORECASE):
-        raise UserError(f"--max_shard_size {max_shard_size}: give a number with its unit, such as 5GB or 500MB.")
     check_model_folder(base, BASE_FLAG)
     adapter = read_adapter(Path(adapter_folder))
     head = head_of(adapter)
-    config = load_config(base, flag=BASE_FLAG, head=head)
+    config = load_config(base, flag=BASE_FLAG, head=head, trust_remote_code=trust.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
     check_recorded_base(adapter.config.base_model_name_or_path, base, config)
     check_output_folder(output, [base, adapter_folder])
     held = checkpoint_dtype(config) if dtype in (None, "auto") else DTYPES[dtype]
     config = with_outputs(config, adapter, head)
-    plan = plan_fold(base, config, head, adapter, dtype=held, device=device)
+    plan = plan_fold(base, config, head, adapter, dtype=held, device=device, trust=trust)
     return plan, _processing(plan)
 
 
@@ -185,9 +196,11 @@ def _processing(plan: Plan) -> Any:
         own = (folder / "preprocessor_config.json").is_file()
         return load_image_processor(str(folder) if own else plan.base, plan.config, from_scratch=False)
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = load_tokenizer(str(folder), flag=ADAPTER_FLAG) if own else load_tokenizer(plan.base, flag=BASE_FLAG)
+    source, flag = (str(folder), ADAPTER_FLAG) if own else (plan.base, BASE_FLAG)
+    trusted = {"trust_remote_code": plan.trust.trust_remote_code}
+    tokenizer = load_tokenizer(source, flag=flag, **trusted)
     if own and highest_token(tokenizer) >= plan.rows:
-        base_tokenizer = load_tokenizer(plan.base, flag=BASE_FLAG)
+        base_tokenizer = load_tokenizer(plan.base, flag=BASE_FLAG, **trusted)
         check_tokenizer(tokenizer, base_tokenizer, plan.rows, f"{ADAPTER_FLAG} {folder}")
     text = plan.config.get_text_config()
     if plan.head.is_new and text.pad_token_id is None:
@@ -330,6 +343,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="upload the result to the hub, into a private repository: owner/name, or by itself the folder's name",
     )
     add("--hub_public", action="store_true", help="... into a public one, where it is new")
+    add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base")
+    add("--allow_pickle", action="store_true", help="read the base's pytorch_model.bin where it has no safetensors")
     log_to_stderr()
     merge(**vars(parser.parse_args(argv)))
 

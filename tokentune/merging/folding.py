@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 BaseKind = Literal["16bit", "dequantized"]
 
 
+class Trust(NamedTuple):
+    """What of a base that was asked for by flag: to run its own code, and to read weights from pickle files."""
+
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is folded into what: all that could be refused before a weight is read has been looked at."""
@@ -49,6 +56,7 @@ class Plan:
     rows: int | None  # of it in training, and so of the merged one
     dtype: torch.dtype  # of the merged weights
     place: torch.device
+    trust: Trust
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,14 @@ class Reference:
 
 
 def plan_fold(
-    base: str, config: PreTrainedConfig, head: Head, adapter: Adapter, *, dtype: torch.dtype, device: str
+    base: str,
+    config: PreTrainedConfig,
+    head: Head,
+    adapter: Adapter,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    trust: Trust,
 ) -> Plan:
     """Checks what a model without weights can tell.
 
@@ -68,11 +83,11 @@ def plan_fold(
         UserError: embeddings that cannot be made as they were in training, or a device that cannot be used.
     """
     with torch.device("meta"):
-        skeleton = head.auto_class.from_config(copy.deepcopy(config))
+        skeleton = head.auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust.trust_remote_code)
     rows = None if head is IMAGE else needed_rows(adapter, skeleton)
     base_rows = None if head is IMAGE else skeleton.get_input_embeddings().weight.shape[0]
     size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    return Plan(base, config, head, adapter, base_rows, rows, dtype, choose_device(device, size))
+    return Plan(base, config, head, adapter, base_rows, rows, dtype, choose_device(device, size), trust)
 
 
 def choose_device(device: str, model_bytes: int) -> torch.device:
@@ -106,6 +121,7 @@ def load_4bit(plan: Plan) -> PreTrainedModel:
 
 def _load(plan: Plan, **options: Any) -> PreTrainedModel:
     config = copy.deepcopy(plan.config) if plan.head.is_new else None
+    options |= plan.trust._asdict()
     model = load_base_model(plan.base, flag=BASE_FLAG, head=plan.head, config=config, **options)
     if plan.rows is not None:
         resize(model, plan.rows)
