@@ -317,6 +317,7 @@ lm_harness() {
     # A model given the harness's own way: named here too, so that its results get their own folder.
     if [[ " $* " =~ [[:space:],]pretrained=([^,[:space:]]+) ]]; then model=${BASH_REMATCH[1]}; fi
     [[ -n $model ]] || model=$(merged_model)
+    check_folder "$model"
     # lm-eval adds a second --tasks to the first instead of replacing it: ours is given only where you give none.
     tasks=$(last_value -t "$(last_value --tasks "" "$@")" "$@")
     [[ -n $tasks ]] || set -- --tasks "$task" "$@"
@@ -346,6 +347,15 @@ has_result() {
         [[ ! -f $file || $(tail -c 1 "$file") != "}" ]] || return 0
     done
     return 1
+}
+
+# check_folder MODEL: ends where a name that is spelt like a path, which no hub id is, names no folder.
+check_folder() {
+    case $1 in
+        . | .. | ./* | ../* | /* | */ | */*/*)
+            [[ -d $1 ]] || die "MODEL=$1: no such folder (now in $PWD)" "give a folder, or a hub id such as owner/name"
+            ;;
+    esac
 }
 
 # merged_model: prints the folder that is evaluated where no MODEL is named.

@@ -169,7 +169,11 @@ def test_validation_rows_are_looked_at_too(tokenizer: PreTrainedTokenizerBase) -
 @pytest.mark.parametrize(
     ("rows", "words", "message"),
     [
-        (good(end=None), "", "20 of 20 training rows end without a supervised end token (</s>): the model does not"),
+        (
+            good(end=None),
+            "",
+            "20 of the 20 training rows that were not cut end without a supervised end token (</s>)",
+        ),
         (good(end=None), "", "add --add_eos_token"),
         (good(end=None), "--add_eos_token", "the chat template has to end an answer with one"),
         ([*good(200), row(start=(BOS, BOS))], "", "1 of 201 training rows begin with two <s> (the first: row 201)"),
@@ -237,5 +241,5 @@ def test_of_a_stream_the_first_rows_are_looked_at(tokenizer: PreTrainedTokenizer
     data = InstructionData(Endless(), None, None, None)
     findings = look_at(data, tokenizer, parse_arguments([*REQUIRED, *words]), VOCABULARY)
     assert len(findings.train) == 1000
-    assert findings.warnings[0].startswith("1,000 of 1,000 training rows end without a supervised end token")
+    assert findings.warnings[0].startswith("1,000 of the 1,000 training rows that were not cut end without")
     assert findings.drawn[2].min() == findings.drawn[2].max() > 0  # one seed, one draw

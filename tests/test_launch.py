@@ -131,6 +131,7 @@ def test_a_process_that_waits_for_a_dead_one_ends_when_told_to() -> None:
     env = os.environ | {"WORLD_SIZE": "2", "RANK": "1", "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen([sys.executable, "-c", STUCK], env=env, stdout=-1, stderr=-1, text=True)
     assert running.stdout.readline() == "waiting\n"
+    time.sleep(1)  # from printing to waiting
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=30)
     assert running.returncode == 128 + signal.SIGTERM

@@ -398,6 +398,12 @@ def test_linter_errors_stop_the_tests(command, recorder, tmp_path):
     assert [args[1:3] for args in calls()] == [["ruff", "check"], ["ruff", "format"]]
 
 
+def test_a_folder_that_is_not_there_is_not_evaluated(recorder, tmp_path):
+    env, calls = recorder
+    result = call(ROOT / "scripts/eval/lm_harness_arc.sh", cwd=tmp_path, env=env | {"MODEL": "./nothere"})
+    assert result.returncode == 2 and "MODEL=./nothere: no such folder" in result.stderr and calls() == []
+
+
 # ------------------------------------------------------------------------------------------ for real, on stand-ins
 SMALL = ["--global_batch_size", "4", "--gradient_accumulation_steps", "2", "--max_length", "64"]
 SMALL += ["--warmup_steps", "1", "--num_workers", "0", "--lora_r", "2"]

@@ -325,7 +325,7 @@ def test_progress_elsewhere_is_one_line_per_log_entry(
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[1] for line in lines] == ["0/5", "1/5", "2/5", "4/5", "5/5", "5/5"]
     assert all("loss" in line for line in lines)
-    assert "memory GiB: allocated" in lines[1]
+    assert "memory GiB: resident" in lines[1]
 
 
 def test_progress_is_quiet_in_other_processes(capsys: pytest.CaptureFixture) -> None:

@@ -25,6 +25,7 @@ if __package__ in (None, ""):
     # Other packages' words on their own internals, which a user can do nothing about.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
 
 from transformers import set_seed
 

@@ -290,7 +290,8 @@ def _report(summary: dict[str, Any], same: LogitDifference, exact: LogitDifferen
     vocabulary = summary["vocabulary"]
     if vocabulary is not None and vocabulary["merged"] != vocabulary["base"]:
         print(f"embeddings: {vocabulary['merged']} rows, as in training (the base has {vocabulary['base']})")
-    print(f"largest logit difference from base + adapter, computed in {summary['dtype']}: {same}")
+    rounding = "" if summary["dtype"] == "float32" else ", which rounds the merged weights and every activation"
+    print(f"largest logit difference from base + adapter, computed in {summary['dtype']}{rounding}: {same}")
     if summary["dtype"] != "float32":
         print(f"the same weights, computed in float32: {exact}")
         if exact.relative > LARGEST_16_BIT_DIFFERENCE:

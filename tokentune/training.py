@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -323,7 +323,7 @@ def watched(trainer: SelectiveTrainer, train_rows: SeededRows, arguments: Argume
     trainer.add_callback(StepTimes(trainer.step_seconds))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Progress(trainer.memory_figures))
+    trainer.add_callback(Progress(trainer.memory_figures, epochs=not isinstance(train_rows, IterableDataset)))
     trainer.flags = arguments.settings()
     trainer.add_callback(Resumption(trainer))
     trainer.add_callback(EndWhenAsked(trainer))

@@ -150,7 +150,7 @@ def _doubtful(
     if arguments.data.add_eos_token:
         cure = "the chat template has to end an answer with one"
     yield (
-        f"{endless:,} of {int(whole.sum()):,} {name} rows end without a supervised end token"
+        f"{endless:,} of the {int(whole.sum()):,} {name} rows that were not cut end without a supervised end token"
         f"{'' if eos is None else f' ({eos})'}: the model does not learn to stop there; {cure}"
     )
 

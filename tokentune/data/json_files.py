@@ -131,13 +131,18 @@ def _next_line(file: BinaryIO, path: Path, number: int) -> bytes:
     return line
 
 
+def _reason(error: json.JSONDecodeError) -> str:
+    """What is wrong with the JSON and where; the parser's own words end in "at", for a position to follow."""
+    return f"{error.msg.removesuffix(' at')} (column {error.colno})"
+
+
 def _parse_line(line: bytes, path: Path, number: int, offset: int) -> dict:
     try:
         record = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise not_text(path, offset + error.start) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno}).") from error
+        raise UserError(f"{path}, line {number}: not valid JSON: {_reason(error)}.") from error
     except ValueError as error:
         raise UserError(f"{path}, line {number}: cannot be read: {first_line(error)}.") from error
     if not isinstance(record, dict):
@@ -173,6 +178,6 @@ def _parse_whole(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise not_text(path, error.start) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.") from error
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {_reason(error)}.") from error
     except ValueError as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}.") from error

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from tokentune.data.sources import first_line
 from tokentune.errors import UserError
+from tokentune.runs.checkpoints import with_usual_modes
 
 OUTPUT_FLAG = "--output_dir"
 SUMMARY = "merge_summary.json"  # also the mark of a folder that a later merge may replace
@@ -53,6 +54,7 @@ def replacing_folder(output: Path) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"{OUTPUT_FLAG} {output}: cannot be written: {error.strerror}") from error
         yield partial
+        with_usual_modes(partial)
         aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
         if target.exists():
             target.rename(aside)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallback
 
@@ -79,8 +80,9 @@ class LastStep(TrainerCallback):
 class Progress(TrainerCallback):
     """On a terminal a bar with loss and memory; elsewhere one line per log entry."""
 
-    def __init__(self, memory_figures: Callable[[], dict[str, int]]) -> None:
+    def __init__(self, memory_figures: Callable[[], dict[str, int]], *, epochs: bool = True) -> None:
         self.memory_figures = memory_figures
+        self.epochs = epochs
         self.bar: tqdm | None = None
         self.losses: dict[str, str] = {}
 
@@ -102,7 +104,7 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self._show_figures()
             self.bar.refresh()
-        elif line := log_line(logs, state.global_step, state.max_steps):
+        elif line := log_line(logs, state.global_step, state.max_steps, epochs=self.epochs):
             print(line, flush=True)
 
     def _show_figures(self) -> None:
@@ -114,8 +116,12 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def log_line(logs: dict[str, float], step: int, total: int) -> str | None:
-    """One log entry as a line of text; None for entries that hold no loss (the Trainer's closing totals)."""
+def log_line(logs: dict[str, float], step: int, total: int, *, epochs: bool = True) -> str | None:
+    """One log entry as a line of text; None for entries that hold no loss (the Trainer's closing totals).
+
+    Args:
+        epochs: whether it is known how many steps one has; not of a stream.
+    """
     head = f"step {step}/{total}"
     if "eval_loss" in logs:
         figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
@@ -123,8 +129,12 @@ def log_line(logs: dict[str, float], step: int, total: int) -> str | None:
         return f"{head}  validation " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     if "loss" not in logs:
         return None
-    memory = ", ".join(f"{name} {logs[f'memory_{name}_gib']:.2f}" for name in ("allocated", "reserved", "peak"))
+    # Without an accelerator what is allocated is what the process holds, imports and all.
+    names = {"allocated": "allocated", "reserved": "reserved", "peak": "peak"}
+    names = names if torch.accelerator.is_available() else {"resident": "allocated", "peak": "peak"}
+    memory = ", ".join(f"{shown} {logs[f'memory_{name}_gib']:.2f}" for shown, name in names.items())
+    head = f"{head}  epoch {logs['epoch']:.2f}" if epochs else head
     return (
-        f"{head}  epoch {logs['epoch']:.2f}  loss {logs['loss']:.4f}  learning rate {logs['learning_rate']:.2e}  "
+        f"{head}  loss {logs['loss']:.4f}  learning rate {logs['learning_rate']:.2e}  "
         f"gradient norm {logs['grad_norm']:.3f}  {logs['tokens_per_second']:.0f} tokens/s  memory GiB: {memory}"
     )

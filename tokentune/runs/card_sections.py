@@ -8,6 +8,7 @@ from typing import Any
 
 from tokentune.data.sources import is_local_path
 from tokentune.memory import gib
+from tokentune.runs.config_file import STARTING
 
 _AUTO_CLASSES = {
     "text-generation": "CausalLM",
@@ -132,10 +133,15 @@ def usage(task: str, base: str | None) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
+def told(name: str, value: Any) -> bool:
+    """Whether a setting is worth a line: it has a value, and says what was done, not how the run was started."""
+    return value not in (None, [], "") and name not in STARTING
+
+
 def last_sections(summary: Mapping[str, Any] | None, versions: Mapping[str, str | None]) -> list[str]:
     sections = []
     if summary is not None:
-        given = {name: value for name, value in summary["settings"].items() if value not in (None, [], "")}
+        given = {name: value for name, value in summary["settings"].items() if told(name, value)}
         rows = [(f"`{name}`", f"`{shown(value)}`") for name, value in given.items()]
         table = _table(("flag", "value"), rows)
         sections.append(f"## Settings\n\n<details><summary>All flags of the run</summary>\n\n{table}\n\n</details>")

@@ -64,8 +64,20 @@ def partial_folder(checkpoint: Path) -> Path:
     return partial
 
 
+def with_usual_modes(folder: Path) -> None:
+    """Gives the files in a folder the permissions of any new file: safetensors' are for their owner's eyes alone."""
+    new = folder / ".mode"
+    new.touch()
+    mode = new.stat().st_mode & 0o777
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def seal(folder: Path) -> None:
     """Flushes every file of a folder to the disk and writes the manifest: {"files": {name: {bytes, blake2b}}}."""
+    with_usual_modes(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashing releases Python's lock
         facts = list(pool.map(_flushed, paths))
@@ -127,6 +139,7 @@ def written_into(folder: Path, *, writes: bool = True) -> Iterator[Path]:
             yield partial
             if own_card(folder) is not None:  # peft writes a model card with every adapter
                 (partial / CARD_NAME).unlink(missing_ok=True)
+            with_usual_modes(partial)
             paths = [path for path in partial.rglob("*") if path.is_file()]
             for path in paths:
                 _flushed(path)
