@@ -1,10 +1,11 @@
 """Tiny models, a tokenizer and instruction data that the tests make themselves, and the real ones where at hand."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tokentune-tests-")
@@ -32,6 +33,16 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_messages() -> Iterator[None]:
+    """A command sets up the project's logger, and as one of several processes silences it: not for the next test."""
+    logger = logging.getLogger("tokentune")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers = handlers
 
 
 @pytest.fixture(scope="session")
