@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import tokentune.runs.checkpoints
 import tokentune.runs.resumable_trainer
 from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError, run_command
-from tokentune.runs.checkpoints import MANIFEST_NAME, fault_of
+from tokentune.runs.checkpoints import MANIFEST_NAME, fault_of, with_usual_modes
 from tokentune.runs.interruptions import Interrupted
 from tokentune.runs.resuming import check_same_run
 from tokentune.runs.run_lock import locked
@@ -542,3 +543,14 @@ def test_batch_of_a_nan_loss_is_written_down(run: Run, tmp_path: Path, monkeypat
         assert sequence["labels"] == batch["labels"][index][:length].tolist()
         assert set(sequence["selected_positions"]) <= set(batch["selected_positions"][index].tolist())
         assert "### Response:" in sequence["text"] and sequence["row"] == facts["rows"][index]
+
+
+def test_weights_have_the_permissions_of_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).touch(mode=0o600)
+    monkeypatch.setattr(Path, "chmod", Mock(side_effect=PermissionError))  # a share without permissions
+    with_usual_modes(tmp_path)
+    monkeypatch.undo()
+    with_usual_modes(tmp_path)
+    (tmp_path / "new").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1 and len(list(tmp_path.iterdir())) == 3

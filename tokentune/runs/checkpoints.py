@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,18 @@ def partial_folder(checkpoint: Path) -> Path:
 
 
 def with_usual_modes(folder: Path) -> None:
-    """Gives the files in a folder the permissions of any new file: safetensors' are for their owner's eyes alone."""
+    """Gives the files in a folder the permissions of any new file: safetensors' are for their owner's eyes alone.
+
+    Where a file system has no permissions, or the disk no room for a file to look at, they stay as they are.
+    """
     new = folder / ".mode"
-    new.touch()
-    mode = new.stat().st_mode & 0o777
-    new.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+    with suppress(OSError):
+        new.touch()
+        mode = new.stat().st_mode & 0o777
+        new.unlink()
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
 
 
 def seal(folder: Path) -> None:
