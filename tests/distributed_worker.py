@@ -11,6 +11,8 @@ import os
 import socket
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ FSDP_2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
+ZERO_2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "DS_ACCELERATOR": "cpu",
+}
+ZERO_3 = ZERO_2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+ENGINES = {"ddp": {}, "fsdp2": FSDP_2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "zero2": ZERO_2, "zero3": ZERO_3}
 
 
 @dataclass
@@ -42,7 +53,7 @@ class Case:
 
     Attributes:
         words: flags, without the batch.
-        fsdp: the engine is FSDP, not DistributedDataParallel.
+        fsdp: the engine is FSDP.
         accumulation: micro-batches per step.
         tied: the output head's weights are the embeddings'.
         dtype: of all weights.
@@ -128,6 +139,9 @@ def weights_of(trainer: SelectiveTrainer) -> dict[str, Tensor]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_split(model):
         return {name: tensor.clone() for name, tensor in whole_state(model).items()}
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # DeepSpeed ZeRO-3
+        with import_module("deepspeed").zero.GatheredParameters(list(model.parameters())):
+            return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -155,18 +169,36 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def let_fsdp_run_on_cpus() -> None:
-    """accelerate has FSDP on accelerators alone; torch's own, which it calls, runs on CPUs (gloo) as well."""
+def let_engines_run_on_cpus() -> None:
+    """accelerate has FSDP and DeepSpeed on accelerators alone; both, which it calls, run on CPUs (gloo) as well.
+
+    DeepSpeed would first compile what it sends by, for minutes, where gloo does.
+    """
     own = AcceleratorState.__init__
 
-    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+    def init(
+        self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, deepspeed_plugin: Any = None, **kwargs: Any
+    ) -> None:
+        own(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
+        if deepspeed_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, deepspeed_plugin
+            for plugin in deepspeed_plugin.values() if isinstance(deepspeed_plugin, dict) else [deepspeed_plugin]:
+                plugin.set_mixed_precision(self._mixed_precision)
+                if plugin.zero_stage == 3:  # weights as small as a tiny model's would stay whole
+                    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+                plugin.select(_from_accelerator_state=True)
+            self._mixed_precision = "no"
+        if fsdp_plugin is not None and self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
+            if not torch.distributed.is_initialized():  # of one process
+                torch.distributed.init_process_group("gloo")
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = init
+    if find_spec("deepspeed"):
+        # By name: `deepspeed.comm.torch` as an attribute is torch itself.
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def run_process(rank: int, processes: int, port: int, cases: dict[str, dict], folder: Path, model_dir: str) -> None:
@@ -175,7 +207,7 @@ def run_process(rank: int, processes: int, port: int, cases: dict[str, dict], fo
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    let_fsdp_run_on_cpus()
+    let_engines_run_on_cpus()
     for name, settings in cases.items():
         case = Case(**settings)
         trainer, drawn = train(case, model_dir, folder, name)

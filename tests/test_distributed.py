@@ -9,12 +9,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_worker import FSDP_2, GLOBAL_BATCH, ROWS, Case, case_file, figures_of, train, weights_of
+from distributed_worker import (
+    FSDP_2,
+    GLOBAL_BATCH,
+    ROWS,
+    ZERO_2,
+    ZERO_3,
+    Case,
+    case_file,
+    figures_of,
+    train,
+    weights_of,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -64,9 +76,12 @@ class Launched:
 @pytest.fixture(scope="module")
 def launched(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Launched]:
     """All cases, run once; asked for those of a number of processes."""
-    folder = tmp_path_factory.mktemp("launched")
+    return launch(CASES, tmp_path_factory.mktemp("launched"), tiny_llama_dir)
+
+
+def launch(cases: dict[int, dict[str, Case]], folder: Path, model_dir: Path) -> Callable[[int], Launched]:
     worker = ROOT / "tests" / "distributed_worker.py"
-    words = [sys.executable, worker, case_file(CASES, folder / "cases.json"), folder, tiny_llama_dir]
+    words = [sys.executable, worker, case_file(cases, folder / "cases.json"), folder, model_dir]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([str(word) for word in words], env=env, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
@@ -120,6 +135,48 @@ def test_draws_differ_between_processes_and_depend_on_the_row_alone(launched: Ca
     assert epoch[:ROWS] == drawn[:ROWS]  # of the first epoch
     assert first[: ROWS // 2] != second[: ROWS // 2]
     assert epoch[ROWS][0] == 0  # of the row that fills the last batch up: its only token
+
+
+ZERO = {  # of two processes
+    f"zero{stage}{name}": Case(words, environment=environment, **parts)
+    for stage, environment in ((2, ZERO_2), (3, ZERO_3))
+    for name, words, parts in (
+        ("", SELECTIVE, {"accumulation": 3, "eval_rows": 5}),
+        ("_lora", LORA, {}),
+        ("_segments", f"{SELECTIVE} --gradient_checkpointing --checkpoint_rest segments", {}),
+    )
+}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def launched_by_deepspeed(
+    request: pytest.FixtureRequest, tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Launched]:
+    """A stage, and its cases: each stage in processes of its own, where accelerate keeps the first one's settings."""
+    if not find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is not installed")
+    stage = f"zero{request.param}"
+    cases = {f"{stage}{name}": ZERO[f"{stage}{name}"] for name in ("", "_lora", "_segments")}
+    return stage, launch({2: cases}, tmp_path_factory.mktemp(stage), tiny_llama_dir)(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["", "_lora", "_segments"])
+def test_deepspeed_gets_as_far_as_one_process(kind: str, launched_by_deepspeed: tuple, alone: Callable) -> None:
+    """Its gradients and AdamW's states are in float32, which one process's are as far from float64."""
+    stage, several = launched_by_deepspeed
+    case = ZERO[stage + kind]
+    one, drawn = alone(case, 2)
+    expected, found = weights_of(one), several.weights(stage + kind)
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        # ZeRO-3 holds float32 weights. A step moves them by 1e-2.
+        torch.testing.assert_close(found[key].to(weight.dtype), weight, rtol=0, atol=2e-4, msg=key)
+    figures_alone = figures_of(one, drawn)
+    for of_rank in several.figures(stage + kind):
+        assert of_rank["losses"] == pytest.approx(figures_alone["losses"], rel=1e-6)
+        assert of_rank["gradient_norms"] == pytest.approx(figures_alone["gradient_norms"], rel=1e-6)
+        assert of_rank["evaluations"] == pytest.approx(figures_alone["evaluations"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("processes", "name"), [(2, "fsdp"), (2, "fsdp_lora"), (4, "fsdp_lora")])
@@ -181,7 +238,6 @@ def test_engine_of_the_launcher(environment: dict, expected: str | None, monkeyp
     assert engine() == expected
 
 
-ZERO_3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 REFUSED = {
     "model_parallel": ({"WORLD_SIZE": "2"}, "--model_parallel", "gives each process a GPU of its own"),
     "optim_in_backward": (
@@ -189,7 +245,8 @@ REFUSED = {
         "--optim_in_backward --max_grad_norm 0",
         "cannot average gradients over processes",
     ),
-    "zero_3": (ZERO_3, SELECTIVE, "ZeRO-3: it splits every model that is made"),
+    "zero_3_qlora": (ZERO_3, "--qlora", "--qlora with DeepSpeed ZeRO-3"),
+    "zero_3_chunks": (ZERO_3, f"{SELECTIVE} --chunked_loss on", "different numbers of chunks"),
     "qlora": (FSDP_2, "--qlora", "--qlora: FSDP would leave the 4-bit weights whole"),
     "optimizer": (FSDP_2, "--optim adafactor", "--optim adafactor has not been shown to work on weights that FSDP"),
     "fsdp_1": (FSDP_2 | {"FSDP_VERSION": "1"}, "", "FSDP 1 flattens"),
@@ -214,11 +271,14 @@ def test_refused_before_anything_is_read(case: str, monkeypatch: pytest.MonkeyPa
         parse_arguments(command.split())
 
 
-def test_fsdp_without_accelerators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in FSDP_2.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(("environment", "name"), [(FSDP_2, "FSDP"), (ZERO_2, "DeepSpeed")])
+def test_an_engine_without_accelerators_is_refused(
+    environment: dict, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(UserError, match="FSDP needs accelerators"):
+    with pytest.raises(UserError, match=f"{name} needs accelerators"):
         parse_arguments(["--model_name_or_path", "no/such", "--dataset_name_or_path", "none.jsonl"])
 
 
@@ -233,6 +293,21 @@ def test_a_checkpoint_is_gone_on_from_with_its_own_engine(tmp_path: Path, monkey
     check_checkpoint(parts)
     with pytest.raises(UserError, match="was written without FSDP"):
         check_checkpoint(whole)
+
+
+def test_deepspeed_goes_on_with_as_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "global_step1").mkdir(parents=True)
+    for rank in range(2):
+        (checkpoint / "global_step1" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(UserError, match="was written by DeepSpeed, and cannot be gone on from without it"):
+        check_checkpoint(checkpoint)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_checkpoint(checkpoint)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="written by 2 processes of DeepSpeed, which cannot go on from it with 4"):
+        check_checkpoint(checkpoint)
 
 
 def test_a_lost_peer_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:

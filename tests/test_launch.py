@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,94 +135,3 @@ def test_a_process_that_waits_for_a_dead_one_ends_when_told_to() -> None:
     _, said = running.communicate(timeout=30)
     assert running.returncode == 128 + signal.SIGTERM
     assert "rank 1 was told to end while it waited for another process" in said
-
-
-# ---- real processes --------------------------------------------------------------------------------------------------
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **more}
-
-
-@pytest.fixture
-def command(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """torchrun of two processes of finetune.py, on the tiny Llama."""
-
-    def words(*flags: object) -> list[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", FINETUNE]
-        required = ["--model_name_or_path", tiny_llama_dir, "--dataset_name_or_path", alpaca_file]
-        fixed = ["--model_save_path", tmp_path, "--max_length", 64, "--logging_steps", 1, "--warmup_steps", 1]
-        selective = ["--tokentune", "--prefix_length", 0.3, "--skip_verification", "--skip_memory_probe"]
-        return list(map(str, [*launcher, *required, *fixed, *selective, "--report_to", "none", *flags]))
-
-    return words
-
-
-def test_a_users_mistake_is_told_once(command: Callable[..., list[str]]) -> None:
-    ended = subprocess.run(
-        command("--learning_rate", 0), env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode != 0
-    assert ended.stderr.count("--learning_rate 0: nothing would be learnt") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("victim", "processes"), [(0, 2), (1, 1)])
-def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(
-    victim: int, processes: int, command: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    """... on two processes, or on one."""
-    flags = ("--global_batch_size", 4, "--num_epochs", 6, "--save_steps", 5)
-    whole = subprocess.run(
-        command(*flags, "--model_save_path", tmp_path / "whole"), env=environment(), capture_output=True, timeout=200
-    )
-    assert whole.returncode == 0, whole.stderr[-3000:]
-
-    output = tmp_path / "output"
-    with output.open("w") as file:
-        words = command(*flags, "--model_save_path", tmp_path / "killed")
-        running = subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
-    wait_for(lambda: "step 8/" in output.read_text(), running)
-    os.kill(process_of_rank(victim, running.pid), signal.SIGKILL)
-    killed = time.monotonic()
-    assert running.wait(timeout=60) != 0
-    assert time.monotonic() - killed < 30
-    text = output.read_text()
-    assert text.count("another process of this run has ended") == 1 and "error: " in text
-    assert f"rank      : {victim}" in text and "SIGKILL" in text  # the launcher's own words
-
-    words = command(*flags, "--model_save_path", tmp_path / "killed", "--resume_from_checkpoint")
-    words = words if processes == 2 else [sys.executable, *words[words.index(FINETUNE) :]]
-    resumed = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "going on from" in resumed.stderr
-    first, second = (result_of(tmp_path / name) for name in ("whole", "killed"))
-    assert first.keys() == second.keys()
-    assert all((first[name] - second[name]).abs().max() < 1e-6 for name in first)
-
-
-def result_of(folder: Path) -> dict:
-    from safetensors.torch import load_file
-
-    (file,) = folder.glob("*/model.safetensors")
-    return load_file(file)
-
-
-def wait_for(condition: Callable[[], bool], running: subprocess.Popen) -> None:
-    until = time.monotonic() + 120
-    while not condition():
-        assert running.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
-
-
-def process_of_rank(rank: int, launcher: int) -> int:
-    """The process of this rank below a launcher (Linux)."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (process / "environ").read_bytes().split(b"\0")
-        except (OSError, IndexError):
-            continue
-        if parent == launcher and f"RANK={rank}".encode() in variables:
-            return int(process.name)
-    raise AssertionError(f"no process of rank {rank}")

@@ -52,6 +52,7 @@ from tokentune.runs.checkpoints import remove_best_checkpoints
 from tokentune.runs.config_file import write_config
 from tokentune.runs.interruptions import interruptible
 from tokentune.runs.model_card import write_model_card
+from tokentune.runs.peers import end_when_stuck
 from tokentune.runs.run_folder import check_run_folder, clear_run_folder
 from tokentune.runs.run_lock import locked
 from tokentune.runs.summary import draw_curves, library_versions, write_summary
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.output.print_run_folder:
         print(run_folder)
         return
-    with interruptible(AGAIN), locked(run_folder):
+    with interruptible(AGAIN), end_when_stuck(), locked(run_folder):
         plan = prepare(arguments, run_folder)
         summaries = [train(plan, seed) for seed in arguments.seeds]
         scores = scores_over_seeds(summaries, arguments, plan.data.labels)
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_folder_of(arguments: ClassificationArguments) -> Path:
-    """`<model_save_path>/<model>-<data>-<task>[-lora][-qlora][-tokentune-<selected>][-labelled]`."""
+    """`<model_save_path>/<model>-<data>-<task>[-lora][-qlora][-tokentune-<selected>][-<labelled or supervised>]`."""
     name = run_folder_name(
         arguments.model.model_name_or_path,
         arguments.data.dataset_name_or_path or HUB_ID,
@@ -103,8 +104,8 @@ def run_folder_of(arguments: ClassificationArguments) -> Path:
         prefix_length=arguments.selection.selected,
         task=arguments.task.name,
     )
-    if arguments.selection.tokentune and arguments.selection.selection == "labelled":
-        name += "-labelled"  # compared with a random draw of as many tokens, beside it
+    if arguments.selection.tokentune and arguments.selection.selection in ("labelled", "supervised"):
+        name += f"-{arguments.selection.selection}"  # compared with a random draw of as many tokens, beside it
     return Path(arguments.output.model_save_path).expanduser() / name
 
 

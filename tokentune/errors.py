@@ -32,22 +32,15 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _say_once(f"error: {error}")
+        say_once(f"error: {error}")
         sys.exit(2)
-    except RuntimeError as error:
-        from tokentune.runs.peers import lost_peer
-
-        if (message := lost_peer(error)) is None:
-            raise
-        _say_once(f"error: {message}")
-        sys.exit(1)
     except KeyboardInterrupt as error:  # `interruptions.Interrupted` among it
         if os.environ.get("RANK", "0") == "0":  # a launcher interrupts all its processes
             print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(128 + getattr(error, "signal_number", signal.SIGINT))
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     """Prints what is wrong; of a launcher's processes, which mostly find the same, one does."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from tokentune.runs.peers import leave_it_to_others  # too large an import for `--help`

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed
 
 if TYPE_CHECKING:
     from tokentune.training import SelectiveTrainer
@@ -21,6 +22,24 @@ if TYPE_CHECKING:
 def is_split(model: nn.Module) -> bool:
     """Whether FSDP holds this model's weights in parts."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def runs_together(model: nn.Module) -> bool:
+    """Whether each call of a part of the model is one of all processes: FSDP, or DeepSpeed ZeRO-3, gathers its weights.
+
+    A process that makes one call more than the others waits for them for ever.
+    """
+    return is_split(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """What this process has of a weight: all of it, or where DeepSpeed ZeRO-3 has split it, a part."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def size_of(parameter: Tensor) -> int:
+    """The numbers in a weight, of which a process may have a part or none."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def own_class(model: nn.Module) -> type[nn.Module]:
@@ -41,6 +60,22 @@ def set_fsdp_policy(accelerator: Accelerator) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
     # A layer that is checkpointed returns its states through an identity, a view. Nothing writes into them.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
+
+
+@contextmanager
+def made_whole() -> Iterator[None]:
+    """Within it the models that are made have all their weights: DeepSpeed ZeRO-3 splits any that transformers makes.
+
+    For those without data and for tiny ones, which flags and layers are checked on.
+    """
+    known = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if known is None else known()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 @contextmanager

@@ -11,9 +11,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from tokentune.arguments import Arguments
+from tokentune.command_line.flags import process_count
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.footprints.footprint import Footprint, measure, profile_of
 from tokentune.heads import CAUSAL_LM, Head
+from tokentune.runs.distributed import check_engine
 
 _LEAST_SAVING = 0.01  # of the peak: less is no advice
 _FRAGMENTATION = 0.03  # of the peak, that an allocator cannot hand out
@@ -28,6 +30,7 @@ def estimator(arguments: Arguments, config: PreTrainedConfig, device: str, head:
 
     def run(changed: Arguments, shape: tuple[int, int]) -> Footprint | None:
         try:
+            check_engine(changed)  # several processes' may not take it
             known = profile() if changed.selection.tokentune else None
             return measure(config, changed, shape, device=device, head=head, profile=known)
         except (UserError, UnsupportedModelError, RuntimeError, NotImplementedError):  # no such row to advise
@@ -100,7 +103,8 @@ def _changes(arguments: Arguments, shape: tuple[int, int]) -> Iterator[tuple[str
         for optim in ("adamw_torch_fused", "adamw_bnb_8bit"):
             if optimization.optim != optim:
                 yield f"--optim {optim}", change("optimization", optim=optim), shape
-        if not optimization.optim_in_backward and optimization.gradient_accumulation_steps == 1:
+        alone = process_count() == 1
+        if alone and not optimization.optim_in_backward and optimization.gradient_accumulation_steps == 1:
             settings = {"optim_in_backward": True, "max_grad_norm": 0.0}
             yield "--optim_in_backward --max_grad_norm 0", change("optimization", **settings), shape
     if sequences > 1 and not optimization.optim_in_backward:

@@ -188,6 +188,8 @@ def _measured(arguments: Arguments, trainer: SelectiveTrainer | None) -> dict[st
 
 
 def _bytes(tensors: list[Tensor]) -> int:
+    """Of their storages; where FSDP has split a tensor, of this process's part."""
+    tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

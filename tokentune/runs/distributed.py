@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from tokentune.collators import CausalCollator, SeededRows
+from tokentune.collators import CausalCollator, ClassificationCollator, SeededRows
 from tokentune.command_line.flags import process_count, require
 from tokentune.data.packing import PackedCollator, PackedRows
+from tokentune.errors import UserError
 
 if TYPE_CHECKING:
     from tokentune.arguments import Arguments
@@ -48,6 +49,11 @@ def engine() -> str | None:
     if _on("ACCELERATE_USE_FSDP"):
         return FSDP
     return DDP if process_count() > 1 else None
+
+
+def has_accelerators() -> bool:
+    """Whether this machine has GPUs or the like."""
+    return torch.accelerator.is_available()
 
 
 def check_engine(arguments: "Arguments") -> None:
@@ -76,21 +82,32 @@ def check_engine(arguments: "Arguments") -> None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Refuses a checkpoint that FSDP wrote in parts where another engine goes on, and the other way round.
+    """Refuses a checkpoint that FSDP or DeepSpeed wrote in parts where another engine goes on, and the other way round.
 
-    The number of processes may be another one.
+    The number of processes may be another one, but for DeepSpeed.
     """
-    in_parts = any(path.name.startswith("pytorch_model_fsdp") for path in checkpoint.iterdir())
+    names = [path.name for path in checkpoint.iterdir()]
+    known = ((FSDP, "pytorch_model_fsdp"), (DEEPSPEED, "global_step"))
+    wrote = next((of for of, start in known if any(name.startswith(start) for name in names)), None)
+    chosen = engine() if engine() in (FSDP, DEEPSPEED) else None
+    if wrote != chosen:
+        by = f"by {wrote}" if wrote else f"without {chosen}"
+        now = f"with {chosen}" if wrote is None else f"without {'it' if chosen is None else wrote}"
+        raise UserError(
+            f"{checkpoint} was written {by}, and cannot be gone on from {now}: launch the run as it was launched"
+            + (", on any number of processes" if wrote != DEEPSPEED else "")
+        )
+    parts = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
     require(
-        in_parts == (engine() == FSDP),
-        f"{checkpoint} was written {'by' if in_parts else 'without'} FSDP, and cannot be gone on from "
-        f"{'without it' if in_parts else 'with it'}: launch the run as it was launched, on any number of processes",
+        wrote != DEEPSPEED or parts == process_count(),
+        f"{checkpoint} was written by {parts} processes of DeepSpeed, which cannot go on from it with "
+        f"{process_count()}: launch as many, or take FSDP (LAUNCH=fsdp2) from the start",
     )
 
 
 def _check_fsdp(arguments: "Arguments") -> None:
     require(
-        torch.accelerator.is_available(),
+        has_accelerators(),
         "FSDP needs accelerators: without any, accelerate passes over it in silence. Take torchrun, or "
         "LAUNCH=ddp, on CPUs",
     )
@@ -127,13 +144,30 @@ def _check_fsdp(arguments: "Arguments") -> None:
 
 
 def _check_deepspeed(arguments: "Arguments") -> None:
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     require(
-        stage != "3" or not arguments.selection.tokentune,
-        "--tokentune with DeepSpeed ZeRO-3: it splits every model that is made, also the small one that the selective "
-        "layers are checked on. Take FSDP, which splits the weights as well (LAUNCH=fsdp2)",
+        has_accelerators(),
+        "DeepSpeed needs accelerators: without any, accelerate passes over it, and each process would train by itself. "
+        "Take torchrun, or LAUNCH=ddp, on CPUs",
     )
-    logger.warning("DeepSpeed is untested here: compare the first steps with DDP or FSDP before a long run")
+    require(
+        arguments.prog == "finetune.py",
+        f"{arguments.prog} has not been made to run with DeepSpeed, and its encoders fit one GPU: take DDP "
+        "(LAUNCH=ddp)",
+    )
+    in_parts = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
+    require(
+        not (in_parts and arguments.adapters.qlora),
+        "--qlora with DeepSpeed ZeRO-3 has not been shown to work: take DDP (LAUNCH=ddp), or --lora",
+    )
+    require(
+        not (in_parts and arguments.selection.tokentune and arguments.memory.chunked_loss == "on"),
+        "--chunked_loss on with DeepSpeed ZeRO-3: each call of the output head is one of all processes, which have "
+        "different numbers of chunks and would wait for each other for ever. Leave it out, or take FSDP (LAUNCH=fsdp2)",
+    )
+    logger.warning(
+        "DeepSpeed was tested on CPUs alone, with AdamW in float32: compare the first steps with DDP or FSDP before a "
+        "long run"
+    )
 
 
 def _on(variable: str) -> bool:
@@ -168,9 +202,15 @@ class EvenSampler(Sampler):
 
 def even_sampler(trainer: Trainer) -> EvenSampler | None:
     """The training order of several processes; None in one, and where a row without targets would count."""
-    rows, settings = trainer.train_dataset, trainer.args
-    by_target = trainer.model_accepts_loss_kwargs and isinstance(trainer.data_collator, CausalCollator | PackedCollator)
-    if settings.world_size == 1 or not by_target or not isinstance(rows, SeededRows | PackedRows):
+    rows, settings, collator = trainer.train_dataset, trainer.args, trainer.data_collator
+    if settings.world_size == 1 or not isinstance(rows, SeededRows | PackedRows):
+        return None
+    by_target = trainer.model_accepts_loss_kwargs and isinstance(collator, CausalCollator | PackedCollator)
+    if isinstance(collator, ClassificationCollator):
+        by_target = trainer.compute_loss_func is not None and not isinstance(rows.rows[0]["labels"], float)
+    if not by_target:
+        if len(rows) % (trainer._train_batch_size * settings.world_size):
+            logger.warning("the last batch of an epoch is filled up with its first rows, which then count twice")
         return None
     return EvenSampler(len(rows), settings.data_seed, trainer._train_batch_size * settings.world_size)
 

@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.loss import CHUNK_BYTES, ChunkedLoss, put_loss
 from tokentune.selection import IGNORED_LABEL
-from tokentune.split_weights import is_split
+from tokentune.split_weights import runs_together
 
 if TYPE_CHECKING:
     from tokentune.training import SelectiveTrainer
@@ -41,7 +41,7 @@ def loss_per_token(trainer: "SelectiveTrainer", loader: DataLoader) -> dict[str,
     in_chunks = None
     for batch in loader:
         if in_chunks is None:  # of split weights each process would call the head another number of times
-            in_chunks = not is_split(model) and can_be_chunked(model, batch["input_ids"])
+            in_chunks = not runs_together(model) and can_be_chunked(model, batch["input_ids"])
         labels = batch["labels"]
         tokens = int((labels[:, 1:] != IGNORED_LABEL).sum())
         with loss_in_chunks(model, labels, tokens) if in_chunks else nullcontext():

@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import transformers
 
 from tokentune.command_line.flags import process_count
+from tokentune.errors import say_once
 from tokentune.runs.interruptions import interruption
 
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
@@ -62,11 +64,14 @@ def leave_it_to_others() -> bool:
 
 @contextmanager
 def end_when_stuck(seconds: float = 20.0) -> Iterator[None]:
-    """Within it, a process that a signal does not reach ends all the same. For one of several.
+    """Within it a process ends that has lost another one, or that a signal does not reach. For one of several.
 
     A launcher ends the others with SIGTERM when one has died. Python's handlers then wait for the call that is under
     way, and on a GPU that is the one that waits for the dead process. A thread hears of the signal at once, and ends
     the process where no handler (`interruptions.py`) has run `seconds` later.
+
+    Raises:
+        SystemExit: 1, where another process has ended, with a message that one process gives.
     """
     if process_count() == 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -77,6 +82,12 @@ def end_when_stuck(seconds: float = 20.0) -> Iterator[None]:
     threading.Thread(target=_end_unless_heard, args=(reading, seconds), daemon=True).start()
     try:
         yield
+    except RuntimeError as error:
+        if (message := lost_peer(error)) is None:
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends by now: first the message
+        say_once(f"error: {message}")
+        sys.exit(1)
     finally:
         signal.set_wakeup_fd(before)
         os.close(writing)  # which ends the thread
