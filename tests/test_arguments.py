@@ -1,6 +1,7 @@
 """The command line: the released names and defaults, what follows from flags, what is refused."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ DEFAULTS = {
     "eval_dataset_name_or_path": None,
     "eval_steps": None,
     "selection": "random",
+    "selection_pass": False,
+    "selection_draw": "proportional",
+    "selection_layers": None,
+    "selection_reference_model": None,
+    "gradient_correction": 0.0,
+    "diagnose_steps": None,
     "skip_verification": False,
     "seed": 42,
     "optim": "adamw_torch",
@@ -109,6 +116,42 @@ def test_prefix_length_tells_counts_from_proportions(text: str, selected: int | 
     assert value == selected and type(value) is type(selected)
 
 
+def test_a_schedule_s_largest_size_is_what_there_has_to_be_room_for() -> None:
+    selection = parse_arguments([*REQUIRED, "--tokentune", "--prefix_length", "0.5:0.1"]).selection
+    assert selection.selected == selection.schedule.largest == 0.5
+    assert parse_arguments([*REQUIRED, "--tokentune", "--prefix_length", "0.5"]).selection.schedule is None
+
+
+def test_a_strategy_of_ones_own_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "rare.py"
+    file.write_text(
+        "from tokentune.strategies import Tokens, strategy\n\n"
+        "@strategy('rare_in_arguments')\n"
+        "def rare(tokens: Tokens):\n"
+        "    return tokens.input_ids + tokens.uniform\n"
+    )
+    selection = parse_arguments([*REQUIRED, "--tokentune", "--selection", f"{file}:rare"]).selection
+    assert not selection.looks and not selection.scored
+    file.write_text("def rare(tokens):\n    return tokens.uniform[0]\n")
+    (tmp_path / "worse.py").write_text(file.read_text())
+    with pytest.raises(UserError, match=r"^--selection /.*worse.py:rare: must return priorities of its tokens"):
+        parse_arguments([*REQUIRED, "--selection", f"{tmp_path / 'worse.py'}:rare"])
+
+
+@pytest.mark.parametrize(
+    ("words", "looks"),
+    [
+        ("", False),
+        ("--tokentune", False),
+        ("--tokentune --selection_pass", True),
+        ("--tokentune --selection loss", True),
+        ("--selection loss", False),
+    ],
+)
+def test_who_looks_first(words: str, looks: bool) -> None:
+    assert parse_arguments([*REQUIRED, *words.split()]).selection.looks is looks
+
+
 def test_qlora_implies_adapters() -> None:
     assert parse_arguments([*REQUIRED, "--qlora"]).adapters.lora
 
@@ -145,7 +188,20 @@ REFUSED = [
     ("--logging_steps 0", "--logging_steps 0"),
     ("--eval_steps 10", "add --eval_dataset_name_or_path"),
     ("--base_dtype int8", "--base_dtype"),
-    ("--selection best", "--selection"),
+    ("--selection best", "--selection there is no strategy 'best'."),
+    ("--selection gradeint", "Did you mean gradient?"),
+    ("--selection nowhere.py:best", "--selection nowhere.py:best: there is no Python file nowhere.py"),
+    ("--prefix_length 0.1:16", "--prefix_length 0.1:16: a schedule goes from one proportion to another"),
+    ("--selection excess_loss", "add --selection_reference_model"),
+    ("--selection loss --selection_reference_model owner/other", "is for --selection excess_loss"),
+    ("--selection_layers 2", "--selection_layers 2: --selection random looks at no scores"),
+    ("--selection loss --selection_layers 0", "--selection_layers 0: must be 1 or more"),
+    ("--gradient_correction 1.5", "--gradient_correction 1.5: must be from 0 (none) to 1"),
+    ("--gradient_correction nan", "--gradient_correction nan: must be"),
+    ("--tokentune --diagnose_steps 0", "--diagnose_steps 0: must be 1 or more"),
+    ("--tokentune --packing --selection loss", "--packing with --selection loss: the model draws then"),
+    ("--tokentune --packing --prefix_length 0.1:0.5", "--packing with --prefix_length 0.1:0.5"),
+    ("--tokentune --packing --gradient_correction 1", "--packing with --gradient_correction: tokens attend within"),
     ("--prefix_lenght 0.3", "did you mean --prefix_length"),
     ("--lora_r eight", "--lora_r"),
     ("--bf16 --fp16_opt_level", "--fp16_opt_level"),
@@ -178,6 +234,9 @@ def test_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPa
 WITHOUT_EFFECT = [
     ("--prefix_length 0.3", "--prefix_length has no effect without --tokentune"),
     ("--selection reference", "--selection has no effect without --tokentune"),
+    ("--selection_pass", "--selection_pass has no effect without --tokentune"),
+    ("--gradient_correction 0.5", "--gradient_correction has no effect without --tokentune"),
+    ("--tokentune --selection_draw top", "--selection_draw has no effect without a --selection with scores"),
     ("--lora_r 4", "--lora_r has no effect without --lora or --qlora"),
     ("--fp16_opt_level O2", "--fp16_opt_level O2 does nothing"),
     ("--report_to none --logging_dir logs", "--logging_dir has no effect"),

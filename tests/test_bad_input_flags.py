@@ -43,7 +43,7 @@ FLAGS = [
     (
         "no such selection",
         "--selection best",
-        "--selection: 'best' is none of 'random', 'reference' (--help lists all flags)",
+        "--selection there is no strategy 'best'. Known are random, reference,...",
     ),
     (
         "no such data format",

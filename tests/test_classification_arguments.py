@@ -55,6 +55,28 @@ def test_what_does_not_go_with_an_encoder_is_refused(monkeypatch: pytest.MonkeyP
         parsed("--use_liger_kernel")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--selection loss", "--selection loss is for causal language models (finetune.py): it needs the loss of each"),
+        ("--selection tokenseek", "it needs the attention and gradient of each token"),
+        ("--selection_pass", "--selection_pass is for causal language models"),
+        ("--selection_draw top", "--selection_draw is for causal language models"),
+        ("--selection_layers 2", "--selection_layers is for causal language models"),
+        ("--selection excess_loss --selection_reference_model x", "--selection_reference_model is for causal"),
+        ("--gradient_correction 1", "--gradient_correction is for causal language models"),
+        ("--diagnose_steps 5", "--diagnose_steps is for causal language models"),
+        ("--prefix_length 0.1:0.5", "--prefix_length 0.1:0.5: a size that changes over the run is for causal"),
+        ("--selection supervised", "--selection supervised needs a label for each word"),
+        ("--selection labeled", "Did you mean labelled?"),
+    ],
+)
+def test_what_takes_a_causal_model_or_labels_of_words(words: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parsed(f"--tokentune {words}")
+    assert message in str(caught.value)
+
+
 def test_one_seed_or_several() -> None:
     assert parsed("").seeds == [42] and parsed("--seed 7").seeds == [7]
     assert parsed("--seeds 1 2 3").seeds == [1, 2, 3]
@@ -71,6 +93,7 @@ def test_one_seed_or_several() -> None:
             "--task_type token --tokentune --prefix_length 0.3 --selection labelled",
             "owner-model-owner-data-token-tokentune-0.3-labelled",
         ),
+        ("--tokentune --prefix_length 4 --selection stratified", "owner-model-owner-data-text-tokentune-4"),
     ],
 )
 def test_run_folder_is_named_after_data_task_and_method(words: str, name: str) -> None:

@@ -1,5 +1,6 @@
 """Padding by length, the draw within a batch, and the same draws however the rows are batched."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from tokentune.choosing.weighted_draw import inclusion_probabilities, systematic_draw
 from tokentune.collators import CausalCollator, ClassificationCollator, EncoderDraw, SeededRows, stack_images
+from tokentune.data.packing import PackedCollator
 from tokentune.data.records import load_records
 from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records
-from tokentune.selection import selected_count
+from tokentune.selection import selected_count, target_mask
+from tokentune.strategies import REGISTRY, Choice, Tokens, strategy, strategy_names
 from tokentune.verification import Pooling
 
 PAD = 3
@@ -163,6 +167,81 @@ def test_real_rows_have_a_supervised_token_in_every_draw(shared: Path) -> None:
     assert kept.shape == (report.rows,)
     assert kept.min() >= 1
     assert 0.04 < kept.sum() / report.supervised_tokens < 0.08
+
+
+# ---- strategies that know their probabilities, and draws that are left to others -------------------------------------
+
+
+@pytest.fixture
+def first_half_more_often() -> Iterator[str]:
+    """A strategy with probabilities: two tokens in three from the row's first half."""
+
+    @strategy("first_half_more_often")
+    def choose(tokens: Tokens) -> Choice:
+        order, length = tokens.real.cumsum(-1), tokens.real.sum(-1, keepdim=True)
+        share = torch.where(2 * order <= length, 2.0, 1.0).masked_fill(~tokens.real, 0.0)
+        probability = inclusion_probabilities(share, tokens.counts)
+        chosen = systematic_draw(probability, tokens.uniform, tokens.uniform[:, :1], tokens.real)
+        return Choice(chosen + tokens.uniform, probability)
+
+    yield "first_half_more_often"
+    del REGISTRY["first_half_more_often"]
+
+
+def test_weights_stand_for_the_labels_that_were_not_selected(first_half_more_often: str) -> None:
+    data = SeededRows(rows(6), seed=1)
+    examples = [data[i] for i in range(6)]
+    collator = CausalCollator(PAD, prefix_length=0.5, strategy=first_half_more_often)
+    batch = collator(examples)
+    assert torch.equal(batch["labels"], CausalCollator(PAD)(examples)["labels"])  # which normalise the loss
+    targets = target_mask(batch["labels"], causal=True).gather(1, batch["selected_positions"])
+    assert batch["selection_weights"].shape == batch["selected_positions"].shape
+    assert (batch["selection_weights"][~targets] == 0).all()
+    assert batch["num_supervised"] == targets.sum() == collator.count(batch)[2]
+
+    packed = PackedCollator(collator)
+    joined = packed([{"documents": examples[:4]}, {"documents": examples[4:]}])
+    assert joined["selection_weights"].shape == joined["selected_positions"].shape
+    learnt = target_mask(joined["labels"], causal=True).gather(1, joined["selected_positions"])
+    assert (joined["selection_weights"][~learnt] == 0).all()
+    assert joined["selection_weights"].sum() == pytest.approx(float(batch["selection_weights"].sum()))
+    assert joined["num_supervised"] == batch["num_supervised"] == packed.count(joined)[2]
+
+
+@pytest.mark.parametrize("prefix_length", [5, 0.3])
+def test_a_draw_that_is_left_to_others(prefix_length: int | float) -> None:
+    data = SeededRows(rows(8), seed=1)
+    examples = [data[i] for i in range(8)]
+    now, later = (CausalCollator(PAD, prefix_length, draw_later=later) for later in (False, True))
+    batch = later(examples)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "selection_draws"}
+    assert batch["selection_draws"].dtype == torch.float32
+    assert torch.equal(batch["labels"], CausalCollator(PAD)(examples)["labels"])
+    lengths = [len(example["input_ids"]) for example in examples]
+    real, selected, supervised = (int(count) for count in later.count(batch))
+    assert (real, selected) == (sum(lengths), sum(selected_count(prefix_length, length) for length in lengths))
+    assert supervised == (batch["labels"][:, 1:] != -100).sum()
+    drawn, expected = later.draw(batch, prefix_length), now(examples)
+    assert set(drawn) == set(expected)
+    assert all(torch.equal(torch.as_tensor(drawn[name]), torch.as_tensor(expected[name])) for name in drawn)
+
+
+def test_scores_are_not_a_collator_s() -> None:
+    with pytest.raises(ValueError, match="strategy 'gradient' needs scores, which a model has"):
+        CausalCollator(PAD, prefix_length=4, strategy="gradient")
+    with pytest.raises(ValueError, match="Did you mean random"):
+        CausalCollator(PAD, prefix_length=4, strategy="randon")
+    batch = CausalCollator(PAD, prefix_length=4, strategy="gradient", draw_later=True)([SeededRows(rows(1), 1)[0]])
+    assert "selection_draws" in batch
+
+
+@pytest.mark.parametrize("name", strategy_names(scored=False))
+def test_every_strategy_draws_a_row_alike_in_every_batch(name: str) -> None:
+    encoded = rows(10)
+    data = SeededRows(encoded, seed=3)
+    collator = CausalCollator(PAD, prefix_length=0.3, strategy=name)
+    alone = drawn(DataLoader(data, batch_size=1, collate_fn=collator), encoded)
+    assert alone == drawn(DataLoader(data, batch_size=6, collate_fn=collator), encoded)
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def test_draws_are_those_of_the_first_epoch() -> None:
     rows = SeededRows(good(), 7)
     sample, selected, learnt = draws(rows, 0.3, "random")
     assert sample.tolist() == list(range(20))
-    counts = [CausalCollator.count(CausalCollator(0, prefix_length=0.3)([rows[n]])) for n in range(20)]
+    collator = CausalCollator(0, prefix_length=0.3)
+    counts = [collator.count(collator([rows[n]])) for n in range(20)]
     assert selected.tolist() == [int(count[1]) for count in counts]
     assert learnt.tolist() == [int(count[2]) for count in counts]
 

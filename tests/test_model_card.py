@@ -102,6 +102,8 @@ def test_text(tmp_path):
         ({"qlora": True}, "over a 4-bit base (QLoRA)"),
         ({"tokentune": False, "lora": False}, "Trained are all weights"),
         ({"selection": "labelled"}, "(words with an entity's label first)"),
+        ({"prefix_length": "0.1:0.5"}, "10 to 50 % of the tokens, drawn at random"),
+        ({"selection": "stratified"}, "drawn at random each time it is seen (`--selection stratified`)"),
         ({"lora": False}, "Fine-tuned from"),
     ],
 )

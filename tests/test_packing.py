@@ -127,9 +127,9 @@ def test_a_flattening_collators_batch_with_the_models_own_draw(monkeypatch: pyte
     texts = documents()
     rows = [{"input_ids": ids[0].tolist(), "labels": labels[0].tolist()} for ids, labels, _ in texts]
     batch = DataCollatorWithFlattening(return_tensors="pt")(rows)
-    drawn, select = [], tokentune.drawing.select_positions
+    drawn, select = [], tokentune.drawing.select_tokens
     monkeypatch.setattr(
-        tokentune.drawing, "select_positions", lambda *a, **k: drawn.append(select(*a, **k)) or drawn[-1]
+        tokentune.drawing, "select_tokens", lambda *a, **k: (drawn.append(select(*a, **k)[0]) or drawn[-1], None)
     )
     loss = model(**batch).loss
     assert drawn[0].shape == (1, round(0.4 * TOTAL))

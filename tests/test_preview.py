@@ -198,6 +198,15 @@ def test_nothing_is_written_and_no_weight_read(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_selection_by_scores_is_not_guessed(
+    tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    main(command(tiny_llama_dir, alpaca_file, tmp_path, "--tokentune --selection loss --max_length 320 --preview 2"))
+    text = capsys.readouterr().out
+    assert "Which of them are selected, the model's scores decide (--selection loss)." in text
+    assert "selected and supervised" not in text and text.count("\nexample ") == 2
+
+
 def test_refused_data_is_shown_first(tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = tmp_path / "rows.jsonl"
     row = {"instruction": "Say it.", "input": "", "output": "It."}

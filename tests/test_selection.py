@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokentune.selection import (
-    STRATEGIES,
-    _counts_of_rows,
     _reference_count,
+    counts_of_rows,
     draw_scores,
     mask_unselected_labels,
     parse_prefix_length,
@@ -21,6 +20,7 @@ from tokentune.selection import (
     selected_count,
     target_mask,
 )
+from tokentune.strategies import strategy_names
 
 PREFIX_LENGTHS = [1, 3, 16, 100, 0.001, 0.1, 0.25, 0.3, 0.5, 0.7, 0.999, 1.0]
 
@@ -86,15 +86,15 @@ def test_reference_count(prefix_length: int | float, length: int, count: int) ->
 
 @pytest.mark.parametrize("prefix_length", PREFIX_LENGTHS)
 @pytest.mark.parametrize(("strategy", "count"), [("random", selected_count), ("reference", _reference_count)])
-def test_counts_of_rows_agree_with_one_row_and_grow_by_at_most_one(strategy, count, prefix_length) -> None:
+def testcounts_of_rows_agree_with_one_row_and_grow_by_at_most_one(strategy, count, prefix_length) -> None:
     """The second half is what the fill with padding rests on."""
     lengths = torch.arange(600)
-    counts = _counts_of_rows(prefix_length, lengths, strategy)
+    counts = counts_of_rows(prefix_length, lengths, strategy)
     assert counts.tolist() == [count(prefix_length, n) for n in range(600)]
     assert set(counts.diff().tolist()) <= {0, 1}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", strategy_names(scored=False))
 @pytest.mark.parametrize("side", ["left", "right"])
 @settings(max_examples=40, deadline=None)
 @given(
@@ -136,7 +136,7 @@ def test_proportion_of_one_is_every_real_token() -> None:
 
 
 def test_unknown_strategy() -> None:
-    with pytest.raises(ValueError, match="unknown selection strategy 'best'"):
+    with pytest.raises(ValueError, match="there is no strategy 'best'"):
         select_positions(torch.ones(1, 4), 2, strategy="best")
 
 

@@ -29,6 +29,7 @@ from tokentune.command_line.model_arguments import AdapterArguments, MemoryArgum
 from tokentune.command_line.run_arguments import OptimizationArguments, OutputArguments, RunArguments
 from tokentune.errors import UserError
 from tokentune.runs.config_file import read_config
+from tokentune.runs.diagnosing import check_diagnosing
 from tokentune.runs.distributed import check_engine
 from tokentune.runs.offline import go_offline
 
@@ -63,6 +64,7 @@ class Arguments:
             "of adapters have already: leave --lora and --qlora out, or take another --optim",
         )
         check_engine(self)
+        check_diagnosing(self)
         if not self.selection.tokentune:
             log_without_effect(self.memory, ("checkpoint_rest", "offload_kv", "chunked_loss"), "--tokentune")
 
@@ -103,9 +105,32 @@ class FinetuneArguments(Arguments):
             "--auto_micro_batch cannot change the batches of --streaming, which are made as they are read: give "
             "--gradient_accumulation_steps",
         )
+        self._check_packing()
         require(
             not data.streaming or self.optimization.max_steps is not None,
             "--streaming cannot know how many rows there are: add --max_steps",
+        )
+
+    def _check_packing(self) -> None:
+        """A packed row draws for each of its documents, which only the one who packs them can tell apart."""
+        selection = self.selection
+        if not (self.data.packing and selection.tokentune):
+            return
+        require(
+            not selection.scored,
+            f"--packing with --selection {selection.selection}: the model draws then, for whole rows, and would leave "
+            "some of the documents in a row without a selected token; leave --packing out, or take a --selection "
+            "without scores",
+        )
+        require(
+            selection.schedule is None,
+            f"--packing with --prefix_length {selection.prefix_length}: packed rows are drawn for before their "
+            "optimizer step is known; give one size, or leave --packing out",
+        )
+        require(
+            selection.gradient_correction == 0,
+            "--packing with --gradient_correction: tokens attend within their document, each of which has its own "
+            "share of selected tokens, and the correction knows that of whole rows alone; leave one of them out",
         )
 
 

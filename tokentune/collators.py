@@ -15,8 +15,19 @@ import torch
 from torch import Tensor
 
 from tokentune.drawing import pooled_tokens
-from tokentune.selection import IGNORED_LABEL, draw_scores, mask_unselected_labels, select_positions, target_mask
+from tokentune.selection import (
+    IGNORED_LABEL,
+    counts_of_rows,
+    draw_scores,
+    mask_unselected_labels,
+    select_positions,
+    select_tokens,
+    target_mask,
+)
+from tokentune.strategies import find_strategy
 from tokentune.verification import Pooling
+
+ALL_LABELS = "all_labels"  # a batch's labels before any was masked: for looks, and for `runs/diagnosing.py`
 
 
 class SeededRows(torch.utils.data.Dataset):
@@ -48,11 +59,18 @@ class SeededRows(torch.utils.data.Dataset):
     def __getitem__(self, row: int | None) -> dict[str, Any]:
         """One row; None asks for one without targets, to fill the last batch up (`distributed.EvenSampler`)."""
         if row is None:
-            return {"input_ids": self.rows[0]["input_ids"][:1], "labels": [IGNORED_LABEL], "draw_seed": 0}
+            return self._without_targets()
         item = self.rows[row]
         mixed = np.random.SeedSequence((self.seed, int(self._epoch), row)).generate_state(1, np.uint64)[0]
         draw_seed = int(mixed >> np.uint64(1))  # 63 bits: fits int64
         return {**item, "draw_seed": draw_seed}
+
+    def _without_targets(self) -> dict[str, Any]:
+        first = self.rows[0]
+        if set(first) <= {"input_ids", "labels"}:  # of a causal model: one token is enough
+            return {"input_ids": first["input_ids"][:1], "labels": [IGNORED_LABEL], "draw_seed": 0}
+        labels = np.full_like(first["labels"], IGNORED_LABEL).tolist()  # a class, or one for each token
+        return {**first, "labels": labels, "draw_seed": 0}
 
 
 @dataclass
@@ -62,14 +80,25 @@ class CausalCollator:
     Args:
         pad_token_id: fills "input_ids"; may equal any other token, for padding is told by length alone.
         prefix_length: an int is a count of tokens, a float a proportion; None draws nothing (evaluation).
-        strategy: one of `tokentune.selection.STRATEGIES`.
+        strategy: a name that `strategies.find_strategy` knows.
         pad_to_multiple_of: S is rounded up to a multiple of it (8 suits tensor cores).
+        keep_labels: where labels are masked, keep all of them beside them, as "all_labels".
+        draw_later: leave the draw to whom the batch goes, the model (which scores tokens first) or `draw`.
+
+    Raises:
+        ValueError: no such strategy, or one that needs scores, which no collator has.
     """
 
     pad_token_id: int
     prefix_length: int | float | None = None
     strategy: str = "random"
     pad_to_multiple_of: int | None = None
+    keep_labels: bool = False
+    draw_later: bool = False
+
+    def __post_init__(self) -> None:
+        if find_strategy(self.strategy).needs and self.prefix_length is not None and not self.draw_later:
+            raise ValueError(f"strategy {self.strategy!r} needs scores, which a model has: draw_later=True")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """
@@ -77,9 +106,8 @@ class CausalCollator:
             examples: B items with "input_ids" and "labels" of equal length, and "draw_seed" when selecting.
 
         Returns:
-            "input_ids", "attention_mask" and "labels" (B, S) int64; when selecting also "selected_positions" (B, K),
-            and the labels of targets outside the selection are -100. "num_supervised", an int, counts the others, which
-            a GPU would have to be waited for.
+            "input_ids", "attention_mask" and "labels" (B, S) int64; when selecting also what `draw` adds, or, to draw
+            later, "selection_draws" (B, S) float32, the uniform numbers to do it with.
 
         Raises:
             ValueError: `prefix_length` is set and an example has no "draw_seed".
@@ -96,33 +124,63 @@ class CausalCollator:
             labels[row, :length] = torch.as_tensor(example["labels"])
             attention_mask[row, :length] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return batch if self.prefix_length is None else self._select(batch, examples)
-
-    @staticmethod
-    def count(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a batch that this collator made: real tokens, selected ones, and supervised targets of the selection."""
-        mask, positions = batch["attention_mask"], batch.get("selected_positions")  # (B, S), (B, K)
-        selected = mask if positions is None else mask.gather(1, positions)
-        supervised = batch["labels"][:, 1:] != IGNORED_LABEL  # targets that were not selected are -100 by now
-        return mask.sum(), selected.sum(), supervised.sum()
-
-    def _select(self, batch: dict[str, Tensor], examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Adds the positions to a padded batch and removes the labels that no selected position predicts."""
+        if self.prefix_length is None:
+            return batch
         if not all("draw_seed" in example for example in examples):
             raise ValueError(
                 "a selection needs each example's draw_seed: wrap the data set in SeededRows, and keep the Trainer "
                 "from removing the column (remove_unused_columns=False)"
             )
-        positions = select_positions(
+        uniform = draw_scores([example["draw_seed"] for example in examples], longest)
+        if self.draw_later:
+            return batch | {"selection_draws": uniform.float()}
+        return self.draw(batch | {"selection_draws": uniform}, self.prefix_length)
+
+    def draw(self, batch: dict[str, Tensor], prefix_length: int | float) -> dict[str, Tensor]:
+        """A padded batch with its "selection_draws" turned into a selection of this size.
+
+        Returns:
+            The batch with "selected_positions" (B, K) instead, and labels that are -100 at targets outside of the
+            selection. Where the strategy knows its probabilities, labels stay, all of them being stood for by the
+            selected ones' "selection_weights" (B, K). On the CPU also "num_supervised", an int: the targets that were
+            selected, for which a GPU would have to be waited for.
+        """
+        uniform = batch["selection_draws"]
+        targets = target_mask(batch["labels"], causal=True)
+        positions, weights = select_tokens(
             batch["attention_mask"],
-            self.prefix_length,
-            targets=target_mask(batch["labels"], causal=True),
+            prefix_length,
+            targets=targets,
             strategy=self.strategy,
-            scores=draw_scores([example["draw_seed"] for example in examples], batch["labels"].shape[1]),
+            scores=uniform,
+            input_ids=batch["input_ids"],
+            labels=batch["labels"],
         )
-        labels = mask_unselected_labels(batch["labels"], positions, causal=True)
-        supervised = int((labels[:, 1:] != IGNORED_LABEL).sum())
-        return batch | {"labels": labels, "selected_positions": positions, "num_supervised": supervised}
+        drawn = {name: value for name, value in batch.items() if name != "selection_draws"}
+        if weights is None:
+            drawn["labels"] = mask_unselected_labels(batch["labels"], positions, causal=True)
+            if self.keep_labels:
+                drawn[ALL_LABELS] = batch["labels"]
+        else:
+            drawn["selection_weights"] = weights
+        drawn["selected_positions"] = positions
+        if positions.device.type == "cpu":
+            drawn["num_supervised"] = int(targets.gather(1, positions).sum())
+        return drawn
+
+    def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a batch that this collator made: real tokens, selected ones, and supervised targets of the selection.
+
+        Where the model will draw, so many as it will draw, and all supervised targets.
+        """
+        mask, positions = batch["attention_mask"], batch.get("selected_positions")  # (B, S), (B, K)
+        supervised = target_mask(batch["labels"], causal=True)
+        if positions is not None:
+            return mask.sum(), mask.gather(1, positions).sum(), supervised.gather(1, positions).sum()
+        selected = mask.sum()
+        if "selection_draws" in batch:
+            selected = counts_of_rows(self.prefix_length, mask.sum(-1), self.strategy).sum()
+        return mask.sum(), selected, supervised.sum()
 
 
 @dataclass
@@ -146,7 +204,8 @@ class ClassificationCollator:
         if self.draw is None:
             return batch
         mask = self._mask(batch)
-        return batch | self.draw(mask, batch["labels"], [example["draw_seed"] for example in examples])
+        seeds = [example["draw_seed"] for example in examples]
+        return batch | self.draw(mask, batch["labels"], seeds, batch.get("input_ids"))
 
     def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch that this collator made: real tokens, selected ones, and labels that are learnt from."""
@@ -172,7 +231,7 @@ class EncoderDraw:
         pooling: which token the head for whole sequences pools: selected always.
         first_always: select the first token whatever is pooled (an image's class token).
         in_place: the model returns all S rows, not K: labels of tokens are masked instead of gathered.
-        outside: the class of words outside of entities, which "labelled" selects after those inside.
+        outside: the class of words outside of entities, which "supervised" selects after those inside.
     """
 
     prefix_length: int | float
@@ -182,8 +241,13 @@ class EncoderDraw:
     in_place: bool = False
     outside: int | None = None
 
-    def __call__(self, mask: Tensor, labels: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """mask (B, S), labels (B,), or (B, S) of tokens -> "selected_positions" (B, K) and "labels" to go with them."""
+    def __call__(
+        self, mask: Tensor, labels: Tensor, seeds: Sequence[int], input_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """mask (B, S), labels (B,), or (B, S) of tokens -> "selected_positions" (B, K) and "labels" to go with them.
+
+        Weights of a strategy that knows its probabilities have no place in an encoder's loss, and are left out.
+        """
         targets = preferred = None
         if labels.ndim == 2:
             targets = target_mask(labels, causal=False)
@@ -197,6 +261,8 @@ class EncoderDraw:
             preferred=preferred,
             strategy=self.strategy,
             scores=draw_scores(seeds, mask.shape[1]),
+            input_ids=input_ids,
+            labels=labels,
         )
         if labels.ndim == 2:
             masked = self.in_place

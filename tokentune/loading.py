@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tokentune.choosing.proportion_schedule import Schedule
 from tokentune.data.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
 from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head, head_modules, head_weights
@@ -45,15 +46,15 @@ def run_folder_name(
     lora: bool,
     qlora: bool,
     tokentune: bool,
-    prefix_length: int | float,
+    prefix_length: int | float | Schedule,
     task: str | None = None,
 ) -> str:
     """The run's folder, as the released scripts name it: `<model>-<data set>[-lora][-qlora][-tokentune-<selected>]`.
 
     A hub id keeps its owner (`/` becomes `-`); of a local path only the last component counts, without a data file's
-    suffix. Several data sets are joined by `+`. An integer `prefix_length` prints as `16`, a proportion as `0.3`.
-    `qlora` implies adapters. What is learnt from the data, where that can be several things, follows the data set's
-    name: `task`.
+    suffix. Several data sets are joined by `+`. An integer `prefix_length` prints as `16`, a proportion as `0.3`,
+    a schedule as `0.1-0.5`. `qlora` implies adapters. What is learnt from the data, where that can be several things,
+    follows the data set's name: `task`.
     """
 
     def short(name: str) -> str:

@@ -1,15 +1,17 @@
 """Flags: the model, what of it keeps gradients, what is kept for the backward pass, and adapters."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from transformers.utils import is_liger_kernel_available
 
+from tokentune.choosing.proportion_schedule import Schedule
 from tokentune.command_line.flags import flag, log_without_effect, require
 from tokentune.errors import UserError
 from tokentune.selection import parse_prefix_length
+from tokentune.strategies import StrategyError, find_strategy, names_and_meanings
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +86,42 @@ class SelectionArguments:
     tokentune: bool = flag(False, "backpropagate through selected tokens alone")
     prefix_length: str = flag(
         "100",
-        "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); "
-        "without --tokentune it does nothing",
+        "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); from "
+        "one to another over the run: 0.1:0.5; without --tokentune it does nothing",
         metavar="NUMBER",
     )
-    selection: Literal["random", "reference"] = flag(
-        "random", "how they are drawn: uniformly without replacement, or as the released code did (for comparison)"
+    selection: str = flag(
+        "random",
+        f"how they are chosen: {names_and_meanings(scored=False)}; by scores of a first pass over all tokens: "
+        f"{names_and_meanings(scored=True)}; or by a function of your own, file.py:function",
+        metavar="NAME",
+    )
+    selection_pass: bool = flag(
+        False,
+        "look, then choose: first a pass over all tokens without gradients, whose keys and values the selected tokens "
+        "then use; the log gets the loss over all supervised tokens. Strategies with scores imply it",
+    )
+    selection_draw: Literal["proportional", "top"] = flag(
+        "proportional",
+        "what scores do: each token's probability is in proportion to its score, and its loss weighs 1 / probability "
+        "(the mean over draws is the loss over all); or the tokens with the highest scores are taken",
+    )
+    selection_layers: int | None = flag(
+        None,
+        "scores from the first N layers alone, a cheaper pass; the selected tokens then run beside all others as ever",
+    )
+    selection_reference_model: str | None = flag(
+        None, "the model whose loss excess_loss takes off: hub id or local folder, with the same tokenizer"
+    )
+    gradient_correction: float = flag(
+        0.0,
+        "scale the gradients that reach selected tokens through other tokens' attention by (tokens / selected) to this "
+        "power: 0 is the paper's method, 1 makes the gradient's expectation that of training on all tokens",
+    )
+    diagnose_steps: int | None = flag(
+        None,
+        "every N steps also take the gradient over all tokens, and log the selective one's cosine to it and their "
+        "relative difference; such a step takes the time and memory of full training besides, training stays the same",
     )
     skip_verification: bool = flag(
         False, "do not compare a tiny copy of the model with the method's definition first: at your own risk"
@@ -97,11 +129,54 @@ class SelectionArguments:
 
     def __post_init__(self) -> None:
         try:
-            self.selected = parse_prefix_length(self.prefix_length)
+            parsed = parse_prefix_length(self.prefix_length)
         except ValueError as error:
             raise UserError(f"--prefix_length {self.prefix_length}: {error}") from None
+        self.schedule = parsed if isinstance(parsed, Schedule) else None
+        self.selected = parsed.largest if isinstance(parsed, Schedule) else parsed  # what there has to be room for
+        try:
+            needs = find_strategy(self.selection).needs
+        except StrategyError:  # which says so already
+            raise
+        except ValueError as error:
+            raise UserError(f"--selection {error}") from None
+        self._check_scores(needs)
+        require(
+            0 <= self.gradient_correction <= 1,  # NaN fails
+            f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
+        )
         if not self.tokentune:
-            log_without_effect(self, ("prefix_length", "selection", "skip_verification"), "--tokentune")
+            names = [f.name for f in fields(self) if f.name not in ("tokentune", "diagnose_steps")]
+            log_without_effect(self, names, "--tokentune")
+
+    def _check_scores(self, needs: tuple[str, ...]) -> None:
+        """What goes with a strategy's scores, or takes some."""
+        require(
+            "excess_loss" not in needs or self.selection_reference_model is not None,
+            f"--selection {self.selection} takes the loss of a reference model off: add --selection_reference_model",
+        )
+        require(
+            "excess_loss" in needs or self.selection_reference_model is None,
+            "--selection_reference_model is for --selection excess_loss: leave it out, or take that one",
+        )
+        layers = self.selection_layers
+        require(layers is None or layers >= 1, f"--selection_layers {layers}: must be 1 or more")
+        require(
+            layers is None or bool(needs),
+            f"--selection_layers {layers}: --selection {self.selection} looks at no scores; leave it out",
+        )
+        if self.tokentune and not needs:
+            log_without_effect(self, ("selection_draw",), "a --selection with scores")
+
+    @property
+    def looks(self) -> bool:
+        """Whether a pass over all tokens comes first, after which the model draws, and not the collator."""
+        return self.tokentune and (self.selection_pass or self.scored)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the strategy needs scores, so that nothing can be drawn without the model."""
+        return bool(find_strategy(self.selection).needs)
 
 
 @dataclass

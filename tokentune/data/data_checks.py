@@ -39,7 +39,7 @@ class Findings:
     Attributes:
         train, validation: statistics of the rows; of streamed training data, of its first `STREAMED` ones.
         rows: the training rows, or those first ones, with their draw seeds.
-        drawn: `row_statistics.draws` of them; None without --tokentune.
+        drawn: `row_statistics.draws` of them; None without --tokentune, and where the model draws.
         bins: with --packing, the packed rows.
         refusals, warnings: sentences, the most important first.
     """
@@ -84,7 +84,7 @@ def look_at(
     validation = None if data.validation is None else row_statistics(data.validation, tokenizer, vocab_size)
     selection, max_length = arguments.selection, arguments.data.max_length
     drawn = bins = None
-    if selection.tokentune and len(train):
+    if selection.tokentune and not selection.scored and len(train):  # then the model draws
         drawn = draws(rows, selection.selected, selection.selection)
     if arguments.data.packing and train.lengths.max(initial=0) <= max_length:
         bins = bins_of(train.lengths, max_length)

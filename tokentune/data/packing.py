@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tokentune.collators import CausalCollator, SeededRows
-from tokentune.selection import IGNORED_LABEL
+from tokentune.collators import ALL_LABELS, CausalCollator, SeededRows
+from tokentune.selection import IGNORED_LABEL, target_mask
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ class PackedCollator:
 
         Returns:
             "input_ids", "labels" and "position_ids" (B, S) int64, and "use_cache": with a cache there is no packing.
-            When selecting also "selected_positions" (B, K), and "num_supervised", as of `CausalCollator`.
+            When selecting also "selected_positions" (B, K), "num_supervised" and, where the strategy has them,
+            "selection_weights" (B, K), as of `CausalCollator.draw`.
 
             Rows that select fewer than K positions are filled up with their padding, which stands behind the documents
             and becomes as wide as that takes. Padding has position 0, each token of it: a document of its own.
@@ -153,23 +154,35 @@ class PackedCollator:
         length = -(-length // multiple) * multiple
 
         input_ids = torch.full((len(examples), length), self.documents.pad_token_id, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED_LABEL)
+        labels = {name: torch.full_like(input_ids, IGNORED_LABEL) for name in ("labels", ALL_LABELS) if name in drawn}
         position_ids = torch.zeros_like(input_ids)
         for row, (documents, _) in enumerate(placed):
             for number, start in documents:
                 n = lengths[number]
                 input_ids[row, start : start + n] = drawn["input_ids"][number, :n]
-                labels[row, start + 1 : start + n] = drawn["labels"][number, 1:n]  # nothing predicts its first token
+                for name, placed_labels in labels.items():  # nothing predicts a document's first token
+                    placed_labels[row, start + 1 : start + n] = drawn[name][number, 1:n]
                 position_ids[row, start : start + n] = torch.arange(n)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "use_cache": False}
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False} | labels
         if self.documents.prefix_length is None:
             return batch
         filled = [
             torch.cat([own, torch.arange(tokens, tokens + most - len(own))])
             for (_, tokens), own in zip(placed, selected, strict=True)
         ]
-        supervised = int((labels[:, 1:] != IGNORED_LABEL).sum())
-        return batch | {"selected_positions": torch.stack(filled), "num_supervised": supervised}
+        batch |= {"selected_positions": torch.stack(filled), "num_supervised": drawn["num_supervised"]}
+        if "selection_weights" in drawn:
+            weights = [self._weights(drawn, lengths, documents, most) for documents, _ in placed]
+            batch["selection_weights"] = torch.stack(weights)
+        return batch
+
+    @staticmethod
+    def _weights(drawn: dict[str, Tensor], lengths: list[int], documents: list[tuple[int, int]], most: int) -> Tensor:
+        """(K,): of one row's documents, 0 where padding fills it up."""
+        own = [drawn["selection_weights"][number][drawn["selected_positions"][number] < lengths[number]]
+               for number, _ in documents]  # fmt: skip
+        joined = torch.cat(own)
+        return torch.nn.functional.pad(joined, (0, most - len(joined)))
 
     @staticmethod
     def _selected(drawn: dict[str, Tensor], lengths: list[int], documents: list[tuple[int, int]]) -> Tensor:
@@ -185,7 +198,9 @@ class PackedCollator:
         tokens = real_tokens(batch["position_ids"])  # (B,)
         positions = batch.get("selected_positions")
         selected = tokens.sum() if positions is None else (positions < tokens[:, None]).sum()
-        return tokens.sum(), selected, (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+        supervised = target_mask(batch["labels"], causal=True)
+        learnt = supervised if positions is None else supervised.gather(1, positions)
+        return tokens.sum(), selected, learnt.sum()
 
 
 def real_tokens(position_ids: Tensor) -> Tensor:

@@ -90,7 +90,10 @@ def show_preview(
     console = console or _stdout()
     findings = look_at(data, tokenizer, arguments, vocab_size)
     with console.use_theme(THEME):
-        _print_legend(console, tokentune=arguments.selection.tokentune)
+        selection = arguments.selection
+        _print_legend(console, tokentune=selection.tokentune and not selection.scored)
+        if selection.tokentune and selection.scored:
+            console.print(f"Which of them are selected, the model's scores decide (--selection {selection.selection}).")
         for title, documents, room in _examples(findings, arguments):
             console.print()
             console.rule(Text(title, style="bold"), align="left", style="grey62")
@@ -168,13 +171,13 @@ def _document(rows: Sequence[dict[str, Any]], row: int, arguments: FinetuneArgum
     item, selection = rows[row], arguments.selection
     supervised = np.array(item["labels"]) != IGNORED_LABEL
     supervised[:1] = False  # nothing predicts it
-    if not selection.tokentune:
+    if not selection.tokentune or selection.scored:
         return Document(row, list(item["input_ids"]), supervised, supervised, np.zeros_like(supervised))
     collate = CausalCollator(0, prefix_length=selection.selected, strategy=selection.selection)
     batch = collate([item])
-    learnt = (batch["labels"][0] != IGNORED_LABEL).numpy() & supervised
     selected = np.zeros_like(supervised)
     selected[batch["selected_positions"][0]] = True
+    learnt = supervised & np.roll(selected, 1)  # the first token is never supervised
     return Document(row, list(item["input_ids"]), supervised, learnt, selected)
 
 

@@ -13,8 +13,17 @@ from tokentune.command_line.flags import flag, require
 from tokentune.command_line.model_arguments import AdapterArguments, ModelArguments, SelectionArguments
 from tokentune.command_line.run_arguments import OptimizationArguments, OutputArguments
 from tokentune.encoders.glue import HUB_ID, TASKS, GlueTask
+from tokentune.strategies import names_and_meanings
 
 logger = logging.getLogger(__name__)
+_CAUSAL_ALONE = (
+    "selection_pass",
+    "selection_draw",
+    "selection_layers",
+    "selection_reference_model",
+    "gradient_correction",
+    "diagnose_steps",
+)
 
 
 @dataclass
@@ -113,10 +122,32 @@ class LabelledRowsArguments(RowsArguments):
 class LabelledSelectionArguments(SelectionArguments):
     """TokenTune itself: gradients for a subset of the tokens."""
 
-    selection: Literal["random", "reference", "labelled"] = flag(
-        "random", "how they are drawn: uniformly without replacement, as the released code did, or (--task_type token) "
-                  "words with an entity's label first, then the other words, then the rest"
-    )  # fmt: skip
+    selection: str = flag(
+        "random",
+        f"how they are chosen: {names_and_meanings(scored=False)}; or by a function of your own, file.py:function. "
+        "labelled is another name of supervised, for --task_type token alone",
+        metavar="NAME",
+    )
+
+    def __post_init__(self) -> None:
+        for name in _CAUSAL_ALONE:
+            require(
+                getattr(self, name) == self.__dataclass_fields__[name].default,
+                f"--{name} is for causal language models (finetune.py), whose tokens all have a loss: leave it out",
+            )
+        super().__post_init__()
+        require(
+            self.schedule is None,
+            f"--prefix_length {self.prefix_length}: a size that changes over the run is for causal language models "
+            "(finetune.py): give one size",
+        )
+
+    def _check_scores(self, needs: tuple[str, ...]) -> None:
+        require(
+            not needs,
+            f"--selection {self.selection} is for causal language models (finetune.py): it needs the "
+            f"{' and '.join(needs)} of each token; take one without scores",
+        )
 
 
 @dataclass
@@ -183,8 +214,9 @@ class ClassificationArguments(Arguments):
             "no data: give --dataset_name_or_path, or --task_name for a GLUE task from the hub",
         )
         require(
-            self.selection.selection != "labelled" or self.task.task_type == "token",
-            f"--selection labelled needs a label for each word: it does not go with --task_type {self.task.task_type}",
+            self.selection.selection not in ("labelled", "supervised") or self.task.task_type == "token",
+            f"--selection {self.selection.selection} needs a label for each word: it does not go with --task_type "
+            f"{self.task.task_type}",
         )
         require(
             not (self.data.group_by_length and self.task.task_type == "image"),

@@ -46,9 +46,12 @@ def _method(settings: Mapping[str, Any]) -> str:
         adapters = f"Trained are adapters of rank {rank} on {targets or 'some layers'}{over}; the base is frozen."
     if not settings.get("tokentune"):
         return adapters or "Trained are all weights, by gradients of all tokens."
-    size = str(settings["prefix_length"])
-    amount = f"{100 * float(size):g} % of the tokens" if "." in size else f"{size} tokens"
-    how = " (words with an entity's label first)" if settings.get("selection") == "labelled" else ""
+    sizes = str(settings["prefix_length"]).split(":")  # two: from one to the other over the run
+    several = " to ".join(f"{100 * float(size):g}" if "." in size else size for size in sizes)
+    amount = f"{several} % of the tokens" if "." in sizes[0] else f"{several} tokens"
+    strategy = settings.get("selection") or "random"
+    how = f" (`--selection {strategy}`)" if strategy not in ("random", "labelled") else ""
+    how = " (words with an entity's label first)" if strategy == "labelled" else how
     selected = (
         f"[TokenTune](https://aclanthology.org/2024.emnlp-main.1202/): of every training sequence, {amount}, drawn at "
         f"random each time it is seen{how}, kept activations and got gradients. All tokens took part in the forward "

@@ -93,7 +93,8 @@ def _tokens(lengths: np.ndarray, arguments: Arguments) -> str:
     if arguments.selection.selection == "reference":
         return f"{said}; selected as the released code did"
     chosen = sum(selected_count(arguments.selection.selected, length) for length in lengths.tolist())
-    return f"{said}; {chosen:,} of them selected for gradients ({chosen / total:.1%})"
+    most = "at most " if arguments.selection.schedule is not None else ""
+    return f"{said}; {most}{chosen:,} of them selected for gradients ({chosen / total:.1%})"
 
 
 def _memory(trainer: SelectiveTrainer, longest: int, arguments: Arguments, config: PreTrainedConfig) -> str:
