@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from tokentune import blocks
+from tokentune import blocks, correction
+from tokentune.correction import OwnTokens
 from tokentune.errors import UnsupportedModelError
 from tokentune.masks import GroupMask
 
@@ -22,35 +23,45 @@ IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")  # what `attn_implementati
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: GroupMask | None, implementation: str, **options
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: GroupMask | None,
+    implementation: str,
+    own: OwnTokens | None = None,
+    **options,
 ) -> tuple[Tensor, None]:
     """Attention of `query` (B, H, Q, d) over `key`, `value` (B, G, S, d); without a mask, every query sees every key.
 
     `implementation` is the model's own choice: `eager` runs the eager function of the model's own file, which knows
     the family's soft-capping, sinks and biases; `flex_attention` transformers' own function of that name, with a block
     mask; `sdpa` fused attention. `options` are the keyword arguments of the model's attention call: each one is
-    honored, ignored where transformers' own `sdpa` ignores it, or refused. Returns the output (B, Q, H, d), and None in
-    place of attention weights.
+    honored, ignored where transformers' own `sdpa` ignores it, or refused. `own`: the queries' own tokens, where the
+    gradients of their keys and values are scaled (`correction.py`). Returns the output (B, Q, H, d), and None in place
+    of attention weights.
     """
     require_served(implementation, query.device)
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(f"{type(module).__name__} passes a position bias, whose rows follow the sequence")
+    if own is not None:
+        correction.require_correctable_call(module, mask, implementation, options)
     if implementation == "eager":
         additive = None if mask is None else mask.additive(compute_dtype(query))
-        output, _ = eager_function(module)(module, query, key, value, additive, **options)
+        output, weights = eager_function(module)(module, query, key, value, additive, **options)
+        if own is not None:
+            output = correction.correct_eager(output, weights, query, key, value, own, options)
         return output, None
     query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
     if implementation == "flex_attention":
         block_mask = None if mask is None else mask.block_mask()
         output, _ = flex_attention_forward(module, query, key, value, block_mask, **options)
-        return output, None
-    for name in ("softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} passes `{name}`, which fused attention ignores: "
-                'load the model with attn_implementation="eager"'
-            )
-    return _fused(query, key, value, mask, options.get("dropout", 0.0), options.get("scaling")), None
+        sums = None
+    else:
+        output, sums = _fused(module, query, key, value, mask, own is not None, **options)
+    if own is not None:
+        output = correction.correct_fused(output, sums, query, key, value, mask, own, options)
+    return output, None
 
 
 def require_served(implementation: str, device: torch.device | str) -> None:
@@ -68,24 +79,38 @@ def require_served(implementation: str, device: torch.device | str) -> None:
 
 
 def _fused(
-    query: Tensor, key: Tensor, value: Tensor, mask: GroupMask | None, dropout: float, scale: float | None
-) -> Tensor:
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: GroupMask | None,
+    with_sums: bool,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor | None]:
     """Fused attention -> (B, Q, H, d): over blocks of queries, or in one call where there is nothing to gain by that.
 
     One call takes what has no mask, or one row of it for all queries (padding alone). Dropout takes one call too, which
-    on CPUs holds all scores (B, H, Q, S), as it does without a selection.
+    on CPUs holds all scores (B, H, Q, S), as it does without a selection. `with_sums`: as `attend_by_blocks` has it.
     """
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes `{name}`, which fused attention ignores: "
+                'load the model with attn_implementation="eager"'
+            )
     heads = query.shape[1] // key.shape[1]
     if mask is not None and dropout == 0.0 and _in_blocks(query, heads, mask):
-        return blocks.attend_by_blocks(query, key, value, mask, scale)
+        return blocks.attend_by_blocks(query, key, value, mask, scaling, with_sums=with_sums)
     additive = None if mask is None else mask.additive(query.dtype)
     if heads > 1 and not blocks.takes_grouped_heads(query, key, value, additive):
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
         heads = 1
     output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=additive, dropout_p=dropout, scale=scale, enable_gqa=heads > 1
+        query, key, value, attn_mask=additive, dropout_p=dropout, scale=scaling, enable_gqa=heads > 1
     )
-    return output.transpose(1, 2).contiguous()
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _in_blocks(query: Tensor, heads: int, mask: GroupMask) -> bool:

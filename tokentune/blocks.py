@@ -31,20 +31,24 @@ class Kernel(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    tells_sums: bool  # its state is the logarithms of the softmax's sums (B, H, n)
 
 
-def attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: GroupMask, scale: float | None) -> Tensor:
+def attend_by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: GroupMask, scale: float | None, *, with_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Attention of `query` (B, H, Q, d) over `key`, `value` (B, G, S, d), in sequence order -> (B, Q, H, d).
 
-    Head sizes of keys and values may differ; heads of a group are not repeated. CPU and CUDA only.
+    Head sizes of keys and values may differ; heads of a group are not repeated. CPU and CUDA only. `with_sums`: returns
+    the logarithms of the softmax's sums (B, H, Q) too, without gradients, where the kernel tells them; otherwise None.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     width, own = max(query.shape[-1], value.shape[-1]), value.shape[-1]
     if query.shape[-1] != own:  # the kernels want one size; zeros change neither scores nor outputs
         query, key, value = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, value))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    output = _BlockAttention.apply(query, key, value, mask, scale)
-    return output[..., :own]
+    output, sums = _BlockAttention.apply(query, key, value, mask, scale, with_sums)
+    return output[..., :own], sums
 
 
 def block_size(query: Tensor) -> int:
@@ -56,7 +60,9 @@ def block_size(query: Tensor) -> int:
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: GroupMask, scale: float) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, mask: GroupMask, scale: float, with_sums: bool
+    ) -> tuple[Tensor, Tensor | None]:
         kernel, spans = KERNELS[query.device.type], mask.spans(block_size(query))
         batch, heads, count, size = query.shape
         output = query.new_empty(batch, count, heads, size)
@@ -67,11 +73,15 @@ class _BlockAttention(torch.autograd.Function):
             states.extend(state)
         ctx.mask, ctx.scale, ctx.kernel, ctx.spans = mask, scale, kernel, spans
         ctx.save_for_backward(query, key, value, output, *states)
-        return output
+        if not (with_sums and kernel.tells_sums):
+            return output, None
+        sums = torch.cat(states, dim=2)
+        ctx.mark_non_differentiable(sums)
+        return output, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, *states = ctx.saved_tensors
         each = len(states) // len(ctx.spans)  # tensors of a block's state
         gradient, output = gradient.contiguous().transpose(1, 2), output.transpose(1, 2)
@@ -85,7 +95,7 @@ class _BlockAttention(torch.autograd.Function):
             of_query[:, :, rows] = found[0]
             of_key[:, :, keys] += found[1]
             of_value[:, :, keys] += found[2]
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
 def _cut(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +166,10 @@ def _sdpa_backward(
     return torch.autograd.grad(again, leaves, gradient)
 
 
-KERNELS = {"cpu": Kernel(_cpu_forward, _cpu_backward), "cuda": Kernel(_sdpa_forward, _sdpa_backward)}
+KERNELS = {
+    "cpu": Kernel(_cpu_forward, _cpu_backward, tells_sums=True),
+    "cuda": Kernel(_sdpa_forward, _sdpa_backward, tells_sums=False),
+}
 
 
 def takes_grouped_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -25,6 +25,7 @@ K selected rows alone (for models that allow it, see `Rows`). `tests/test_select
 with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -37,13 +38,16 @@ import torch
 from torch import Tensor, nn
 
 from tokentune.attention import attend
+from tokentune.correction import OwnTokens, scale_gradient
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import TokenGroups, gather_tokens, in_sequence_order, token_order
-from tokentune.masks import GroupMask, MaskRecipe, recipe_from_functions, recipe_from_mask
+from tokentune.masks import GroupMask, MaskRecipe, read_mask
 
 SELECTED, REST = "selected", "rest"
 QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "query", "q_lin")  # modules whose output becomes queries and nothing else
 IMPLEMENTATION = "tokentune"  # the name under which attention and masks are registered with transformers
+
+Kept = deque[tuple[Tensor, Tensor]]  # each layer's keys and values of all tokens, 2 x (B, G, S, d)
 
 # The forward pass under way; None outside of a selective forward, where every hook below does nothing.
 CURRENT_STEP: ContextVar["Step | None"] = ContextVar("tokentune_step", default=None)
@@ -92,8 +96,9 @@ class LayerCall:
         """The keys and values of both groups, for both passes; gradients reach those of the selected."""
         # Within the rest's no_grad the selected part keeps its gradients all the same.
         with torch.set_grad_enabled(self.with_gradients):
-            places = step.places(self.selected_kv[0].device)
-            pairs = zip(self.selected_kv, self.rest_kv, strict=True)
+            places, scales = step.places(self.selected_kv[0].device), step.gradient_scales
+            selected = self.selected_kv if scales is None else [scale_gradient(kv, scales) for kv in self.selected_kv]
+            pairs = zip(selected, self.rest_kv, strict=True)
             self.joined_kv = tuple(in_sequence_order(*pair, places) for pair in pairs)
 
 
@@ -105,6 +110,8 @@ class Step:
     implementations: list[tuple[Any, str]]  # (config, its own attention implementation, replaced for this step)
     expected_calls: int  # of layers, in the whole pass
     rows: Rows = Rows.SELECTED
+    kept: Kept | None = None  # from a look (`looking.py`): the rest runs no more
+    gradient_scales: Tensor | None = None  # (B, K), of the selected keys and values (`correction.py`); None: all 1
     entered_calls: int = 0
     order: Tensor | None = None  # (B, S): the selected positions, then the rest's, both ascending
     call: LayerCall | None = None
@@ -128,6 +135,15 @@ class Step:
             self.places_on[device] = tuple(places)
         return self.places_on[device]
 
+    def own_tokens(self, call: LayerCall) -> OwnTokens | None:
+        """What attention of the selected needs to leave each token's path to itself unscaled; None: nothing."""
+        key, value = call.selected_kv
+        scaled = self.gradient_scales is not None and (key.requires_grad or value.requires_grad)
+        if not (scaled and torch.is_grad_enabled()):
+            return None
+        indices = self.indices(SELECTED).to(key.device)
+        return OwnTokens(key, value, self.gradient_scales, self.places(key.device)[0], indices)
+
     def split(self, hidden: Tensor) -> TokenGroups:
         """(B, S, D) in front of the first layer -> the two groups."""
         if callable(self.positions):
@@ -136,6 +152,8 @@ class Step:
             raise ValueError(f"selected_positions has {len(self.positions)} rows, the batch {len(hidden)}")
         self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
         selected = gather_tokens(hidden, self.indices(SELECTED))
+        if self.kept is not None:
+            return TokenGroups(selected, hidden.new_empty(len(hidden), 0, *hidden.shape[2:]))
         return TokenGroups(selected, gather_tokens(hidden.detach(), self.indices(REST)))
 
     def merge(self, groups: TokenGroups) -> Tensor:
@@ -187,14 +205,7 @@ class Step:
         for original, recipe in self.recipes:
             if original is mask:
                 return recipe
-        if isinstance(mask, MaskRecipe):
-            recipe = mask
-        elif mask is None:
-            recipe = recipe_from_functions(batch, length, length)
-        elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (length, length):
-            recipe = recipe_from_mask(mask)
-        else:
-            raise UnsupportedModelError(f"the attention was handed a mask that cannot be read: {type(mask).__name__}")
+        recipe = read_mask(mask, batch, length)
         self.recipes.append((mask, recipe))
         return recipe
 
@@ -218,7 +229,8 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
     step.entered_calls += 1
     last = step.entered_calls == step.expected_calls
     ends_early = last and step.rows is not Rows.ALL
-    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), run_rest, ends_early)
+    rest_pass = run_rest if step.kept is None else use_kept
+    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), rest_pass, ends_early)
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
 
 
@@ -235,8 +247,9 @@ def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
         leaving = hidden
     else:
         rest = call.rest_output
-        if rest is None:
-            rest = hidden.new_zeros(*call.groups.rest.shape[:2], *hidden.shape[2:])
+        if rest is None:  # its pass ended early, or there was none: what leaves the last layer has all rows
+            count = step.indices(REST).shape[1] if call.last else 0
+            rest = hidden.new_zeros(len(hidden), count, *hidden.shape[2:])
         groups = TokenGroups(hidden, rest)
         leaving = step.merge(groups) if call.last else groups
     return (leaving, *others) if isinstance(output, tuple) else leaving
@@ -265,12 +278,14 @@ def selective_attention(
         if step.indices(REST).shape[1] > 0:
             call.rest_pass(step, call)  # comes by here in its turn, and leaves `joined_kv`
         keys, values = call.joined_kv or call.selected_kv
+        own = step.own_tokens(call)
     else:
         call.rest_kv = key, value
         call.join(step)
         if call.rest_ends_early:
             raise PassDone
         keys, values = (joined.detach() for joined in call.joined_kv)
+        own = None
     implementation = next((name for config, name in step.implementations if config is module.config), None)
     if implementation is None:
         raise UnsupportedModelError(f"{type(module).__name__} has a configuration of its own")
@@ -278,7 +293,7 @@ def selective_attention(
     causal = options.get("is_causal")
     causal = implementation != "eager" and (getattr(module, "is_causal", True) if causal is None else causal)
     mask = step.mask_rows(attention_mask, causal, group, query)
-    return attend(module, query, keys, values, mask, implementation, **options)
+    return attend(module, query, keys, values, mask, implementation, own=own, **options)
 
 
 @contextmanager
@@ -327,3 +342,12 @@ def run_rest(step: Step, call: LayerCall) -> None:
         pass
     finally:
         call.running = SELECTED
+
+
+def use_kept(step: Step, call: LayerCall) -> None:
+    """In place of `run_rest`: the rest's keys and values as a look found them, dropped here from what it kept."""
+    kept = step.kept.popleft()
+    indices = step.indices(REST)
+    call.rest_kv = tuple(gather_tokens(tensor.transpose(1, 2), indices).transpose(1, 2) for tensor in kept)
+    del kept
+    call.join(step)

@@ -11,10 +11,11 @@ it is found out which rows the head needs (`selective.Rows`) and which token it 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokentune.attention import eager_function
+from tokentune.correction import gradient_scales
 from tokentune.errors import UnsupportedModelError
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import Rows, TokenGroups
@@ -98,6 +100,18 @@ def verified_profile(model: PreTrainedModel) -> Profile:
             except UnsupportedModelError as error:
                 first_error = first_error or error
         raise UnsupportedModelError(f"{first_error}{_likely_reason(tiny, str(first_error))}") from first_error
+
+
+def verify_correction(model: PreTrainedModel, profile: Profile) -> None:
+    """Compare a tiny copy of a causal `model` with the definition of the corrected gradient (`correction.py`).
+
+    Raises:
+        UnsupportedModelError: with the place and the size of the first mismatch.
+    """
+    with undisturbed():
+        tiny = tiny_copy(model)
+        for side in ("right", "left"):
+            _compare(_trial(tiny, side), profile, correction=1.0)
 
 
 def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
@@ -216,15 +230,16 @@ def _pooling(result: Any, hidden: Tensor, mask: Tensor) -> Pooling | None:
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def _compare(trial: _Trial, profile: Profile) -> None:
+def _compare(trial: _Trial, profile: Profile, correction: float = 0.0) -> None:
     """Raises UnsupportedModelError unless the patched model does what the definition says."""
     from tokentune.patching import Settings, install_hooks, remove_tokentune  # here: patching verifies in its turn
 
     tiny, positions = trial.tiny, trial.positions
-    what = f"{type(tiny).__name__}, {trial.side} padding"
+    what = f"{type(tiny).__name__}, {trial.side} padding" + (", gradient_correction" if correction else "")
+    scales = gradient_scales(positions, trial.batch, correction)
     defined_layers: list[Tensor] = []
     with (
-        definition_of_the_method(tiny, positions, last_output=profile.rows is Rows.ALL),
+        definition_of_the_method(tiny, positions, last_output=profile.rows is Rows.ALL, scales=scales),
         _recorded(tiny, defined_layers),
     ):
         defined, defined_gradients = _step(tiny, _selected_labels(trial), positions)
@@ -234,7 +249,7 @@ def _compare(trial: _Trial, profile: Profile) -> None:
     _agree(defined[seen], trial.untouched[seen], f"{what}: outputs of its own attention function")
 
     install_hooks(tiny)
-    tiny._tokentune = Settings(None, "random", profile, transformer_layers(tiny))
+    tiny._tokentune = Settings(None, "random", profile, transformer_layers(tiny), gradient_correction=correction)
     found_layers: list[Tensor] = []
     try:
         with _recorded(tiny, found_layers):
@@ -327,10 +342,13 @@ def _step(tiny: PreTrainedModel, batch: dict[str, Tensor], positions: Tensor) ->
 
 
 @contextmanager
-def definition_of_the_method(model: PreTrainedModel, positions: Tensor, *, last_output: bool = False) -> Iterator[None]:
+def definition_of_the_method(
+    model: PreTrainedModel, positions: Tensor, *, last_output: bool = False, scales: Tensor | None = None
+) -> Iterator[None]:
     """Within it, the unmodified model computes what the method is defined to compute for `positions` (B, K).
 
     `last_output`: the rest's rows of the last layer's output are constants too (for a head that looks at all rows).
+    `scales` (B, K): factors of the gradient of each selected token's key and value in the attention of the others.
     """
     own = implementation(model)
     stack = transformer_layers(model)
@@ -343,7 +361,10 @@ def definition_of_the_method(model: PreTrainedModel, positions: Tensor, *, last_
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         function = eager_function(module) if own == "eager" else ALL_ATTENTION_FUNCTIONS[own]
-        return function(module, hold(query, 2), hold(key, 2), hold(value, 2), *args, **kwargs)
+        groups = hold(query, 2), hold(key, 2), hold(value, 2)
+        if scales is None:
+            return function(module, *groups, *args, **kwargs)
+        return _scaled_attention(partial(function, module), *groups, positions, scales)(*args, **kwargs)
 
     def hold_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         if args:
@@ -370,6 +391,25 @@ def definition_of_the_method(model: PreTrainedModel, positions: Tensor, *, last_
             config._attn_implementation_internal = own
         for handle in handles:
             handle.remove()
+
+
+def _scaled_attention(
+    attention: Callable, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scales: Tensor
+) -> Callable:
+    """`attention` on these, gradients of selected keys and values scaled in the attention of the others alone."""
+    index = torch.arange(key.shape[2])[:, None]  # (S, 1)
+    factors = torch.ones_like(key[:, 0, :, 0]).scatter_(1, positions, scales)[:, None, :, None]  # (B, 1, S, 1)
+    scaled = [tensor.detach() + factors * (tensor - tensor.detach()) for tensor in (key, value)]
+
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output = attention(query, *scaled, *args, **kwargs)[0]  # (B, S, H, d)
+        for own in positions.T[..., None, None]:  # once more for each selected token, with its own key and value
+            at = own == index  # (B, S, 1)
+            pairs = [torch.where(at[:, None], *pair) for pair in zip((key, value), scaled, strict=True)]
+            output = torch.where(at[..., None], attention(query, *pairs, *args, **kwargs)[0], output)
+        return output, None
+
+    return attend
 
 
 def _agree(found: Tensor, expected: Tensor, what: str, floor: float | Tensor = 1e-9) -> None:

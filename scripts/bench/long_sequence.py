@@ -167,7 +167,7 @@ def block_sizes(options: argparse.Namespace, length: int) -> list[dict[str, Any]
     def forward(group: str, block: int) -> Tensor:
         blocks.CPU_BLOCK = blocks.CPU_LONG_BLOCK = block
         mask = GroupMask(recipe, group, groups[group], length)
-        return blocks.attend_by_blocks(queries[group], key, value, mask, None)
+        return blocks.attend_by_blocks(queries[group], key, value, mask, None)[0]
 
     def rest(block: int) -> None:
         with torch.no_grad():

@@ -1,0 +1,444 @@
+"""The corrected gradient against its definition, written out pair by pair in float64, and against all draws' mean."""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_bert_config, tiny_llama_config
+from families import ROUTED, Family
+from family_check import Float64, batch_for, build, selection, step
+from peft import LoraConfig, get_peft_model
+from test_selective import assert_same_gradients
+from torch import Tensor, nn
+from transformers import BertModel, LlamaForCausalLM
+
+from tokentune import UnsupportedModelError, apply_tokentune, attention, blocks, correction, patching, selective
+from tokentune.checkpointing import CHECKPOINT_REST
+from tokentune.correction import OwnTokens, gradient_scales
+from tokentune.looking import LookOptions
+from tokentune.masks import GroupMask, recipe_from_functions, recipe_from_mask
+from tokentune.memory import SavedForBackward
+from tokentune.selective import Rows
+from tokentune.verification import Profile
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+LLAMA = Family("Llama", "LlamaForCausalLM")
+SERVED = [
+    LLAMA,
+    Family("Llama", "LlamaForCausalLM", attention="eager"),
+    Family("Mistral", "MistralForCausalLM", {"sliding_window": 4}),
+    Family("Qwen3", "Qwen3ForCausalLM", {"head_dim": 24}),
+    Family("Phi-3", "Phi3ForCausalLM", {"sliding_window": 4}),
+    Family("Mixtral", "MixtralForCausalLM", ROUTED),
+    Family("Granite", "GraniteForCausalLM", {"attention_multiplier": 0.7}),
+    Family("Gemma 2", "Gemma2ForCausalLM", {"head_dim": 16, "attn_logit_softcapping": 2.0}, "eager"),
+    Family("GPT-OSS", "GptOssForCausalLM", {**ROUTED, "head_dim": 16, "sliding_window": 4}, "eager"),
+    Family("GPT-2", "GPT2LMHeadModel", layers="h"),
+]
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------
+
+
+def scale_of_rows(positions: Tensor, mask: Tensor, exponent: float) -> list[float]:
+    scales = []
+    for row, places in enumerate(positions.tolist()):
+        n, c = int(mask[row].sum()), sum(int(mask[row, place]) for place in places)
+        scales.append(((n - 1) / (c - 1)) ** exponent if c > 1 else 1.0)
+    return scales
+
+
+@contextmanager
+def corrected(model: nn.Module, family: Family, positions: Tensor, scales: list[float]) -> Iterator[None]:
+    """Within it, the unmodified (eager) model's gradients are the corrected ones.
+
+    Each pair of a query i and a key j has a key and a value of its own: with the gradient times s_j where both are
+    selected, as it is where they are the same token, and constant where j is not selected.
+    """
+
+    def factors(length: int) -> Tensor:
+        found = torch.zeros(len(positions), length, length, dtype=torch.float64)
+        for row, places in enumerate(positions.tolist()):
+            for i in places:
+                for j in places:
+                    found[row, i, j] = 1.0 if i == j else scales[row]
+        return found[:, None, :, :, None]  # (B, 1, S, S, 1)
+
+    def of_pairs(tensor: Tensor, heads: int) -> Tensor:  # (B, G, S, d) -> (B, H, S, S, d)
+        tensor = tensor.repeat_interleave(heads // tensor.shape[1], 1)[:, :, None]
+        return tensor.detach() + factors(tensor.shape[3]) * (tensor - tensor.detach())
+
+    def written_out(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+        scores = (query[:, :, :, None] * of_pairs(key, query.shape[1])).sum(-1) * scaling  # (B, H, S, S)
+        if options.get("softcap") is not None:
+            scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+        scores = scores + mask
+        if options.get("s_aux") is not None:
+            sinks = options["s_aux"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1)[..., : key.shape[2], None]
+        return (weights * of_pairs(value, query.shape[1])).sum(3).transpose(1, 2), None
+
+    class Corrected:
+        def get_interface(self, name: str, default: Any) -> Any:
+            return written_out
+
+    def hold(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        for row, places in enumerate(positions.tolist()):
+            chosen[row, places] = True
+        hidden = torch.where(chosen[..., None], hidden, hidden.detach())
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    layers = next(m for n, m in model.named_modules() if f".{n}".endswith(f".{family.layers}"))
+    file = sys.modules[type(layers[0]).__module__]
+    original, handles = file.ALL_ATTENTION_FUNCTIONS, []
+    try:
+        file.ALL_ATTENTION_FUNCTIONS = Corrected()
+        handles = [layer.register_forward_pre_hook(hold, with_kwargs=True) for layer in layers]
+        yield
+    finally:
+        file.ALL_ATTENTION_FUNCTIONS = original
+        for handle in handles:
+            handle.remove()
+
+
+def defined_gradients(model: nn.Module, family: Family, inputs: dict, positions: Tensor, exponent: float) -> tuple:
+    """Loss and gradients by the definition; the model is left as it is."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    labels = torch.full_like(inputs["labels"], -100)
+    for row, places in enumerate(positions.tolist()):
+        for place in places:
+            if place + 1 < labels.shape[1]:
+                labels[row, place + 1] = inputs["labels"][row, place + 1]
+    scales = scale_of_rows(positions, inputs["attention_mask"], exponent)
+    with Float64(), corrected(model, family, positions, scales):
+        return step(model, inputs | {"labels": labels}, positions)
+
+
+def patched_step(model: nn.Module, inputs: dict, positions: Tensor, exponent: float, **options: Any) -> tuple:
+    apply_tokentune(model, verify=False, gradient_correction=exponent, **options)
+    if "GPT2" in type(model).__name__:  # what the verification would find out
+        model._tokentune.profile = Profile(Rows.GATHERED, None)
+    with Float64():
+        return step(model, inputs | {"selected_positions": positions}, positions)
+
+
+@pytest.mark.parametrize(
+    ("family", "side"),
+    [(family, "left") for family in SERVED] + [(family, "right") for family in SERVED[:3]],
+    ids=lambda value: f"{value.name}-{value.attention}" if isinstance(value, Family) else value,
+)
+def test_gradients_follow_the_definition(family: Family, side: str) -> None:
+    model = build(family)
+    inputs = batch_for(model, side)
+    positions = selection(inputs, inputs["input_ids"].shape[1], 6)
+    _, expected = defined_gradients(model, family, inputs, positions, 1.0)
+    _, uncorrected = defined_gradients(model, family, inputs, positions, 0.0)
+    _, found = patched_step(model, inputs, positions, 1.0)
+    assert_same_gradients(found, expected)
+    name = next(name for name in expected if "embed" in name or "wte" in name)
+    assert (expected[name] - uncorrected[name]).norm() > 0.05 * expected[name].norm()  # it is worth comparing
+
+
+@pytest.mark.parametrize(("count", "exponent"), [(1, 1.0), (2, 0.5), (14, 0.5), (15, 1.0)])
+def test_any_number_of_tokens(count: int, exponent: float) -> None:
+    model = build(LLAMA)
+    inputs = batch_for(model, "right", padded=False)
+    positions = torch.rand(3, 15).topk(count).indices.sort().values
+    _, expected = defined_gradients(model, LLAMA, inputs, positions, exponent)
+    _, found = patched_step(model, inputs, positions, exponent)
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("kernel", ["of CUDA", "one call"])
+def test_kernels_that_do_not_tell_their_sums(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel == "of CUDA":
+        monkeypatch.setitem(blocks.KERNELS, "cpu", blocks.KERNELS["cuda"])
+    else:
+        monkeypatch.setattr(attention, "_in_blocks", lambda *_: False)
+    model = build(SERVED[2])
+    inputs = batch_for(model, "left")
+    positions = selection(inputs, 15, 6)
+    _, expected = defined_gradients(model, SERVED[2], inputs, positions, 1.0)
+    _, found = patched_step(model, inputs, positions, 1.0)
+    assert_same_gradients(found, expected)
+
+
+def test_adapters_and_chunked_loss() -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(build(LLAMA), lora).double()
+    inputs = batch_for(model, "left")
+    positions = selection(inputs, 15, 6)
+    _, expected = defined_gradients(model, LLAMA, inputs, positions, 1.0)
+    _, found = patched_step(model, inputs, positions, 1.0, chunked_loss=True)
+    assert any("lora" in name for name in found)
+    assert_same_gradients(found, expected)
+
+
+# --- every way to run it ----------------------------------------------------------------------------------------------
+
+
+def plain_step(model: nn.Module, inputs: dict, positions: Tensor, exponent: float, **options: Any) -> tuple:
+    """Loss, output and gradients as training takes them, without any change of casts."""
+    apply_tokentune(model, verify=False, chunked_loss=False, gradient_correction=exponent, **options)
+    model.zero_grad(set_to_none=True)
+    result = model(**inputs, selected_positions=positions)
+    result.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return result.loss.detach(), result.logits.detach(), gradients
+
+
+def test_nothing_changes_forward() -> None:
+    model = build(LLAMA, torch.float32)
+    inputs = batch_for(model, "left")
+    positions = selection(inputs, 15)
+    loss, logits, gradients = plain_step(model, inputs, positions, 0.0)
+    corrected_loss, corrected_logits, corrected_gradients = plain_step(model, inputs, positions, 1.0)
+    assert torch.equal(corrected_loss, loss)
+    assert torch.equal(corrected_logits, logits)
+    assert any(not torch.equal(corrected_gradients[name], gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("rest", CHECKPOINT_REST)
+def test_checkpointing_gives_the_same_gradients_to_the_last_bit(rest: str) -> None:
+    model = build(LLAMA, torch.float32)
+    inputs = batch_for(model, "right")
+    positions = selection(inputs, 15)
+    *_, expected = plain_step(model, inputs, positions, 1.0)
+    model.activation_checkpointing_enable()
+    *_, found = plain_step(model, inputs, positions, 1.0, checkpoint_rest=rest)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [("float16", "sdpa"), ("bfloat16", "sdpa"), ("autocast", "sdpa"), ("bfloat16", "eager")],
+)
+def test_sixteen_bits(precision: str, kind: str) -> None:
+    """As near to float32's gradient as the uncorrected one is, within a factor."""
+    model = build(Family("Llama", "LlamaForCausalLM", attention=kind), torch.float32)
+    inputs = batch_for(model, "left")
+    positions = selection(inputs, 15)
+
+    def off(exponent: float) -> float:
+        *_, expected = plain_step(model, inputs, positions, exponent)
+        narrow = copy.deepcopy(model)
+        if precision != "autocast":
+            narrow.to(getattr(torch, precision))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            *_, found = plain_step(narrow, inputs, positions, exponent)
+        flat = [torch.cat([gradient.flatten().float() for gradient in each.values()]) for each in (found, expected)]
+        return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+    assert off(1.0) <= 2 * off(0.0)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_it_keeps_one_number_per_query_and_head(checkpointed: bool) -> None:
+    model = build(LLAMA, torch.float32)
+    inputs = batch_for(model, "right", length=64)
+    positions = selection(inputs, 64, 20)
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    saved = []
+    for exponent in (0.0, 1.0):
+        apply_tokentune(model, verify=False, gradient_correction=exponent)
+        with SavedForBackward(model) as counted:
+            model(**inputs, selected_positions=positions)
+        saved.append(counted.bytes)
+    layers, heads, batch, count = 4, 4, *positions.shape
+    own_weights, scales = layers * batch * heads * count * 4, batch * count * 8
+    assert saved[1] - saved[0] == (0 if checkpointed else own_weights + scales)
+
+
+def test_without_it_nothing_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective, "scale_gradient", lambda *_: 1 / 0)
+    for function in ("require_correctable_call", "correct_fused", "correct_eager"):
+        monkeypatch.setattr(correction, function, lambda *_: 1 / 0)
+    model = build(LLAMA, torch.float32)
+    inputs = batch_for(model, "right")
+    plain_step(model, inputs, selection(inputs, 15), 0.0)
+
+
+def test_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(LLAMA)
+    inputs = batch_for(model, "left")
+    drawn = []
+    original = patching.draw
+
+    def noted(*args: Any, **options: Any) -> Any:
+        drawn.append(original(*args, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(patching, "draw", noted)
+    apply_tokentune(model, 0.4, strategy="gradient", verify=False, look=LookOptions(), gradient_correction=1.0)
+    with Float64():
+        _, found = step(model, inputs | {"num_items_in_batch": 30}, None)
+    given = {"selection_weights": drawn[0].weights, "num_items_in_batch": 30}
+    _, expected = patched_step(model, inputs | given, drawn[0].positions, 1.0)
+    assert_same_gradients(found, expected)
+    _, uncorrected = patched_step(model, inputs | given, drawn[0].positions, 0.0)
+    name = "model.embed_tokens.weight"
+    assert (found[name] - uncorrected[name]).norm() > 0.02 * found[name].norm()
+
+
+# --- the scales, and each token's weight of itself --------------------------------------------------------------------
+
+
+def test_scales_are_the_inverse_probability_given_another_token() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    positions = torch.tensor([[0, 2, 5], [1, 2, 4], [1, 3, 4]])  # 3 of 6, 2 of 4, 1 of 2 real tokens
+    found = gradient_scales(positions, {"input_ids": mask, "attention_mask": mask}, 1.0)
+    assert found.tolist() == [[5 / 2] * 3, [3.0] * 3, [1.0] * 3]
+    whole = gradient_scales(positions, {"input_ids": mask}, 0.5)
+    assert torch.allclose(whole, torch.full((3, 3), (5 / 2) ** 0.5, dtype=torch.float64))
+    assert gradient_scales(positions, {"input_ids": mask}, 0.0) is None
+
+
+def test_scales_of_weighted_draws_follow_the_weights() -> None:
+    labels = torch.tensor([[-100, -100, -100, -100, 7, 7, 7]])  # targets at 3, 4 and 5; no loss at 0, 1, 2 and 6
+    inputs = {"input_ids": labels, "labels": labels}
+    weights = torch.tensor([[0.0, 0.0, 1.6, 0.0]])  # the target at 5 is there because the draw held none
+    found = gradient_scales(torch.tensor([[0, 2, 3, 5]]), inputs, 1.0, weights)
+    assert torch.allclose(found, torch.tensor([[2.0, 2.0, 1.6, 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_own_weights_are_those_of_the_softmax(finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For kernels that do not tell their softmax's sums; in many blocks, and with a finished mask's biases."""
+    monkeypatch.setattr(correction, "SCORE_NUMBERS", 2 * 4 * 12 * 3)  # three queries
+    batch, heads, groups, length, count, size = 2, 4, 2, 12, 7, 8
+    bias = float(finished) * torch.randn(batch, heads, length, length).double()
+    bias = bias.masked_fill(torch.ones(length, length).triu(1).bool(), torch.finfo(torch.float64).min)
+    recipe = recipe_from_mask(bias) if finished else recipe_from_functions(batch, length, length)
+    positions = torch.stack([torch.randperm(length)[:count].sort().values for _ in range(batch)])
+    mask = GroupMask(recipe, "selected", positions, length)
+    query, output = torch.randn(batch, heads, count, size).double(), torch.zeros(batch, count, heads, size)
+    key = torch.randn(batch, groups, length, size).double()
+    places = (positions + torch.arange(batch)[:, None] * length).flatten()
+    own = OwnTokens(None, None, torch.ones(batch, count), places, positions)
+    kept = []
+    monkeypatch.setattr(correction, "_unscaled", lambda *args: kept.append(args[3]))
+    correction.correct_fused(output, None, query, key, key, mask, own, {"scaling": 0.4})
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4
+    scores = scores + bias.take_along_dim(positions[:, None, :, None], 2)
+    expected = scores.softmax(-1).take_along_dim(positions[:, None, :, None], 3)[..., 0]
+    assert torch.allclose(kept[0], expected, rtol=1e-12)
+
+
+# --- the mean over all draws ------------------------------------------------------------------------------------------
+
+
+def one_layer(layers: int = 1) -> nn.Module:
+    model = LlamaForCausalLM._from_config(tiny_llama_config(num_hidden_layers=layers)).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def summed_loss(model: nn.Module, ids: Tensor, positions: Tensor | None, **inputs: Tensor) -> Tensor:
+    """The sum of the losses at `positions` (B, K), or at all tokens; the last one of `ids` (B, S) has none."""
+    targets = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    if positions is not None:
+        inputs, targets = inputs | {"selected_positions": positions}, targets.gather(1, positions)
+    with Float64():
+        logits = model(**inputs).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def mean_of_all_draws(model: nn.Module, ids: Tensor, count: int, exponent: float) -> tuple[Tensor, Tensor]:
+    """Of the gradients of all draws of `count` tokens of one row: their mean, and the full gradient. Both flat."""
+    found = []
+    length = ids.shape[1]
+    draws = torch.tensor(list(combinations(range(length), count)))
+    apply_tokentune(model, verify=False, gradient_correction=exponent)
+    for positions, factor in ((draws, length / count / len(draws)), (None, 1.0)):
+        rows = ids if positions is None else ids.expand(len(draws), -1)
+        model.zero_grad()
+        (summed_loss(model, rows, positions, input_ids=rows) * factor).backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    return tuple(found)
+
+
+def test_of_one_layer_the_mean_of_all_draws_is_the_full_gradient() -> None:
+    ids = torch.randint(3, 90, (1, 8))
+    mean, full = mean_of_all_draws(one_layer(), ids, 4, 1.0)
+    assert (mean - full).norm() <= 1e-12 * full.norm()
+    mean, _ = mean_of_all_draws(one_layer(), ids, 4, 0.0)
+    assert (mean - full).norm() > 0.1 * full.norm()
+
+
+def test_of_several_layers_it_is_much_nearer() -> None:
+    """Paths through three tokens are drawn a little less often than two independent steps would be."""
+    ids = torch.randint(3, 90, (1, 8))
+    model = one_layer(layers=3)
+    mean, full = mean_of_all_draws(model, ids, 4, 1.0)
+    uncorrected, _ = mean_of_all_draws(model, ids, 4, 0.0)
+    assert (mean - full).norm() < 0.3 * (uncorrected - full).norm()
+
+
+def test_of_one_layer_the_mean_of_random_draws_is_the_full_gradient() -> None:
+    """Each number of the embeddings' gradient within what chance allows: squared standard scores are 1 on average."""
+    draws, length, count = 800, 12, 4
+    model, ids = one_layer(), torch.randint(3, 90, (1, length))
+    embedded = model.get_input_embeddings()(ids).detach()
+    whole = embedded.clone().requires_grad_()
+    (full,) = torch.autograd.grad(summed_loss(model, ids, None, inputs_embeds=whole), whole)  # (1, S, D)
+    positions = torch.rand(draws, length).topk(count).indices.sort().values
+    squares = {}
+    for exponent in (0.0, 1.0):
+        apply_tokentune(model, verify=False, gradient_correction=exponent)
+        rows = embedded.repeat(draws, 1, 1).requires_grad_()
+        loss = summed_loss(model, ids.expand(draws, -1), positions, inputs_embeds=rows) * length / count
+        (each,) = torch.autograd.grad(loss, rows)  # (draws, S, D)
+        error = each.std(0) / draws**0.5
+        squares[exponent] = ((each.mean(0) - full[0]) / error).square()[:-1]  # nothing depends on the last token
+    assert squares[1.0].mean() < 2 and squares[1.0].max() < 25  # five standard errors
+    assert squares[0.0].mean() > 10
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_verification_finds_a_wrong_correction(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = correction._scaling
+    monkeypatch.setattr(correction, "_scaling", lambda *args: 1.1 * own(*args))
+    with pytest.raises(UnsupportedModelError, match=r"gradient_correction: gradient of .* differ from the definition"):
+        apply_tokentune(build(LLAMA, torch.float32), gradient_correction=0.5)
+
+
+def test_attention_both_ways_is_refused() -> None:
+    model = BertModel(tiny_bert_config())
+    with pytest.raises(UnsupportedModelError, match="see one another both ways"):
+        apply_tokentune(model, gradient_correction=1.0)
+    model(input_ids=torch.ones(1, 3, dtype=torch.long))  # and left as it was
+
+
+def test_attention_dropout_is_refused() -> None:
+    model = LlamaForCausalLM(tiny_llama_config(attention_dropout=0.1))
+    with pytest.raises(UnsupportedModelError, match="attention dropout"):
+        apply_tokentune(model, verify=False, gradient_correction=1.0)
+
+
+@pytest.mark.parametrize("exponent", [-0.1, 1.5, float("nan")])
+def test_only_numbers_from_0_to_1(exponent: float) -> None:
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        apply_tokentune(LlamaForCausalLM(tiny_llama_config()), verify=False, gradient_correction=exponent)
+
+
+def test_a_mask_that_does_not_tell_real_tokens_is_refused() -> None:
+    model = apply_tokentune(LlamaForCausalLM(tiny_llama_config()), verify=False, gradient_correction=1.0)
+    ids, mask = torch.ones(1, 5, dtype=torch.long), torch.ones(1, 1, 5, 5).tril().bool()
+    with pytest.raises(UnsupportedModelError, match=r"mask of shape \(B, S\)"):
+        model(input_ids=ids, attention_mask=mask, selected_positions=torch.tensor([[1, 3]]))
