@@ -143,13 +143,14 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 
 
 def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    drawn, select = [], tokentune.drawing.select_positions
+    drawn, select = [], tokentune.drawing.select_tokens
 
-    def record(*args: object, **options: object) -> Tensor:
-        drawn.append(select(*args, **options))
-        return drawn[-1]
+    def record(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
+        positions, weights = select(*args, **options)
+        drawn.append(positions)
+        return positions, weights
 
-    monkeypatch.setattr(tokentune.drawing, "select_positions", record)
+    monkeypatch.setattr(tokentune.drawing, "select_tokens", record)
     return drawn
 
 

@@ -42,16 +42,17 @@ class Recorder(TrainerCallback):
 
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch):
         self.draws, self.batches, self.saved, self.gradients = [], [], [], {}
-        select = tokentune.drawing.select_positions
+        select = tokentune.drawing.select_tokens
 
-        def record(*args: object, **options: object) -> Tensor:
-            self.draws.append(select(*args, **options))
-            return self.draws[-1]
+        def record(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
+            positions, weights = select(*args, **options)
+            self.draws.append(positions)
+            return positions, weights
 
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.batches.append(dict(kwargs))
 
-        monkeypatch.setattr(tokentune.drawing, "select_positions", record)
+        monkeypatch.setattr(tokentune.drawing, "select_tokens", record)
         model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
 
     def on_pre_optimizer_step(self, args: object, state: object, control: object, model: nn.Module, **_) -> None:

@@ -112,7 +112,7 @@ class SelectiveCheckpointing:
         layer = _Layer(
             *(self.step, call.layer, call.args, call.kwargs, function, more_args), states_before=random_states(hidden)
         )
-        call.rest_pass = partial(_run_rest_and_note_states, layer)
+        call.rest_pass = partial(_run_rest_and_note_states, layer, call.rest_pass)
         replay = self._replay(layer, hidden, call)
         with save_on_cpu(pin_memory=hidden.device.type != "cpu") if inputs_on_cpu else nullcontext():
             contexts = partial(_contexts, layer, replay)
@@ -144,7 +144,12 @@ class SelectiveCheckpointing:
 
     def _smaller(self, call: LayerCall) -> tuple[Tensor, ...]:
         keys_values, hidden_states = call.rest_kv, (call.groups.rest,)
-        if self.rest == "keys_values" or (self.rest == "auto" and _bytes(keys_values) <= _bytes(hidden_states)):
+        looked = self.step.kept is not None  # whose hidden states nobody has
+        if (
+            self.rest == "keys_values"
+            or looked
+            or (self.rest == "auto" and _bytes(keys_values) <= _bytes(hidden_states))
+        ):
             return tuple(map(_alone, keys_values))
         return tuple(map(_alone, hidden_states))
 
@@ -199,9 +204,9 @@ def _contexts(layer: _Layer, replay: Callable[[_Layer], LayerCall]) -> tuple[Any
     return nullcontext(), _Replay(layer, replay)
 
 
-def _run_rest_and_note_states(layer: _Layer, step: Step, call: LayerCall) -> None:
+def _run_rest_and_note_states(layer: _Layer, rest_pass: Callable, step: Step, call: LayerCall) -> None:
     """The rest's pass of the forward pass; its recomputations go on with the random numbers that come after it."""
-    run_rest(step, call)
+    rest_pass(step, call)
     layer.states_after_rest = random_states(call.joined_kv[0])
 
 

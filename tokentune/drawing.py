@@ -4,15 +4,19 @@ B sequences, S tokens, K selected, D hidden size, C classes
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tokentune.groups import require
-from tokentune.selection import select_positions, target_mask
+from tokentune.looking import look
+from tokentune.selection import select_tokens, target_mask
+from tokentune.selective import Kept
 from tokentune.verification import Pooling
 
 if TYPE_CHECKING:
@@ -31,16 +35,47 @@ def per_token(labels: Tensor | None) -> bool:
     return labels is not None and labels.ndim == 2 and not labels.is_floating_point()
 
 
-def draw(settings: "Settings", kwargs: dict[str, Any], *, causal: bool) -> Tensor | Callable[[Tensor], Tensor]:
-    """Positions (B, K) for a batch, or, where only the layers know the number of tokens (images), how to draw them.
+class Drawn(NamedTuple):
+    """What a model drew itself."""
 
-    Replaces `labels` in `kwargs` by those that count, and `num_items_in_batch` by its share that the draw holds: the
-    sum over the draw, divided by it, has the expectation of the sum over all.
+    positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), or how to draw them given (B, S, D) (images)
+    weights: Tensor | None = None  # (B, K), what the loss at each of them counts; None: all alike
+    kept: Kept | None = None  # the keys and values of all tokens, where a look kept them
+
+
+@dataclass
+class DrawCounts:
+    """The last draw, on the device: reading it makes its host wait."""
+
+    positions: Tensor  # (B, K)
+    selected: Tensor  # how many of them are real tokens
+    supervised: Tensor  # selected targets
+    loss: Tensor | None = None  # the sum over all supervised targets, from a look through all layers
+    targets: Tensor | None = None  # how many these are
+
+
+def draw(
+    model: PreTrainedModel,
+    settings: "Settings",
+    kwargs: dict[str, Any],
+    *,
+    causal: bool,
+    uniform: Tensor | None = None,
+    num_supervised: int | None = None,
+) -> Drawn:
+    """Draws the selection of a batch, after a look at it where the settings ask for one.
+
+    Replaces `labels` in `kwargs` by those that count. Without weights it also replaces `num_items_in_batch` by its
+    share that the draw holds: the sum over the draw, divided by it, has the expectation of the sum over all.
+
+    Args:
+        uniform: (B, S) in [0, 1), the random numbers to draw with; None: torch's.
+        num_supervised: how many targets the batch has, where the caller knows.
     """
     labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
     tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
-        return partial(_draw_in_front_of_the_layers, settings)
+        return Drawn(partial(_draw_in_front_of_the_layers, settings))
     if mask is None or mask.ndim != 2:
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     targets = None
@@ -49,27 +84,70 @@ def draw(settings: "Settings", kwargs: dict[str, Any], *, causal: bool) -> Tenso
             labels = labels.masked_fill(F.pad(mask[:, :-1], (1, 0)).to(labels.device) == 0, -100)
             kwargs["labels"] = labels
         targets = target_mask(labels, causal=causal).to(mask.device)
-    always = pooled_tokens(settings.profile.pooling, mask)
-    answers = [kwargs[name].to(mask.device) for name in _ANSWERS if kwargs.get(name) is not None]
-    if answers:  # otherwise most draws would hold neither end of the answer
-        ends = torch.stack(answers, dim=1).clamp(0, mask.shape[1] - 1)
-        always = torch.zeros_like(mask, dtype=torch.bool).scatter(1, ends, True)
-    positions = select_positions(
-        mask, settings.prefix_length, targets=targets, always=always, strategy=settings.strategy
+    seen = None
+    if settings.look is not None:
+        options = {"num_supervised": num_supervised, "chunk_bytes": settings.chunk_bytes}
+        seen = look(model, settings.stack, kwargs, settings.look, settings.needs, **options)
+    positions, weights = select_tokens(
+        mask,
+        settings.prefix_length,
+        targets=targets,
+        always=_always(settings, kwargs, mask),
+        strategy=settings.strategy,
+        scores=None if uniform is None else uniform.to(mask.device),
+        input_ids=kwargs.get("input_ids"),
+        labels=labels if per_token(labels) else None,
+        token_scores=None if seen is None else {name: score.to(mask.device) for name, score in seen.scores.items()},
+        draw="proportional" if settings.look is None else settings.look.draw,
     )
     if targets is not None:
-        share = targets.gather(1, positions).sum().clamp(min=1) / targets.sum().clamp(min=1)
-        if kwargs.get("num_items_in_batch") is not None:
+        supervised = targets.gather(1, positions).sum()
+        settings.counts = DrawCounts(positions, mask.gather(1, positions).sum(), supervised)
+        if seen is not None:
+            settings.counts.loss, settings.counts.targets = seen.loss, seen.supervised
+        share = supervised.clamp(min=1) / targets.sum().clamp(min=1)
+        if weights is not None:
+            pass  # they stand for all targets by themselves
+        elif kwargs.get("num_items_in_batch") is not None:
             kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
         elif causal:
             settings.finish = partial(_stand_for_all_targets, targets, share)
-    return positions
+    return Drawn(positions, weights, None if seen is None else seen.kept)
+
+
+def look_beside(
+    model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any], positions: Tensor, labels: Tensor
+) -> Kept | None:
+    """Looks at all tokens of a batch whose selection somebody else drew: its loss, and the keys and values.
+
+    Args:
+        positions: (B, K).
+        labels: (B, S), before the selection masked any.
+    """
+    options = {"chunk_bytes": settings.chunk_bytes}
+    seen = look(model, settings.stack, kwargs | {"labels": labels}, settings.look, settings.needs, **options)
+    mask = kwargs.get("attention_mask")
+    real = torch.ones_like(positions) if mask is None or mask.ndim != 2 else mask.gather(1, positions.to(mask.device))
+    targets = target_mask(labels, causal=True)
+    supervised = targets.gather(1, positions.to(targets.device)).sum()
+    settings.counts = DrawCounts(positions, real.sum(), supervised, seen.loss, seen.supervised)
+    return seen.kept
+
+
+def _always(settings: "Settings", kwargs: dict[str, Any], mask: Tensor) -> Tensor | None:
+    """(B, S) bool: the tokens to be selected in any case."""
+    answers = [kwargs[name].to(mask.device) for name in _ANSWERS if kwargs.get(name) is not None]
+    if not answers:
+        return pooled_tokens(settings.profile.pooling, mask)
+    # Otherwise most draws would hold neither end of the answer.
+    ends = torch.stack(answers, dim=1).clamp(0, mask.shape[1] - 1)
+    return torch.zeros_like(mask, dtype=torch.bool).scatter(1, ends, True)
 
 
 def _draw_in_front_of_the_layers(settings: "Settings", hidden: Tensor) -> Tensor:
     mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     always = pooled_tokens(settings.profile.pooling, mask)
-    return select_positions(mask, settings.prefix_length, always=always, strategy=settings.strategy)
+    return select_tokens(mask, settings.prefix_length, always=always, strategy=settings.strategy)[0]
 
 
 def pooled_tokens(pooling: Pooling | None, mask: Tensor) -> Tensor | None:

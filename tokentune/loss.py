@@ -59,22 +59,11 @@ def why_not_in_chunks(model: PreTrainedModel, profile: "Profile") -> str | None:
     return profile.whole_logits
 
 
-class ChunkedLoss:
-    """One step's loss: hooks on the head that keep its input, and the function that takes the loss of it."""
+class WithheldRows:
+    """The output head, handed no rows: hooks that keep its input back, and what gives the logits of a part of it."""
 
-    def __init__(
-        self, head: nn.Module, positions: Tensor, num_supervised: int | None = None, chunk_bytes: int = CHUNK_BYTES
-    ) -> None:
-        """
-        Args:
-            head: the output embeddings, whatever wraps them included.
-            positions: (B, K), the selected ones.
-            num_supervised: N, where the caller knows it on the host; read from the targets on the CPU alone, since
-                asking an accelerator would make the host wait. Unknown, all B * K rows go through the head.
-            chunk_bytes: most bytes of a chunk's logits in float32.
-        """
-        self.head, self.positions = head, positions
-        self.num_supervised, self.chunk_bytes = num_supervised, chunk_bytes
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head  # the output embeddings, whatever wraps them included
         self.hidden: Tensor | None = None
         self.behind_head = _Recorder()
 
@@ -88,16 +77,91 @@ class ChunkedLoss:
         if self.hidden is not None:  # a chunk's call
             return None
         name = next(iter(kwargs)) if not args else None
-        hidden = kwargs[name] if name else args[0]
-        if hidden.shape[:2] != self.positions.shape:
-            raise UnsupportedModelError(f"the head was handed {tuple(hidden.shape)}, not a row per selected token")
-        self.hidden = hidden
+        hidden = self.hidden = kwargs[name] if name else args[0]
         empty = hidden.new_empty(len(hidden), 0, *hidden.shape[2:])  # no slice, which would keep all of `hidden`
         return ((empty, *args[1:]), kwargs) if args else (args, kwargs | {name: empty})
 
     def _record(self, head: nn.Module, args: tuple, logits: Tensor) -> None:
         if not self.behind_head.started:
             self.behind_head.start(logits)
+
+    def finish(self, logits: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The rows (B, K, D), once the model is done with its `logits` (B, 0, V) of none; `shape` is (B, K)."""
+        if self.hidden is None:
+            raise UnsupportedModelError("the model computes its logits without calling its output embeddings")
+        if self.hidden.shape[:2] != shape:
+            raise UnsupportedModelError(
+                f"the head was handed {tuple(self.hidden.shape)}, not a row per token of {shape}"
+            )
+        self.behind_head.finish(logits)
+        return self.hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Those of some of the rows: (n, D) -> (n, V)."""
+        return self.behind_head.repeat(self._call_head(hidden[None]))[0]
+
+    def trained(self) -> bool:
+        """Whether anything behind the rows has gradients of its own."""
+        return not is_frozen(self.head) or any(tensor.requires_grad for tensor in self.behind_head.tensors())
+
+    def _call_head(self, hidden: Tensor) -> Tensor:
+        if not isinstance(self.head, FSDPModule):
+            return self.head(hidden)
+        # FSDP's hooks would add each chunk's gradients up over the processes by themselves. It gets them all at once
+        # where the rows came from: the weights stay whole from the head's call on empty rows to its gradients.
+        with gathered(self.head):
+            return self.head.forward(hidden)
+
+
+def next_targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int = IGNORED_LABEL) -> Tensor:
+    """(B, S): what each position predicts, the next label unless the caller moved them already."""
+    return F.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
+
+
+def rows_with_loss(supervised: Tensor, count: int | None) -> Tensor | None:
+    """Their numbers, ascending: (R,) bool -> (N,); None: all. At least one, so that all weights get a gradient.
+
+    `count` is N, where the caller knows it on the host; read from `supervised` on the CPU alone, since asking an
+    accelerator would make the host wait. Unknown, all rows are taken.
+    """
+    if count is None and supervised.device.type == "cpu" and not is_fake(supervised):
+        count = int(supervised.sum())
+    if count is None or count >= len(supervised):
+        return None
+    return (~supervised).to(torch.uint8).argsort(stable=True)[: max(count, 1)]
+
+
+def in_chunks(chunk_bytes: int, vocabulary: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of as many rows, in pieces of rows whose logits take at most so many bytes in float32."""
+    chunks = -(-len(tensors[0]) // max(1, chunk_bytes // (4 * vocabulary)))
+    return list(zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True))
+
+
+class ChunkedLoss:
+    """One step's loss: what `WithheldRows` keeps from the head, and the function that takes the loss of it."""
+
+    def __init__(
+        self,
+        head: nn.Module,
+        positions: Tensor,
+        num_supervised: int | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        weights: Tensor | None = None,
+        recompute: bool = True,
+    ) -> None:
+        """
+        Args:
+            head: the output embeddings, whatever wraps them included.
+            positions: (B, K), the selected ones.
+            num_supervised: N, see `rows_with_loss`.
+            chunk_bytes: most bytes of a chunk's logits in float32.
+            weights: (B, K), factors of the rows' losses, which then stand for all supervised targets.
+            recompute: of a trained head keep no logits, and compute them a second time.
+        """
+        self.rows, self.positions = WithheldRows(head), positions
+        self.num_supervised, self.chunk_bytes = num_supervised, chunk_bytes
+        self.weights, self.recompute = weights, recompute
+        self.install = self.rows.install
 
     def __call__(
         self,
@@ -111,57 +175,46 @@ class ChunkedLoss:
     ) -> Tensor:
         """In place of `ForCausalLMLoss`, on the same arguments; `logits` (B, 0, V) tell what V is.
 
-        Returns the mean over the supervised rows; given `num_items_in_batch`, their sum divided by it.
+        Returns the mean over the supervised rows; given `num_items_in_batch`, their sum divided by it. Given weights,
+        the weighted sum is divided by the number of all supervised targets, selected or not.
         """
-        if self.hidden is None:
-            raise UnsupportedModelError("the model computes its logits without calling its output embeddings")
-        self.behind_head.finish(logits)
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-        targets = shift_labels.gather(1, self.positions.to(shift_labels.device)).to(self.hidden.device)  # (B, K)
+        hidden = self.rows.finish(logits, self.positions.shape)
+        of_all = next_targets(labels, shift_labels, ignore_index)
+        targets = of_all.gather(1, self.positions.to(of_all.device)).to(hidden.device)  # (B, K)
         supervised, wide = (targets != ignore_index).flatten(), logits.float().dtype
-        hidden, targets = self.hidden.flatten(0, 1), targets.flatten()  # (N, D), (N,)
-        if (rows := self._supervised_rows(supervised)) is not None:
-            hidden, targets = hidden[rows], targets[rows]
+        rows = [hidden.flatten(0, 1), targets.flatten()]  # (N, D), (N,)
+        if self.weights is not None:
+            rows.append(self.weights.to(hidden.device, wide).flatten())
+        if (numbers := rows_with_loss(supervised, self.num_supervised)) is not None:
+            rows = [tensor[numbers] for tensor in rows]
 
-        def summed(hidden: Tensor, targets: Tensor) -> Tensor:
-            logits = self.behind_head.repeat(self._call_head(hidden[None]))[0].to(wide)  # (n, V)
-            return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+        def summed(hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+            logits = self.rows.logits(hidden).to(wide)  # (n, V)
+            if weights is None:
+                return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+            losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+            return (losses * weights).sum()  # no product of vectors, which autocast would round to 16 bits
 
-        chunks = -(-len(targets) // max(1, self.chunk_bytes // (4 * logits.shape[-1])))
-        pieces = list(zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True))
-        if not torch.is_grad_enabled():  # an evaluation
-            loss = torch.stack([summed(*piece) for piece in pieces]).sum()
-        elif not is_frozen(self.head) or any(tensor.requires_grad for tensor in self.behind_head.tensors()):
-            chance = any(isinstance(module, nn.Dropout) for module in self.head.modules())
-            options = {"use_reentrant": False, "preserve_rng_state": chance}
-            loss = torch.stack([checkpoint(summed, *piece, **options) for piece in pieces]).sum()
+        loss = self._of_all(summed, in_chunks(self.chunk_bytes, logits.shape[-1], *rows), rows)
+        if num_items_in_batch is not None:
+            count = num_items_in_batch
         else:
-            loss = _FrozenHead.apply(hidden, summed, [len(piece) for piece, _ in pieces], targets)
-        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+            count = supervised.sum() if self.weights is None else (of_all != ignore_index).sum()
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
-    def _call_head(self, hidden: Tensor) -> Tensor:
-        if not isinstance(self.head, FSDPModule):
-            return self.head(hidden)
-        # FSDP's hooks would add each chunk's gradients up over the processes by themselves. It gets them all at once
-        # where the rows came from: the weights stay whole from the head's call on empty rows to its gradients.
-        with gathered(self.head):
-            return self.head.forward(hidden)
-
-    def _supervised_rows(self, supervised: Tensor) -> Tensor | None:
-        """Their numbers, ascending: (B * K,) -> (N,); None: all. At least one, so that all weights get a gradient."""
-        count = self.num_supervised
-        if count is None and supervised.device.type == "cpu" and not is_fake(supervised):
-            count = int(supervised.sum())
-        if count is None or count >= len(supervised):
-            return None
-        return (~supervised).to(torch.uint8).argsort(stable=True)[: max(count, 1)]
+    def _of_all(self, summed: Callable, pieces: list[tuple[Tensor, ...]], rows: list[Tensor]) -> Tensor:
+        if torch.is_grad_enabled() and not self.rows.trained():
+            return _FrozenHead.apply(rows[0], summed, [len(piece[0]) for piece in pieces], *rows[1:])
+        if torch.is_grad_enabled() and self.recompute:
+            chance = any(isinstance(module, nn.Dropout) for module in self.rows.head.modules())
+            options = {"use_reentrant": False, "preserve_rng_state": chance}
+            return torch.stack([checkpoint(summed, *piece, **options) for piece in pieces]).sum()
+        return torch.stack([summed(*piece) for piece in pieces]).sum()
 
 
 def put_loss(model: PreTrainedModel, loss_function: Callable) -> list[Callable[[], None]]:
-    """Puts it in place of the model's own, with the hooks of a `ChunkedLoss`; returns what undoes that, last first."""
-    undo = loss_function.install() if isinstance(loss_function, ChunkedLoss) else []
+    """Puts it in place of the model's own, with the hooks that it may have; returns what undoes that, last first."""
+    undo = loss_function.install() if hasattr(loss_function, "install") else []
     if "_loss_function" in model.__dict__:
         undo.append(partial(setattr, model, "_loss_function", model._loss_function))
     else:
@@ -170,22 +223,26 @@ def put_loss(model: PreTrainedModel, loss_function: Callable) -> list[Callable[[
     return undo
 
 
+def row_gradients(losses_of: Callable, rows: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Losses of rows (n, D), summed or not, with the gradient (n, D) of their sum, and what that is scaled by."""
+    scale = _FLOAT16_SCALE if torch.float16 in (rows.dtype, _product_dtype(rows)) else 1.0
+    # Hooks of its own: this graph is gone before the backward pass, so that whoever counts or moves away what is saved
+    # for that has no business with it.
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+        rows = rows.detach().requires_grad_()
+        losses = losses_of(rows, *more)
+    gradient = torch.autograd.grad(losses, rows, torch.full_like(losses, scale))[0]
+    return losses.detach(), gradient, scale
+
+
 class _FrozenHead(torch.autograd.Function):
     """The summed loss of all chunks, with the gradient of the hidden rows (N, D) taken on the way."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, summed: Callable, sizes: list[int], targets: Tensor) -> Tensor:
-        losses, gradients = [], []
-        scale = _FLOAT16_SCALE if torch.float16 in (hidden.dtype, _product_dtype(hidden)) else 1.0
-        for rows, wanted in zip(hidden.split(sizes), targets.split(sizes), strict=True):
-            # Hooks of its own: this graph is gone before the backward pass, so that whoever counts or moves away what
-            # is saved for that has no business with it.
-            with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
-                rows = rows.detach().requires_grad_()
-                loss = summed(rows, wanted)
-            gradients.append(torch.autograd.grad(loss, rows, loss.new_tensor(scale))[0])
-            losses.append(loss.detach())
-        ctx.scale = scale
+    def forward(ctx: Any, hidden: Tensor, summed: Callable, sizes: list[int], *more: Tensor) -> Tensor:
+        pieces = zip(*(tensor.split(sizes) for tensor in (hidden, *more)), strict=True)
+        losses, gradients, scales = zip(*(row_gradients(summed, *piece) for piece in pieces), strict=True)
+        ctx.scale = scales[0]
         ctx.save_for_backward(torch.cat(gradients))
         return torch.stack(losses).sum()
 
@@ -194,7 +251,8 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         (of_hidden,) = ctx.saved_tensors
         # Multiplied in the loss's own type: a factor rounded to 16 bits would bend the length of every gradient.
-        return (of_hidden.to(gradient.dtype) * (gradient / ctx.scale)).to(of_hidden.dtype), None, None, None
+        of_hidden = (of_hidden.to(gradient.dtype) * (gradient / ctx.scale)).to(of_hidden.dtype)
+        return of_hidden, *(None for _ in ctx.needs_input_grad[1:])
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

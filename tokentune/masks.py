@@ -283,3 +283,19 @@ def recipe_from_mask(mask: Tensor) -> MaskRecipe:
         return full.take_along_dim(queries[:, None, :, None], dim=2)
 
     return MaskRecipe(visible)
+
+
+def read_mask(mask: object, batch: int, length: int) -> MaskRecipe:
+    """The recipe of what a model handed to its attention: a recipe, a mask (B, 1 or H, S, S), or None: causal.
+
+    FlexAttention's block masks carry their function. Raises UnsupportedModelError for anything else.
+    """
+    if mask is None:
+        return recipe_from_functions(batch, length, length)
+    if isinstance(mask, MaskRecipe):
+        return mask
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (length, length):
+        return recipe_from_mask(mask)
+    if callable(getattr(mask, "mask_mod", None)):
+        return recipe_from_functions(batch, length, length, mask_function=mask.mask_mod)
+    raise UnsupportedModelError(f"the attention was handed a mask that cannot be read: {type(mask).__name__}")

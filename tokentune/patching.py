@@ -17,21 +17,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from tokentune.attention import require_served
 from tokentune.checkpointing import CHECKPOINT_REST, checkpoint_layers
-from tokentune.drawing import draw, has_labels, per_token, pooled_tokens
+from tokentune.correction import gradient_scales, require_correctable
+from tokentune.drawing import DrawCounts, draw, has_labels, look_beside, per_token, pooled_tokens
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import gather_tokens, token_order
+from tokentune.look_verification import verify_look
+from tokentune.looking import SCORES, LookOptions
 from tokentune.loss import CHUNK_BYTES, ChunkedLoss, is_frozen, put_loss, why_not_in_chunks
 from tokentune.masks import recipe_from_functions
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import (
     CURRENT_STEP,
     IMPLEMENTATION,
+    Kept,
     Rows,
     Step,
     activate,
@@ -39,12 +44,15 @@ from tokentune.selective import (
     leave_layer,
     selective_attention,
 )
+from tokentune.strategies import find_strategy
 from tokentune.structure import Stack, transformer_layers
-from tokentune.verification import Pooling, Profile, verified_profile
+from tokentune.verification import Pooling, Profile, verified_profile, verify_correction
 
 logger = logging.get_logger(__name__)
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
+# Keyword arguments that no model's own forward takes.
+_OURS = ("selected_positions", "selection_weights", "selection_draws", "num_supervised", "all_labels")
 _PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 
 
@@ -60,8 +68,12 @@ class Settings:
     offload_kv: bool = False
     chunked_loss: bool | None = None
     chunk_bytes: int = CHUNK_BYTES
+    look: LookOptions | None = None
+    needs: tuple[str, ...] = ()  # the scores that the strategy needs
+    gradient_correction: float = 0.0
     undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the step under way, last first
     finish: Callable[[Any], None] | None = None  # what the output of the step under way still needs
+    counts: DrawCounts | None = None  # of the last draw
 
 
 def apply_tokentune(
@@ -73,6 +85,8 @@ def apply_tokentune(
     checkpoint_rest: str = "auto",
     offload_kv: bool = False,
     chunked_loss: bool | None = None,
+    look: LookOptions | None = None,
+    gradient_correction: float = 0.0,
 ) -> nn.Module:
     """Patch this instance, a transformers model or a peft model around one, and return it. Twice is the same as once.
 
@@ -81,20 +95,30 @@ def apply_tokentune(
     without a head. A causal model's loss is the mean over the selected positions whose next token is supervised (given
     `num_items_in_batch`: their sum divided by it, as everywhere in transformers). A caller that knows on the host how
     many of them that are can say so, `num_supervised=n`: on an accelerator a chunked loss then leaves out the others.
+    `selection_weights` (B, K) are factors of the positions' losses, whose sum is then divided by the number of all
+    supervised targets in `labels`, selected or not (or by `num_items_in_batch`). `all_labels` (B, S) are the labels
+    before the selection masked any, where it did: a look takes the loss over all of them.
     Without `selected_positions` the model is the original one, generation included, with one exception:
 
     Args:
         prefix_length: tokens per sequence to select, a count (int) or a proportion (float). When given, the model
-            draws the selection itself whenever it is in training mode and called with labels.
-        strategy: how it draws, one of `tokentune.selection.STRATEGIES`.
+            draws the selection itself whenever it is in training mode and called with labels; with the uniform numbers
+            `selection_draws` (B, S), where these are given.
+        strategy: how it draws, a name that `strategies.find_strategy` knows.
         verify: first compare a tiny random copy with the definition of the method (`verification.py`). Without it a
             model that cannot be served may be trained wrongly, without an error.
+        look: how it looks at all tokens first (`looking.py`), for strategies that need scores (None: the default ways),
+            or for the loss over all tokens (`last_draw`) and steps that run nothing of the rest, given positions too.
+            Where the strategy knows probabilities, the loss of a token weighs 1 / probability.
         checkpoint_rest: what gradient checkpointing, once enabled on the model, keeps of the tokens that are not
             selected: one of `tokentune.checkpointing.CHECKPOINT_REST`.
         offload_kv: and whether it keeps that in the CPU's memory, for a model on an accelerator.
         chunked_loss: whether a causal model's loss is taken a chunk of rows at a time (`loss.py`): its logits are then
             never there as a whole, and the output has none of them, (B, 0, V). None: in training, where it costs no
             time (frozen output embeddings, as with adapters) or gradient checkpointing asks for memory before time.
+        gradient_correction: exponent a in [0, 1] of a causal model's less biased gradient (`correction.py`): 0 is the
+            method as published; 1 is exact in expectation where one layer mixes tokens, for positions drawn uniformly
+            (or with weights), and varies more from draw to draw.
 
     Forward hooks that others put on a layer itself see the pair of groups; modules inside are called once per group.
 
@@ -104,8 +128,10 @@ def apply_tokentune(
     owner = _owner(model)
     if checkpoint_rest not in CHECKPOINT_REST:
         raise ValueError(f"checkpoint_rest must be one of {', '.join(CHECKPOINT_REST)}, not {checkpoint_rest!r}")
-    if hasattr(owner, _SETTINGS):
-        profile = getattr(owner, _SETTINGS).profile
+    require_correctable(gradient_correction, transformer_layers(owner))
+    before: Settings | None = getattr(owner, _SETTINGS, None)
+    if before is not None:
+        profile = before.profile
     else:
         # A trainer may move the model to the accelerator later; each attention call looks at its own device again.
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -113,13 +139,52 @@ def apply_tokentune(
             require_served(config._attn_implementation, device)
         _keep_4bit_layout(owner)
         profile = verified_profile(owner) if verify else _assumed_profile(owner)
-        install_hooks(owner)
-    if chunked_loss and (reason := why_not_in_chunks(owner, profile)):
-        raise UnsupportedModelError(f"chunked_loss: {reason}")
+    if verify and gradient_correction > 0.0 and (before is None or before.gradient_correction == 0.0):
+        verify_correction(owner, profile)
+    needs = find_strategy(strategy).needs
+    if look is None and needs and prefix_length is not None:
+        look = LookOptions()
+    for asked, what in ((chunked_loss, "chunked_loss"), (look is not None, "a look at all tokens")):
+        if asked and (reason := why_not_in_chunks(owner, profile)):
+            raise UnsupportedModelError(f"{what}: {reason}")
+    if look is not None:
+        _check_look(owner, look, needs, checkpoint_rest)
+        known = before is not None and before.look is not None and set(needs) <= set(before.needs)
+        if verify and not (known and before.look.layers == look.layers):
+            verify_look(owner, profile, look, needs)
     stack = transformer_layers(owner)
-    settings = Settings(prefix_length, strategy, profile, stack, checkpoint_rest, offload_kv, chunked_loss)
+    settings = Settings(
+        prefix_length,
+        strategy,
+        profile,
+        stack,
+        checkpoint_rest,
+        offload_kv,
+        chunked_loss,
+        look=look,
+        needs=needs,
+        gradient_correction=gradient_correction,
+    )
+    if before is None:
+        install_hooks(owner)
     setattr(owner, _SETTINGS, settings)
     return model
+
+
+def _check_look(owner: PreTrainedModel, look: LookOptions, needs: tuple[str, ...], checkpoint_rest: str) -> None:
+    """Raises ValueError for what a look cannot do with this model."""
+    if unknown := sorted(set(needs) - set(SCORES)):
+        raise ValueError(f"a strategy needs scores that no look makes: {', '.join(unknown)}")
+    depth = len(transformer_layers(owner).layers)
+    if look.layers is not None and look.layers >= depth:
+        raise ValueError(f"a look through {look.layers} of {depth} layers: leave `layers` out to look through all")
+    if look.layers is None and checkpoint_rest in ("hidden_states", "segments"):
+        raise ValueError(
+            f"checkpoint_rest={checkpoint_rest!r} keeps hidden states of the tokens that are not selected, which a "
+            "look through all layers has none of: it keeps their keys and values"
+        )
+    if "excess_loss" in needs and look.reference is None and not next(owner.parameters()).is_meta:
+        raise ValueError("excess_loss is a loss minus that of another model: give LookOptions a reference")
 
 
 def _keep_4bit_layout(owner: PreTrainedModel) -> None:
@@ -172,6 +237,22 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
     return model
 
 
+def set_prefix_length(model: nn.Module, prefix_length: int | float) -> None:
+    """Changes how many tokens a patched model selects that draws itself, as for a schedule over training."""
+    getattr(_owner(model), _SETTINGS).prefix_length = prefix_length
+
+
+def last_draw(model: nn.Module) -> DrawCounts | None:
+    """The last selection that a patched model drew itself, in numbers; None where it drew none yet."""
+    return getattr(_owner(model), _SETTINGS).counts
+
+
+def reference_of(model: nn.Module) -> PreTrainedModel | None:
+    """The second model that a patched model compares losses with, where it does."""
+    settings: Settings | None = getattr(_owner(model), _SETTINGS, None)
+    return None if settings is None or settings.look is None else settings.look.reference
+
+
 def profile_of(model: nn.Module) -> Profile:
     """What was found out about a model when it was patched: the token that its head pools, the rows that it needs."""
     return getattr(_owner(model), _SETTINGS).profile
@@ -194,31 +275,39 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     _put_back(settings)  # what an interrupt (Ctrl-C) left, after which torch calls no hooks
     parameters = inspect.signature(type(model).forward).parameters
     given, kwargs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
-    positions, supervised = kwargs.pop("selected_positions", None), kwargs.pop("num_supervised", None)
+    positions, weights, uniform, supervised, all_labels = (kwargs.pop(name, None) for name in _OURS)
     own = positions is None and settings.prefix_length is not None and model.training
     if positions is None and not (own and has_labels(kwargs)):
         if own and torch.is_grad_enabled():
             logger.warning_once(
                 "called without labels (label smoothing?): an ordinary forward, all tokens get gradients"
             )
-        ours = "selected_positions" in given or "num_supervised" in given  # which the model's own forward does not take
-        return ((), kwargs) if ours else None
+        return ((), kwargs) if any(name in given for name in _OURS) else None
     _refuse(model, kwargs)
     causal = _is_causal_lm(model)
     rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
-    if own:
-        positions = draw(settings, kwargs, causal=causal)
-    if isinstance(positions, Tensor):
-        _check_positions(settings.profile.pooling, positions, kwargs.get("attention_mask"))
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
+    looks = settings.look is not None and model.training and per_token(kwargs.get("labels"))
+    if looks and rows is Rows.ALL:
+        raise UnsupportedModelError("a look at all tokens needs the model's own forward and loss, not a trainer's")
+    kept = None
+    if own:
+        options = {"uniform": uniform, "num_supervised": supervised}
+        (positions, weights, kept), supervised = draw(model, settings, kwargs, causal=causal, **options), None
+    if isinstance(positions, Tensor):
+        _check_positions(settings.profile.pooling, positions, kwargs.get("attention_mask"))
+    if weights is not None and not (causal and rows is not Rows.ALL and per_token(kwargs.get("labels"))):
+        raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
 
     whole = _is_whole_sequence(positions, kwargs)
+    if looks and not (own or whole):
+        kept = look_beside(model, settings, kwargs, positions, kwargs["labels"] if all_labels is None else all_labels)
     loss_function = None
     labels = kwargs.get("labels")
     if per_token(labels):
         if causal and rows is not Rows.ALL:
-            loss_function = _chunked_loss(model, settings, positions, supervised)
+            loss_function = _chunked_loss(model, settings, positions, supervised, weights)
             if loss_function is None and not whole:
                 loss_function = partial(_selected_loss, model.loss_function, positions)
         elif rows is Rows.ALL:
@@ -226,7 +315,8 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         else:
             kwargs["labels"] = labels.gather(1, positions.to(labels.device))
     if not whole:
-        _start_step(settings, positions, rows)
+        scales = gradient_scales(positions, kwargs, settings.gradient_correction, weights)
+        _start_step(settings, positions, rows, kept, scales)
     if loss_function is not None:
         settings.undo += put_loss(model, loss_function)
     return (), kwargs
@@ -241,29 +331,33 @@ def _is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def _start_step(settings: Settings, positions: Any, rows: Rows) -> None:
+def _start_step(settings: Settings, positions: Any, rows: Rows, kept: Kept | None, scales: Tensor | None) -> None:
     """Starts the selective forward; `settings.undo` gets what puts everything back."""
     implementations = [(config, config._attn_implementation) for config in settings.stack.configs]
-    step = Step(positions, implementations, settings.stack.calls, rows)
+    step = Step(positions, implementations, settings.stack.calls, rows, kept, scales)
     settings.undo += activate(step)
     settings.undo += checkpoint_layers(settings.stack, step, settings.checkpoint_rest, settings.offload_kv)
 
 
 def _chunked_loss(
-    model: PreTrainedModel, settings: Settings, positions: Tensor, num_supervised: int | None
+    model: PreTrainedModel, settings: Settings, positions: Tensor, num_supervised: int | None, weights: Tensor | None
 ) -> ChunkedLoss | None:
-    """The loss by chunks of rows, where it is wanted."""
-    if settings.chunked_loss is False or not torch.is_grad_enabled():
+    """The loss by chunks of rows, where it is wanted: always where rows have weights."""
+    if weights is None and (settings.chunked_loss is False or not torch.is_grad_enabled()):
         return None
     if reason := why_not_in_chunks(model, settings.profile):
-        if settings.chunked_loss:
-            raise UnsupportedModelError(f"chunked_loss: {reason}")
+        if settings.chunked_loss or weights is not None:
+            raise UnsupportedModelError(f"{'chunked_loss' if weights is None else 'selection_weights'}: {reason}")
         return None
     head, layers = model.get_output_embeddings(), settings.stack.layers
     checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
-    if settings.chunked_loss or (model.training and is_frozen(head)) or checkpointed:
-        return ChunkedLoss(head, positions, num_supervised, settings.chunk_bytes)
-    return None
+    chunked = settings.chunked_loss
+    if chunked is None:
+        chunked = (model.training and is_frozen(head)) or checkpointed
+    if weights is None and not chunked:
+        return None
+    options = {"weights": weights, "recompute": chunked}
+    return ChunkedLoss(head, positions, num_supervised, settings.chunk_bytes, **options)
 
 
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
@@ -315,7 +409,7 @@ def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | 
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
             f"got {positions.dtype} of shape {tuple(positions.shape)}"
         )
-    if positions.device.type != "cpu":  # reading them would make the host wait
+    if positions.device.type != "cpu" or is_fake(positions):  # reading them would make the host wait
         return
     if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")

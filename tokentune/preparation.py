@@ -6,18 +6,32 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.adapters import add_adapters
 from tokentune.arguments import Arguments
+from tokentune.command_line.flags import require
 from tokentune.data.sources import loading_error
 from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head
-from tokentune.loading import checkpoint_dtype, load_base_model, resolve_base_dtype
+from tokentune.loading import (
+    NO_WEIGHTS,
+    check_weights,
+    checkpoint_dtype,
+    load_base_model,
+    load_config,
+    resolve_base_dtype,
+)
+from tokentune.looking import LookOptions
+from tokentune.patching import reference_of
 from tokentune.runs.optimizers import check_projected_layers
+from tokentune.split_weights import made_whole
+from tokentune.strategies import find_strategy
 
 logger = logging.getLogger(__name__)
+_REFERENCE = "--selection_reference_model"
 
 
 def base_dtype(arguments: Arguments, config: PreTrainedConfig) -> torch.dtype:
@@ -45,7 +59,7 @@ def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head =
     """
     name, attention = arguments.model.model_name_or_path, arguments.model.attn_implementation
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), made_whole():
             skeleton = head.auto_class.from_config(
                 config, attn_implementation=attention, trust_remote_code=arguments.model.trust_remote_code
             )
@@ -57,6 +71,7 @@ def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head =
         check_kernels(config)
     check_projected_layers(skeleton, arguments.optimization.optim)
     skeleton = adapt_and_patch(skeleton, arguments, head)
+    check_reference(arguments, config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and arguments.data.max_length > positions:
         logger.warning(
@@ -108,11 +123,17 @@ def prepare_model(
         trust_remote_code=trusted,
         allow_pickle=arguments.model.allow_pickle,
     )
-    return adapt_and_patch(model, arguments, head)
+    reference = load_reference(arguments, dtype) if needs_reference(arguments) else None
+    return adapt_and_patch(model, arguments, head, reference)
 
 
-def adapt_and_patch(model: nn.Module, arguments: Arguments, head: Head = CAUSAL_LM) -> nn.Module:
-    """Adds the adapters and the selective layers that the flags ask for; UserError where the model has no place."""
+def adapt_and_patch(
+    model: nn.Module, arguments: Arguments, head: Head = CAUSAL_LM, reference: PreTrainedModel | None = None
+) -> nn.Module:
+    """Adds the adapters and the selective layers that the flags ask for; UserError where the model has no place.
+
+    `reference` is what the strategy compares losses with, where it does.
+    """
     adapters = arguments.adapters
     if adapters.lora:
         model = add_adapters(
@@ -125,17 +146,93 @@ def adapt_and_patch(model: nn.Module, arguments: Arguments, head: Head = CAUSAL_
             head=head,
         )
     if arguments.selection.tokentune:
-        with unsupported_models_refused():
-            apply_tokentune(
-                model,
-                verify=not arguments.selection.skip_verification,
-                checkpoint_rest=arguments.memory.checkpoint_rest,
-                offload_kv=arguments.memory.offload_kv,
-                chunked_loss={"auto": None, "on": True, "off": False}[arguments.memory.chunked_loss],
-            )
+        make_selective(model, arguments, reference)
     if arguments.memory.gradient_checkpointing:
         enable_checkpointing(model)
     return model
+
+
+def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrainedModel | None = None) -> nn.Module:
+    """Adds the selective layers that the flags ask for; once more, with other flags, changes their settings."""
+    selection = arguments.selection
+    options = {}
+    if selection.looks:
+        _check_look(arguments, model)
+        if selection.scored:  # the model then draws, by what it saw
+            options["prefix_length"] = selection.selected
+            options["strategy"] = selection.selection
+        reference = reference_of(model) if reference is None else reference
+        options["look"] = LookOptions(selection.selection_draw, selection.selection_layers, reference)
+    # ZeRO-3 gathers the head's weights in each of its calls, on all processes; of chunks they have different numbers.
+    chunked = {"auto": False if is_deepspeed_zero3_enabled() else None, "on": True, "off": False}
+    with unsupported_models_refused(), made_whole():
+        return apply_tokentune(
+            model,
+            verify=not selection.skip_verification,
+            checkpoint_rest=arguments.memory.checkpoint_rest,
+            offload_kv=arguments.memory.offload_kv,
+            chunked_loss=chunked[arguments.memory.chunked_loss],
+            gradient_correction=selection.gradient_correction,
+            **options,
+        )
+
+
+def _check_look(arguments: Arguments, model: nn.Module) -> None:
+    """Refuses flags that a pass over all tokens cannot follow, with this model."""
+    layers, rest = arguments.selection.selection_layers, arguments.memory.checkpoint_rest
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    depth = core.config.get_text_config().num_hidden_layers
+    require(
+        layers is None or layers < depth,
+        f"--selection_layers {layers}: the model has {depth}; leave it out to look through all of them",
+    )
+    require(
+        layers is None or not arguments.selection.selection_pass,
+        f"--selection_pass looks through all layers, --selection_layers {layers} through some: give one of them",
+    )
+    require(
+        layers is not None or not (arguments.memory.gradient_checkpointing and rest in ("hidden_states", "segments")),
+        f"--checkpoint_rest {rest} keeps hidden states of tokens that are not selected, and a pass over all tokens "
+        "leaves their keys and values alone: take keys_values, or auto",
+    )
+
+
+def needs_reference(arguments: Arguments) -> bool:
+    """Whether the strategy compares losses with those of a second model."""
+    selection = arguments.selection
+    return selection.looks and "excess_loss" in find_strategy(selection.selection).needs
+
+
+def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
+    """Refuses a reference model that is missing, has no weights or another vocabulary; UserError."""
+    name = arguments.selection.selection_reference_model
+    if not needs_reference(arguments):
+        return
+    require(
+        name is not None,
+        f"--selection {arguments.selection.selection} takes the loss of a reference model off: add {_REFERENCE}",
+    )
+    other = load_config(name, flag=_REFERENCE).get_text_config().vocab_size
+    own = config.get_text_config().vocab_size
+    require(
+        own == other,
+        f"{_REFERENCE} {name} has a vocabulary of {other:,} tokens, the model one of {own:,}: losses "
+        "can be compared on the same tokens alone",
+    )
+    check_weights(name, hint=NO_WEIGHTS, flag=_REFERENCE, allow_pickle=arguments.model.allow_pickle)
+
+
+def load_reference(arguments: Arguments, dtype: torch.dtype) -> PreTrainedModel:
+    """The model whose losses are taken off, frozen."""
+    reference = load_base_model(
+        arguments.selection.selection_reference_model,
+        dtype=dtype,
+        quantize_4bit=False,
+        flag=_REFERENCE,
+        attn_implementation=arguments.model.attn_implementation,
+        allow_pickle=arguments.model.allow_pickle,
+    )
+    return reference.requires_grad_(False).eval()
 
 
 def enable_checkpointing(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tokentune.arguments import Arguments
+from tokentune.choosing.proportion_schedule import Schedule
 from tokentune.collators import CausalCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.errors import UserError
 from tokentune.footprints.breakdown import KindOfModule
 from tokentune.memory import BYTES_IN_GIB, SavedForBackward, memory_usage, reset_peak
+from tokentune.patching import last_draw, set_prefix_length
 from tokentune.runs.callbacks import DrawsOfTheEpoch, EarlyStopping, LastStep, Progress, SaveEvery, StepTimes
 from tokentune.runs.checkpoints import StorageError, written_into
+from tokentune.runs.diagnosing import DiagnosedSteps, GradientDiagnosis
 from tokentune.runs.distributed import as_often_as_others, even_sampler
 from tokentune.runs.evaluation import loss_per_token
 from tokentune.runs.interruptions import until_interrupted
@@ -41,7 +45,16 @@ from tokentune.runs.resumable_trainer import EndWhenAsked, ResumableTrainer
 from tokentune.runs.run_state import Resumption
 from tokentune.runs.trackers import keep_trackers_from_harm
 from tokentune.runs.training_settings import update_count
-from tokentune.split_weights import is_split, own_class, save_split_model, set_fsdp_policy, whole_tensor
+from tokentune.split_weights import (
+    is_split,
+    own_class,
+    own_part,
+    runs_together,
+    save_split_model,
+    set_fsdp_policy,
+    size_of,
+    whole_tensor,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +72,12 @@ class SelectiveTrainer(ResumableTrainer):
         saved_for_backward_by: the same by kind of module (`breakdown.py`).
         batch_shape: of that micro-batch, (sequences, tokens); None before it.
         step_seconds: of each optimizer step, without logging, evaluating and saving.
-        evaluation_seconds: time spent in `evaluate` since the first step began.
-        training_seconds: from the first step's beginning to the last log entry, evaluation left out.
+        evaluation_seconds: time spent in `evaluate`, and in comparing gradients, since the first step began.
+        training_seconds: from the first step's beginning to the last log entry, those left out.
+        schedule: how the selection's size changes over the run; None: it does not.
+        looks: whether the model looks at all tokens before each step.
+        model_draws: whether it then draws the selection itself, by what it saw, and not the collator.
+        diagnosis: compares gradients every some steps (--diagnose_steps); None: not.
         tokens: trained on up to the last log entry, over all processes: `processed` (real ones), `selected`, and
             `selected_supervised` targets.
         use_cache: the model's own setting, which the Trainer switches off in its config; None where it has none.
@@ -77,6 +94,9 @@ class SelectiveTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self.eval_collator, self.evaluation = eval_collator, evaluation
         self.optim_in_backward = False
+        self.diagnosis: GradientDiagnosis | None = None
+        self.schedule: Schedule | None = None
+        self.looks = self.model_draws = False
         self.saved_for_backward_bytes: int | None = None
         self.saved_for_backward_by: dict[str, int] = {}
         self.batch_shape: tuple[int, int] | None = None
@@ -90,6 +110,8 @@ class SelectiveTrainer(ResumableTrainer):
         self.tokens = dict.fromkeys(("processed", "selected", "selected_supervised"), 0)
         # Both stay on the device and are read at log lines: reading them makes the host wait for the GPU.
         self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        # Of the looks since the last log line: the summed loss over all supervised targets, and how many these were.
+        self.loss_of_all = torch.zeros(2, device=self.args.device)
         self._bad_loss = FirstBadLoss(self.args.device)
 
     @property
@@ -122,6 +144,23 @@ class SelectiveTrainer(ResumableTrainer):
 
     # -- one step
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        """Draws an optimizer step's micro-batches where their size depends on the step; then their labels are counted.
+
+        Here and not in the collator: workers make batches ahead, before anyone knows in which step they will be.
+        """
+        if self.schedule is not None:
+            size = self.schedule.at(self.state.global_step, self.state.max_steps)
+            batch_samples[:] = [self.drawn(batch, size) for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def drawn(self, batch: dict[str, Tensor], size: int | float) -> dict[str, Tensor]:
+        """A batch of a schedule with its selection of this size; where the model draws, it is told."""
+        if not self.model_draws:
+            return self.data_collator.draw(batch, size)
+        set_prefix_length(self.model, size)
+        return batch
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step (forward, backward), counted. Returns the micro-batch's share of the loss."""
         if self._started is None:
@@ -132,6 +171,10 @@ class SelectiveTrainer(ResumableTrainer):
             self.check_finite()
         self._count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.looks:
+            self._count_look()
+        if self.diagnosis is not None:
+            self.diagnosis.note(self, inputs, partial(super().training_step, model))
         step, place = self._place
         self._place = (self.state.global_step, place + 1 if step == self.state.global_step else 0)
         self._bad_loss.note(loss, self._place[0] * self.args.gradient_accumulation_steps + self._place[1])
@@ -150,7 +193,16 @@ class SelectiveTrainer(ResumableTrainer):
 
     def _count(self, inputs: dict[str, Tensor]) -> None:
         counts = torch.stack(self.data_collator.count(inputs))
+        if self.model_draws:
+            counts[1:] = 0
         self._counts += counts.to(self._counts.device, non_blocking=True)
+
+    def _count_look(self) -> None:
+        drawn = last_draw(self.model)
+        if self.model_draws:
+            self._counts[1:] += torch.stack([drawn.selected, drawn.supervised]).to(self._counts.device)
+        if drawn.loss is not None:
+            self.loss_of_all += torch.stack([drawn.loss, drawn.targets]).to(self.loss_of_all)
 
     def check_finite(self) -> None:
         """Raises UserError when the loss of any step so far was no finite number; writes its batch down first."""
@@ -192,7 +244,14 @@ class SelectiveTrainer(ResumableTrainer):
             logs |= {f"memory_{name.removesuffix('_bytes')}_gib": size / BYTES_IN_GIB for name, size in figures.items()}
             seconds = self.seconds() - self.evaluation_seconds
             counts = self.accelerator.reduce(self._counts, "sum").tolist()
+            loss_of_all, number = self.accelerator.reduce(self.loss_of_all, "sum").tolist()
+            if number:
+                logs["loss_all_tokens"] = loss_of_all / number
+            self.loss_of_all.zero_()
             new_tokens = counts[0] - self.tokens["processed"]
+            if self.diagnosis is not None:
+                logs |= self.diagnosis.latest
+                self.diagnosis.latest = {}
             logs["tokens_per_second"] = new_tokens / (seconds - self.training_seconds)
             self.training_seconds, self.tokens = seconds, dict(zip(self.tokens, counts, strict=True))
         super().log(logs, start_time)
@@ -252,7 +311,8 @@ class SelectiveTrainer(ResumableTrainer):
         self.average_weights()
         # A data loader takes a seed from the CPU's generator; forked, so that watching a run does not change it.
         with torch.no_grad(), self.accelerator.autocast(), torch.random.fork_rng(devices=[]):
-            batches = as_often_as_others(loader, rows, self.eval_collator) if is_split(self.model) else loader
+            together = runs_together(self.model)
+            batches = as_often_as_others(loader, rows, self.eval_collator) if together else loader
             figures = self.evaluation(self, until_interrupted(batches))
         if not math.isfinite(figures["loss"]):
             raise UserError(f"the validation loss is {figures['loss']} at step {self.state.global_step}: stopped.")
@@ -282,16 +342,10 @@ def build_trainer(
         train_rows, eval_rows: encoded rows (`input_ids`, `labels`); eval_rows None: no evaluation.
         tokenizer: has a pad token; saved beside the model.
     """
-    selection = arguments.selection
-    collator = CausalCollator(
-        pad_token_id=tokenizer.pad_token_id,
-        prefix_length=selection.selected if selection.tokentune else None,
-        strategy=selection.selection,
-    )
     trainer = SelectiveTrainer(
         model=model,
         args=settings,
-        data_collator=PackedCollator(collator) if isinstance(train_rows, PackedRows) else collator,
+        data_collator=training_collator(arguments, tokenizer, packed=isinstance(train_rows, PackedRows)),
         eval_collator=CausalCollator(pad_token_id=tokenizer.pad_token_id),
         evaluation=loss_per_token,
         train_dataset=train_rows,
@@ -305,6 +359,21 @@ def build_trainer(
             type(model).__name__,
         )
     return watched(trainer, train_rows, arguments)
+
+
+def training_collator(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, *, packed: bool
+) -> CausalCollator | PackedCollator:
+    """What makes batches of training rows, with their selection where `--tokentune` is given. `packed`: their kind."""
+    selection = arguments.selection
+    collator = CausalCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        prefix_length=selection.selected if selection.tokentune else None,
+        strategy=selection.selection,
+        keep_labels=selection.diagnose_steps is not None or selection.looks,
+        draw_later=selection.scored or selection.schedule is not None,
+    )
+    return PackedCollator(collator) if packed else collator
 
 
 def _callbacks(arguments: Arguments) -> list[TrainerCallback]:
@@ -321,10 +390,16 @@ def watched(trainer: SelectiveTrainer, train_rows: SeededRows, arguments: Argume
     trainer.add_callback(DrawsOfTheEpoch(train_rows))
     trainer.add_callback(LastStep())
     trainer.add_callback(StepTimes(trainer.step_seconds))
+    if arguments.selection.diagnose_steps is not None:
+        trainer.diagnosis = GradientDiagnosis(arguments.selection.diagnose_steps)
+        trainer.add_callback(DiagnosedSteps(trainer))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(trainer.memory_figures, epochs=not isinstance(train_rows, IterableDataset)))
     trainer.flags = arguments.settings()
+    trainer.schedule = arguments.selection.schedule if arguments.selection.tokentune else None
+    trainer.looks = arguments.selection.looks
+    trainer.model_draws = trainer.looks and arguments.selection.scored
     trainer.add_callback(Resumption(trainer))
     trainer.add_callback(EndWhenAsked(trainer))
     keep_trackers_from_harm(trainer)
@@ -355,7 +430,8 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
     model = trainer.model
     trainer.average_weights()
     if isinstance(model, PreTrainedModel):
-        trained, total = sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_parameters()
+        parameters = list(model.parameters())
+        trained, total = (sum(map(size_of, kind)) for kind in ([p for p in parameters if p.requires_grad], parameters))
         core, dtype = model, saved_dtype
         if not is_split(model):
             model.to(saved_dtype)  # float32 masters are for training; the checkpoint keeps its type and size
@@ -390,7 +466,7 @@ def check_adapters_moved(model: nn.Module) -> None:
     """Refuses adapters that training left at their start: one factor of each begins at zero (B; A for embeddings)."""
     zero_at_start = ("lora_B", "lora_embedding_A")
     factors = [p for name, p in model.named_parameters() if any(part in name for part in zero_at_start)]
-    if not sum(whole_tensor(factor.detach().abs().sum()).item() for factor in factors) > 0:
+    if not sum(whole_tensor(own_part(factor).detach().abs().sum()).item() for factor in factors) > 0:
         raise UserError(
             "nothing was learnt: every lora_B is still zero after training, and is not saved.\n"
             "A learning rate of 0 does this: a run of one step, with --warmup_steps above 0, has no other."

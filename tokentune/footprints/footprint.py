@@ -27,9 +27,10 @@ from tokentune.footprints.accounting import LiveBytes, claim_model
 from tokentune.footprints.breakdown import KindOfModule
 from tokentune.footprints.fake_device import fake_device, replaced, run_backward, to_fake
 from tokentune.heads import CAUSAL_LM, Head, head_modules
+from tokentune.loading import load_config
 from tokentune.memory import SavedForBackward
-from tokentune.patching import Settings
-from tokentune.preparation import adapt_and_patch, base_dtype
+from tokentune.patching import Settings, reference_of
+from tokentune.preparation import adapt_and_patch, base_dtype, needs_reference
 from tokentune.runs.training_settings import build_training_arguments
 from tokentune.selection import selected_count
 from tokentune.training import SelectiveTrainer
@@ -117,6 +118,8 @@ def measure(
         to_fake(model, device, base_dtype(arguments, config)).train()
         with LiveBytes(device) as live:
             claim_model(live, model)
+            if (reference := reference_of(model)) is not None:
+                claim_model(live, to_fake(reference, device, base_dtype(arguments, config)))
             optimizer = _optimizer(model, arguments, settings, device)
             _make_states(optimizer, model, live)
             if arguments.optimization.gradient_accumulation_steps > 1:  # those of earlier micro-batches
@@ -160,7 +163,12 @@ def skeleton(
         )
         if arguments.adapters.qlora:
             model = _with_4bit_layers(model, autocast or dtype, head)
-        model = adapt_and_patch(model, arguments, head)
+        reference = None
+        if needs_reference(arguments):
+            other = load_config(arguments.selection.selection_reference_model)
+            reference = head.auto_class.from_config(other, dtype=dtype, attn_implementation=attention)
+            reference.requires_grad_(False)
+        model = adapt_and_patch(model, arguments, head, reference)
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if profile is not None and arguments.selection.tokentune:
         settings: Settings = core._tokentune
@@ -249,7 +257,9 @@ def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], devic
             batch["num_items_in_batch"] = rows * (length - 1)
         if getattr(text, "type_vocab_size", 0):
             batch["token_type_ids"] = torch.zeros_like(ids)
-        if arguments.selection.tokentune:
+        if arguments.selection.looks and arguments.selection.scored:  # the model draws, after a pass over all tokens
+            batch["selection_draws"] = torch.linspace(0, 0.99, length, device=device).expand(rows, -1).clone()
+        elif arguments.selection.tokentune:
             count = selected_count(arguments.selection.selected, length)
             positions = torch.arange(count, device=device) * length // count
             batch["selected_positions"] = positions.expand(rows, -1).clone()

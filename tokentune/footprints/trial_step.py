@@ -22,6 +22,8 @@ from tokentune.data.packing import PackedRows, lengths_of
 from tokentune.footprints.accounting import LiveBytes, quantization_constants
 from tokentune.footprints.footprint import forward_loss
 from tokentune.footprints.memory_report import is_out_of_memory
+from tokentune.patching import reference_of
+from tokentune.runs.diagnosing import for_all_tokens
 from tokentune.selection import IGNORED_LABEL
 from tokentune.training import SelectiveTrainer
 
@@ -45,7 +47,7 @@ class Trial:
 def longest_batch(
     trainer: SelectiveTrainer, arguments: Arguments, sequences: int
 ) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The micro-batch of the longest training rows, with its selection, and its shape (B, S)."""
+    """The micro-batch of the longest training rows, with its selection (a schedule's largest), and its shape (B, S)."""
     rows = trainer.train_dataset
     if hasattr(rows, "__len__"):
         items = _longest(rows, sequences)
@@ -54,6 +56,8 @@ def longest_batch(
         item = {"input_ids": [0] * length, "labels": [0] * length, "draw_seed": 0}
         items = [{"documents": [item]} if arguments.data.packing else item] * sequences
     batch = trainer.data_collator(items)
+    if trainer.schedule is not None:
+        batch = trainer.drawn(batch, trainer.schedule.largest)
     return batch, tuple(next(iter(batch.values())).shape[:2])
 
 
@@ -130,9 +134,13 @@ def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]
         if not accumulates:
             model.zero_grad()
         inputs = trainer._prepare_inputs(batch)
-        if trainer.model_accepts_loss_kwargs:
-            inputs = {**inputs, "num_items_in_batch": (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()}
-        forward_loss(model, inputs, arguments, trainer.args.device.type).backward()
+        _backward(trainer, arguments, inputs)
+        if trainer.diagnosis is not None:  # a pass over all tokens, with the selective gradients set aside
+            aside = [parameter.grad for parameter in trained]
+            model.zero_grad()
+            _backward(trainer, arguments, for_all_tokens(inputs))
+            for parameter, gradient in zip(trained, aside, strict=True):
+                parameter.grad = gradient
         given = [parameter for parameter in trained if parameter.grad is not None]
         if given and arguments.optimization.max_grad_norm:
             nn.utils.clip_grad_norm_(given, arguments.optimization.max_grad_norm)
@@ -143,6 +151,12 @@ def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]
         for hook in (*hooks, *getattr(optimizer, "hooks", ())):
             hook.remove()
     return optimizer
+
+
+def _backward(trainer: SelectiveTrainer, arguments: Arguments, inputs: dict[str, Any]) -> None:
+    if trainer.model_accepts_loss_kwargs:
+        inputs = {**inputs, "num_items_in_batch": (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()}
+    forward_loss(trainer.model, inputs, arguments, trainer.args.device.type).backward()
 
 
 def _erase(parameter: nn.Parameter) -> None:
@@ -211,4 +225,6 @@ def _peak(trainer: SelectiveTrainer, trial: Trial) -> Iterator[None]:
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers(), *quantization_constants(model)]
+    reference = reference_of(model)
+    beside = [] if reference is None else weights_of(reference)
+    return [*model.parameters(), *model.buffers(), *quantization_constants(model), *beside]

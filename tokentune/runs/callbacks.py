@@ -134,7 +134,12 @@ def log_line(logs: dict[str, float], step: int, total: int, *, epochs: bool = Tr
     names = names if torch.accelerator.is_available() else {"resident": "allocated", "peak": "peak"}
     memory = ", ".join(f"{shown} {logs[f'memory_{name}_gib']:.2f}" for shown, name in names.items())
     head = f"{head}  epoch {logs['epoch']:.2f}" if epochs else head
+    compared = ""
+    if "gradient_cosine" in logs:
+        compared = f"  to full: cosine {logs['gradient_cosine']:.3f}, error {logs['gradient_relative_error']:.3f}"
+    of_all = f" (all tokens {logs['loss_all_tokens']:.4f})" if "loss_all_tokens" in logs else ""
     return (
-        f"{head}  loss {logs['loss']:.4f}  learning rate {logs['learning_rate']:.2e}  "
-        f"gradient norm {logs['grad_norm']:.3f}  {logs['tokens_per_second']:.0f} tokens/s  memory GiB: {memory}"
+        f"{head}  loss {logs['loss']:.4f}{of_all}  learning rate {logs['learning_rate']:.2e}  "
+        f"gradient norm {logs['grad_norm']:.3f}{compared}  "
+        f"{logs['tokens_per_second']:.0f} tokens/s  memory GiB: {memory}"
     )

@@ -67,6 +67,7 @@ def _progress(trainer: "SelectiveTrainer") -> dict[str, Any]:
         "last_logged": trainer._globalstep_last_logged,
         "counts": trainer.accelerator.reduce(trainer._counts, "sum").tolist(),
         "tokens": trainer.tokens,
+        "loss_of_all": trainer.accelerator.reduce(trainer.loss_of_all, "sum").tolist(),
         "seconds": trainer.seconds(),
         "training_seconds": trainer.training_seconds,
         "evaluation_seconds": trainer.evaluation_seconds,
@@ -122,6 +123,7 @@ def _restore(trainer: "SelectiveTrainer", progress: dict[str, Any]) -> None:
     trainer._globalstep_last_logged = progress["last_logged"]
     if trainer.is_world_process_zero():  # the counts of all: they are added up over the processes
         trainer._counts.copy_(torch.tensor(progress["counts"]))
+        trainer.loss_of_all.copy_(torch.tensor(progress["loss_of_all"]))
     trainer.seconds_before = progress["seconds"]
     trainer.step_seconds[:] = progress["step_seconds"]
     trainer.evaluations[:] = [(step, figures) for step, figures in progress["evaluations"]]

@@ -32,7 +32,11 @@ The summary's schema, version 1 (memory in bytes, times in seconds, losses in na
     wall_seconds             of the whole command
     log                      [{step, epoch, loss (mean since the entry before), learning_rate, grad_norm (before
                              clipping, of the last step), tokens_per_second, memory_allocated_bytes,
-                             memory_reserved_bytes, memory_peak_bytes}], one for each log entry
+                             memory_reserved_bytes, memory_peak_bytes}], one for each log entry; of steps compared by
+                             --diagnose_steps also gradient_cosine (selective to full gradient, before clipping) and
+                             gradient_relative_error (norm of their difference / norm of the full one); where a pass
+                             over all tokens comes first also loss_all_tokens (the mean over all supervised tokens,
+                             selected or not, since the entry before)
     device                   {type, name, count}: GPUs, or the CPU with its threads
     versions                 {tokentune, python, and each library}
 """
@@ -55,6 +59,7 @@ from tokentune.data.encoding import EncodingReport
 from tokentune.data.instruction_data import InstructionData
 from tokentune.memory import BYTES_IN_GIB
 from tokentune.runs.checkpoints import write_whole
+from tokentune.runs.diagnosing import COSINE, RELATIVE_ERROR
 from tokentune.runs.run_folder import CURVES_NAME, SUMMARY_NAME
 from tokentune.training import SelectiveTrainer
 
@@ -142,6 +147,7 @@ def _log_entry(entry: dict[str, float]) -> dict[str, float]:
     kept = {name: entry.get(name) for name in names}
     # A number of bytes over 2**30 is exact in float64, so the product is the number of bytes again.
     kinds = ("allocated", "reserved", "peak")
+    kept |= {name: entry[name] for name in (COSINE, RELATIVE_ERROR, "loss_all_tokens") if name in entry}
     return kept | {f"memory_{kind}_bytes": int(entry[f"memory_{kind}_gib"] * BYTES_IN_GIB) for kind in kinds}
 
 
@@ -200,7 +206,10 @@ def _plain(value: Any) -> Any:
 
 
 def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "nats per token") -> Path:
-    """Draws `training_curves.png` from a summary: losses, learning rate, memory, gradient norm over the steps."""
+    """Draws `training_curves.png` from a summary: losses, learning rate, memory, gradient norm over the steps.
+
+    And how the selective gradient relates to the full one, where that was compared.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed, nor looked for
@@ -210,8 +219,13 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
     log = summary["log"]
     steps = [entry["step"] for entry in log]
     marker = "o" if len(steps) <= 30 else None
-    figure, ((loss, rate), (memory, norm)) = pyplot.subplots(2, 2, figsize=(11, 7.5), sharex=True)
+    rows = 3 if any(COSINE in entry for entry in log) else 2
+    figure, panels = pyplot.subplots(rows, 2, figsize=(11, 3.75 * rows), sharex=True)
+    (loss, rate), (memory, norm) = panels[:2]
     loss.plot(steps, [entry["loss"] for entry in log], marker=marker, markersize=3, label="training")
+    if "loss_all_tokens" in log[0]:
+        of_all = [entry["loss_all_tokens"] for entry in log]
+        loss.plot(steps, of_all, marker=marker, markersize=3, label="training, all supervised tokens")
     if summary["validation_loss"] is not None:
         points = summary["validation_loss"]["steps"]
         xs, ys = [point["step"] for point in points], [point["loss"] for point in points]
@@ -232,13 +246,15 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
         memory: ("Resident memory of the process" if on_cpu else "GPU memory", "GiB"),
         norm: ("Gradient norm, before clipping", "L2 norm"),
     }
+    for axes, name in zip(panels[2:].flat, (COSINE, RELATIVE_ERROR), strict=False):
+        titles[axes] = _draw_compared(axes, log, name)
     for axes, (title, unit) in titles.items():
         axes.set_title(title)
         axes.set_ylabel(unit)
         axes.grid(alpha=0.3)
         axes.tick_params(labelbottom=True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (memory, norm):
+    for axes in panels[-1]:
         axes.set_xlabel("optimizer step")
     memory.set_ylim(0, 1.15 * max(line.get_ydata().max() for line in memory.get_lines()))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -250,3 +266,12 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _draw_compared(axes: Any, log: list[dict[str, float]], name: str) -> tuple[str, str]:
+    """Draws how the selective gradient relates to the full one, at the steps where it was looked at; returns titles."""
+    points = [(entry["step"], entry[name]) for entry in log if name in entry]
+    axes.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3, color="tab:red")
+    axes.axhline(0.0, color="0.6", linewidth=0.8)
+    texts = {COSINE: ("Selective to full gradient", "cosine"), RELATIVE_ERROR: ("Their difference", "/ full norm")}
+    return texts[name]
