@@ -1,0 +1,263 @@
+"""Command: how good the selective gradient is, for a model and its data, before anything is trained.
+
+    python ./tokentune/diagnose.py --model_name_or_path ./models/my-model --dataset_name_or_path data.jsonl \
+        --proportions 0.1 0.3 0.5 --strategies random supervised --corrections 0 1
+
+Takes the gradient of a few rows over all tokens, then many draws of the selective one over the same rows, for every
+proportion, strategy and correction that is asked for, and compares them: cosine and error of one draw and of the mean
+over draws, bias, variance, the effective batch size, bytes; by layer and by kind of module. Prints a table, warns where
+the method is known to fail, and writes `diagnosis.json` (schema in `diagnostics/report.py`); `--figure` draws it. The
+flags are those of `finetune.py` that a gradient depends on, and those of `diagnostics/diagnose_arguments.py`. Adapters
+are as training would begin with them, where half of their factors are zero.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+import json
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from tokentune.arguments import parse_arguments, settings_in_file
+from tokentune.collators import CausalCollator, SeededRows
+from tokentune.data.data_checks import look_at
+from tokentune.data.instruction_data import load_instruction_data
+from tokentune.diagnostics.diagnose_arguments import DiagnoseArguments, Setting
+from tokentune.diagnostics.draw_statistics import DrawStatistics, RowVariance
+from tokentune.diagnostics.figures import draw_figures
+from tokentune.diagnostics.measuring import (
+    Batch,
+    Taken,
+    check_counts_items,
+    micro_batches,
+    supervised_items,
+    take_gradient,
+    without_dropout,
+)
+from tokentune.diagnostics.parts import parts_of
+from tokentune.diagnostics.report import build_report, print_table, say_warnings
+from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.loading import NO_WEIGHTS, check_weights, load_config, load_tokenizer
+from tokentune.preparation import (
+    base_dtype,
+    check_reference,
+    check_structure,
+    load_reference,
+    make_selective,
+    needs_reference,
+    prepare_model,
+    unsupported_models_refused,
+)
+from tokentune.prompts import PromptTemplate, ensure_pad_token
+from tokentune.runs.checkpoints import write_whole
+from tokentune.runs.diagnosing import for_all_tokens
+from tokentune.training import training_collator
+
+logger = logging.getLogger("tokentune")
+
+PLAIN = Setting("random", 0.0, 0.3)  # how the model is patched while it is made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
+    log_to_stderr()
+    arguments = parse_arguments(argv, DiagnoseArguments)
+    say_what_has_no_effect(sys.argv[1:] if argv is None else argv)
+    name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
+    template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
+    config = load_config(name, trust_remote_code=trusted)
+    dtype = base_dtype(arguments, config)
+    tokenizer = load_tokenizer(name, trust_remote_code=trusted)
+    ensure_pad_token(tokenizer, config.get_text_config().vocab_size)
+    plain = arguments.with_setting(PLAIN)
+    check_structure(plain, config)
+    for setting in arguments.compared:
+        check_reference(arguments.with_setting(setting), config)
+    check_weights(name, hint=NO_WEIGHTS, allow_pickle=arguments.model.allow_pickle)
+    numbers, rows = choose_rows(arguments, tokenizer, template, config.get_text_config().vocab_size)
+
+    set_seed(arguments.optimization.seed)
+    model = on_device(prepare_model(plain, dtype))
+    check_counts_items(model)
+    patch = patcher(arguments, model, dtype)
+    with unsupported_models_refused(), without_dropout(model):
+        full, results, data = compare(arguments, model, patch, tokenizer, rows)
+    data |= {"rows": len(rows), "row_numbers": numbers, "micro_batch_size": arguments.diagnosis.micro_batch_size}
+    facts = facts_of(model) | {"base_dtype": str(dtype).removeprefix("torch.")}
+    report = build_report(arguments, facts, data, full, results)
+
+    output = Path(arguments.diagnosis.output).expanduser()
+    write_whole(output, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print_table(report)
+    say_warnings(report["warnings"])
+    logger.info("written: %s", output)
+    if arguments.diagnosis.figure is not None:
+        for path in draw_figures(report, Path(arguments.diagnosis.figure).expanduser()):
+            logger.info("written: %s", path)
+
+
+def say_what_has_no_effect(words: Sequence[str]) -> None:
+    """Of a --config file, such as a run's run.yaml, which holds every flag of finetune.py."""
+    flags = {flag.name for group in fields(DiagnoseArguments) for flag in fields(group.type) if flag.init}
+    idle = sorted(settings_in_file(words, DiagnoseArguments).keys() - flags)
+    if idle:
+        logger.info("--config: without effect here: %s", ", ".join(idle))
+
+
+def choose_rows(
+    arguments: DiagnoseArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, vocab_size: int
+) -> tuple[list[int], SeededRows]:
+    """The rows that are compared, and their numbers in the training data, ascending.
+
+    Raises:
+        UserError: there are too few, or some that no model can learn from.
+    """
+    data = load_instruction_data(arguments, tokenizer, template)
+    wanted, there, seed = arguments.diagnosis.rows, len(data.train), arguments.optimization.seed
+    if there < wanted:
+        raise UserError(f"--rows {wanted}: the training data has {there} rows that can be learnt from; ask for fewer")
+    numbers = sorted(np.random.default_rng(seed).choice(there, wanted, replace=False).tolist())
+    data.train = data.train.select(numbers)
+    if refusals := look_at(data, tokenizer, arguments, vocab_size).refusals:
+        raise UserError(refusals[0])
+    return numbers, SeededRows(data.train, seed)
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """The model on the accelerator, if there is one; a quantised one stands there already."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or getattr(model, "hf_device_map", None) is not None:
+        return model
+    return model.to(device)
+
+
+def patcher(arguments: DiagnoseArguments, model: nn.Module, dtype: torch.dtype) -> Callable[[Setting], None]:
+    """What makes the model select in a given way; with its reference model, read once, where that takes one.
+
+    Raises:
+        UserError: one of the ways that are compared cannot be served, before anything is measured.
+    """
+    reference = None
+
+    def patch(setting: Setting, *, verify: bool = False) -> None:
+        nonlocal reference
+        changed = arguments.with_setting(setting)
+        changed.selection.skip_verification |= not verify
+        if needs_reference(changed) and reference is None:
+            reference = load_reference(changed, dtype)
+        make_selective(model, changed, reference)
+
+    for setting in arguments.compared:
+        patch(setting, verify=True)
+    return patch
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """The report's `model`."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = sum(p.numel() for p in model.parameters() if p.requires_grad), core.num_parameters()
+    return {"class": type(core).__name__, "parameters": total, "trainable_parameters": trained}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    arguments: DiagnoseArguments,
+    model: nn.Module,
+    patch: Callable[[Setting], None],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: SeededRows,
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]:
+    """Takes all gradients. Returns the report's `full`, `results` and the counts in its `data`."""
+    asked, collator = arguments.diagnosis, CausalCollator(pad_token_id=tokenizer.pad_token_id)
+    batches = [for_all_tokens(batch) for batch in micro_batches(rows, collator, asked.micro_batch_size)]
+    options = {"items": supervised_items(batches), "bf16": arguments.model.bf16}
+    settings = arguments.compared
+    passes = asked.rows + 1 + asked.draws * len(settings)
+    with tqdm(total=passes, desc="Gradients", unit=" gradients", disable=None) as progress:
+        full = take_gradient(model, batches, **options)
+        progress.update()
+        between_rows = RowVariance()
+        for batch in micro_batches(rows, collator, 1):
+            between_rows.add(take_gradient(model, [for_all_tokens(batch)], **options).gradient)
+            progress.update()
+        square = sum(float(tensor.double().square().sum()) for tensor in full.gradient.values())
+        variance = between_rows.result(square)
+        results = []
+        for setting in settings:
+            progress.set_postfix_str(str(setting))
+            patch(setting)
+            collator = training_collator(arguments.with_setting(setting), tokenizer, packed=False)
+            draws = draws_of(arguments, model, rows, collator)
+            results.append(result_of(setting, full, draws, (variance, asked.rows), model, progress))
+            if progress.disable:  # a log has no bar
+                cosine = results[-1]["whole"]["cosine"]["mean"]
+                logger.info("%s: %d draws, cosine %.3f", setting, asked.draws, cosine or 0.0)
+    signal = square - variance / asked.rows  # unbiased, of the expectation over rows
+    facts = {
+        "loss": full.loss,
+        "norm": square**0.5,
+        "saved_bytes": full.saved_bytes,
+        "seconds": full.seconds,
+        "row_variance": variance,
+        "noise_scale": variance / signal if signal > 0 else None,
+    }
+    return facts, results, {"tokens": full.selected, "supervised_tokens": full.supervised}
+
+
+def draws_of(arguments: DiagnoseArguments, model: nn.Module, rows: SeededRows, collator: Any) -> Any:
+    """One selective gradient after the other, each as an epoch of its own would draw it."""
+    asked = arguments.diagnosis
+    for draw in range(asked.draws):
+        rows.set_epoch(draw)
+        batches: list[Batch] = list(micro_batches(rows, collator, asked.micro_batch_size))
+        yield take_gradient(model, batches, items=supervised_items(batches), bf16=arguments.model.bf16)
+
+
+def result_of(
+    setting: Setting, full: Taken, draws: Any, between_rows: tuple[float, int], model: nn.Module, progress: Any
+) -> dict[str, Any]:
+    """One of the report's `results`. `between_rows`: their variance and number."""
+    statistics, taken = DrawStatistics(full.gradient, parts_of(model)), []
+    for draw in draws:
+        statistics.add(draw.gradient)
+        taken.append((draw.selected, draw.supervised, draw.loss, draw.seconds, draw.saved_bytes))
+        progress.update()
+    selected, supervised, losses, seconds, saved = map(np.array, zip(*taken, strict=True))
+    error = float(losses.std(ddof=1)) / len(losses) ** 0.5
+    return {
+        **setting._asdict(),
+        "draws": len(taken),
+        "selected_tokens": float(selected.mean()),
+        "supervised_selected": float(supervised.mean()),
+        "supervised_share": float(supervised.sum() / selected.sum()),
+        "loss": {"mean": float(losses.mean()), "standard_error": error},
+        "saved_bytes": int(saved[0]),
+        "saved_ratio": float(saved[0] / full.saved_bytes),
+        "seconds": float(seconds.mean()),
+        **statistics.result(*between_rows),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
