@@ -103,7 +103,8 @@ train() {
 
 # train_at PROPORTION: LoRA + TokenTune as in scripts/train, for the figure of losses alone: nothing is merged.
 train_at() {
-    finetune --lora --tokentune --bf16 --learning_rate 4e-4 --overwrite_output_dir "${FLAGS[@]}" --prefix_length "$1"
+    finetune --lora --tokentune --bf16 --learning_rate 4e-4 --overwrite_output_dir --selection random "${FLAGS[@]}" \
+        --prefix_length "$1"
 }
 
 # model_of RUN: the base, or where that run's model is: merged, if it had adapters.

@@ -57,7 +57,7 @@ def lora_run(
 ) -> tuple[Path, list[dict]]:
     """LoRA + TokenTune for two epochs, evaluated on its own data; and that data, encoded."""
     words = "--lora --tokentune --prefix_length 0.3 --num_epochs 2 --gradient_accumulation_steps 2 --save_steps 5 "
-    words += f"--add_eos_token --eval_dataset_name_or_path {alpaca_file} --eval_steps 3"
+    words += f"--selection random --add_eos_token --eval_dataset_name_or_path {alpaca_file} --eval_steps 3"
     folder = run(tiny_llama_dir, alpaca_file, tmp_path_factory.mktemp("models"), words)
     template = PromptTemplate.load(PROJECT / "tokentune" / "alpaca_template.json")
     tokenizer = load_tokenizer(str(tiny_llama_dir))

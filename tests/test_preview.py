@@ -93,7 +93,7 @@ def test_roles_are_training_s(tiny_llama_dir: Path, alpaca_file: Path, tmp_path:
     blocks = text.split("example ")[1:]
     assert len(blocks) == 16
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    seeded, collate = SeededRows(data.train, 3), CausalCollator(0, prefix_length=0.3)
+    seeded, collate = SeededRows(data.train, 3), CausalCollator(0, 0.3, "supervised")
     for row, block in enumerate(blocks):
         batch = collate([seeded[row]])
         ids, labels = seeded[row]["input_ids"], np.array(seeded[row]["labels"])
@@ -161,7 +161,7 @@ def test_table_counts_what_training_would(tiny_llama_dir: Path, alpaca_file: Pat
     words += f" --eval_dataset_name_or_path {alpaca_file}"
     text, data = shown(command(tiny_llama_dir, alpaca_file, tmp_path, words), width=120)
     table = cells(text)
-    collate, seeded = CausalCollator(0, prefix_length=0.3), SeededRows(data.train, 42)
+    collate, seeded = CausalCollator(0, 0.3, "supervised"), SeededRows(data.train, 42)
     tokens, selected, learnt = np.sum(
         [[int(n) for n in collate.count(collate([seeded[r]]))] for r in range(16)], axis=0
     )

@@ -148,7 +148,7 @@ def run_folder_of(arguments: Arguments) -> Path:
         lora=arguments.adapters.lora,
         qlora=arguments.adapters.qlora,
         tokentune=arguments.selection.tokentune,
-        prefix_length=arguments.selection.selected,
+        prefix_length=arguments.selection.schedule or arguments.selection.selected,
     )
     return Path(arguments.output.model_save_path).expanduser() / name
 

@@ -80,7 +80,7 @@ def apply_tokentune(
     model: nn.Module,
     prefix_length: int | float | None = None,
     *,
-    strategy: str = "random",
+    strategy: str = "supervised",
     verify: bool = True,
     checkpoint_rest: str = "auto",
     offload_kv: bool = False,

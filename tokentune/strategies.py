@@ -83,6 +83,7 @@ class Registered(NamedTuple):
     name: str
     choose: Strategy
     needs: tuple[str, ...] = ()  # scores that a forward pass over all tokens has to make first
+    even: bool = False  # whether every token of a row has the same probability
 
     @property
     def about(self) -> str:
@@ -94,12 +95,13 @@ REGISTRY: dict[str, Registered] = {}
 _SECOND_NAMES = ("labelled",)
 
 
-def strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strategy], Strategy]:
+def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> Callable[[Strategy], Strategy]:
     """Registers a function under a name.
 
     Args:
         name: for `--selection`.
         needs: of `SCORES`; see `Tokens.scores`.
+        even: that every token of a row is selected with the same probability, as the gradient's correction assumes.
 
     Raises:
         ValueError: an unknown score, or a name that another module's strategy has.
@@ -110,7 +112,7 @@ def strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strategy], Str
     def register(choose: Strategy) -> Strategy:
         if name in REGISTRY and REGISTRY[name].choose.__module__ != choose.__module__:
             raise ValueError(f"there is a strategy {name!r} already: give yours another name")
-        REGISTRY[name] = Registered(name, choose, tuple(needs))
+        REGISTRY[name] = Registered(name, choose, tuple(needs), even)
         return choose
 
     return register
@@ -178,7 +180,7 @@ def names_and_meanings(*, scored: bool) -> str:
 # ------------------------------------------------------------------------------------------------------ without scores
 
 
-@strategy("random")
+@strategy("random", even=True)
 def _random(tokens: Tokens) -> Tensor:
     """uniformly without replacement, the paper's way"""  # arXiv 2501.18824, section "Token Selection"
     return tokens.uniform
@@ -205,7 +207,7 @@ def _supervised(tokens: Tokens) -> Tensor:
 strategy("labelled")(_supervised)
 
 
-@strategy("stratified")
+@strategy("stratified", even=True)
 def _stratified(tokens: Tokens) -> Tensor:
     """evenly over the sequence: one token of each of as many parts as there are to be tokens"""
     # The row is closed to a ring, turned at random and cut into `count` parts of floor or ceil(n / count) tokens. As

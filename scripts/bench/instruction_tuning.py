@@ -4,8 +4,9 @@
         --train ../shared/data/alpaca_en.train.jsonl --validation ../shared/data/alpaca_en.validation.jsonl \
         --output scripts/bench/results/instruction_tuning.json
 
-Runs `finetune.py` twice from the same seed, LoRA on all linear layers and the same with `--tokentune`, merges the
-second one in float32 with `merge.py`, and measures the merged model's loss and that of base + adapter on the same rows.
+Runs `finetune.py` three times from the same seed, LoRA on all linear layers and the same with `--tokentune`, random
+tokens and the default's; merges the last one in float32 with `merge.py`, and measures the merged model's loss and that
+of base + adapter on the same rows.
 Losses are nats per supervised token over all validation rows, by the full forward pass.
 """
 
@@ -42,7 +43,12 @@ COMMON = {
     "report_to": "none",
     "logging_steps": 20,
 }
-RUNS = {"LoRA": [], "LoRA + TokenTune": ["--tokentune", "--prefix_length", "0.3"]}
+TOKENTUNE = ["--tokentune", "--prefix_length", "0.3"]
+RUNS = {
+    "LoRA": [],
+    "LoRA + TokenTune, random": [*TOKENTUNE, "--selection", "random"],
+    "LoRA + TokenTune": TOKENTUNE,
+}
 
 
 def main() -> None:
@@ -50,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         summaries, folders = {}, {}
         for name, flags in RUNS.items():
-            folders[name] = finetune(options, flags, Path(folder) / name.replace(" ", ""))
+            folders[name] = finetune(options, flags, Path(folder) / name.replace(" ", "").replace(",", ""))
             summaries[name] = json.loads((folders[name] / "training_summary.json").read_text())
         adapter = folders["LoRA + TokenTune"]
         merged = adapter / "merged"

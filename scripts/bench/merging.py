@@ -35,7 +35,17 @@ def loss_in_float32(model: nn.Module, options: argparse.Namespace) -> float:
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--qlora", "--tokentune", "--prefix_length", "0.3", "--bf16", "--num_epochs", "1"]
+        flags = [
+            "--qlora",
+            "--tokentune",
+            "--prefix_length",
+            "0.3",
+            "--selection",
+            "random",
+            "--bf16",
+            "--num_epochs",
+            "1",
+        ]
         adapter = finetune(options, flags, Path(folder) / "runs")
         base = load_base_model(options.model, dtype=torch.bfloat16, quantize_4bit=True, compute_dtype=torch.float32)
         keep_4bit_layout(base)

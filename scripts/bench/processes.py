@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from steps.report import machine
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = {"LoRA": "", "LoRA + TokenTune": "--tokentune --prefix_length 0.3"}
+METHODS = {"LoRA": "", "LoRA + TokenTune": "--tokentune --prefix_length 0.3 --selection random"}
 COMMON = "--lora --lora_dropout 0 --base_dtype float32 --global_batch_size 16 --max_length 256 --warmup_steps 2 "
 COMMON += "--learning_rate 1e-3 --report_to none --logging_steps 100 --skip_memory_probe"
 

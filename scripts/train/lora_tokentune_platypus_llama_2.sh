@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LoRA + TokenTune, 30 % of the tokens: trains the adapter, then merges it into <run folder>/merged.
+# LoRA + TokenTune, 30 % of the tokens at random, as in the paper: trains the adapter, then merges it into <run folder>/merged.
 #     bash scripts/train/lora_tokentune_platypus_llama_2.sh
 #     MODEL=./my-llama DATASET=rows.jsonl bash scripts/train/lora_tokentune_platypus_llama_2.sh --num_epochs 3
 #
@@ -11,5 +11,5 @@
 # scripts share stand in finetune() of scripts/common.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-finetune --lora --tokentune --prefix_length 0.3 --bf16 --learning_rate 4e-4 "$@"
+finetune --lora --tokentune --prefix_length 0.3 --selection random --bf16 --learning_rate 4e-4 "$@"
 merge_adapter "$RUN_FOLDER"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TokenTune alone, 30 % of the tokens: all weights are trained and saved, so that there is nothing to merge.
+# TokenTune alone, 30 % of the tokens at random, as in the paper: all weights are trained and saved, so that there is nothing to merge.
 #     bash scripts/train/tokentune_platypus_llama_2.sh
 #     MODEL=./my-llama DATASET=rows.jsonl bash scripts/train/tokentune_platypus_llama_2.sh --num_epochs 3
 #
@@ -14,4 +14,4 @@
 # computes in bfloat16 and keeps these; --base_dtype bfloat16 halves them, at the price of losing the smallest updates.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-finetune --tokentune --prefix_length 0.3 --learning_rate 4e-5 "$@"
+finetune --tokentune --prefix_length 0.3 --selection random --learning_rate 4e-5 "$@"

@@ -91,7 +91,7 @@ class SelectionArguments:
         metavar="NUMBER",
     )
     selection: str = flag(
-        "random",
+        "supervised",
         f"how they are chosen: {names_and_meanings(scored=False)}; by scores of a first pass over all tokens: "
         f"{names_and_meanings(scored=True)}; or by a function of your own, file.py:function",
         metavar="NAME",
@@ -145,6 +145,14 @@ class SelectionArguments:
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
         )
+        registered = find_strategy(self.selection)
+        told = registered.even or (registered.needs and self.selection_draw == "proportional")
+        if self.gradient_correction > 0 and not told:
+            logger.warning(
+                "--gradient_correction takes every token of a row to be selected with the same probability, which "
+                "--selection %s does not say of its tokens: the gradient's mean stays biased",
+                self.selection,
+            )
         if not self.tokentune:
             names = [f.name for f in fields(self) if f.name not in ("tokentune", "diagnose_steps")]
             log_without_effect(self, names, "--tokentune")
