@@ -188,7 +188,7 @@ REFUSED = [
     ("--logging_steps 0", "--logging_steps 0"),
     ("--eval_steps 10", "add --eval_dataset_name_or_path"),
     ("--base_dtype int8", "--base_dtype"),
-    ("--selection best", "--selection there is no strategy 'best'."),
+    ("--selection best", "--selection best: there is no such strategy."),
     ("--selection gradeint", "Did you mean gradient?"),
     ("--selection nowhere.py:best", "--selection nowhere.py:best: there is no Python file nowhere.py"),
     ("--prefix_length 0.1:16", "--prefix_length 0.1:16: a schedule goes from one proportion to another"),

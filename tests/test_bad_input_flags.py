@@ -43,7 +43,7 @@ FLAGS = [
     (
         "no such selection",
         "--selection best",
-        "--selection there is no strategy 'best'. Known are random, reference,...",
+        "--selection best: there is no such strategy. Known are random, reference,...",
     ),
     (
         "no such data format",

@@ -305,7 +305,7 @@ SENTENCES = [
     ("proportion", ["--proportions", "0.3", "1.5"], "--proportions 1.5: must be above 0 and at most 1"),
     ("twice", ["--proportions", "0.3", "0.3"], "--proportions: 0.3 occurs twice"),
     ("correction", ["--corrections", "2"], "--corrections 2.0: must lie between 0..."),
-    ("strategy", ["--strategies", "random", "nosuch"], "--selection there is no strategy 'nosuch'..."),
+    ("strategy", ["--strategies", "random", "nosuch"], "--strategies nosuch: there is no such strategy..."),
     ("rows", ["--rows", "1"], "--rows 1: a variance takes at least 2"),
     ("too many", ["--rows", "500"], "--rows 500: the training data has 16 rows that can be learnt from; ask for fewer"),
     ("draws", ["--draws", "0"], "--draws 0: a variance takes at least 2"),

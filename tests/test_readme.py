@@ -12,6 +12,7 @@ from conftest import tiny_llama_config
 from transformers import LlamaForCausalLM
 
 from tokentune.arguments import parse_arguments
+from tokentune.selection import select_positions
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +52,7 @@ def test_finetune_commands_parse() -> None:
 
 
 def test_the_code_runs() -> None:
-    (code,) = blocks("python")
+    _, code = blocks("python")
     model = LlamaForCausalLM(tiny_llama_config()).train()
     ids = torch.randint(3, 90, (2, 20))
     names = {"model": model, "ids": ids, "mask": torch.ones_like(ids), "labels": ids}
@@ -60,6 +61,15 @@ def test_the_code_runs() -> None:
     assert names["out"].logits.shape == (2, 5, 96)
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
     assert not hasattr(model, "_tokentune")
+
+
+def test_a_strategy_of_ones_own_is_five_lines(tmp_path: Path) -> None:
+    code, _ = blocks("python")
+    (tmp_path / "rare.py").write_text(code, encoding="utf-8")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 5
+    mask, ids = torch.ones(2, 8, dtype=torch.int64), torch.randperm(90)[:16].view(2, 8)
+    positions = select_positions(mask, 3, strategy=f"{tmp_path / 'rare.py'}:rare", input_ids=ids)
+    assert torch.equal(ids.gather(1, positions).sort(1).values, ids.topk(3, dim=1).values.flip(1))
 
 
 @pytest.mark.parametrize("word", ["HF_TOKEN", "Apache", "bibtex", "--prefix_length"])

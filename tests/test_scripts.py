@@ -23,7 +23,7 @@ ALL_SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
 
 # Flags of each training script besides the common ones, and whether an adapter is merged afterwards.
 ADAPTER = {"--lora": [], "--bf16": [], "--learning_rate": ["4e-4"]}
-TOKENTUNE = {"--tokentune": [], "--prefix_length": ["0.3"]}
+TOKENTUNE = {"--tokentune": [], "--prefix_length": ["0.3"], "--selection": ["random"]}
 TRAINING_SCRIPTS = {
     "lora_platypus_llama_2": (ADAPTER, True),
     "lora_tokentune_platypus_llama_2": (ADAPTER | TOKENTUNE, True),

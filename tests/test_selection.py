@@ -136,7 +136,7 @@ def test_proportion_of_one_is_every_real_token() -> None:
 
 
 def test_unknown_strategy() -> None:
-    with pytest.raises(ValueError, match="there is no strategy 'best'"):
+    with pytest.raises(ValueError, match="best: there is no such strategy"):
         select_positions(torch.ones(1, 4), 2, strategy="best")
 
 

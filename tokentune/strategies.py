@@ -133,7 +133,7 @@ def find_strategy(name: str) -> Registered:
     close = difflib.get_close_matches(name, REGISTRY, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     known = ", ".join(known for known in REGISTRY if known not in _SECOND_NAMES)
-    raise ValueError(f"there is no strategy {name!r}.{hint} Known are {known}; your own: file.py:function")
+    raise ValueError(f"{name}: there is no such strategy.{hint} Known are {known}; your own: file.py:function")
 
 
 class StrategyError(UserError, ValueError):

@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import quality_tables
+
 from tokentune.arguments import Arguments, FinetuneArguments
 from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
@@ -310,6 +312,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
     "families": families_table,
     "classification": classification_table,
+    "quality_strategies": lambda: markdown(*quality_tables.strategies(read("selection_quality.json"))),
+    "quality_proportions": lambda: markdown(*quality_tables.proportions(read("selection_quality.json"))),
+    "quality_corrections": lambda: markdown(*quality_tables.corrections(read("selection_quality.json"))),
+    "gradient_quality": lambda: markdown(*quality_tables.gradients(read("gradient_quality.json"))),
+    "quality_rates": lambda: markdown(*quality_tables.rates(read("selection_quality.json"))),
+    "quality_encoders": lambda: markdown(*quality_tables.encoders(read("selection_quality_encoders.json"))),
+    "quality_regularisation": lambda: markdown(*quality_tables.regularisation(read("selection_quality_encoders.json"))),
     "flags": flags_table,
     "classify_flags": classify_flags_table,
 }

@@ -13,6 +13,7 @@ from tokentune.command_line.data_arguments import DataArguments
 from tokentune.command_line.flags import flag, process_count, require
 from tokentune.command_line.model_arguments import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.command_line.run_arguments import OptimizationArguments, OutputArguments, RunArguments
+from tokentune.errors import UserError
 from tokentune.strategies import find_strategy
 
 
@@ -164,7 +165,12 @@ class DiagnoseArguments(FinetuneArguments):
             selection.selection_draw, selection.selection_layers = "proportional", None
         if "excess_loss" in needed and "excess_loss" not in own:
             selection.selection_reference_model = None
-        SelectionArguments.__post_init__(selection)
+        try:
+            SelectionArguments.__post_init__(selection)
+        except UserError as error:
+            if setting.strategy == self.selection.selection:
+                raise
+            raise UserError(str(error).replace("--selection ", "--strategies ", 1)) from None
         return changed
 
 

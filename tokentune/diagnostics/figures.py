@@ -64,9 +64,9 @@ def by_proportion(report: dict[str, Any]) -> Any:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 7.4), layout="constrained", sharex=True)
     panels = {
-        "Cosine of one draw to the full gradient": lambda r: r["whole"]["cosine"]["mean"],
+        "Cosine of one draw (± 2 standard errors)": lambda r: r["whole"]["cosine"]["mean"],
         "Bias / norm of the full gradient": lambda r: r["whole"]["mean_of_draws"]["bias"],
-        "Spread of one draw / norm of the full gradient": lambda r: r["whole"]["variance"] ** 0.5,
+        "Spread of one draw, √variance": lambda r: r["whole"]["variance"] ** 0.5,
         "Effective batch: rows of full training per row": lambda r: r["whole"]["effective_batch"],
     }
     lines = series(report["results"])

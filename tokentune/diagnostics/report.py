@@ -52,6 +52,7 @@ from rich.table import Table
 
 from tokentune.diagnostics.diagnose_arguments import DiagnoseArguments, Setting
 from tokentune.runs.summary import device_facts, library_versions
+from tokentune.strategies import find_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ LEAST_SUPERVISED = 0.5
 ALL_TARGETS = 0.95  # of the targets are as good as all
 LEAST_SAVING = 0.5  # of what a proportion could save at most
 LEAST_COSINE = 0.8
+LEAST_CORRECTED = 0.2
 
 
 def build_report(
@@ -114,10 +116,12 @@ def failure_signs(result: dict[str, Any], targets: int) -> list[dict[str, Any]]:
             "estimate.py, or add --gradient_checkpointing"
         )
     if cosine is not None and cosine < LEAST_COSINE:
-        cure = "a larger proportion" if result["correction"] >= 1 else "--gradient_correction 1, or a larger proportion"
+        # Below that share a corrected gradient's variance is many times the other's.
+        corrects = result["correction"] < 1 and proportion >= LEAST_CORRECTED and find_strategy(result["strategy"]).even
+        cure = "--corrections 1, or a larger proportion" if corrects else "a larger proportion"
         signs["direction"] = (
-            f"the mean over draws points away from the full gradient (cosine {cosine:.2f}), which no larger batch "
-            f"mends: {cure}"
+            f"the mean over draws has another direction than the full gradient (cosine {cosine:.2f}), which no larger "
+            f"batch mends: try {cure}"
         )
     setting = {name: result[name] for name in Setting._fields}
     return [{"sign": sign} | setting | {"message": message} for sign, message in signs.items()]

@@ -133,7 +133,7 @@ class LabelledSelectionArguments(SelectionArguments):
         for name in _CAUSAL_ALONE:
             require(
                 getattr(self, name) == self.__dataclass_fields__[name].default,
-                f"--{name} is for causal language models (finetune.py), whose tokens all have a loss: leave it out",
+                f"--{name} is for causal language models (finetune.py): leave it out",
             )
         super().__post_init__()
         require(
