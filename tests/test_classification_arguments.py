@@ -22,6 +22,7 @@ CHANGED = {
     "lr_scheduler_type": "linear",
     "lora_target_modules": ["all-linear"],
     "save_total_limit": 1,
+    "selection": "random",
 }
 ADDED = {
     "from_scratch": False,

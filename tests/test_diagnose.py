@@ -244,7 +244,7 @@ def test_the_report_is_complete_and_the_same_under_the_seed(
     assert len(set(report["data"]["row_numbers"])) == report["data"]["rows"] == 5
     assert set(report["full"]) == {"loss", "norm", "saved_bytes", "row_variance", "noise_scale"}
     settings = [(result["strategy"], result["correction"], result["proportion"]) for result in report["results"]]
-    assert settings == [("random", 0, 0.2), ("random", 0, 1.0), ("random", 1, 0.2), ("random", 1, 1.0)]
+    assert settings == [("supervised", correction, proportion) for correction in (0, 1) for proportion in (0.2, 1.0)]
     for result in report["results"]:
         assert set(result) == {
             *("strategy", "correction", "proportion", "draws", "selected_tokens", "supervised_selected"),
@@ -315,7 +315,7 @@ SENTENCES = [
     (
         "no reference",
         ["--strategies", "excess_loss"],
-        "--selection excess_loss takes the loss of a reference model off: add --selection_reference_model",
+        "--strategies excess_loss takes the loss of a reference model off: add --selection_reference_model",
     ),
     (
         "reference for nothing",
@@ -365,5 +365,5 @@ def test_failure_signs(changes: dict, signs: list[str]) -> None:
     if signs == ["no_loss"]:
         assert ("smaller proportion" in found[0]["message"]) == (result["supervised_selected"] == 100)
     if signs == ["direction"]:
-        assert "--gradient_correction 1" in found[0]["message"]
+        assert "--corrections 1" in found[0]["message"]
         assert "--gradient_correction" not in failure_signs(result | {"correction": 1.0}, 100)[0]["message"]

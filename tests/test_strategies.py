@@ -299,9 +299,9 @@ def test_missing_scores_and_unknown_draws_are_refused() -> None:
 
 
 def test_unknown_names_are_told_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no strategy 'gradients'\. Did you mean gradient\? Known are random, refer"):
+    with pytest.raises(ValueError, match=r"gradients: there is no such strategy\. Did you mean gradient\? Known are"):
         find_strategy("gradients")
-    with pytest.raises(ValueError, match=r"no strategy 'zzz'\. Known are"):
+    with pytest.raises(ValueError, match=r"zzz: there is no such strategy\. Known are"):
         find_strategy("zzz")
 
 

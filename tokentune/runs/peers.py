@@ -82,6 +82,8 @@ def end_when_stuck(seconds: float = 20.0) -> Iterator[None]:
     threading.Thread(target=_end_unless_heard, args=(reading, seconds), daemon=True).start()
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads, alive at the process's end, would now and then abort it
     except RuntimeError as error:
         if (message := lost_peer(error)) is None:
             raise
