@@ -73,7 +73,6 @@ def test_sharegpt_s_form() -> None:
         ([{"role": "user", "content": ["x"]}], "message 1: a part of its content is 'x'"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "a part of its content is 1, not text"),
         ([USER], "no message of the assistant"),
-        ([{"role": "system", "content": "s"}] * 2, "message 2: a second system message"),
         ([USER, ASSISTANT | {"weight": 0.5}], "message 2: 'weight' is 0.5"),
         ([USER, ASSISTANT | {"tool_calls": "x"}], "text that is not JSON"),
         ([USER, ASSISTANT | {"tool_calls": [1]}], "message 2: a tool call is 1, not an object"),
