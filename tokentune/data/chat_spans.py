@@ -165,7 +165,7 @@ class SpanFinder:
     def _start(self, run: Run) -> int:
         if not run.opens or run.message == 0:
             return run.begin
-        header, is_prompt = self._prompt(run.message) or ("", False)
+        header, is_prompt = self._prompt(run) or ("", False)
         start = self._behind(header, run)
         # Without a generation prompt, a header that the template writes before the answer is none of it.
         if start is not None and (is_prompt or not self.text[start : run.start].strip()):
@@ -197,16 +197,18 @@ class SpanFinder:
                 return start
         raise self.rendering.hidden(run.message)
 
-    def _prompt(self, index: int) -> tuple[str, bool] | None:
-        """What stands between the words before an answer and the answer's beginning, and whether it has a
-        generation prompt; of the first answer that follows a message of this kind."""
-        messages = self.rendering.conversation.messages
-        asked = messages[index - 1]
-        key = (asked["role"], "tool_calls" in asked, index - 1 in self._runs)
+    def _prompt(self, run: Run) -> tuple[str, bool] | None:
+        """What stands between the words before an answer and where the model begins to write, and whether it holds a
+        generation prompt: of the first answer that follows words and a message of this kind."""
+        messages, words = self.rendering.conversation.messages, self.rendering.words
+        asked = messages[run.message - 1]
+        before = None if run.previous is None else words[run.previous.number]
+        spoke = None if before is None else (messages[before.message]["role"], before.key)
+        key = (asked["role"], "tool_calls" in asked, spoke)
         if key not in self._prompts:
             self._prompts[key] = None
-            with_prompt = self.rendering.beginning(index, generation_prompt=True)
-            without = self.rendering.beginning(index)
+            with_prompt = self.rendering.beginning(run.message, generation_prompt=True)
+            without = self.rendering.beginning(run.message)
             if with_prompt is not None:
                 text, places = with_prompt
                 position = self._ends(places[-1] if places else None, text)[0]

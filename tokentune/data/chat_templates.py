@@ -92,24 +92,30 @@ class ChatEncoder:
             UserError: the template refuses the conversation, leaves out what is learnt, or hides where the assistant
                 speaks.
         """
-        return self.batch([(conversation, where)])[0]
+        (row,) = self.batch([(conversation, where)])
+        if isinstance(row, UserError):
+            raise row
+        return row
 
-    def batch(self, conversations: Sequence[tuple[Conversation, str]]) -> list[TokenRow]:
-        """As many rows, tokenized together."""
-        found = [(*self.spans(conversation, where), conversation, where) for conversation, where in conversations]
+    def batch(self, conversations: Sequence[tuple[Conversation, str]]) -> list[TokenRow | UserError]:
+        """As many rows, tokenized together; of one that cannot be encoded, what is wrong with it."""
+        found: list[tuple[str, list[Span]] | UserError] = []
+        for conversation, where in conversations:
+            try:
+                found.append(self.spans(conversation, where))
+            except UserError as error:
+                found.append(error)
+        texts = [one[0] for one in found if not isinstance(one, UserError)]
+        if not texts:
+            return found
         # The template writes the special tokens itself: a BOS that the tokenizer adds would be a second one.
         encoded = self.tokenizer(
-            [text for text, *_ in found],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            truncation=False,
-            verbose=False,
+            texts, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
         )
+        tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
-            self._row(text, spans, conversation, ids, offsets)
-            for (text, spans, conversation, _), ids, offsets in zip(
-                found, encoded["input_ids"], encoded["offset_mapping"], strict=True
-            )
+            one if isinstance(one, UserError) else self._row(*one, conversation, *next(tokens))
+            for one, (conversation, _) in zip(found, conversations, strict=True)
         ]
 
     def spans(self, conversation: Conversation, where: str) -> tuple[str, list[Span]]:
