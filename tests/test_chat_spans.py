@@ -63,7 +63,8 @@ RESULTS_WITHIN = """{%- for m in messages if m.role != 'tool' %}
 {{- '<|call>' + c.function.name + c.function.arguments | tojson + '<call|>' }}
 {%- endfor %}{% set ns = namespace(on=true, seen=false) %}
 {%- for n in messages %}{% if n == m %}{% set ns.seen = true %}{% elif ns.seen and ns.on and n.role == 'tool' %}
-{{- '<|response>' + n.content + '<response|>' }}{% elif ns.seen %}{% set ns.on = false %}{% endif %}{% endfor %}{% endif %}
+{{- '<|response>' + n.content + '<response|>' }}{% elif ns.seen %}{% set ns.on = false %}{% endif %}
+{%- endfor %}{% endif %}
 {{- m.content + '<turn|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|turn>assistant\\n' }}{% endif %}"""
 # The same without special tokens, where results stand on lines of their own behind the calls.
@@ -101,11 +102,12 @@ def test_gemma_4_s_results_are_not_learnt(version: str) -> None:
 
 
 # Text before a call is parted from it; reasoning stands behind the last question alone.
-PARTED = """{%- set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}
-{%- endif %}{% endfor %}
+PARTED = """{%- set ns = namespace(last=0) %}{% for m in messages %}
+{%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ m.content }}
-{%- for c in m.tool_calls or [] %}{{ ('\\n\\n' if m.content or not loop.first else '') + '<call>' + c.function | tojson }}
+{%- for c in m.tool_calls or [] %}
+{{- ('\\n\\n' if m.content or not loop.first else '') + '<call>' + c.function | tojson }}
 {%- endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 # A call has text or reasoning; the template fails on both. A call's end is another token than an answer's.
