@@ -88,11 +88,13 @@ def test_a_csv_file_s_text_may_look_like_a_number(tmp_path: Path) -> None:
 
 
 def test_some_rows_are_the_same_for_every_seed() -> None:
-    rows = Dataset.from_list([{"n": n} for n in range(50)])
-    chosen = some_rows(rows, 10)["n"][:]
+    split = split_of([{"n": n} for n in range(50)])
+    some = some_rows(split, 10)
+    chosen = some.rows["n"][:]
     assert len(set(chosen)) == 10 and chosen == sorted(chosen) and chosen != list(range(10))
-    assert some_rows(rows, 10)["n"][:] == chosen
-    assert len(some_rows(rows, 60)) == 50
+    assert some_rows(split, 10).rows["n"][:] == chosen
+    assert some.place(3) == f"data, row {chosen[3] + 1}"  # where it stands in the file
+    assert len(some_rows(split, 60).rows) == 50
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import PLAIN, write
 from tokentune.arguments import parse_arguments
-from tokentune.data import record_streams, records, streaming_rows
+from tokentune.data import record_files, records, streaming_rows
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.streaming_rows import StreamedRows
 from tokentune.errors import UserError
@@ -107,7 +107,7 @@ def test_several_data_sets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "saved", "hub"])
 def test_every_source(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_streams, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(record_files, "ROWS_AT_ONCE", 3)
     rows = [{"prompt": f"{n} ", "completion": "x", "data_source": ("airoboros", "y")[n % 2]} for n in range(20)]
     path = tmp_path / f"a.{kind}"
     if kind == "json":

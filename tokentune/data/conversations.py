@@ -30,7 +30,7 @@ class Conversation(NamedTuple):
     learnt: tuple[int, ...]
 
 
-def openai_conversation(value: Any, tools: Any, where: str, *, learn_from: int = 0) -> Conversation:
+def openai_conversation(value: Any, tools: Any, where: str, *, learn_from: int = 0, system: Any = None) -> Conversation:
     """A conversation in OpenAI's form.
 
     An assistant's message with "weight" 0 is context only, as in OpenAI's fine-tuning data.
@@ -40,20 +40,30 @@ def openai_conversation(value: Any, tools: Any, where: str, *, learn_from: int =
         tools: a list of JSON schemas, its JSON text, or None.
         where: the row, to start messages with.
         learn_from: messages before this index are context only.
+        system: of a column beside the messages (Anthropic's form): text, or its parts; None: there is none.
 
     Raises:
         UserError: names the row, and the message.
     """
     messages = [_openai_message(message, f"{where}, message {n}") for n, message in enumerate(_list(value, where), 1)]
-    return _conversation(messages, tools, where, learn_from)
+    begun = _with_system(messages, system, where)
+    return _conversation(begun, tools, where, learn_from + len(begun) - len(messages))
 
 
 def sharegpt_conversation(value: Any, system: Any, tools: Any, where: str) -> Conversation:
-    """A conversation in ShareGPT's form; `system`: the text of a `system` column, or None. Otherwise as above."""
+    """A conversation in ShareGPT's form, otherwise as above."""
     messages = [_sharegpt_message(turn, f"{where}, message {n}") for n, turn in enumerate(_list(value, where), 1)]
-    if system:
-        messages.insert(0, {"role": "system", "content": text_of(system, f"{where}: 'system'")})
-    return _conversation(messages, tools, where, 0)
+    return _conversation(_with_system(messages, system, where), tools, where, 0)
+
+
+def _with_system(messages: list[dict[str, Any]], system: Any, where: str) -> list[dict[str, Any]]:
+    """The messages behind a system message, unless they begin with the same one."""
+    if not system:
+        return messages
+    what = f"{where}: 'system'"
+    first = {"role": "system", "content": _content(system, what) if isinstance(system, list) else text_of(system, what)}
+    same = messages[0]["role"] == "system" and messages[0]["content"] == first["content"]
+    return messages if same else [first, *messages]
 
 
 def system_in_user(conversation: Conversation) -> Conversation:

@@ -25,16 +25,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.command_line.data_arguments import DataArguments
-from tokentune.data.record_streams import RecordSource
+from tokentune.data.records import RecordSource
 from tokentune.data.sources import first_line
 from tokentune.prompts import PromptTemplate
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pandas", "pyarrow")
+LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pyarrow")
 # What decides on tokens and labels: an entry must not outlive a change of it.
 PACKAGE = Path(__file__).resolve().parents[1]
-MODULES = ("record_streams", "records", "json_files", "data_formats", "conversations", "chat_templates")
+MODULES = ("record_files", "records", "json_files", "dataset_layout", "data_formats", "conversations", "chat_templates")
 MODULES += ("prompts", "encoding", "instruction_data")
 ENTRY = "entry.json"
 ABANDONED_SECONDS = 24 * 3600  # a half-written entry as old as this belongs to a run that died
