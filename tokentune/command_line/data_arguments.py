@@ -83,6 +83,12 @@ class DataArguments(RowsArguments):
     chat_template: str | None = flag(
         None, "Jinja file to put conversations into, instead of the tokenizer's own chat template"
     )
+    system_in_user: bool = flag(
+        False, "put system and developer messages in front of the user's, for chat templates without such a role"
+    )
+    tokenize_workers: int | None = flag(
+        None, "processes that tokenize; by default one for each core, up to 8, where there are more than 1,000 rows"
+    )
     add_eos_token: bool = flag(False, "end every answer with the end-of-sequence token, and learn it")
     long_rows: Literal["cut", "drop"] = flag("cut", "what becomes of rows longer than --max_length")
     packing: bool = flag(

@@ -262,4 +262,4 @@ def recognise(columns: Sequence[str], first: Record, requested: str, where: str)
 
 def _has_roles(conversation: Any) -> bool:
     turn = conversation[0] if isinstance(conversation, list) and conversation else None
-    return isinstance(turn, Mapping) and "role" in turn and "from" not in turn
+    return isinstance(turn, Mapping) and "role" in turn and not {"from", "value"} & turn.keys()

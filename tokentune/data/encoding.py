@@ -53,6 +53,11 @@ class Notes:
         level, where, before = self.found.get(sentence, (level, where, 0))
         self.found[sentence] = level, where, before + times
 
+    def update(self, other: "Notes") -> None:
+        """Adds what was noticed elsewhere, later."""
+        for sentence, (level, where, times) in other.found.items():
+            self.add(level, sentence, where, times)
+
     def log(self, logger: logging.Logger) -> None:
         """Logs them."""
         for sentence, (level, where, times) in self.found.items():

@@ -1,13 +1,11 @@
 """The data of a run: from the command line's names to rows of token ids and labels.
 
 Main path: `load_instruction_data` opens each data set (`records.py`), tells its format (`data_formats.py`),
-encodes its rows (`prompts.py`, `chat_templates.py`), keeps the tokens for the next run (`token_cache.py`), and puts
+encodes its rows (`record_encoding.py`), keeps the tokens for the next run (`token_cache.py`), and puts
 training and validation rows together (`data_mixing.py`). With `--streaming` it leaves the rows where they are
 (`streaming_rows.py`).
 """
 
-import hashlib
-import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,15 +19,16 @@ from tokentune.arguments import FinetuneArguments
 from tokentune.command_line.data_arguments import DataArguments
 from tokentune.command_line.flags import process_count
 from tokentune.data.bad_rows import BadRows
-from tokentune.data.chat_templates import ChatEncoder, load_chat_template
-from tokentune.data.data_formats import FORMATS, SOURCE_COLUMN, Answer, Item, recognised
+from tokentune.data.chat_templates import load_chat_template
+from tokentune.data.data_formats import FORMATS, Answer, recognised
 from tokentune.data.data_mixing import mixture_counts, mixture_rows
-from tokentune.data.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow, count_supervised
+from tokentune.data.encoding import EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
+from tokentune.data.record_encoding import ChunkEncoder, RecordEncoder, chunks, ordered_map, worker_count
 from tokentune.data.records import DROPPED_SOURCES, RecordSource, open_source
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError
-from tokentune.prompts import PromptTemplate, encode_answer
+from tokentune.prompts import PromptTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -66,25 +65,6 @@ class InstructionData:
     def table(self) -> Dataset | None:
         """The training rows, where they are at hand; None: streamed."""
         return self.train if isinstance(self.train, Dataset) else None
-
-
-class RecordEncoder:
-    """Encodes prompts with answers by `prompts.py`, conversations by the tokenizer's chat template.
-
-    Raises:
-        UserError: as `encode_example` and `ChatEncoder`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool) -> None:
-        self.tokenizer, self.add_eos_token = tokenizer, add_eos_token
-        self._chat: ChatEncoder | None = None
-
-    def __call__(self, item: Item, where: str) -> TokenRow:
-        if isinstance(item, Answer):
-            return encode_answer(item.prompt, item.answer, self.tokenizer, add_eos_token=self.add_eos_token)
-        if self._chat is None:  # a tokenizer without a chat template is good enough for everything else
-            self._chat = ChatEncoder(self.tokenizer, add_eos_token=self.add_eos_token)
-        return self._chat(item, where)
 
 
 def load_instruction_data(
@@ -130,12 +110,6 @@ def load_instruction_data(
     return InstructionData(train, validation, train_report, validation_report, sources)
 
 
-def held_out(item: Item, fraction: float) -> bool:
-    """Whether a row belongs to the validation data: told by what it says alone, so the same in every run and file."""
-    content = json.dumps([*item], sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
-
-
 @dataclass(frozen=True)
 class _Part:
     """One encoded data set. Its tables: "train", and "validation" where a part of it is held out."""
@@ -163,7 +137,7 @@ class _Loader:
     ) -> None:
         """`keep`: tokens may be written into the cache."""
         self.data, self.tokenizer, self.template, self.keep = data, tokenizer, template, keep
-        self.encoder = RecordEncoder(tokenizer, add_eos_token=data.add_eos_token)
+        self.encoder = RecordEncoder(tokenizer, add_eos_token=data.add_eos_token, system_in_user=data.system_in_user)
         self.conversations = False
 
     def load(self, source: RecordSource, fraction: float | None) -> _Part:
@@ -176,6 +150,7 @@ class _Loader:
         if left_out := facts["left_out"]:
             logger.warning("%s: %d rows left out, data_source %s", source.name, left_out, " or ".join(DROPPED_SOURCES))
         self.conversations |= facts["conversations"]
+        Notes({sentence: tuple(note) for sentence, note in facts["notes"].items()}).log(logger)
         bad = BadRows(data.bad_rows, **facts["bad"])
         bad.settle(source.where, facts["read"])
         read = f"{facts['read']:,} rows{source.read_from} read"
@@ -198,27 +173,23 @@ class _Loader:
         sides = ("train",) if fraction is None else ("train", "validation")
         limits = {side: LengthLimit(self.data.max_length, self.data.long_rows) for side in sides}
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
-        read, left_out, conversations, bad = 0, 0, False, BadRows(self.data.bad_rows)
+        read, left_out, conversations, bad, notes = 0, 0, False, BadRows(self.data.bad_rows), Notes()
         rows = tqdm(source.rows(FORMATS[kind].columns), desc="Tokenizing", unit=" rows", disable=None)
-        for where, record in rows:
-            read += 1
-            if isinstance(record, UserError):
-                bad.add(record)
-                continue
-            if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
-                left_out += 1
-                continue
-            with bad.catch(where):
-                item = FORMATS[kind].read(record, where, self.template)
-                conversations |= not isinstance(item, Answer)
-                side = "validation" if fraction is not None and held_out(item, fraction) else "train"
-                row = limits[side](self.encoder(item, where))
-                if row is not None:
-                    tables[side].add(row)
+        encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, fraction)
+        for chunk in ordered_map(encode, chunks(rows), worker_count(self.data.tokenize_workers)):
+            for where, side, row in chunk.rows:
+                with bad.catch(where):
+                    if isinstance(row, UserError):
+                        raise row
+                    if (cut := limits[side](row)) is not None:
+                        tables[side].add(cut)
+            read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
+            conversations |= chunk.conversations
+            notes.update(chunk.notes)
         bad.refuse(source.where, read)
         reports = {side: vars(limit.report) for side, limit in limits.items()}
         facts = {"format": kind, "left_out": left_out, "conversations": conversations, "reports": reports}
-        facts |= {"read": read, "bad": {"count": bad.count, "first": bad.first}}
+        facts |= {"read": read, "bad": {"count": bad.count, "first": bad.first}, "notes": notes.found}
         if not any(limit.report.read_rows for limit in limits.values()):
             raise UserError(f"{source.where}: holds no rows to train on.")
         return Entry({side: table.finish() for side, table in tables.items()}, facts)

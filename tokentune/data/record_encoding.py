@@ -1,20 +1,23 @@
 """Parsed records to rows of tokens, many at a time: by `prompts.py` or the chat template, in one or more processes."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.chat_templates import ChatEncoder
-from tokentune.data.data_formats import Answer, Item
+from tokentune.data.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
 from tokentune.data.encoding import Notes, TokenRow
+from tokentune.data.records import DROPPED_SOURCES, Placed
 from tokentune.errors import UserError
-from tokentune.prompts import encode_answers
+from tokentune.prompts import PromptTemplate, encode_answers
 
 CHUNK = 64  # rows that are tokenized together
 CHUNKS_HERE = 16  # that are tokenized in this process before others are started: small data is done sooner without them
@@ -75,6 +78,61 @@ class RecordEncoder:
             if len(texts) == 1:
                 return [error]
             return [row for text in texts for row in self._answers([text])]
+
+
+def held_out(item: Item, fraction: float) -> bool:
+    """Whether a row belongs to the validation data: told by what it says alone, so the same in every run and file."""
+    content = json.dumps([*item], sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
+
+
+class EncodedChunk(NamedTuple):
+    """What became of some records.
+
+    Attributes:
+        rows: place for messages, side ("train" or "validation"), and the row or what is wrong with it.
+        left_out: records of `DROPPED_SOURCES`.
+        conversations: there is one among them.
+    """
+
+    rows: list[tuple[str, str, TokenRow | UserError]]
+    left_out: int
+    conversations: bool
+    notes: Notes
+
+
+class ChunkEncoder:
+    """Reads and encodes placed records, as `RecordSource.rows` yields them, for `ordered_map`.
+
+    Args:
+        fraction: of the records, that is held out as "validation"; None: all are "train".
+    """
+
+    def __init__(
+        self, encoder: RecordEncoder, data_format: DataFormat, template: PromptTemplate, fraction: float | None
+    ) -> None:
+        self.encoder, self.data_format, self.template, self.fraction = encoder, data_format, template, fraction
+
+    def __call__(self, records: Sequence[Placed]) -> EncodedChunk:
+        rows: list[tuple[str, str, TokenRow | UserError | None]] = []
+        items = []
+        for where, record in records:
+            if not isinstance(record, UserError) and record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
+                continue
+            try:
+                if isinstance(record, UserError):
+                    raise record
+                item = self.data_format.read(record, where, self.template)
+            except UserError as error:
+                rows.append((where, "train", error))
+                continue
+            held = self.fraction is not None and held_out(item, self.fraction)
+            rows.append((where, "validation" if held else "train", None))
+            items.append((item, where))
+        encoded = iter(self.encoder.batch(items))
+        rows = [(where, side, next(encoded) if row is None else row) for where, side, row in rows]
+        conversations = any(not isinstance(item, Answer) for item, _ in items)
+        return EncodedChunk(rows, len(records) - len(rows), conversations, self.encoder.take_notes())
 
 
 def chunks(items: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:

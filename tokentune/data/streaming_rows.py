@@ -6,7 +6,7 @@ the same rows in the same order, so a resumed run, which skips what was trained 
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,9 @@ from datasets import Dataset
 
 from tokentune.collators import SeededRows
 from tokentune.data.bad_rows import NAMED, BadRowPolicy
-from tokentune.data.data_formats import FORMATS, SOURCE_COLUMN, Item
+from tokentune.data.data_formats import FORMATS, SOURCE_COLUMN
 from tokentune.data.encoding import LengthLimit, TokenRow
+from tokentune.data.record_encoding import RecordEncoder
 from tokentune.data.records import DROPPED_SOURCES, Placed, RecordSource
 from tokentune.errors import UserError
 from tokentune.prompts import PromptTemplate
@@ -75,7 +76,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         self,
         sources: Sequence[StreamedSource],
         template: PromptTemplate,
-        encoder: Callable[[Item, str], TokenRow],
+        encoder: RecordEncoder,
         *,
         max_length: int,
         long_rows: str,
@@ -88,6 +89,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         self.sources, self.template, self.encoder = sources, template, encoder
         self.max_length, self.long_rows, self.weights, self.seed = max_length, long_rows, weights, seed
         self.block, self.bad_rows = batch_size * world_size, bad_rows
+        self._noted: set[str] = set()  # said by this process
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: there is one epoch without an end, and rows that come again have other numbers."""
@@ -132,7 +134,13 @@ class StreamedRows(torch.utils.data.IterableDataset):
     def _encoded(self, drawn: Drawn) -> TokenRow:
         if isinstance(drawn.record, UserError):
             raise drawn.record
-        return self.encoder(FORMATS[drawn.data_format].read(drawn.record, drawn.where, self.template), drawn.where)
+        row = self.encoder(FORMATS[drawn.data_format].read(drawn.record, drawn.where, self.template), drawn.where)
+        notes = self.encoder.take_notes()
+        for sentence in self._noted & notes.found.keys():
+            del notes.found[sentence]
+        self._noted |= notes.found.keys()
+        notes.log(logger)
+        return row
 
     def _draw_seed(self, number: int) -> int:
         mixed = np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0]

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 HARMLESS = {
     *("model_save_path", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "logging_dir"),
     *("report_to", "print_run_folder", "resume_from_checkpoint", "preview", "dry_run", "report_memory", "offline"),
-    *("memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "data_cache", "push_to_hub"),
-    *("trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
+    *("memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "tokenize_workers", "data_cache"),
+    *("push_to_hub", "trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
 }
 # The same numbers, added up in another order or rounded elsewhere; mostly what helps after running out of memory.
 ROUNDING = {
