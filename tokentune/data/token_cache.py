@@ -34,7 +34,17 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pyarrow")
 # What decides on tokens and labels: an entry must not outlive a change of it.
 PACKAGE = Path(__file__).resolve().parents[1]
-MODULES = ("record_files", "records", "json_files", "dataset_layout", "data_formats", "conversations", "chat_templates")
+MODULES = (
+    "records",
+    "record_files",
+    "record_tables",
+    "json_files",
+    "bad_rows",
+    "dataset_layout",
+    "data_formats",
+    "conversations",
+    "chat_templates",
+)
 MODULES += ("prompts", "encoding", "instruction_data")
 ENTRY = "entry.json"
 ABANDONED_SECONDS = 24 * 3600  # a half-written entry as old as this belongs to a run that died
