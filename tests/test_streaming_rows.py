@@ -81,6 +81,16 @@ def test_the_same_batches_for_any_number_of_workers(numbered: str) -> None:
     assert batches[0] == batches[1] == batches[3]
 
 
+def test_dropped_rows_make_the_batches_those_of_so_many_workers(tmp_path: Path) -> None:
+    """What `runs/resuming.py` counts on: one worker reads as none does, several do not where rows are dropped."""
+    rows = [{"prompt": f"{n} ", "completion": "x" if n % 3 else ""} for n in range(50)]
+    name, batches = write(tmp_path / "a.jsonl", rows), {}
+    for workers in (0, 1, 3):
+        loader = DataLoader(stream(name), batch_size=4, num_workers=workers, collate_fn=lambda items: items)
+        batches[workers] = [batch for batch in islice(loader, 12)]
+    assert batches[0] == batches[1] != batches[3]
+
+
 def test_processes_share_each_batch(numbered: str) -> None:
     """As accelerate gives it to them: the first rows of what is a batch of all of them to the first, and so on."""
     alone = texts(stream(numbered), 48)

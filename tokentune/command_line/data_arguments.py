@@ -73,9 +73,10 @@ class DataArguments(RowsArguments):
     )  # fmt: skip
     data_format: Literal["auto", "alpaca", "alpaca_chat", "prompt_completion", "messages", "sharegpt", "text"] = flag(
         "auto",
-        "columns: instruction, input (may be absent), output, as a prompt, or as a chat with LLaMA-Factory's system "
-        "and history; prompt, completion; messages (OpenAI's role, content); conversations (ShareGPT's from, value); "
-        "text. auto: told by the columns",
+        "auto: told by the columns; alpaca: instruction, input (may be absent), output; alpaca_chat: the same as a "
+        "chat, with LLaMA-Factory's system and history; prompt_completion: prompt, completion; messages: messages "
+        "(OpenAI's role, content); sharegpt: conversations (from, value); text: text",
+        metavar="NAME",
     )
     prompt_template_name_or_path: str = flag(
         DEFAULT_TEMPLATE, "JSON file with prompt_input, prompt_no_input and response_split"

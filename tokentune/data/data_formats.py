@@ -89,7 +89,7 @@ def _alpaca_chat(record: Record, where: str, template: PromptTemplate) -> Conver
     turns = [text for pair in history for text in pair] if _is_pairs(history) else None
     if turns is None:
         raise UserError(f"{where}: 'history' is {history!r:.60}, not a list of pairs of a question and its answer.")
-    turns += ["\n".join(text for text in asked if text), record.get("output")]
+    turns += ["\n".join(text for text in asked if text), text_of(record.get("output"), f"{where}: 'output'")]
     messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
     return openai_conversation(messages, _tools(record, where), where, system=_system(record, where))
 

@@ -79,18 +79,25 @@ class Columns:
 
 @dataclass
 class RowReport:
-    """Counts of one split. `labels`: that the rows carry; `cut_labels`: of words behind `--max_length`."""
+    """Counts of one split.
+
+    `labels`: that the rows carry; `cut_labels`: of words behind `--max_length`; `unwritten_labels`: of words that the
+    tokenizer makes no token of (a zero-width space, a control character).
+    """
 
     rows: int = 0
     cut_rows: int = 0
     tokens: int = 0
     labels: int = 0
     cut_labels: int = 0
+    unwritten_labels: int = 0
 
     def __str__(self) -> str:
         text = f"{self.rows} rows, {self.tokens} tokens, {self.labels} labels"
         cut = f", {self.cut_labels} labels lost" if self.cut_labels else ""
-        return text + (f"; {self.cut_rows} rows cut at --max_length{cut}" if self.cut_rows else "")
+        text += f"; {self.cut_rows} rows cut at --max_length{cut}" if self.cut_rows else ""
+        unwritten = f"; {self.unwritten_labels} words without a token, as the tokenizer makes none of them"
+        return text + (unwritten if self.unwritten_labels else "")
 
 
 @dataclass
@@ -294,7 +301,7 @@ def encode_words(
     """Lists of words to token ids: a word's first sub-word carries its label, all others none (-100).
 
     Rows keep "word_positions" for predictions where `labels` is None: the first sub-word of each word, None for a word
-    that was cut off.
+    that was cut off or has no token.
 
     Raises:
         UserError: a row is no list of words, is empty, or has more or fewer labels than words; a label is unknown.
@@ -324,8 +331,13 @@ def encode_words(
             for position, number in zip(first, numbers, strict=False):
                 if position is not None:
                     item["labels"][position] = number
-            encoded.report.cut_labels += 0 if labels is None else lost
-            is_cut = bool(cut.encodings[row].overflowing)
+            overflowing = cut.encodings[row].overflowing
+            behind = {word for part in overflowing for word in part.word_ids if word is not None}
+            cut_off = sum(position is None and word in behind for word, position in enumerate(first))
+            if labels is not None:
+                encoded.report.cut_labels += cut_off
+                encoded.report.unwritten_labels += lost - cut_off
+            is_cut = bool(overflowing)
             _add(encoded, item, is_cut=is_cut, labels=0 if labels is None else len(words) - lost)
     return encoded
 

@@ -212,7 +212,8 @@ def train_to_the_end(trainer: "SelectiveTrainer", start: Start) -> None:
             f"the training data is not what it was when {checkpoint} was written (file, template, tokenizer or their "
             "order changed): give the same, or start anew in another --model_save_path",
         )
-        _warn_of_rounding(trainer, saved)
+        check_processes(trainer, saved)
+        _warn_of_versions(saved)
     defer_interruptions()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -222,7 +223,8 @@ def train_to_the_end(trainer: "SelectiveTrainer", start: Start) -> None:
         raise
 
 
-def _warn_of_rounding(trainer: "SelectiveTrainer", saved: dict[str, Any]) -> None:
+def check_processes(trainer: "SelectiveTrainer", saved: dict[str, Any]) -> None:
+    """Refuses, UserError, another number of processes where it would change the batches; warns where not."""
     if saved["batch"]["processes"] != trainer.args.world_size:
         require(
             saved["data"] is not None or trainer.args.dataloader_num_workers <= 1,
@@ -234,6 +236,9 @@ def _warn_of_rounding(trainer: "SelectiveTrainer", saved: dict[str, Any]) -> Non
             saved["batch"]["processes"],
             trainer.args.world_size,
         )
+
+
+def _warn_of_versions(saved: dict[str, Any]) -> None:
     then, now = saved["versions"], versions()
     for name in now:
         if then.get(name) != now[name]:
