@@ -82,6 +82,10 @@ def classes(ids: Tensor) -> Tensor:
     return torch.arange(BATCH) % 3
 
 
+def classes_in_a_column(ids: Tensor) -> Tensor:
+    return classes(ids)[:, None]
+
+
 def words(ids: Tensor) -> Tensor:
     return ids.masked_fill((ids % 3 == 0) | (MASK == 0), -100)
 
@@ -91,7 +95,7 @@ def tags(ids: Tensor) -> Tensor:
 
 
 def of_classes(logits: Tensor, labels: Tensor, _: Tensor) -> Tensor:
-    return cross_entropy(logits, labels)
+    return cross_entropy(logits, labels.flatten())
 
 
 HEADS = {
@@ -115,8 +119,17 @@ HEADS = {
         lambda logits, labels, _: mse_loss(logits.squeeze(), labels),
     ),
     "sequence-last-token": Head(llama(LlamaForSequenceClassification, num_labels=3), oracle.LLAMA, classes, of_classes),
+    "sequence-column": Head(
+        bert(BertForSequenceClassification, num_labels=3), oracle.BERT, classes_in_a_column, of_classes
+    ),
+    "sequence-last-token-column": Head(
+        llama(LlamaForSequenceClassification, num_labels=3), oracle.LLAMA, classes_in_a_column, of_classes
+    ),
     "sequence-mean": Head(modern_bert, ("layers", ("Wqkv",)), classes, of_classes, all_rows=True),
     "image": Head(lambda: ViTForImageClassification(vit_config()), ("layers", SEPARATE), classes, of_classes),
+    "image-column": Head(
+        lambda: ViTForImageClassification(vit_config()), ("layers", SEPARATE), classes_in_a_column, of_classes
+    ),
 }
 
 
@@ -137,7 +150,7 @@ def definition(head: Head, model: nn.Module, positions: Tensor) -> Iterator[None
 
 def inputs_of(name: str) -> dict[str, Tensor]:
     ids = torch.randint(3, 90, (BATCH, LENGTH)).masked_fill(MASK == 0, 0)
-    if name == "image":
+    if name.startswith("image"):
         return {"pixel_values": torch.randn(BATCH, 3, 16, 16), "labels": HEADS[name].labels(ids)}
     return {"input_ids": ids, "attention_mask": MASK, "labels": HEADS[name].labels(ids)}
 
@@ -208,13 +221,15 @@ def test_the_pooled_token_is_always_drawn(name: str) -> None:
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
-def test_question_answering_draws_both_ends_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_question_answering_draws_both_ends_of_the_answer(shape: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss compares all tokens of a row: those of the rest take part as constants."""
     drawn = recorded_draws(monkeypatch)
     model = apply_tokentune(BertForQuestionAnswering(tiny_bert_config()).train(), PROPORTION)
     ids = inputs_of("masked-lm")["input_ids"]
     start, end = torch.tensor([3, 9, 0]), torch.tensor([5, 11, 200])  # the last one lies outside: ignored
-    out = model(input_ids=ids, attention_mask=MASK, start_positions=start, end_positions=end)
+    answers = {"start_positions": start.view(shape), "end_positions": end.view(shape)}
+    out = model(input_ids=ids, attention_mask=MASK, **answers)
     (positions,) = drawn
     assert (positions == start[:, None]).any(1).all() and (positions == end[:, None]).any(1).tolist() == [
         True,

@@ -17,12 +17,12 @@ from tokentune.groups import require
 from tokentune.looking import look
 from tokentune.selection import select_tokens, target_mask
 from tokentune.selective import Kept
-from tokentune.verification import Pooling
+from tokentune.verification import SEQUENCE_HEADS, Pooling
 
 if TYPE_CHECKING:
     from tokentune.patching import Settings
 
-_ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: positions (B,)
+_ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: positions (B,) or (B, 1)
 
 
 def has_labels(kwargs: dict[str, Any]) -> bool:
@@ -30,9 +30,10 @@ def has_labels(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in ("labels", *_ANSWERS))
 
 
-def per_token(labels: Tensor | None) -> bool:
-    """Whether these are labels of tokens (B, S), not classes (B,) or several yes-or-no classes (B, C), floats."""
-    return labels is not None and labels.ndim == 2 and not labels.is_floating_point()
+def per_token(model: PreTrainedModel, labels: Tensor | None) -> bool:
+    """Whether these are labels of tokens (B, S), not classes (B,) or (B, 1), several of them or numbers (B, C)."""
+    whole = model.loss_type in SEQUENCE_HEADS
+    return labels is not None and labels.ndim == 2 and not labels.is_floating_point() and not whole
 
 
 class Drawn(NamedTuple):
@@ -79,7 +80,7 @@ def draw(
     if mask is None or mask.ndim != 2:
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     targets = None
-    if per_token(labels):
+    if per_token(model, labels):
         if causal:  # the padding in front of a left-padded row predicts its first token: never a target
             labels = labels.masked_fill(F.pad(mask[:, :-1], (1, 0)).to(labels.device) == 0, -100)
             kwargs["labels"] = labels
@@ -96,7 +97,7 @@ def draw(
         strategy=settings.strategy,
         scores=None if uniform is None else uniform.to(mask.device),
         input_ids=kwargs.get("input_ids"),
-        labels=labels if per_token(labels) else None,
+        labels=labels if per_token(model, labels) else None,
         token_scores=None if seen is None else {name: score.to(mask.device) for name, score in seen.scores.items()},
         draw="proportional" if settings.look is None else settings.look.draw,
     )
@@ -136,7 +137,7 @@ def look_beside(
 
 def _always(settings: "Settings", kwargs: dict[str, Any], mask: Tensor) -> Tensor | None:
     """(B, S) bool: the tokens to be selected in any case."""
-    answers = [kwargs[name].to(mask.device) for name in _ANSWERS if kwargs.get(name) is not None]
+    answers = [kwargs[name].to(mask.device).flatten() for name in _ANSWERS if kwargs.get(name) is not None]
     if not answers:
         return pooled_tokens(settings.profile.pooling, mask)
     # Otherwise most draws would hold neither end of the answer.

@@ -46,7 +46,7 @@ from tokentune.selective import (
 )
 from tokentune.strategies import find_strategy
 from tokentune.structure import Stack, transformer_layers
-from tokentune.verification import Pooling, Profile, verified_profile, verify_correction
+from tokentune.verification import SEQUENCE_HEADS, Pooling, Profile, verified_profile, verify_correction
 
 logger = logging.get_logger(__name__)
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
@@ -201,7 +201,7 @@ def _keep_4bit_layout(owner: PreTrainedModel) -> None:
 
 def _assumed_profile(owner: PreTrainedModel) -> Profile:
     """What most models are, for one that is not to be verified: encoders pool the first token."""
-    whole = owner.loss_type in ("ForSequenceClassification", "ForImageClassification")
+    whole = owner.loss_type in SEQUENCE_HEADS
     pooler = any(name.split(".")[-1] == "pooler" for name, _ in owner.named_modules())
     return Profile(Rows.SELECTED, Pooling.FIRST if whole or pooler else None)
 
@@ -288,7 +288,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
-    looks = settings.look is not None and model.training and per_token(kwargs.get("labels"))
+    looks = settings.look is not None and model.training and per_token(model, kwargs.get("labels"))
     if looks and rows is Rows.ALL:
         raise UnsupportedModelError("a look at all tokens needs the model's own forward and loss, not a trainer's")
     kept = None
@@ -297,7 +297,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         (positions, weights, kept), supervised = draw(model, settings, kwargs, causal=causal, **options), None
     if isinstance(positions, Tensor):
         _check_positions(settings.profile.pooling, positions, kwargs.get("attention_mask"))
-    if weights is not None and not (causal and rows is not Rows.ALL and per_token(kwargs.get("labels"))):
+    if weights is not None and not (causal and rows is not Rows.ALL and per_token(model, kwargs.get("labels"))):
         raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
 
     whole = _is_whole_sequence(positions, kwargs)
@@ -305,7 +305,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         kept = look_beside(model, settings, kwargs, positions, kwargs["labels"] if all_labels is None else all_labels)
     loss_function = None
     labels = kwargs.get("labels")
-    if per_token(labels):
+    if per_token(model, labels):
         if causal and rows is not Rows.ALL:
             loss_function = _chunked_loss(model, settings, positions, supervised, weights)
             if loss_function is None and not whole:

@@ -37,7 +37,7 @@ BATCH, LENGTH, PADDING, SELECTED = 3, 19, 4, 7
 TOLERANCE = 1e-9  # relative, in float64 throughout
 _DEFINITION = "tokentune_definition"
 _TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
-_SEQUENCE_HEADS = ("ForSequenceClassification", "ForImageClassification")
+SEQUENCE_HEADS = ("ForSequenceClassification", "ForImageClassification")
 
 
 class Pooling(Enum):
@@ -179,7 +179,7 @@ def _labels(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
     if loss_type in _TOKEN_HEADS:
         classes = config.num_labels if loss_type == "ForTokenClassification" else config.get_text_config().vocab_size
         return {"labels": torch.randint(0, classes, mask.shape).masked_fill(mask == 0, -100)}
-    if loss_type in _SEQUENCE_HEADS:
+    if loss_type in SEQUENCE_HEADS:
         if config.problem_type == "multi_label_classification":
             return {"labels": torch.randint(0, 2, (BATCH, config.num_labels)).double()}
         if config.problem_type == "regression" or config.num_labels == 1:
