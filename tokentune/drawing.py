@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokentune.errors import UnsupportedModelError
 from tokentune.groups import require
 from tokentune.looking import look
 from tokentune.selection import select_tokens, target_mask
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from tokentune.patching import Settings
 
 _ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: positions (B,) or (B, 1)
+# What TRL's DPOTrainer has the model return beside the log-probabilities.
+_OF_PREFERENCES = ("mean_logits", "log_sum_sq_probs")
+_WEIGHS = "the model draws its own selection for a mean over tokens, not for a loss that weighs them"
 
 
 def has_labels(kwargs: dict[str, Any]) -> bool:
@@ -165,10 +169,13 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
     """Scales what TRL's trainers sum up over the tokens of an output, in place, to stand for all supervised tokens.
 
     They divide the sum of `log_probs` (B, S - 1) by a count of all of them, taken outside of the model. That is right
-    for a plain sum alone: the backward pass refuses losses that weigh tokens (`dft`, preferences, rewards).
+    for a plain sum alone: refused are losses that weigh tokens (`dft`, preferences, rewards), here where the output
+    holds what only such a loss asks for, which would work with it before its backward pass; otherwise in that.
     """
     if getattr(output, "log_probs", None) is None or getattr(output, "label_mask", None) is None:
         return
+    if any(getattr(output, name, None) is not None for name in _OF_PREFERENCES):
+        raise UnsupportedModelError(_WEIGHS)
     drawn = output.label_mask.bool()
     for name in ("log_probs", "entropy", "is_top1"):
         if getattr(output, name, None) is not None:
@@ -177,7 +184,7 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
 
     def check(gradient: Tensor) -> None:
         alike = gradient.masked_fill(~drawn, -torch.inf).amax() == gradient.masked_fill(~drawn, torch.inf).amin()
-        require(alike, "the model draws its own selection for a mean over tokens, not for a loss that weighs them")
+        require(alike, _WEIGHS)
 
     if output.log_probs.requires_grad:
         output.log_probs.register_hook(check)
