@@ -334,7 +334,8 @@ def _is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
 def _start_step(settings: Settings, positions: Any, rows: Rows, kept: Kept | None, scales: Tensor | None) -> None:
     """Starts the selective forward; `settings.undo` gets what puts everything back."""
     implementations = [(config, config._attn_implementation) for config in settings.stack.configs]
-    step = Step(positions, implementations, settings.stack.calls, rows, kept, scales)
+    per_token = settings.profile.per_token
+    step = Step(positions, implementations, settings.stack.calls, rows, kept, scales, per_token)
     settings.undo += activate(step)
     settings.undo += checkpoint_layers(settings.stack, step, settings.checkpoint_rest, settings.offload_kv)
 

@@ -41,6 +41,7 @@ from tokentune.attention import attend
 from tokentune.correction import OwnTokens, scale_gradient
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import TokenGroups, gather_tokens, in_sequence_order, token_order
+from tokentune.layer_arguments import has_row_per_token, map_tensors
 from tokentune.masks import GroupMask, MaskRecipe, read_mask
 
 SELECTED, REST = "selected", "rest"
@@ -112,6 +113,7 @@ class Step:
     rows: Rows = Rows.SELECTED
     kept: Kept | None = None  # from a look (`looking.py`): the rest runs no more
     gradient_scales: Tensor | None = None  # (B, K), of the selected keys and values (`correction.py`); None: all 1
+    per_token: dict[str, bool] = field(default_factory=dict)  # of the layers' arguments (`layer_arguments.py`)
     entered_calls: int = 0
     order: Tensor | None = None  # (B, S): the selected positions, then the rest's, both ascending
     call: LayerCall | None = None
@@ -161,18 +163,18 @@ class Step:
         return gather_tokens(torch.cat(groups, dim=1), self.order.argsort(dim=1).to(groups.selected.device))
 
     def rows_of(self, value: Any, group: str) -> Any:
-        """A layer's argument for one group: its rows of whatever has a row per token, all else as it is."""
-        if isinstance(value, Tensor):
-            batch, length = self.order.shape
-            pairs_of_tokens = value.ndim == 4 and value.shape[2:] == (length, length)  # a mask: the attention's affair
-            per_token = value.ndim >= 2 and value.shape[1] == length and value.shape[0] in (1, batch)
-            return self._cached_rows(value, group) if per_token and not pairs_of_tokens else value
-        if isinstance(value, tuple | list):
-            items = [self.rows_of(item, group) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, dict):
-            return {key: self.rows_of(item, group) for key, item in value.items()}
-        return value
+        """A layer's arguments for one group: its rows of whatever has a row per token, all else as it is."""
+        return map_tensors(value, partial(self._rows_of_tensor, group))
+
+    def _rows_of_tensor(self, group: str, value: Tensor, path: str) -> Tensor:
+        batch, length = self.order.shape
+        fits = has_row_per_token(value, batch, length)
+        per_token = self.per_token.get(path, fits)
+        if per_token and not fits:
+            raise UnsupportedModelError(
+                f"the layers' argument {path} of shape {tuple(value.shape)} has no row for each of {length} tokens"
+            )
+        return self._cached_rows(value, group) if per_token else value
 
     def _cached_rows(self, value: Tensor, group: str) -> Tensor:
         rows = next((rows for original, rows in self.row_cache if original is value), None)

@@ -13,7 +13,7 @@ it is found out which rows the head needs (`selective.Rows`) and which token it 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokentune.attention import eager_function
 from tokentune.correction import gradient_scales
 from tokentune.errors import UnsupportedModelError
+from tokentune.layer_arguments import arguments_per_token
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import Rows, TokenGroups
 from tokentune.structure import attention_modules, transformer_layers
@@ -34,6 +35,7 @@ from tokentune.tiny_copy import Float64, implementation, tiny_copy, undisturbed
 
 # Sizes that differ from one another and from every size of the tiny model, so that no dimension passes for another.
 BATCH, LENGTH, PADDING, SELECTED = 3, 19, 4, 7
+OTHER_LENGTH = 23  # at which layers are looked at once more: what has another size there too has a row per token
 TOLERANCE = 1e-9  # relative, in float64 throughout
 _DEFINITION = "tokentune_definition"
 _TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
@@ -55,6 +57,8 @@ class Profile:
     rows: Rows
     pooling: Pooling | None  # None: the head looks at every token for itself, or there is none
     whole_logits: str | None = None  # why the loss cannot be taken a chunk of rows at a time (`loss.py`)
+    # Whether an argument of the layers has a row per token, by its path (`layer_arguments.py`); others go by shape.
+    per_token: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,6 +86,7 @@ def verified_profile(model: PreTrainedModel) -> Profile:
     with undisturbed():
         try:
             tiny = tiny_copy(model)
+            per_token = _arguments_per_token(tiny)
             trials = [_trial(tiny, side) for side in ("right", "left")]
         except UnsupportedModelError:
             raise
@@ -94,8 +99,8 @@ def verified_profile(model: PreTrainedModel) -> Profile:
         for rows in (Rows.SELECTED, Rows.GATHERED, Rows.ALL):
             try:
                 for trial in trials:
-                    _compare(trial, Profile(rows, pooling))
-                profile = Profile(rows, pooling)
+                    _compare(trial, Profile(rows, pooling, per_token=per_token))
+                profile = Profile(rows, pooling, per_token=per_token)
                 return replace(profile, whole_logits=_why_whole_logits(trials[0], profile))
             except UnsupportedModelError as error:
                 first_error = first_error or error
@@ -122,6 +127,16 @@ def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
     if "arange" in inspect.unwrap(type(attention).forward).__code__.co_names:
         return f" ({type(attention).__name__} counts the tokens it is given, which are one group's, not the sequence's)"
     return ""
+
+
+def _arguments_per_token(tiny: PreTrainedModel) -> dict[str, bool]:
+    def run(length: int) -> None:
+        mask = torch.ones(BATCH, length, dtype=torch.long)
+        mask[1, length - PADDING :] = 0  # without padding many models make no mask
+        with Float64(), torch.no_grad():
+            tiny(**_inputs(tiny, mask))
+
+    return arguments_per_token(transformer_layers(tiny), run, BATCH, (LENGTH, OTHER_LENGTH))
 
 
 # --- what it is tried on ----------------------------------------------------------------------------------------------
