@@ -1,5 +1,7 @@
 """Which arguments of the layers have a row per token: also where a table happens to be as long as the sequence."""
 
+import contextlib
+
 import oracle
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_what_had_a_row_per_token_has_one_for_each_token() -> None:
     numbers = {"numbers": torch.arange(4.0)[None], "table": torch.arange(4.0)[None], "unknown": torch.arange(4.0)[None]}
     rows = step.rows_of(numbers, SELECTED)
     assert [len(rows[name][0]) for name in numbers] == [2, 4, 2]
-    with pytest.raises(UnsupportedModelError, match="argument numbers of shape .1, 6. has no row for each of 4 tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"argument numbers of shape \(1, 6\) has no row for each of 4"):
         step.rows_of({"numbers": torch.zeros(1, 6)}, SELECTED)
 
 
@@ -96,10 +98,8 @@ def test_shapes_are_compared_at_all_lengths() -> None:
         hidden = torch.zeros(2, length, 8)
         more = {"always": hidden, "fixed": tables[5], "changing": tables[length], "scalar": torch.tensor(5)}
         for layer in stack.layers:
-            try:
+            with contextlib.suppress(TypeError):  # the layer itself has no use for them
                 layer(hidden, None, more)
-            except Exception:  # noqa: S110, BLE001 -- the layer itself has no use for these
-                pass
 
     found = arguments_per_token(stack, run, 2, (5, 9))
     assert found == {"1.always": True, "1.fixed": False, "1.changing": True, "1.scalar": False}

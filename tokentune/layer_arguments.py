@@ -16,7 +16,7 @@ from tokentune.structure import Stack
 
 
 def map_tensors(value: Any, function: Callable[[Tensor, str], Any], path: str = "") -> Any:
-    """`value` with `function(tensor, path)` in place of each tensor in it: `position_embeddings.0`, in tuples, dicts."""
+    """`value` with `function(tensor, path)` in place of each tensor in it; a path is `position_embeddings.0`."""
     if isinstance(value, Tensor):
         return function(value, path)
     if isinstance(value, tuple | list):
@@ -28,7 +28,7 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Any], path: str = 
 
 
 def has_row_per_token(tensor: Tensor, batch: int, length: int) -> bool:
-    """Whether its shape is that of numbers per token, (B or 1, S, ...). A mask (B, H, S, S) is the attention's affair."""
+    """Whether its shape is that of numbers per token, (B or 1, S, ...). A mask (B, H, S, S) is left to attention."""
     mask = tensor.ndim == 4 and tensor.shape[2:] == (length, length)
     return tensor.ndim >= 2 and tensor.shape[1] == length and tensor.shape[0] in (1, batch) and not mask
 
