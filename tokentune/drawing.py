@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 _ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: positions (B,) or (B, 1)
 # What TRL's DPOTrainer has the model return beside the log-probabilities.
 _OF_PREFERENCES = ("mean_logits", "log_sum_sq_probs")
+_PADDING_POOLED = (
+    "this model's head pools a padding token of some row, which carries no gradient: let the tokenizer pad where the "
+    "head expects it (behind the tokens for a first one), with the id in config.pad_token_id"
+)
 _WEIGHS = "the model draws its own selection for a mean over tokens, not for a loss that weighs them"
 
 
@@ -97,7 +101,7 @@ def draw(
         mask,
         settings.prefix_length,
         targets=targets,
-        always=_always(settings, kwargs, mask),
+        always=_always(model, settings, kwargs, mask),
         strategy=settings.strategy,
         scores=None if uniform is None else uniform.to(mask.device),
         input_ids=kwargs.get("input_ids"),
@@ -139,11 +143,14 @@ def look_beside(
     return seen.kept
 
 
-def _always(settings: "Settings", kwargs: dict[str, Any], mask: Tensor) -> Tensor | None:
+def _always(model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any], mask: Tensor) -> Tensor | None:
     """(B, S) bool: the tokens to be selected in any case."""
     answers = [kwargs[name].to(mask.device).flatten() for name in _ANSWERS if kwargs.get(name) is not None]
     if not answers:
-        return pooled_tokens(settings.profile.pooling, mask)
+        pooled = pooled_tokens(settings.profile.pooling, mask, kwargs.get("input_ids"), pad_token(model))
+        if pooled is not None:
+            require((pooled & mask.bool()).any(1), _PADDING_POOLED)
+        return pooled
     # Otherwise most draws would hold neither end of the answer.
     ends = torch.stack(answers, dim=1).clamp(0, mask.shape[1] - 1)
     return torch.zeros_like(mask, dtype=torch.bool).scatter(1, ends, True)
@@ -155,13 +162,27 @@ def _draw_in_front_of_the_layers(settings: "Settings", hidden: Tensor) -> Tensor
     return select_tokens(mask, settings.prefix_length, always=always, strategy=settings.strategy)[0]
 
 
-def pooled_tokens(pooling: Pooling | None, mask: Tensor) -> Tensor | None:
-    """(B, S) bool: the token that the head pools, which has to be selected; None where it pools none or all."""
-    if pooling not in (Pooling.FIRST, Pooling.LAST):
+def pad_token(model: PreTrainedModel) -> int | None:
+    """The id by which a model's head knows padding."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
+
+
+def pooled_tokens(
+    pooling: Pooling | None, mask: Tensor, input_ids: Tensor | None = None, pad_token_id: int | None = None
+) -> Tensor | None:
+    """(B, S) bool: the token that the head pools, which has to be selected; None where it pools none or all.
+
+    `input_ids` (B, S) and `pad_token_id` are what transformers' decoders look for it by: without one of them they take
+    the last place, padding or not.
+    """
+    if pooling not in (Pooling.FIRST, Pooling.LAST, Pooling.LAST_NON_PAD):
         return None
     index = torch.arange(mask.shape[1], device=mask.device)
     if pooling is Pooling.FIRST:
         return (index == 0).expand(mask.shape)
+    if pooling is Pooling.LAST_NON_PAD:
+        by_id = input_ids is not None and pad_token_id is not None
+        mask = (input_ids != pad_token_id).to(mask) if by_id else torch.ones_like(mask)
     return index == (index * mask).argmax(dim=1, keepdim=True)
 
 

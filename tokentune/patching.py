@@ -25,7 +25,7 @@ from transformers.utils import logging
 from tokentune.attention import require_served
 from tokentune.checkpointing import CHECKPOINT_REST, checkpoint_layers
 from tokentune.correction import gradient_scales, require_correctable
-from tokentune.drawing import DrawCounts, draw, has_labels, look_beside, per_token, pooled_tokens
+from tokentune.drawing import DrawCounts, draw, has_labels, look_beside, pad_token, per_token, pooled_tokens
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import gather_tokens, token_order
 from tokentune.look_verification import verify_look
@@ -53,6 +53,7 @@ _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Sett
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 # Keyword arguments that no model's own forward takes.
 _OURS = ("selected_positions", "selection_weights", "selection_draws", "num_supervised", "all_labels")
+_POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
 _PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 
 
@@ -296,7 +297,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         options = {"uniform": uniform, "num_supervised": supervised}
         (positions, weights, kept), supervised = draw(model, settings, kwargs, causal=causal, **options), None
     if isinstance(positions, Tensor):
-        _check_positions(settings.profile.pooling, positions, kwargs.get("attention_mask"))
+        _check_positions(model, settings.profile.pooling, positions, kwargs)
     if weights is not None and not (causal and rows is not Rows.ALL and per_token(model, kwargs.get("labels"))):
         raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
 
@@ -404,7 +405,9 @@ def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` cannot be had together with a selection")
 
 
-def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | None) -> None:
+def _check_positions(
+    model: PreTrainedModel, pooling: Pooling | None, positions: Tensor, kwargs: dict[str, Any]
+) -> None:
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
@@ -414,10 +417,13 @@ def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | 
         return
     if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
-    if pooling is Pooling.LAST and mask is not None and mask.ndim == 2:
-        pooled = pooled_tokens(pooling, mask.cpu())
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if mask is None and ids is not None:
+        mask = torch.ones_like(ids)
+    if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD) and mask is not None and mask.ndim == 2:
+        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token(model))
         if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
-            raise ValueError("this model pools the last real token: it must be selected in every row")
+            raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
 
 
 def _is_causal_lm(model: PreTrainedModel) -> bool:

@@ -47,6 +47,7 @@ class Pooling(Enum):
 
     FIRST = "first"
     LAST = "last"
+    LAST_NON_PAD = "last non-pad"  # by its id: a real token that has the pad token's id does not count
     ALL = "all"
 
 
@@ -156,15 +157,16 @@ def _trial(tiny: PreTrainedModel, side: str) -> _Trial:
     handle.remove()
     length = kept[-1].shape[1]
     mask = mask if "attention_mask" in batch else torch.ones(BATCH, length, dtype=torch.long)
-    pooling = _pooling(result, kept[-1], mask)
+    pooling = _pooling(result, kept[-1], mask, batch.get("input_ids"))
     if pooling is Pooling.FIRST and side == "left" and not mask.all():  # it would be padding that is pooled
         return _trial(tiny, "no")
     scores = torch.rand(BATCH, length).masked_fill(mask == 0, 2.0)
     scores[1, mask[1].argmin()] = -1.0  # one padding position: short rows are filled up with them
     if pooling is Pooling.FIRST:
         scores[:, 0] = -1.0
-    if pooling is Pooling.LAST:
-        scores[torch.arange(BATCH), mask.shape[1] - 1 - mask.flip(1).argmax(1)] = -1.0
+    if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD):
+        last = mask if pooling is Pooling.LAST else batch["input_ids"] != 0
+        scores[torch.arange(BATCH), _last(last)] = -1.0
     positions = scores.argsort(1)[:, :SELECTED].sort(1).values
     return _Trial(tiny, batch, side, positions, untouched.detach(), pooling)
 
@@ -178,6 +180,9 @@ def _inputs(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(BATCH, vision.num_channels, size, size, dtype=torch.float64)}
     text = tiny.config.get_text_config()
     ids = torch.randint(1, text.vocab_size, mask.shape).masked_fill(mask == 0, 0)
+    if getattr(text, "pad_token_id", None) == 0 and mask[0].all():  # real tokens of that id too, as where it ends texts
+        ids[0, -2:] = 0
+        ids[2, mask.shape[1] // 2] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in accepted and getattr(text, "type_vocab_size", 0):
         batch["token_type_ids"] = torch.randint(0, text.type_vocab_size, mask.shape)
@@ -222,7 +227,12 @@ def _forward(tiny: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, A
     return output, result
 
 
-def _pooling(result: Any, hidden: Tensor, mask: Tensor) -> Pooling | None:
+def _last(mask: Tensor) -> Tensor:
+    """(B,): where each row of (B, S) is true for the last time."""
+    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+
+
+def _pooling(result: Any, hidden: Tensor, mask: Tensor, ids: Tensor | None) -> Pooling | None:
     """Which rows of the last layer's output `hidden` (B, S, D) the head for whole sequences depends on."""
     pooled = getattr(result, "pooler_output", None)
     if pooled is None and getattr(result, "logits", None) is not None and result.logits.ndim == 2:
@@ -232,14 +242,11 @@ def _pooling(result: Any, hidden: Tensor, mask: Tensor) -> Pooling | None:
     weights = torch.linspace(-1, 1, pooled[0].numel(), dtype=pooled.dtype)
     (gradient,) = torch.autograd.grad((pooled.flatten(1) * weights).sum(), hidden, retain_graph=True)
     used = gradient.abs().sum(-1) > 0  # (B, S)
-    last = torch.arange(mask.shape[1]) == mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
-    for pooling, expected in (
-        (Pooling.FIRST, torch.arange(mask.shape[1]).expand(mask.shape) == 0),
-        (Pooling.LAST, last),
-    ):
-        if torch.equal(used, expected):
-            return pooling
-    return Pooling.ALL
+    places = {Pooling.FIRST: torch.zeros(len(mask), dtype=torch.long), Pooling.LAST: _last(mask)}
+    if ids is not None:
+        places[Pooling.LAST_NON_PAD] = _last(ids != 0)  # in the tiny copy the pad token has id 0
+    index = torch.arange(mask.shape[1])
+    return next((way for way, place in places.items() if torch.equal(used, index == place[:, None])), Pooling.ALL)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
