@@ -317,7 +317,7 @@ def test_a_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="past_key_values"):
         model(ids, selected_positions=positions, past_key_values=model(ids, use_cache=True).past_key_values)
     assert model(ids, selected_positions=positions, use_cache=True).past_key_values is None
-    with pytest.raises(RuntimeError, match="not its `forward`"):
+    with pytest.raises(RuntimeError, match="called `forward` in place of the model"):
         model.forward(ids, selected_positions=positions)
 
 

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from tokentune.adapter_kinds import Suspect, require_served_adapters, unserved_adapters, wrapper_past_hooks
 from tokentune.attention import require_served
 from tokentune.checkpointing import CHECKPOINT_REST, checkpoint_layers
 from tokentune.correction import gradient_scales, require_correctable
@@ -32,6 +33,7 @@ from tokentune.look_verification import verify_look
 from tokentune.looking import SCORES, LookOptions
 from tokentune.loss import CHUNK_BYTES, ChunkedLoss, is_frozen, put_loss, why_not_in_chunks
 from tokentune.masks import recipe_from_functions
+from tokentune.past_hooks import HOOKS_AT_WORK, check_hooks_ran, is_called_by_prompt_learning
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import (
     CURRENT_STEP,
@@ -50,9 +52,11 @@ from tokentune.verification import SEQUENCE_HEADS, Pooling, Profile, verified_pr
 
 logger = logging.get_logger(__name__)
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
+_SETTINGS_OF_OWNER = "_tokentune_of_owner"  # likewise, of the model inside that holds the layers
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 # Keyword arguments that no model's own forward takes.
 _OURS = ("selected_positions", "selection_weights", "selection_draws", "num_supervised", "all_labels")
+_PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 _POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
 _PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 
@@ -72,6 +76,9 @@ class Settings:
     look: LookOptions | None = None
     needs: tuple[str, ...] = ()  # the scores that the strategy needs
     gradient_correction: float = 0.0
+    verify: bool = True  # whether the model was compared, and its adapters are to be of a kind that was
+    adapters: list[Suspect] = field(default_factory=list)  # that cannot be served, active ones or not
+    adapters_of: tuple[int, ...] = ()  # the adapters' configurations that were looked at for these
     undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the step under way, last first
     finish: Callable[[Any], None] | None = None  # what the output of the step under way still needs
     counts: DrawCounts | None = None  # of the last draw
@@ -106,8 +113,9 @@ def apply_tokentune(
             draws the selection itself whenever it is in training mode and called with labels; with the uniform numbers
             `selection_draws` (B, S), where these are given.
         strategy: how it draws, a name that `strategies.find_strategy` knows.
-        verify: first compare a tiny random copy with the definition of the method (`verification.py`). Without it a
-            model that cannot be served may be trained wrongly, without an error.
+        verify: first compare a tiny random copy with the definition of the method (`verification.py`), and refuse
+            adapters of kinds that were never compared (`adapter_kinds.py`). Without it a model that cannot be served
+            may be trained wrongly, without an error.
         look: how it looks at all tokens first (`looking.py`), for strategies that need scores (None: the default ways),
             or for the loss over all tokens (`last_draw`) and steps that run nothing of the rest, given positions too.
             Where the strategy knows probabilities, the loss of a token weighs 1 / probability.
@@ -127,6 +135,7 @@ def apply_tokentune(
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
     """
     owner = _owner(model)
+    require_served_adapters(unserved_adapters(owner, trust_unknown=not verify))
     if checkpoint_rest not in CHECKPOINT_REST:
         raise ValueError(f"checkpoint_rest must be one of {', '.join(CHECKPOINT_REST)}, not {checkpoint_rest!r}")
     require_correctable(gradient_correction, transformer_layers(owner))
@@ -165,10 +174,16 @@ def apply_tokentune(
         look=look,
         needs=needs,
         gradient_correction=gradient_correction,
+        verify=verify,
     )
     if before is None:
         install_hooks(owner)
+    wrapper = wrapper_past_hooks(model)
+    if wrapper is not None and _begin_for_model_inside not in wrapper._forward_pre_hooks.values():
+        wrapper.register_forward_pre_hook(_begin_for_model_inside, with_kwargs=True)
+        wrapper.register_forward_hook(_end_for_model_inside, always_call=True)
     setattr(owner, _SETTINGS, settings)
+    setattr(stack.backbone, _SETTINGS_OF_OWNER, settings)
     return model
 
 
@@ -215,6 +230,7 @@ def install_hooks(owner: PreTrainedModel) -> None:
     for layer in stack.layers:
         layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
         layer.register_forward_hook(leave_layer)
+    stack.backbone.register_forward_pre_hook(_enter_backbone)
     stack.backbone.register_forward_hook(_gather_rows)
     owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
     owner.register_forward_hook(_end_step, always_call=True)
@@ -225,8 +241,9 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
     owner = _owner(model)
     if not hasattr(owner, _SETTINGS):
         return model
-    ours = (enter_layer, leave_layer, _gather_rows, _begin_step, _end_step)
-    for module in owner.modules():
+    ours = (enter_layer, leave_layer, _enter_backbone, _gather_rows, _begin_step, _end_step)
+    ours += (_begin_for_model_inside, _end_for_model_inside)
+    for module in {*owner.modules(), *model.modules()}:
         for hooks, *flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
@@ -234,6 +251,7 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 for registry in (hooks, *flags):
                     registry.pop(key, None)
+        module.__dict__.pop(_SETTINGS_OF_OWNER, None)
     delattr(owner, _SETTINGS)
     return model
 
@@ -263,7 +281,7 @@ def _owner(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside whatever peft or `torch.compile` wraps around it."""
     model = getattr(model, "_orig_mod", model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedModelError("peft's prompt learning puts tokens in front that selected positions do not count")
+        raise UnsupportedModelError(_PROMPT_LEARNING)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"a transformers or peft model is needed, not {type(inner).__name__}")
@@ -274,6 +292,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, _SETTINGS)
     _put_back(settings)  # what an interrupt (Ctrl-C) left, after which torch calls no hooks
+    settings.undo.append(partial(HOOKS_AT_WORK.reset, HOOKS_AT_WORK.set(True)))
     parameters = inspect.signature(type(model).forward).parameters
     given, kwargs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
     positions, weights, uniform, supervised, all_labels = (kwargs.pop(name, None) for name in _OURS)
@@ -284,7 +303,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
                 "called without labels (label smoothing?): an ordinary forward, all tokens get gradients"
             )
         return ((), kwargs) if any(name in given for name in _OURS) else None
-    _refuse(model, kwargs)
+    _refuse(model, settings, kwargs)
     causal = _is_causal_lm(model)
     rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
@@ -371,9 +390,26 @@ def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
         finish(output)
 
 
+def _begin_for_model_inside(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """Forward pre-hook of a wrapper that calls the model's `forward` and not the model (`wrapper_past_hooks`)."""
+    return _begin_step(wrapper.model, args, kwargs) if hasattr(wrapper.model, _SETTINGS) else None
+
+
+def _end_for_model_inside(wrapper: nn.Module, args: tuple, output: Any) -> None:
+    if hasattr(wrapper.model, _SETTINGS):
+        _end_step(wrapper.model, args, output)
+
+
 def _put_back(settings: Settings) -> None:
     while settings.undo:
         settings.undo.pop()()
+
+
+def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
+    """Forward pre-hook of the model that holds the layers."""
+    settings = backbone.__dict__.get(_SETTINGS_OF_OWNER)
+    if settings is not None:  # None: it is being verified
+        check_hooks_ran(backbone, settings)
 
 
 def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
@@ -389,7 +425,7 @@ def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
     return output
 
 
-def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+def _refuse(model: PreTrainedModel, settings: Settings, kwargs: dict[str, Any]) -> None:
     """Raises for what a selective forward cannot do."""
     if getattr(model, "_is_replica", False):
         raise UnsupportedModelError(
@@ -397,12 +433,25 @@ def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         )
     if CURRENT_STEP.get() is not None:
         raise UnsupportedModelError("a selective forward was started inside another one")
+    _require_served_adapters_now(model, settings)
+    of_others = any(kwargs.get(name) is not None for name in ("inputs_embeds", "past_key_values"))
+    if of_others and not torch.compiler.is_compiling() and is_called_by_prompt_learning():
+        raise UnsupportedModelError(_PROMPT_LEARNING)
     config = model.config.get_text_config()
     for name in _REFUSED:
         asked = kwargs.get(name)
         asked = asked if isinstance(asked, Tensor) else asked not in (None, False, 0)
         if isinstance(asked, Tensor) or asked or (name.startswith("output") and getattr(config, name, False)):
             raise ValueError(f"`{name}` cannot be had together with a selection")
+
+
+def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> None:
+    """Adapters may have come, or become active, after the model was patched."""
+    configs = getattr(model, "peft_config", None)
+    known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
+    if known != settings.adapters_of:
+        settings.adapters, settings.adapters_of = unserved_adapters(model, trust_unknown=not settings.verify), known
+    require_served_adapters(settings.adapters)
 
 
 def _check_positions(

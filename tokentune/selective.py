@@ -43,6 +43,7 @@ from tokentune.errors import UnsupportedModelError
 from tokentune.groups import TokenGroups, gather_tokens, in_sequence_order, token_order
 from tokentune.layer_arguments import has_row_per_token, map_tensors
 from tokentune.masks import GroupMask, MaskRecipe, read_mask
+from tokentune.past_hooks import caller_of_forward
 
 SELECTED, REST = "selected", "rest"
 QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "query", "q_lin")  # modules whose output becomes queries and nothing else
@@ -219,7 +220,10 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
     hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states", None), ())
     if step is None:
         if "selected_positions" in kwargs:  # swallowed by the model's **kwargs, where its hooks did not run
-            raise RuntimeError("selected_positions reached a layer: call the model itself, not its `forward` method")
+            raise RuntimeError(
+                f"selected_positions reached a layer past the model's hooks: {caller_of_forward()} called `forward` "
+                "in place of the model itself"
+            )
         if isinstance(hidden, TokenGroups):
             raise RuntimeError("a layer is run again outside of its forward pass (a checkpointing wrapper does this)")
         return None
