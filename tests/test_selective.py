@@ -344,7 +344,7 @@ def test_a_head_that_pools_the_last_token_is_right_and_needs_it() -> None:
     ids, mask = padded_batch()
     ids = ids.masked_fill(mask == 0, 0)
     labels = torch.tensor([0, 1, 1])
-    positions = torch.tensor([[2, 6, 10], [1, 2, 7], [0, 3, 4]])  # last real tokens: 10, 7, 4
+    positions = torch.tensor([[2, 6, 10], [1, 2, 7], [0, 3, 4]])  # last token that has not the pad token's ids: 10, 7, 4
     with oracle.constants_outside(model, positions, oracle.LLAMA):
         expected = model(ids, attention_mask=mask, labels=labels)
     apply_tokentune(model, prefix_length=3)
@@ -353,7 +353,7 @@ def test_a_head_that_pools_the_last_token_is_right_and_needs_it() -> None:
     gradients = [oracle.gradients(model, out.loss) for out in (expected, found)]
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
-    with pytest.raises(ValueError, match="last real token"):
+    with pytest.raises(ValueError, match="last token that has not the pad token's id"):
         model(ids, attention_mask=mask, labels=labels, selected_positions=positions - (positions == 7).long())
     model(ids, attention_mask=mask, labels=labels).loss.backward()  # its own draw holds it
 
