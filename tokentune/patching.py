@@ -43,6 +43,7 @@ from tokentune.selective import (
     Step,
     activate,
     enter_layer,
+    have_hooks_of_others,
     leave_layer,
     selective_attention,
 )
@@ -129,7 +130,9 @@ def apply_tokentune(
             method as published; 1 is exact in expectation where one layer mixes tokens, for positions drawn uniformly
             (or with weights), and varies more from draw to draw.
 
-    Forward hooks that others put on a layer itself see the pair of groups; modules inside are called once per group.
+    Forward hooks that others put on a layer itself, before or after, see and may change all of its rows, (B, S, D), as
+    ever (which costs copies of them, and the last layer's rest; where a hook mixes tokens, those of the rest are
+    constants to it). Modules inside are called once per group, and so are hooks on them.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
@@ -354,8 +357,21 @@ def _is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
 def _start_step(settings: Settings, positions: Any, rows: Rows, kept: Kept | None, scales: Tensor | None) -> None:
     """Starts the selective forward; `settings.undo` gets what puts everything back."""
     implementations = [(config, config._attn_implementation) for config in settings.stack.configs]
-    per_token = settings.profile.per_token
-    step = Step(positions, implementations, settings.stack.calls, rows, kept, scales, per_token)
+    whole_between = have_hooks_of_others(settings.stack.layers)
+    if whole_between and kept is not None:
+        raise UnsupportedModelError("a look at all tokens leaves nothing of the rest for others' hooks on the layers")
+    if whole_between and rows is Rows.SELECTED:
+        rows = Rows.GATHERED  # a hook on the last layer too gets what leaves it whole
+    step = Step(
+        positions,
+        implementations,
+        settings.stack.calls,
+        rows,
+        kept,
+        scales,
+        settings.profile.per_token,
+        whole_between,
+    )
     settings.undo += activate(step)
     settings.undo += checkpoint_layers(settings.stack, step, settings.checkpoint_rest, settings.offload_kv)
 

@@ -4,7 +4,8 @@
 
 Nothing of a model is rewritten. `patching.py` opens a `Step` around the model's forward and makes its configuration
 name `selective_attention`, so that every attention of the model calls it. Hooks split the hidden states (B, S, D) in
-front of the first layer; between layers they travel as a pair of groups, and each layer runs its own, unmodified
+front of the first layer; between layers they travel as a pair of groups (where others have put hooks on a layer, as
+(B, S, D) again), and each layer runs its own, unmodified
 forward twice, once per group, the second call nested in the first one's attention:
 
     layer(TokenGroups)                          enter_layer: unpack, gather the arguments that have a row per token
@@ -26,7 +27,7 @@ with an independent definition of the method (Simoulin et al., EMNLP 2024, secti
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -115,6 +116,7 @@ class Step:
     kept: Kept | None = None  # from a look (`looking.py`): the rest runs no more
     gradient_scales: Tensor | None = None  # (B, K), of the selected keys and values (`correction.py`); None: all 1
     per_token: dict[str, bool] = field(default_factory=dict)  # of the layers' arguments (`layer_arguments.py`)
+    whole_between: bool = False  # layers hand on all rows in place of the pair: others' hooks look at them
     entered_calls: int = 0
     order: Tensor | None = None  # (B, S): the selected positions, then the rest's, both ascending
     call: LayerCall | None = None
@@ -148,12 +150,13 @@ class Step:
         return OwnTokens(key, value, self.gradient_scales, self.places(key.device)[0], indices)
 
     def split(self, hidden: Tensor) -> TokenGroups:
-        """(B, S, D) in front of the first layer -> the two groups."""
+        """(B, S, D) in front of a layer, the first one mostly -> the two groups."""
         if callable(self.positions):
             self.positions = self.positions(hidden)
         if len(self.positions) != len(hidden):
             raise ValueError(f"selected_positions has {len(self.positions)} rows, the batch {len(hidden)}")
-        self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
+        if self.order is None:
+            self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
         selected = gather_tokens(hidden, self.indices(SELECTED))
         if self.kept is not None:
             return TokenGroups(selected, hidden.new_empty(len(hidden), 0, *hidden.shape[2:]))
@@ -213,6 +216,33 @@ class Step:
         return recipe
 
 
+_ABIDING = ("tokentune", "torch", "transformers", "accelerate", "deepspeed")  # whose hooks know pairs, or leave them be
+
+
+def have_hooks_of_others(layers: Iterable[nn.Module]) -> bool:
+    """Whether somebody's forward hooks on these layers themselves look at what goes in or comes out, and may change it.
+
+    They get it whole then, (B, S, D) in sequence order, as in the unmodified model: ours are moved to the inside.
+    """
+    found = False
+    for layer in layers:
+        for hooks, own, at_end in (
+            (layer._forward_pre_hooks, enter_layer, True),
+            (layer._forward_hooks, leave_layer, False),
+        ):
+            if all(hook is own or _home(hook) in _ABIDING for hook in hooks.values()):
+                continue
+            found = True
+            key = next(key for key, hook in hooks.items() if hook is own)
+            hooks.move_to_end(key, last=at_end)
+    return found
+
+
+def _home(hook: Callable) -> str:
+    hook = getattr(hook, "func", hook)  # of a partial one
+    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
+
+
 def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of every layer: its own forward gets the selected group and that group's arguments."""
     step = CURRENT_STEP.get()
@@ -229,12 +259,12 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
         return None
     if any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past")):
         raise UnsupportedModelError("a key-value cache reached a layer: both passes would write to it")
-    if step.entered_calls > 0 and not isinstance(hidden, TokenGroups):
+    if step.entered_calls > 0 and not (isinstance(hidden, TokenGroups) or step.whole_between):
         raise UnsupportedModelError(f"something in front of {type(layer).__name__} took the groups of tokens apart")
-    groups = hidden if step.entered_calls > 0 else step.split(hidden)
+    groups = hidden if isinstance(hidden, TokenGroups) else step.split(hidden)
     step.entered_calls += 1
     last = step.entered_calls == step.expected_calls
-    ends_early = last and step.rows is not Rows.ALL
+    ends_early = last and step.rows is not Rows.ALL and not step.whole_between
     rest_pass = run_rest if step.kept is None else use_kept
     step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), rest_pass, ends_early)
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
@@ -257,7 +287,7 @@ def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
             count = step.indices(REST).shape[1] if call.last else 0
             rest = hidden.new_zeros(len(hidden), count, *hidden.shape[2:])
         groups = TokenGroups(hidden, rest)
-        leaving = step.merge(groups) if call.last else groups
+        leaving = step.merge(groups) if call.last or step.whole_between else groups
     return (leaving, *others) if isinstance(output, tuple) else leaving
 
 
