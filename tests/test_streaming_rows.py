@@ -177,7 +177,8 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(2000):
             opened.write(line)
     rows = stream(str(file), words="--max_length 16")
-    rows.encoder = lambda item, where: streaming_rows.TokenRow([1, 2], [-100, 2])
+    encoded = streaming_rows.TokenRow([1, 2], [-100, 2])
+    monkeypatch.setattr(type(rows.encoder), "__call__", lambda self, item, where: encoded)
     tracemalloc.start()
     try:
         for _ in islice(rows, 1900):
