@@ -34,18 +34,8 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pyarrow")
 # What decides on tokens and labels: an entry must not outlive a change of it.
 PACKAGE = Path(__file__).resolve().parents[1]
-MODULES = (
-    "records",
-    "record_files",
-    "record_tables",
-    "json_files",
-    "bad_rows",
-    "dataset_layout",
-    "data_formats",
-    "conversations",
-    "chat_templates",
-)
-MODULES += ("prompts", "encoding", "instruction_data")
+MODULES = ("records", "record_files", "record_tables", "dataset_layout", "json_files", "bad_rows", "data_formats")
+MODULES += ("conversations", "chat_templates", "prompts", "encoding", "instruction_data")
 ENTRY = "entry.json"
 ABANDONED_SECONDS = 24 * 3600  # a half-written entry as old as this belongs to a run that died
 
