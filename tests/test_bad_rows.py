@@ -13,7 +13,8 @@ from tests.test_streaming_rows import stream, texts
 from tokentune.arguments import parse_arguments
 from tokentune.data.bad_rows import BadRows
 from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_rows import Columns, encode_texts, encode_words, find_columns, read_split
+from tokentune.encoders.classification_encoding import encode_texts, encode_words
+from tokentune.encoders.classification_rows import Columns, find_columns, read_split
 from tokentune.encoders.labels import Labels, find_labels
 from tokentune.errors import UserError
 

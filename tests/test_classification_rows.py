@@ -10,17 +10,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from tokentune.arguments import parse_arguments
 from tokentune.data import records
-from tokentune.encoders import classification_rows
+from tokentune.encoders import classification_encoding
 from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_rows import (
-    Columns,
-    Split,
-    encode_texts,
-    encode_words,
-    find_columns,
-    read_split,
-    some_rows,
-)
+from tokentune.encoders.classification_encoding import encode_texts, encode_words
+from tokentune.encoders.classification_rows import Columns, Split, find_columns, read_split, some_rows
 from tokentune.encoders.glue import TASKS
 from tokentune.encoders.labels import Labels, find_labels, find_token_labels
 from tokentune.errors import UserError
@@ -252,7 +245,7 @@ def test_pairs_are_cut_at_the_longer_text() -> None:
 @pytest.mark.parametrize("kind", ["texts", "pairs", "words"])
 def test_each_row_is_tokenized_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that are cut are counted all the same, also one that loses a part of its last word alone."""
-    monkeypatch.setattr(classification_rows, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(classification_encoding, "ROWS_AT_ONCE", 2)
     long, short = ("the sun " * 5).split(), ["sun"]
     tokenizer, seen = tiny_tokenizer(), []
 

@@ -83,17 +83,17 @@ def load_instruction_data(
     if data.chat_template is not None:
         tokenizer.chat_template = load_chat_template(data.chat_template)
     loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run)
+    # All are found, or not, before the first is tokenized.
     held = None
-    if data.eval_dataset_name_or_path is not None:  # found, or not, before the training data is tokenized
+    if data.eval_dataset_name_or_path is not None:
         asked = {"split": data.eval_dataset_split, "config": data.eval_dataset_config}
         held = open_source(data.eval_dataset_name_or_path, flag=VALIDATION_FLAG, role="validation", **asked)
     if data.streaming:
         train, train_report, sources = _streamed(arguments, loader), None, []
     else:
-        parts = [
-            loader.load(open_source(name, flag=TRAIN_FLAG, **data.chosen(number)), data.eval_fraction)
-            for number, name in enumerate(data.dataset_name_or_path)
-        ]
+        names = enumerate(data.dataset_name_or_path)
+        opened = [open_source(name, flag=TRAIN_FLAG, **data.chosen(number)) for number, name in names]
+        parts = [loader.load(source, data.eval_fraction) for source in opened]
         train, train_report, sources = _mixed(parts, data, arguments.optimization.seed)
     validation = validation_report = None
     if held is not None:

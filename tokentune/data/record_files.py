@@ -14,8 +14,14 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset
 
-from tokentune.data import json_files
-from tokentune.data.json_files import name_twice, parse_json, read_json, read_json_lines, text_lines
+from tokentune.data.json_files import (
+    MOST_LINE_BYTES,
+    name_twice,
+    parse_json,
+    read_json,
+    read_json_lines,
+    text_lines,
+)
 from tokentune.data.sources import COMPRESSIONS, DATA_SUFFIXES, KINDS, first_line
 from tokentune.errors import UserError
 
@@ -96,7 +102,7 @@ def _rows_of_csv(path: Path) -> Rows:
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of the header and of every row. A column without a name is nobody's."""
-    csv.field_size_limit(json_files.MOST_LINE_BYTES)
+    csv.field_size_limit(MOST_LINE_BYTES)
     # Old programs end lines with a carriage return alone; within quotes the pieces are joined again.
     pieces = (piece for _, line in text_lines(path) for piece in re.split(r"(?<=\r)(?!\n)", line))
     reader = csv.reader(pieces, strict=True)

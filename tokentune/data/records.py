@@ -71,7 +71,8 @@ class RecordSource:
         if self.table is not None:
             return "" if self.table.split is None else f" of the split {self.table.split}"
         names = listed([file.name for file in self.files], most=4)
-        return "" if str(self.files[0]) == self.name else f" of {len(self.files):,} files ({names})"
+        count = len(self.files)
+        return "" if str(self.files[0]) == self.name else f" of {count:,} file{'s' * (count > 1)} ({names})"
 
     def columns(self) -> list[str] | None:
         """The names of its columns; None where every row has names of its own (JSON)."""

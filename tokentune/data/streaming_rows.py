@@ -110,7 +110,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
 
     def _share(self, index: int, workers: int) -> Iterator[dict[str, Any]]:
         """The items of one of so many workers."""
-        limit, fruitless, bad = LengthLimit(self.max_length, self.long_rows), 0, 0
+        limit, fruitless, told = LengthLimit(self.max_length, self.long_rows), 0, set()
         for position, drawn in enumerate(self._shuffled()):
             if position // self.block % workers != index:
                 continue
@@ -121,8 +121,8 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 of_row = isinstance(drawn.record, UserError) or str(error).startswith(drawn.where)
                 if self.bad_rows == "stop" or not of_row:
                     raise
-                bad += 1
-                if bad <= NAMED:
+                if len(told) < NAMED and str(error) not in told:  # rows come again
+                    told.add(str(error))
                     logger.warning("--bad_rows skip: %s", error)
             fruitless = 0 if row is not None else fruitless + 1
             if row is not None:

@@ -15,18 +15,8 @@ from transformers import PreTrainedConfig
 
 from tokentune.data.sources import listed
 from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_rows import (
-    Columns,
-    Encoded,
-    RowReport,
-    Split,
-    describe,
-    encode_texts,
-    encode_words,
-    find_columns,
-    read_split,
-    some_rows,
-)
+from tokentune.encoders.classification_encoding import Encoded, RowReport, encode_texts, encode_words
+from tokentune.encoders.classification_rows import Columns, Split, describe, find_columns, read_split, some_rows
 from tokentune.encoders.images import ImageRows, load_image_processor, open_image
 from tokentune.encoders.labels import Labels, encoded_label, find_labels, find_token_labels
 from tokentune.errors import UserError

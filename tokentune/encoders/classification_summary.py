@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_rows import Encoded
+from tokentune.encoders.classification_encoding import Encoded
 from tokentune.encoders.labels import Labels
 from tokentune.encoders.scores import LOWER_IS_BETTER
 from tokentune.runs.run_folder import PREDICTIONS_NAME, SCORES_NAME

@@ -11,7 +11,7 @@ The summary's schema, version 1 (memory in bytes, times in seconds, losses in na
     data                     {train (rows as often as an epoch has them; null where streamed), validation (null without
                              such data)}: each {rows, dropped_rows (nothing to learn), dropped_long_rows, cut_rows,
                              cut_ends (rows that lost the end of an answer), tokens, supervised_tokens}
-    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out}], one for each data set
+    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out, bad}], one for each data set
     optimizer_steps          int
     micro_batch_size         sequences per forward pass and process
     saved_step               the optimizer step that the weights are from: the last one, or with
