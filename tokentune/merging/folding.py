@@ -32,6 +32,7 @@ from tokentune.merging.merge_folder import write_errors_refused
 from tokentune.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, attach_adapter
 from tokentune.merging.trained_head import check_head
 from tokentune.merging.vocabulary import is_tied, needed_rows, resize, settle_tying, untie_adapted_embeddings
+from tokentune.saved_types import hold_in
 
 if TYPE_CHECKING:
     import peft
@@ -147,8 +148,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     finally:
         logging.set_verbosity(verbosity)
     model.is_loaded_in_4bit = False
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
+    hold_in(model, dtype)
     model.config.dtype = dtype
     release_memory()
     return model
