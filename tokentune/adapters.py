@@ -1,5 +1,7 @@
 """LoRA and QLoRA: which layers get adapters, and what is trained beside them."""
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,8 @@ from tokentune.heads import CAUSAL_LM, Head, head_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -76,7 +80,7 @@ def add_adapters(
         The same model in peft's wrapper, with only the adapters (and a new head) trainable.
 
     Raises:
-        UserError: a target that is no layer of this model, with the list of those that are.
+        UserError: a target that is no layer of this model, with the list of those that are, or one that peft refuses.
     """
     from peft import LoraConfig, get_peft_model  # adapters are optional: full training does without peft
 
@@ -86,10 +90,73 @@ def add_adapters(
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
-        lora_dropout=dropout,
+        lora_dropout=0.0,  # until it is known which of them take any
         target_modules=targets,
         bias="none",
         task_type=head.adapter_task,
         modules_to_save=head_modules(model) if head.is_new else None,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:  # of some of an expert's fused weights without the others, for one
+        raise UserError(f"--lora_target_modules {' '.join(target_modules)}: peft refuses this: {error}") from error
+    _set_dropout(adapted, dropout)
+    return adapted
+
+
+def _set_dropout(model: "PeftModel", dropout: float) -> None:
+    """Puts dropout in front of the adapters, but for those of parameters (of fused experts), which peft gives none.
+
+    Where there are such, the configuration says 0: with another number peft would not load the adapter again.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    (name,) = model.peft_config
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if dropout > 0:
+        for layer in layers:
+            if not isinstance(layer, ParamWrapper):
+                layer.lora_dropout[name] = nn.Dropout(dropout)
+    if not any(isinstance(layer, ParamWrapper) for layer in layers):
+        model.peft_config[name].lora_dropout = dropout
+
+
+def say_adapters(model: "PeftModel", dropout: float, target_modules: Sequence[str]) -> None:
+    """Logs which modules got adapters, by their names' ends: the same targets mean others in each family of models."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
+
+    adapted: Counter[str] = Counter()
+    parameters, owned = set(), []
+    for path, module in model.named_modules():
+        name = path.replace(".base_layer", "").rpartition(".")[2]
+        if isinstance(module, ParamWrapper):
+            parameters.add(f"{name}.{module.parameter_name}")
+            adapted[f"{name}.{module.parameter_name} (parameter)"] += 1
+        elif isinstance(module, LoraLayer):
+            adapted[f"{name} ({type(module.get_base_layer()).__name__})"] += 1
+        elif isinstance(module, ModulesToSaveWrapper):
+            adapted[f"{name} (trained whole)"] += 1
+        else:
+            continue
+        owned.append(f"{path}.")
+    logger.info("adapters on %s", _listed(adapted))
+    if parameters and dropout > 0:
+        names = ", ".join(sorted(parameters))
+        logger.warning("--lora_dropout %g: not on %s, as adapters of parameters take none", dropout, names)
+    head = model.get_base_model().get_output_embeddings()
+    every = list(target_modules) == ["all-linear"]
+    # peft takes names that a family's fused experts once had for theirs alone, though other layers have them too.
+    left_out = Counter(
+        path.rpartition(".")[2]
+        for path, module in _linear_layers(model).items()
+        if module is not head
+        and (every or any(path.endswith(f".{target}") for target in target_modules))
+        and not path.startswith(tuple(owned))
+    )
+    if left_out:
+        logger.warning("--lora_target_modules: no adapters on %s, which peft leaves out", _listed(left_out))
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
