@@ -7,7 +7,14 @@ import torch
 from families import LATENT, MOE, ROUTED, SIZES
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    Qwen3MoeConfig,
+)
 
 from tokentune import apply_tokentune
 from tokentune.adapters import add_adapters, say_adapters
@@ -88,14 +95,26 @@ def test_which_modules_got_adapters_is_logged(caplog):
     assert (
         "4 experts.down_proj (parameter), 4 experts.gate_up_proj (parameter), 4 gate.weight (parameter), 4 k_p" in text
     )
-    assert "no adapters" not in text
+    assert "without adapters" not in text
 
 
 def test_layers_that_are_named_and_left_out_are_logged(caplog):
     """Dense layers and shared experts have the names that peft takes for the fused experts'."""
     text = said(made(MIXTURES["deepseek"]), ["gate_proj", "up_proj", "down_proj"], caplog)
     assert "adapters on 2 experts.down_proj (parameter), 2 experts.gate_up_proj (parameter)\n" in text
-    assert "no adapters on 4 down_proj, 4 gate_proj, 4 up_proj, which peft leaves out" in text
+    assert "linear layers without adapters: 4 down_proj, 4 gate_proj, 4 up_proj\n" in text
+
+
+def test_routers_that_return_more_than_a_product(caplog):
+    """Their class is a linear layer's, but nothing can be added to what they return."""
+    config = PhimoeConfig(**SIZES, **ROUTED)
+    text = said(made(config), ALL, caplog)
+    assert "adapters on 4 k_proj (Linear), 4 o_proj (Linear), 4 q_proj (Linear), 4 v_proj (Linear)\n" in text
+    assert "linear layers without adapters: 4 router\n" in text
+    ids = torch.arange(20).view(2, 10)
+    adapt(made(config)).train()(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(UserError, match=r"router of PhimoeForCausalLM returns more .* Leave it out"):
+        adapt(made(config), ["q_proj", "router"])
 
 
 def test_a_part_of_fused_weights_is_refused():

@@ -1,10 +1,12 @@
 """LoRA and QLoRA: which layers get adapters, and what is trained beside them."""
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,14 +25,24 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
+def _is_named(path: str, targets: Sequence[str]) -> bool:
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
 def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str]) -> list[str] | str:
     """Each name must be the end of some layer's path: peft leaves out the unknown ones without a word."""
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if targets == ["all-linear"]:
         return "all-linear"  # peft's own word: every linear layer but the output head
+    for path in _return_more(model):
+        if _is_named(path, targets):
+            raise UserError(
+                f"--lora_target_modules: {path} of {type(model).__name__} returns more than a product with its "
+                "weights, so that no adapter can be added to it. Leave it out."
+            )
     linear = _linear_layers(model)
     paths = [*linear, *(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))]
-    unknown = [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in paths)]
+    unknown = [target for target in targets if not any(_is_named(path, [target]) for path in paths)]
     if unknown or not targets:
         existing = sorted({path.rpartition(".")[2] for path in linear})
         raise UserError(
@@ -38,6 +50,28 @@ def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str])
             f"Its linear layers: {', '.join(existing)}; all-linear stands for all of them but the output head."
         )
     return targets
+
+
+def _return_more(model: nn.Module) -> list[str]:
+    """Paths of linear layers whose forward returns something else than a product (routers), which no adapter adds to.
+
+    Tried on a copy without data. torch's and bitsandbytes' classes are known to be plain.
+    """
+    plain: dict[type, bool] = {nn.Linear: True, Conv1D: True}
+    found = []
+    for path, layer in _linear_layers(model).items():
+        kind = type(layer)
+        if kind not in plain:
+            plain[kind] = kind.__module__.startswith(("torch.", "bitsandbytes.")) or _returns_tensor(layer)
+        found += [] if plain[kind] else [path]
+    return found
+
+
+def _returns_tensor(layer: nn.Module) -> bool:
+    with torch.no_grad():
+        weight = layer.weight
+        result = copy.deepcopy(layer).to("meta")(torch.empty(2, layer.in_features, dtype=weight.dtype, device="meta"))
+    return isinstance(result, torch.Tensor)
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
@@ -95,6 +129,7 @@ def add_adapters(
         bias="none",
         task_type=head.adapter_task,
         modules_to_save=head_modules(model) if head.is_new else None,
+        exclude_modules=(_return_more(model) or None) if targets == "all-linear" else None,
     )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -151,11 +186,11 @@ def say_adapters(model: "PeftModel", dropout: float, target_modules: Sequence[st
         path.rpartition(".")[2]
         for path, module in _linear_layers(model).items()
         if module is not head
-        and (every or any(path.endswith(f".{target}") for target in target_modules))
+        and (every or _is_named(path.removeprefix("base_model.model."), target_modules))
         and not path.startswith(tuple(owned))
     )
     if left_out:
-        logger.warning("--lora_target_modules: no adapters on %s, which peft leaves out", _listed(left_out))
+        logger.warning("--lora_target_modules: linear layers without adapters: %s", _listed(left_out))
 
 
 def _listed(counts: Counter[str]) -> str:
