@@ -94,6 +94,27 @@ def load_config(
     return config
 
 
+def check_quantization(config: PreTrainedConfig, name: str, *, qlora: bool, flag: str = MODEL_FLAG) -> None:
+    """Refuses weights that come quantised, UserError, unless they are those of bitsandbytes' 4 bits, with `qlora`.
+
+    Loaded as if they were none, 8-bit ones pass for numbers that lack their scales.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return
+    known = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = known.get("quant_method") or "bitsandbytes"  # which did not say so at first
+    if method == "bitsandbytes" and known.get("load_in_4bit"):
+        if not qlora:
+            cure = " Add --qlora, or give" if flag == MODEL_FLAG else " Give"
+            raise UserError(f"{flag} {name}: its weights are in 4 bits (bitsandbytes).{cure} the unquantised model.")
+        return
+    raise UserError(
+        f"{flag} {name}: its weights are quantised already ({method}), in a way that is not trained on here. Give the "
+        "unquantised model; --qlora turns that into 4 bits by itself."
+    )
+
+
 def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow_pickle: bool = False) -> None:
     """Refuses a local model folder without weights that may be read. `hint`: what to do without them."""
     folder = Path(name_or_path)
@@ -177,7 +198,8 @@ def load_base_model(
         UserError: it cannot be found or read, is not a model with this head, its files lack weights or hold others,
             or it does not fit the GPUs.
     """
-    check_model_folder(name_or_path, flag)
+    own = config or load_config(name_or_path, flag=flag, head=head, trust_remote_code=trust_remote_code)
+    check_quantization(own, name_or_path, qlora=quantize_4bit, flag=flag)
     # Without safetensors on the hub, transformers would have a service of the hub convert the weights, and use those.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     quantization = None

@@ -18,6 +18,7 @@ from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head
 from tokentune.loading import (
     NO_WEIGHTS,
+    check_quantization,
     check_weights,
     checkpoint_dtype,
     load_base_model,
@@ -219,7 +220,9 @@ def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
         name is not None,
         f"--selection {arguments.selection.selection} takes the loss of a reference model off: add {_REFERENCE}",
     )
-    other = load_config(name, flag=_REFERENCE).get_text_config().vocab_size
+    reference = load_config(name, flag=_REFERENCE)
+    check_quantization(reference, name, qlora=False, flag=_REFERENCE)
+    other = reference.get_text_config().vocab_size
     own = config.get_text_config().vocab_size
     require(
         own == other,
