@@ -71,7 +71,8 @@ CASES = [  # name, files, words, sentence
         "numbers for rows",
         {"a.json": "[1, 2]"},
         DATA + "a.json",
-        "{tmp}/a.json, row 1: expected an object, found a JSON number.",
+        "{tmp}/a.json: 2 of 2 rows are bad: row 1: expected an object, found a JSON number; row 2: expected an object, "
+        "found a JSON number.\nRepair them.",
     ),
     (
         "an array cut short",
@@ -101,13 +102,13 @@ CASES = [  # name, files, words, sentence
         "more cells than names",
         {"a.csv": "instruction,output\na,b,c\n"},
         DATA + "a.csv",
-        "{tmp}/a.csv: the rows have more cells than the header has names.",
+        "{tmp}/a.csv, line 2: has 3 cells, and the header 2 names.",
     ),
     (
         "a quote without its end",
         {"a.csv": 'instruction,output\n"a,b\n'},
         DATA + "a.csv",
-        "{tmp}/a.csv: not valid CSV: ...",
+        "{tmp}/a.csv, line 2: not valid CSV: ...",
     ),
     ("no Parquet", {"a.parquet": "PAR1"}, DATA + "a.parquet", "{tmp}/a.parquet: not a valid Parquet file: ..."),
     (
@@ -120,7 +121,8 @@ CASES = [  # name, files, words, sentence
         "a folder without this split",
         {"rows/test.jsonl": ROW},
         DATA + "rows",
-        "--dataset_name_or_path {tmp}/rows: no file is named after the split 'train', only test. Name a file.",
+        "--dataset_name_or_path {tmp}/rows: no split 'train', only test. Choose one with --dataset_split, or name a "
+        "file.",
     ),
     (
         "columns of nobody",

@@ -1,6 +1,5 @@
 """What of a conversation is learnt: hand-written expectations for public styles of templates, marked and unmarked."""
 
-import logging
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +37,13 @@ def learnt(template: str, messages: list[dict], *, eos: str = "</s>", add_eos_to
     tokenizer = chat_tokenizer(template, eos=eos)
     row = ChatEncoder(tokenizer, add_eos_token=add_eos_token)(conversation(messages), "row 1")
     return learnt_texts(tokenizer, row.ids, row.labels)
+
+
+def noted(template: str, messages: list[dict]) -> str:
+    """What is said of the conversation, a line each."""
+    encode = ChatEncoder(chat_tokenizer(template))
+    encode(conversation(messages), "row 1")
+    return "\n".join(f"{where}: {sentence}" for sentence, (_, where, _) in encode.notes.found.items())
 
 
 def refused(template: str, messages: list[dict]) -> str:
@@ -195,7 +201,7 @@ def test_a_generation_prompt_that_opens_the_reasoning() -> None:
 
 
 def test_a_system_prompt_that_moves() -> None:
-    assert learnt(MOVING, CHAT) == ["Hi. You ok?</s>", " yes ok. </s>"]
+    assert learnt(MOVING, CHAT) == [" Hi. You ok?</s>", " yes ok. </s>"]
 
 
 def test_an_end_of_text_after_the_last_turn() -> None:
@@ -238,20 +244,19 @@ def test_templates_that_hide_the_answer_are_refused(template: str) -> None:
     assert message.count("\n") < 3
 
 
-def test_marks_that_leave_the_answer_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_marks_that_leave_the_answer_out() -> None:
     wrong = without_marks(CHATML).replace(
         "'<|im_start|>' + message.role", "'<|im_start|>' }}{% generation %}{{ message.role"
     )
     wrong = wrong.replace("+ '\\n' }}", "}}{% endgeneration %}{{ '\\n' }}", 1)
-    with caplog.at_level(logging.WARNING):
-        assert learnt(wrong, CHAT) == EXPECTED["chatml"]
-    assert "message 3: not within the {% generation %} marks" in caplog.text
+    assert learnt(wrong, CHAT) == EXPECTED["chatml"]
+    assert "row 1, message 3: not within the {% generation %} marks" in noted(wrong, CHAT)
 
 
-def test_marks_that_hold_more_than_answers(caplog: pytest.LogCaptureFixture) -> None:
+def test_marks_that_hold_more_than_answers() -> None:
     everything = "{% generation %}" + without_marks(CHATML) + "{% endgeneration %}"
     assert learnt(everything, CHAT) == EXPECTED["chatml"]
-    assert "message 1: within the {% generation %} marks" in caplog.text
+    assert "row 1, message 1: within the {% generation %} marks" in noted(everything, CHAT)
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
@@ -275,13 +280,13 @@ def test_tool_calls_are_learnt_and_results_are_not() -> None:
     assert tokenizer.decode(row.ids).startswith('<|tool|>[{"type": "function"')
 
 
-def test_a_template_that_leaves_the_tools_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_leaves_the_tools_out() -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     for template, said in ((TOOLS, 0), (CHATML, 1)):
         encode = ChatEncoder(chat_tokenizer(template))
         for _ in range(2):
             encode(conversation(CHAT, tools=tools), "row 1")
-        assert caplog.text.count("does not write the tools") == said
+        assert sum("does not write the tools" in sentence for sentence in encode.notes.found) == said
 
 
 def test_a_template_that_leaves_tool_calls_out() -> None:

@@ -23,10 +23,14 @@ CHANGED = {
     "lora_target_modules": ["all-linear"],
     "save_total_limit": 1,
     "selection": "random",
+    "dataset_split": None,
+    "dataset_config": None,
 }
 ADDED = {
     "from_scratch": False,
     "test_dataset_name_or_path": None,
+    "test_dataset_split": None,
+    "test_dataset_config": None,
     "group_by_length": False,
     "max_train_rows": None,
     "seeds": [],

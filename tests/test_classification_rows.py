@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from classification_models import tiny_tokenizer, write_images, write_lines
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from tokentune.arguments import parse_arguments
 from tokentune.data import records
+from tokentune.encoders import classification_rows
 from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.encoders.classification_rows import (
     Columns,
@@ -66,6 +68,51 @@ def test_a_folder_s_own_validation_split_is_taken(tmp_path: Path) -> None:
         read_split(given, "validation")
 
 
+def test_splits_and_configurations_by_flag(tmp_path: Path) -> None:
+    for config, splits in (("main", ("train_a", "train_b", "dev_x", "dev_y")), ("other", ("train_a",))):
+        for count, split in enumerate(splits, start=1):
+            (tmp_path / config).mkdir(exist_ok=True)
+            write_lines(tmp_path / config / f"{split}.jsonl", [{"text": "x", "label": 0}] * count)
+    words = f"--dataset_name_or_path {tmp_path} --dataset_config main"
+    given = arguments(f"{words} --dataset_split train_b --eval_dataset_split dev_y")
+    assert [len(read_split(given, split).rows) for split in ("train", "validation")] == [2, 4]
+    with pytest.raises(UserError, match=r"several splits for train: train_a, train_b. Choose one with --dataset_split"):
+        read_split(arguments(words), "train")
+    with pytest.raises(UserError, match=r"splits for validation: dev_x, dev_y. Choose one with --eval_dataset_split"):
+        read_split(arguments(words), "validation")
+    given = arguments(f"{words} --test_dataset_name_or_path {tmp_path} --test_dataset_split train_a")
+    assert len(read_split(given, "test").rows) == 1
+    given = arguments(f"{words} --test_dataset_name_or_path {tmp_path}/other --test_dataset_config main")
+    with pytest.raises(UserError, match="leave --test_dataset_config out"):
+        read_split(given, "test")
+
+
+def test_columns_that_are_not_read_break_nothing(tmp_path: Path) -> None:
+    columns = {"text": ["we", "sun"], "label": [0, 1]}
+    columns["created"] = pyarrow.array([4 * 10**15] * 2, pyarrow.timestamp("ms"))
+    columns["id"] = pyarrow.array([bytes(16)] * 2, pyarrow.uuid())
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    given = arguments(f"--dataset_name_or_path {tmp_path / 'a.parquet'}")
+    split = read_split(given, "train")
+    found = find_columns(given, split)
+    labels = find_labels(split.rows, found.label, split.where, task=None)
+    encoded = encode_texts(split, found, labels, tokenizer=tiny_tokenizer(), max_length=9)
+    assert found == Columns(("text",), "label") and encoded.report.rows == 2
+    with pytest.raises(UserError, match="column 'created' cannot be read: "):
+        find_labels(split.rows, "created", split.where, task=None)
+
+
+def test_several_folders_of_images_for_one_split(tmp_path: Path) -> None:
+    for split, count in (("train_a", 2), ("train_b", 4), ("test", 6)):
+        write_images(tmp_path / split, count, seed=0)
+    words = f"--task_type image --dataset_name_or_path {tmp_path}"
+    with pytest.raises(UserError, match=r"several splits for train: train_a, train_b. Choose one with --dataset_split"):
+        read_split(arguments(words), "train")
+    assert len(read_split(arguments(f"{words} --dataset_split train_b"), "train").rows) == 4
+    with pytest.raises(UserError, match="no split 'x', only test, train_a, train_b"):
+        read_split(arguments(f"{words} --dataset_split x"), "train")
+
+
 def test_images_are_read_by_split(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("test", 4)):
         write_images(tmp_path / "bars" / split, count, seed=0)
@@ -88,11 +135,13 @@ def test_a_csv_file_s_text_may_look_like_a_number(tmp_path: Path) -> None:
 
 
 def test_some_rows_are_the_same_for_every_seed() -> None:
-    rows = Dataset.from_list([{"n": n} for n in range(50)])
-    chosen = some_rows(rows, 10)["n"][:]
+    split = split_of([{"n": n} for n in range(50)])
+    some = some_rows(split, 10)
+    chosen = some.rows["n"][:]
     assert len(set(chosen)) == 10 and chosen == sorted(chosen) and chosen != list(range(10))
-    assert some_rows(rows, 10)["n"][:] == chosen
-    assert len(some_rows(rows, 60)) == 50
+    assert some_rows(split, 10).rows["n"][:] == chosen
+    assert some.place(3) == f"data, row {chosen[3] + 1}"  # where it stands in the file
+    assert len(some_rows(split, 60).rows) == 50
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
@@ -174,6 +223,19 @@ def test_labels_behind_the_cut_are_counted() -> None:
     assert unlabelled.rows[0]["word_positions"] == [1, 2, 3, None]
 
 
+@pytest.mark.parametrize(("max_length", "cut"), [(32, 0), (4, 1)])
+def test_words_without_a_token_are_not_counted_as_cut(max_length: int, cut: int) -> None:
+    nothing = ["\u200b", "\x00", " "]
+    split = split_of([{"tokens": ["we", *nothing, "saw", "again"], "tags": ["O"] * 6}])
+    encoded = encode_words(
+        split, Columns(("tokens",), "tags"), WORDS, tokenizer=tiny_tokenizer(), max_length=max_length
+    )
+    report = encoded.report
+    assert (report.cut_rows, report.cut_labels, report.unwritten_labels) == (cut, cut, 3)
+    assert report.labels == 3 - cut
+    assert "3 words without a token" in str(report)
+
+
 def test_pairs_are_cut_at_the_longer_text() -> None:
     split = split_of([{"a": "the sun " * 9, "b": "we saw", "label": "x"}, {"a": "sun", "b": "", "label": "y"}])
     labels = Labels(("x", "y"), {"x": 0, "y": 1})
@@ -185,6 +247,28 @@ def test_pairs_are_cut_at_the_longer_text() -> None:
     assert encoded.rows[0]["token_type_ids"] == [0] * 7 + [1] * 3
     assert [row["labels"] for row in encoded.rows] == [0, 1]
     assert (encoded.report.rows, encoded.report.cut_rows) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["texts", "pairs", "words"])
+def test_each_row_is_tokenized_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that are cut are counted all the same, also one that loses a part of its last word alone."""
+    monkeypatch.setattr(classification_rows, "ROWS_AT_ONCE", 2)
+    long, short = ("the sun " * 5).split(), ["sun"]
+    tokenizer, seen = tiny_tokenizer(), []
+
+    def counted(*texts: list, **options: object) -> object:
+        seen.extend(zip(*texts, strict=True))
+        return tokenizer(*texts, **options)
+
+    if kind == "words":
+        split = split_of([{"tokens": words, "tags": ["O"] * len(words)} for words in (long, short, ["we", "wait"])])
+        report = encode_words(split, Columns(("tokens",), "tags"), WORDS, tokenizer=counted, max_length=5).report
+    else:
+        texts = [" ".join(words) for words in (long, short, ["we", "wait"])]
+        split = split_of([{"a": text, "b": "we" if kind == "pairs" else "", "label": "x"} for text in texts])
+        columns = Columns(("a", "b") if kind == "pairs" else ("a",), "label")
+        report = encode_texts(split, columns, Labels(("x",), {"x": 0}), tokenizer=counted, max_length=5).report
+    assert (report.rows, report.cut_rows, len(seen)) == (3, 2, 3)
 
 
 def test_values_are_looked_at_as_texts() -> None:

@@ -227,6 +227,20 @@ def test_model_that_pools_no_token(refused: Callable[..., str], tmp_path: Path) 
     assert str(folder) in message and "a pooled token" in message
 
 
+@pytest.mark.parametrize("number", [0, 7])
+def test_a_head_that_looks_for_another_padding(number: int, refused: Callable[..., str], tmp_path: Path) -> None:
+    """A decoder's head tells padding by the id in its configuration, the batch is padded by the tokenizer's."""
+    folder = folder_of(tiny_llama_config(vocab_size=120, pad_token_id=number), tmp_path / "decoder")
+    words = ("--model_name_or_path", folder, "--tokentune", "--prefix_length", "4")
+    if number == tiny_tokenizer().pad_token_id:
+        with pytest.raises(AssertionError, match="weights were about to be loaded"):
+            refused(*words)
+    else:
+        assert "that is not number 7 (pad_token_id in config.json), and its tokenizer pads with number 0" in refused(
+            *words
+        )
+
+
 def test_encoder_decoder_with_tokentune(refused: Callable[..., str], tmp_path: Path) -> None:
     sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
     folder = folder_of(T5Config(vocab_size=120, **sizes), tmp_path / "t5")

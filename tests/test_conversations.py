@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tokentune.data.conversations import openai_conversation, sharegpt_conversation, text_of
+from tokentune.data.conversations import openai_conversation, sharegpt_conversation, system_in_user, text_of
 from tokentune.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -54,6 +54,59 @@ def test_sharegpt_s_form() -> None:
     assert sharegpt([HUMAN, GPT]).messages == openai([USER, ASSISTANT]).messages
 
 
+def test_speakers_in_capitals_and_by_other_names() -> None:
+    expected = openai([USER, ASSISTANT]).messages
+    for asks, answers in (("Human", "GPT"), ("USER", "Assistant"), ("user", "ChatGPT"), ("human", "model")):
+        assert sharegpt([{"from": asks, "value": "a"}, {"from": answers, "value": "b"}]).messages == expected
+        assert sharegpt([{"role": asks, "value": "a"}, {"role": answers, "value": "b"}]).messages == expected
+        assert openai([{"role": asks, "content": "a"}, {"role": answers, "content": "b"}]).messages == expected
+
+
+def test_openai_s_older_form_of_calls() -> None:
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    found = openai(
+        [
+            USER,
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "f", "content": "2"},
+            ASSISTANT,
+        ]
+    )
+    today = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }
+    assert found.messages == [USER, today, {"role": "tool", "name": "f", "content": "2"}, ASSISTANT]
+
+
+def test_arguments_that_are_no_text_are_none() -> None:
+    for arguments in ("", " \n", "{}"):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        found = openai([USER, ASSISTANT | {"tool_calls": [call]}])
+        assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_several_system_messages_are_the_template_s_matter() -> None:
+    system = {"role": "system", "content": "s"}
+    assert openai([system, USER, ASSISTANT, system, USER, ASSISTANT]).learnt == (2, 5)
+
+
+def test_system_messages_in_front_of_the_user_s() -> None:
+    system, developer = {"role": "system", "content": "s"}, {"role": "developer", "content": "d"}
+    found = system_in_user(openai([system, developer, USER, ASSISTANT, system, ASSISTANT, developer]))
+    assert found.messages == [
+        {"role": "user", "content": "s\n\nd\n\na"},
+        ASSISTANT,
+        {"role": "user", "content": "s"},
+        ASSISTANT,
+        {"role": "user", "content": "d"},
+    ]
+    assert found.learnt == (1, 3)
+    plain = openai([USER, ASSISTANT])
+    assert system_in_user(plain) == plain
+
+
 @pytest.mark.parametrize(
     ("value", "part"),
     [
@@ -73,7 +126,6 @@ def test_sharegpt_s_form() -> None:
         ([{"role": "user", "content": ["x"]}], "message 1: a part of its content is 'x'"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "a part of its content is 1, not text"),
         ([USER], "no message of the assistant"),
-        ([{"role": "system", "content": "s"}] * 2, "message 2: a second system message"),
         ([USER, ASSISTANT | {"weight": 0.5}], "message 2: 'weight' is 0.5"),
         ([USER, ASSISTANT | {"tool_calls": "x"}], "text that is not JSON"),
         ([USER, ASSISTANT | {"tool_calls": [1]}], "message 2: a tool call is 1, not an object"),

@@ -71,6 +71,8 @@ def test_statistics_are_those_of_each_row(tokenizer: PreTrainedTokenizerBase) ->
         assert found.lengths.tolist() == [12, 5, 0, 1, 9, 12]
         assert found.supervised.tolist() == [7, 3, 0, 0, 0, 7]  # nothing predicts the first token
         assert found.ends.tolist() == [1, 1, 0, 0, 0, 1]
+        assert found.turns.tolist() == [1, 1, 0, 0, 0, 1]
+        assert found.last_ended.tolist() == [True, True, False, False, False, True]
         assert found.outside.tolist() == [0, 2, 0, 0, 0, 0]
         assert found.doubled_bos.tolist() == [False, True, False, False, False, False]
         assert found.fingerprints[0] == found.fingerprints[5]

@@ -15,6 +15,8 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
@@ -29,12 +31,15 @@ from transformers import (
 import tokentune.drawing
 from tokentune import apply_tokentune
 from tokentune.memory import SavedForBackward
+from tokentune.patching import profile_of
+from tokentune.verification import Pooling
 
 BATCH, LENGTH, PROPORTION = 3, 17, 0.4
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 MASK = torch.ones(BATCH, LENGTH, dtype=torch.long)
 MASK[1, -5:] = 0
 MASK[2, -9:] = 0
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 3}  # 16 patches and the class token: LENGTH as well
 
 
@@ -82,6 +87,10 @@ def classes(ids: Tensor) -> Tensor:
     return torch.arange(BATCH) % 3
 
 
+def classes_in_a_column(ids: Tensor) -> Tensor:
+    return classes(ids)[:, None]
+
+
 def words(ids: Tensor) -> Tensor:
     return ids.masked_fill((ids % 3 == 0) | (MASK == 0), -100)
 
@@ -91,7 +100,7 @@ def tags(ids: Tensor) -> Tensor:
 
 
 def of_classes(logits: Tensor, labels: Tensor, _: Tensor) -> Tensor:
-    return cross_entropy(logits, labels)
+    return cross_entropy(logits, labels.flatten())
 
 
 HEADS = {
@@ -115,8 +124,17 @@ HEADS = {
         lambda logits, labels, _: mse_loss(logits.squeeze(), labels),
     ),
     "sequence-last-token": Head(llama(LlamaForSequenceClassification, num_labels=3), oracle.LLAMA, classes, of_classes),
+    "sequence-column": Head(
+        bert(BertForSequenceClassification, num_labels=3), oracle.BERT, classes_in_a_column, of_classes
+    ),
+    "sequence-last-token-column": Head(
+        llama(LlamaForSequenceClassification, num_labels=3), oracle.LLAMA, classes_in_a_column, of_classes
+    ),
     "sequence-mean": Head(modern_bert, ("layers", ("Wqkv",)), classes, of_classes, all_rows=True),
     "image": Head(lambda: ViTForImageClassification(vit_config()), ("layers", SEPARATE), classes, of_classes),
+    "image-column": Head(
+        lambda: ViTForImageClassification(vit_config()), ("layers", SEPARATE), classes_in_a_column, of_classes
+    ),
 }
 
 
@@ -137,7 +155,7 @@ def definition(head: Head, model: nn.Module, positions: Tensor) -> Iterator[None
 
 def inputs_of(name: str) -> dict[str, Tensor]:
     ids = torch.randint(3, 90, (BATCH, LENGTH)).masked_fill(MASK == 0, 0)
-    if name == "image":
+    if name.startswith("image"):
         return {"pixel_values": torch.randn(BATCH, 3, 16, 16), "labels": HEADS[name].labels(ids)}
     return {"input_ids": ids, "attention_mask": MASK, "labels": HEADS[name].labels(ids)}
 
@@ -208,13 +226,74 @@ def test_the_pooled_token_is_always_drawn(name: str) -> None:
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
-def test_question_answering_draws_both_ends_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+DECODERS = {
+    "llama": (llama(LlamaForSequenceClassification, num_labels=3), oracle.LLAMA),
+    "gpt2": (
+        lambda: GPT2ForSequenceClassification(
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, num_labels=3, pad_token_id=0, **NO_DROPOUT)
+        ),
+        ("h", ("c_attn",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_pool_the_last_token_that_has_not_the_pad_tokens_id(
+    name: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the pad token ends texts too, real tokens have its id: at the end, in the middle, before one another."""
+    build, family = DECODERS[name]
+    drawn = recorded_draws(monkeypatch)
+    model = apply_tokentune(build().double().train(), 1)
+    assert profile_of(model).pooling is Pooling.LAST_NON_PAD
+    mask = MASK if side == "right" else MASK.flip(1)
+    ids = torch.randint(3, 90, mask.shape).masked_fill(mask == 0, 0)
+    last = LENGTH - 1 - mask.flip(1).argmax(1)
+    for row, endings in enumerate((1, 3, 0)):  # real tokens at the end with the pad token's id
+        ids[row, last[row] + 1 - endings : last[row] + 1] = 0
+    ids[2, last[2] - 2] = 0
+    out = model(input_ids=ids, attention_mask=mask, labels=torch.arange(BATCH))
+    (positions,) = drawn
+    assert positions.flatten().tolist() == [last[0] - 1, last[1] - 3, last[2]]
+    found = oracle.gradients(model, out.loss)
+    with oracle.constants_outside(model, positions, family):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    expected = cross_entropy(logits, torch.arange(BATCH))
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    same_gradients(found, oracle.gradients(model, expected))
+    with pytest.raises(ValueError, match="pools the last token that has not the pad token's id"):
+        model(input_ids=ids, attention_mask=mask, labels=torch.arange(BATCH), selected_positions=last[:, None])
+
+
+def test_the_last_place_is_pooled_where_there_are_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = recorded_draws(monkeypatch)
+    model = apply_tokentune(DECODERS["llama"][0]().train(), 1)
+    model(inputs_embeds=torch.randn(2, 9, 32), labels=torch.arange(2))
+    assert drawn[0].tolist() == [[8], [8]]
+
+
+@pytest.mark.parametrize("name", ["sequence", "sequence-last-token"])
+def test_a_head_that_pools_padding_is_refused(name: str) -> None:
+    """On the left of an encoder's texts, or with another id than the head looks for: no token would be trained."""
+    model, inputs = apply_tokentune(HEADS[name].build().train(), 2), inputs_of(name)
+    if name == "sequence":
+        inputs |= {key: inputs[key].flip(1) for key in ("input_ids", "attention_mask")}
+    else:
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(MASK == 0, 1)
+    with pytest.raises(ValueError, match="pools a padding token"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_question_answering_draws_both_ends_of_the_answer(shape: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss compares all tokens of a row: those of the rest take part as constants."""
     drawn = recorded_draws(monkeypatch)
     model = apply_tokentune(BertForQuestionAnswering(tiny_bert_config()).train(), PROPORTION)
     ids = inputs_of("masked-lm")["input_ids"]
     start, end = torch.tensor([3, 9, 0]), torch.tensor([5, 11, 200])  # the last one lies outside: ignored
-    out = model(input_ids=ids, attention_mask=MASK, start_positions=start, end_positions=end)
+    answers = {"start_positions": start.view(shape), "end_positions": end.view(shape)}
+    out = model(input_ids=ids, attention_mask=MASK, **answers)
     (positions,) = drawn
     assert (positions == start[:, None]).any(1).all() and (positions == end[:, None]).any(1).tolist() == [
         True,

@@ -15,7 +15,8 @@ from tokentune.arguments import FinetuneArguments, parse_arguments
 from tokentune.data import json_files, records
 from tokentune.data.data_formats import Answer
 from tokentune.data.data_mixing import mixture_counts, mixture_rows
-from tokentune.data.instruction_data import InstructionData, held_out, load_instruction_data
+from tokentune.data.instruction_data import InstructionData, load_instruction_data
+from tokentune.data.record_encoding import held_out
 from tokentune.errors import UserError
 from tokentune.finetune import main
 from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate

@@ -1,9 +1,12 @@
 """JSON Lines and JSON: record by record, in bounded memory, with the place of whatever is wrong."""
 
+import bz2
+import gzip
 import json
 import tracemalloc
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from tokentune.data import json_files
@@ -12,11 +15,14 @@ from tokentune.errors import UserError
 
 
 def refused(path: Path) -> str:
-    reader = read_json_lines if path.suffix == ".jsonl" else read_json
-    with pytest.raises(UserError) as error:
-        list(reader(path))
-    assert str(error.value).startswith(str(path))
-    return str(error.value)
+    """What is said of the file, or of its one bad row."""
+    reader = read_json_lines if path.suffixes[0] == ".jsonl" else read_json
+    try:
+        (error,) = (row for row in reader(path) if isinstance(row, UserError))
+    except UserError as raised:
+        error = raised
+    assert str(error).startswith(str(path))
+    return str(error)
 
 
 def test_a_line_of_a_gigabyte_is_refused_in_little_memory(tmp_path: Path) -> None:
@@ -100,6 +106,51 @@ def test_bad_json(tmp_path: Path) -> None:
     ):
         path.write_bytes(content)
         assert part in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "line 2: cannot be read: the name 'a' occurs twice"),
+        ("a.jsonl", b'{"m": [{"role": "user", "role": "tool"}]}\n', "line 1: cannot be read: the name 'role' occurs"),
+        ("a.json", b'[{"a": 1, "a": 1}]', "cannot be read: the name 'a' occurs twice"),
+        ("a.json", b'{"a": 1, "a": 2}\n{"a": 3}\n', "line 1: cannot be read: the name 'a' occurs twice"),
+    ],
+)
+def test_a_name_that_occurs_twice(name: str, content: bytes, part: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert part in refused(path)
+
+
+COMPRESSED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda c: pyarrow.Codec("zstd").compress(c).to_pybytes(),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_compressed_files(suffix: str, tmp_path: Path) -> None:
+    rows = [{"text": "é" * n} for n in range(300)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for name, content in (("a.jsonl", lines), ("b.json", json.dumps(rows).encode()), ("c.json", lines)):
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(COMPRESSED[suffix](content))
+        assert list((read_json_lines if name == "a.jsonl" else read_json)(path)) == rows
+    path = tmp_path / f"bad.jsonl{suffix}"
+    path.write_bytes(COMPRESSED[suffix](b'{"a": 1}\n{"a": "\xff"}'))
+    assert "not UTF-8 text (byte 16)" in refused(path)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_a_compressed_file_that_is_cut_short(suffix: str, tmp_path: Path) -> None:
+    """Not the end of the data: some readers stop there without a word."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    content = "".join(json.dumps({"n": str(n) * 9}) + "\n" for n in range(5000)).encode()
+    path.write_bytes(COMPRESSED[suffix](content)[:-20])
+    with pytest.raises(OSError, match="Truncated"):
+        list(read_json_lines(path))
 
 
 def test_numbers_that_json_has_not() -> None:

@@ -213,6 +213,31 @@ def test_sft_trainer_refuses_what_it_cannot_do(monkeypatch, tmp_path) -> None:
         run_sft(model, Recorder(model, monkeypatch), tmp_path, loss_type="dft")
 
 
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_trainers_by_preferences_and_rewards_are_refused(name: str, tmp_path) -> None:
+    prompts, answers = [f"w{n} w{n + 9} w{n + 30}" for n in range(4)], [f" w{n + 7} w{n + 50}" for n in range(4)]
+    rows = [{"prompt": prompt} for prompt in prompts]
+    options, more = {}, {}
+    if name == "DPO":
+        rows = [row | {"chosen": answer, "rejected": answer * 2} for row, answer in zip(rows, answers, strict=True)]
+    elif name == "KTO":
+        rows = [row | {"completion": answers[n], "label": n % 2 == 0} for n, row in enumerate(rows)]
+    else:
+        more = {"reward_funcs": lambda completions, **_: [float(n) for n in range(len(completions))]}
+        options = {"num_generations": 2, "max_completion_length": 4}
+    options |= {"per_device_train_batch_size": 2, "max_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none"}
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=apply_tokentune(new_model(), 0.3),
+        args=getattr(trl, f"{name}Config")(str(tmp_path), save_strategy="no", disable_tqdm=True, **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=words_tokenizer(),
+        peft_config=copy.deepcopy(LORA),
+        **more,
+    )
+    with pytest.raises(ValueError, match="draws its own selection for a mean over tokens, not for a loss that weighs"):
+        trainer.train()
+
+
 # --- other owners of the forward --------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,17 @@
 """Local files of every kind, folders, the hub's failures, and what is wrong with bad files, where."""
 
 import json
-import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
 from tokentune.data import records
-from tokentune.data.records import load_records, require_columns
+from tokentune.data.records import load_records, open_source, require_columns
 from tokentune.errors import UserError, run_command
 
 ROWS = [
@@ -87,6 +88,43 @@ def test_columns_that_some_rows_lack(tmp_path: Path) -> None:
     assert dataset["extra"][:] == [None, [1]]
 
 
+def test_values_of_several_types_stay_what_they_are(tmp_path: Path) -> None:
+    values = [1, "b", None, {"x": [None]}, 2**70]
+    path = write(tmp_path / "a.jsonl", json_lines([{"a": value} for value in values]))
+    assert load_records(path)["a"][:4] == values[:4]
+
+
+def test_a_parquet_file_with_a_name_twice(tmp_path: Path) -> None:
+    names = ["output", "instruction", "output"]
+    pyarrow.parquet.write_table(pyarrow.table([["a"]] * 3, names=names), tmp_path / "a.parquet")
+    assert "a.parquet: the name 'output' occurs twice among its columns" in refused(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="occurs twice among its columns"):
+        open_source(str(tmp_path / "a.parquet"), flag="--x").peek(["output"])
+
+
+def test_columns_that_no_one_can_read(tmp_path: Path) -> None:
+    """Types that `datasets` has no name for are left out; a date beyond Python's range is not converted."""
+    table = pyarrow.table(
+        {
+            "text": ["a"],
+            "id": pyarrow.array([bytes(16)], pyarrow.uuid()),
+            "created": pyarrow.array([4_000_000_000_000_000], pyarrow.timestamp("ms")),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = load_records(str(tmp_path / "a.parquet"))
+    assert rows.column_names == ["text", "created"] and rows["text"][:] == ["a"]
+    ((_, row),) = open_source(str(tmp_path / "a.parquet"), flag="--x").rows(["text"])
+    assert row == {"text": "a"}
+
+
+def test_csv_files_of_old_programs_and_of_spreadsheets(tmp_path: Path) -> None:
+    expected = [{"instruction": "a,\r\nb", "output": "1"}, {"instruction": "c", "output": None}]
+    for end in ("\n", "\r\n", "\r"):
+        text = end.join(["instruction,,output", '"a,\r\nb",x,1', "", "  ", "c", ""])
+        assert load_records(write(tmp_path / "a.csv", "\ufeff" + text)).to_list() == expected
+
+
 def test_nan_in_json_is_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"instruction": "a", "input": NaN, "output": "b", "score": NaN}\n')
     assert load_records(path).to_list() == [{"instruction": "a", "input": None, "output": "b", "score": None}]
@@ -118,7 +156,7 @@ def test_a_folder_with_splits(tmp_path: Path, pattern: str) -> None:
     for row, split in zip(ROWS, ("train", "validation", "test"), strict=True):
         write(tmp_path / pattern.format(split), json_lines([row]))
     assert load_records(str(tmp_path)).to_list() == ROWS[:1]
-    assert load_records(str(tmp_path), split="validation").to_list() == ROWS[1:2]
+    assert load_records(str(tmp_path), role="validation").to_list() == ROWS[1:2]
 
 
 def test_a_folder_without_the_split(tmp_path: Path) -> None:
@@ -132,17 +170,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     DatasetDict({"train": dataset.select([0]), "test": dataset}).save_to_disk(tmp_path / "two")
     assert load_records(str(tmp_path / "one")).to_list() == ROWS
     assert load_records(str(tmp_path / "two")).to_list() == ROWS[:1]
-    assert "no split 'validation', only train, test" in refused(tmp_path / "two", split="validation")
-
-
-def test_sources_that_the_released_training_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sources = ["MATH", "airoboros", "leetcode_ne", None, "airoboros"]
-    rows = [{"instruction": str(i), "output": "x", "data_source": source} for i, source in enumerate(sources)]
-    with caplog.at_level(logging.WARNING):
-        dataset = load_records(write(tmp_path / "a.jsonl", json_lines(rows)))
-    assert dataset["instruction"][:] == ["0", "3"]
-    assert "3 rows left out" in caplog.text
-    assert "no rows" in refused(write(tmp_path / "b.jsonl", json_lines(rows[1:3])))
+    assert "no split 'validation', only train, test" in refused(tmp_path / "two", role="validation")
 
 
 @pytest.mark.parametrize(
@@ -166,14 +194,16 @@ def test_sources_that_the_released_training_leaves_out(tmp_path: Path, caplog: p
         ("a.json", '[{"a": 1}, 2]', ["row 2", "expected an object", "number"]),
         ("a.json", "true", ["boolean", "expected an array"]),
         ("a.csv", 'instruction,output\na,b\n"c,d\n', ["not valid CSV"]),
-        ("a.csv", "instruction,output\na,b\nc,d,e\n", ["not valid CSV", "line 3"]),
-        ("a.csv", "instruction,output\na,b,c\nc,d,e\n", ["more cells than the header"]),
+        ("a.csv", "instruction,output\na,b\nc,d,e\n", ["line 3", "3 cells, and the header 2 names"]),
+        ("a.csv", "instruction,output\na,b,c\nc,d,e\n", ["2 of 2 rows are bad", "line 2: has 3 cells", "line 3"]),
+        ("a.csv", 'instruction,output\n"a"b,c\n', ["line 2", "not valid CSV"]),
+        ("a.csv", "output,instruction,output\na,b,c\n", ["the name 'output' occurs twice in the header"]),
+        ("a.csv.gz", b"no gzip", ["cannot be read"]),
+        ("a.parquet.gz", b"x", ["unknown file type", "compressed: .json, .jsonl, .csv alone"]),
         ("a.parquet", "PAR1 and no more", ["not a valid Parquet file"]),
         ("a.jsonl", b'{"a": "\xff\xfe"}', ["not UTF-8", "byte 7"]),
         ("a.csv", b"instruction,output\na,\xff\n", ["not UTF-8"]),
         ("a.txt", "text", ["unknown file type", ".jsonl"]),
-        ("a.jsonl", '{"instruction": "a", "output": "\\ud800"}', ["'output'", "surrogates"]),
-        ("a.jsonl", '{"a": 1}\n{"a": "b"}', ["column 'a' cannot be stored"]),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str | bytes, messages: list[str]) -> None:
@@ -182,47 +212,25 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, messages: li
     assert all(part in message for part in [path, *messages])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"output": None}, "row 2: 'output' is missing"),
-        ({"output": 5}, "row 2: 'output' is 5, not text"),
-        ({"output": ["a"]}, "row 2: 'output' is ['a'], not text"),
-        ({"instruction": None}, "row 2: 'instruction' is missing"),
-        ({"input": 3.5}, "row 2: 'input' is 3.5, not text"),
-    ],
-)
-def test_rows_without_text(tmp_path: Path, change: dict, message: str) -> None:
-    rows = [ROWS[0], {**ROWS[1], **change}, ROWS[2]]
-    assert message in refused(write(tmp_path / "a.jsonl", json_lines(rows)))
-    assert message in refused(write(tmp_path / "a.json", json.dumps(rows)))
-
-
-def test_rows_without_text_in_tables(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "instruction,output\na,b\nc,\n")
-    assert f"{path}, row 2: 'output' is missing" in refused(path)
-    pandas.DataFrame({"instruction": ["a", "b"], "output": [1, 2]}).to_parquet(tmp_path / "a.parquet")
-    assert "a.parquet, row 1: 'output' is 1, not text" in refused(tmp_path / "a.parquet")
-    lacking = json_lines([{"instruction": "a", "output": "b"}, {"instruction": "c"}])
-    assert "row 2: 'output' is missing" in refused(write(tmp_path / "a.jsonl", lacking))
-
-
 def test_an_error_in_a_folder_names_the_file(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", json_lines(ROWS))
     bad = write(tmp_path / "b.jsonl", json_lines(ROWS) + "{")
     assert f"{bad}, line 4" in refused(tmp_path)
 
 
-def test_a_folder_whose_files_do_not_fit_together(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", '{"instruction": "a", "output": "b", "id": 1}')
-    write(tmp_path / "b.jsonl", '{"instruction": "a", "output": "b", "id": [{"x": 1}]}')
-    assert "do not fit together" in refused(tmp_path)
-
-
-def test_a_folder_with_a_file_that_lacks_a_column(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", json_lines(ROWS))
-    bad = write(tmp_path / "b.jsonl", '{"instruction": "a"}')
-    assert f"{bad}: no column 'output'" in refused(tmp_path)
+def test_columns_of_different_types_are_nobody_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A column that is not read breaks nothing: JSON keeps its values, of Parquet files it is left out and named."""
+    for folder, kind in (("lines", "jsonl"), ("tables", "parquet")):
+        (tmp_path / folder).mkdir()
+        for name, value in (("a", 1), ("b", [{"x": 1}])):
+            rows = [{"instruction": name, "id": value}]
+            if kind == "jsonl":
+                write(tmp_path / folder / f"{name}.jsonl", json_lines(rows))
+            else:
+                pandas.DataFrame(rows).to_parquet(tmp_path / folder / f"{name}.parquet")
+    assert load_records(str(tmp_path / "lines"))["id"][:] == [1, [{"x": 1}]]
+    assert load_records(str(tmp_path / "tables")).to_list() == [{"instruction": "a"}, {"instruction": "b"}]
+    assert "with different types: 'id'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["./missing", "/no/such/data.json", "data.jsonl", "a/b/c", "~/missing"])
@@ -260,16 +268,47 @@ def test_hub_failures(error: Exception, message: str, monkeypatch: pytest.Monkey
 
 def test_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    unanswered = {"instruction": "a", "input": None, "output": None, "id": 1}
 
-    def load_dataset(name: str, split: str) -> Dataset:
-        asked.append((name, split))
-        return Dataset.from_list(ROWS if split == "validation" else [*ROWS, unanswered])
+    def load_dataset(name: str, config: str | None = None, *, split: str) -> Dataset:
+        asked.append((name, config, split))
+        return Dataset.from_list(ROWS)
 
     monkeypatch.setattr(records, "load_dataset", load_dataset)
-    assert load_records("a/b", split="validation").to_list() == ROWS
-    assert "a/b, row 4: 'output' is missing" in refused("a/b")
-    assert asked == [("a/b", "validation"), ("a/b", "train")]
+    assert load_records("a/b", role="validation").to_list() == ROWS
+    load_records("a/b", split="train_sft", config="main")
+    assert asked == [("a/b", None, "validation"), ("a/b", "main", "train_sft")]
+
+
+def test_several_configurations_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample"
+    monkeypatch.setattr(records, "load_dataset", lambda *_, **__: raised(ValueError(missing)))
+    message = refused("a/b", role="validation")
+    assert "['main', 'socratic']" in message and "Choose one with --eval_dataset_config" in message
+    unknown = "Unknown split \"train\". Should be one of ['train_sft', 'train_gen']."
+    monkeypatch.setattr(records, "load_dataset", lambda *_, **__: raised(ValueError(unknown)))
+    message = refused("a/b")
+    assert "'train_gen'" in message and "Choose one with --dataset_split" in message
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_folders_of_a_hub_data_set_that_its_readme_does_not_tell_apart(
+    card: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` joins them, unless the README says which belong together."""
+    files = [f"hf://datasets/a/b@0af3/{name}/train-00000-of-00001.parquet" for name in ("main", "socratic")]
+    builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+    cards = SimpleNamespace(load=lambda _: SimpleNamespace(data={"configs": ["all"]} if card else {}))
+    monkeypatch.setattr(records, "load_dataset", lambda *_, **__: Dataset.from_list(ROWS))
+    monkeypatch.setattr(records, "load_dataset_builder", lambda _: builder)
+    monkeypatch.setattr(records, "DatasetCard", cards)
+    if card:
+        assert load_records("a/b").to_list() == ROWS
+    else:
+        assert "several configurations (main, socratic)" in refused("a/b")
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 def test_require_columns() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from killable_runs import (
@@ -30,7 +31,7 @@ import tokentune.runs.resumable_trainer
 from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.runs.checkpoints import MANIFEST_NAME, fault_of
-from tokentune.runs.resuming import check_same_run
+from tokentune.runs.resuming import check_processes, check_same_run
 from tokentune.training import SelectiveTrainer
 
 
@@ -150,6 +151,41 @@ def test_moved_files_are_the_same_and_another_owner_s_model_is_not(tmp_path: Pat
     check_same_run(arguments, before, "checkpoint-2")
     with pytest.raises(UserError, match=r"--dataset_name_or_path owner/data \(there other/data\)"):
         check_same_run(arguments, before | {"dataset_name_or_path": ["other/data"]}, "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "then", "refused"),
+    [
+        ("--streaming --max_steps 9", {"num_workers": 1}, False),  # one worker reads as the process itself does
+        ("--streaming --max_steps 9", {"num_workers": 2}, True),
+        ("--streaming --max_steps 9 --num_workers 3", {"num_workers": 2}, True),
+        ("--streaming --max_steps 9 --num_workers 3", {"gradient_accumulation_steps": 4}, True),
+        ("--streaming --max_steps 9", {"gradient_accumulation_steps": 4}, False),
+        ("--num_workers 3", {"num_workers": 2, "gradient_accumulation_steps": 4}, False),
+    ],
+)
+def test_what_changes_the_batches_of_a_stream_is_refused(flags: str, then: dict, refused: bool) -> None:
+    """Several workers fill the places of dropped rows each with later rows of its own."""
+    words = f"--model_name_or_path owner/model --dataset_name_or_path owner/data {flags}"
+    arguments = parse_arguments(words.split())
+    before = arguments.settings() | then
+    if not refused:
+        check_same_run(arguments, before, "checkpoint-2")
+        return
+    with pytest.raises(UserError, match="would be another run"):
+        check_same_run(arguments, before, "checkpoint-2")
+
+
+def test_another_number_of_processes_for_a_stream(caplog: pytest.LogCaptureFixture) -> None:
+    saved = {"batch": {"processes": 2}, "data": None, "versions": {}}
+    for workers, data, refused in ((2, None, True), (1, None, False), (2, "digest", False)):
+        trainer = SimpleNamespace(args=SimpleNamespace(world_size=1, dataloader_num_workers=workers))
+        if refused:
+            with pytest.raises(UserError, match=r"2 process\(es\), and 1 go on: with --streaming and several"):
+                check_processes(trainer, saved | {"data": data})
+        else:
+            check_processes(trainer, saved | {"data": data})
+            assert "but other dropout" in caplog.text
 
 
 def test_finished_run_has_nothing_to_go_on_with(run: Run, uninterrupted: Path) -> None:

@@ -272,13 +272,11 @@ def test_own_draw_keeps_the_meaning_of_num_items_in_batch() -> None:
 def test_encoders_draw_the_pooled_token() -> None:
     model = apply_tokentune(build("bert-classes"), prefix_length=3, verify=False)
     seen = []
-    model.bert.encoder.layer[0].register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].shape[1]), prepend=False
-    )
+    model.bert.encoder.layer[0].attention.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     ids, mask = padded_batch()
     for _ in range(5):
         model(ids, attention_mask=mask, labels=torch.tensor([0, 1, 0])).loss.backward()
-    assert seen == [3] * 5
+    assert seen == [3, LENGTH - 3] * 5
     with pytest.raises(ValueError, match="position 0 must be selected"):
         model(ids, attention_mask=mask, selected_positions=torch.tensor([[1, 2]] * BATCH))
 
@@ -317,7 +315,7 @@ def test_a_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="past_key_values"):
         model(ids, selected_positions=positions, past_key_values=model(ids, use_cache=True).past_key_values)
     assert model(ids, selected_positions=positions, use_cache=True).past_key_values is None
-    with pytest.raises(RuntimeError, match="not its `forward`"):
+    with pytest.raises(RuntimeError, match="called `forward` in place of the model"):
         model.forward(ids, selected_positions=positions)
 
 
@@ -344,7 +342,7 @@ def test_a_head_that_pools_the_last_token_is_right_and_needs_it() -> None:
     ids, mask = padded_batch()
     ids = ids.masked_fill(mask == 0, 0)
     labels = torch.tensor([0, 1, 1])
-    positions = torch.tensor([[2, 6, 10], [1, 2, 7], [0, 3, 4]])  # last real tokens: 10, 7, 4
+    positions = torch.tensor([[2, 6, 10], [1, 2, 7], [0, 3, 4]])  # last non-pad tokens: 10, 7, 4
     with oracle.constants_outside(model, positions, oracle.LLAMA):
         expected = model(ids, attention_mask=mask, labels=labels)
     apply_tokentune(model, prefix_length=3)
@@ -353,7 +351,7 @@ def test_a_head_that_pools_the_last_token_is_right_and_needs_it() -> None:
     gradients = [oracle.gradients(model, out.loss) for out in (expected, found)]
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
-    with pytest.raises(ValueError, match="last real token"):
+    with pytest.raises(ValueError, match="last token that has not the pad token's id"):
         model(ids, attention_mask=mask, labels=labels, selected_positions=positions - (positions == 7).long())
     model(ids, attention_mask=mask, labels=labels).loss.backward()  # its own draw holds it
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import PLAIN, write
 from tokentune.arguments import parse_arguments
-from tokentune.data import record_streams, records, streaming_rows
+from tokentune.data import record_files, records, streaming_rows
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.streaming_rows import StreamedRows
 from tokentune.errors import UserError
@@ -81,6 +81,16 @@ def test_the_same_batches_for_any_number_of_workers(numbered: str) -> None:
     assert batches[0] == batches[1] == batches[3]
 
 
+def test_dropped_rows_make_the_batches_those_of_so_many_workers(tmp_path: Path) -> None:
+    """What `runs/resuming.py` counts on: one worker reads as none does, several do not where rows are dropped."""
+    rows = [{"prompt": f"{n} ", "completion": "x" if n % 3 else ""} for n in range(50)]
+    name, batches = write(tmp_path / "a.jsonl", rows), {}
+    for workers in (0, 1, 3):
+        loader = DataLoader(stream(name), batch_size=4, num_workers=workers, collate_fn=lambda items: items)
+        batches[workers] = [batch for batch in islice(loader, 12)]
+    assert batches[0] == batches[1] != batches[3]
+
+
 def test_processes_share_each_batch(numbered: str) -> None:
     """As accelerate gives it to them: the first rows of what is a batch of all of them to the first, and so on."""
     alone = texts(stream(numbered), 48)
@@ -107,7 +117,7 @@ def test_several_data_sets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "saved", "hub"])
 def test_every_source(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_streams, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(record_files, "ROWS_AT_ONCE", 3)
     rows = [{"prompt": f"{n} ", "completion": "x", "data_source": ("airoboros", "y")[n % 2]} for n in range(20)]
     path = tmp_path / f"a.{kind}"
     if kind == "json":
@@ -167,7 +177,8 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(2000):
             opened.write(line)
     rows = stream(str(file), words="--max_length 16")
-    rows.encoder = lambda item, where: streaming_rows.TokenRow([1, 2], [-100, 2])
+    encoded = streaming_rows.TokenRow([1, 2], [-100, 2])
+    monkeypatch.setattr(type(rows.encoder), "__call__", lambda self, item, where: encoded)
     tracemalloc.start()
     try:
         for _ in islice(rows, 1900):

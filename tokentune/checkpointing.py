@@ -61,6 +61,8 @@ def checkpoint_layers(stack: Stack, step: Step, rest: str, offload_kv: bool) -> 
         return []
     if rest == "segments" and len(chosen) < len(stack.layers):
         raise UnsupportedModelError("checkpoint_rest segments needs gradient checkpointing of every layer")
+    if rest == "segments" and step.whole_between:
+        raise UnsupportedModelError("checkpoint_rest segments runs layers again without the hooks that others put on")
     checkpointing = SelectiveCheckpointing(step, rest, offload_kv)
     undo: list[Callable[[], None]] = [step.forget_rest]
     for layer in chosen:

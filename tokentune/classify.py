@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig, set_seed
 
 from tokentune.arguments import parse_arguments
 from tokentune.collators import SeededRows
+from tokentune.drawing import pad_token
 from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.encoders.classification_data import ClassificationData, configured, load_data, load_processing
 from tokentune.encoders.classification_summary import (
@@ -123,7 +124,7 @@ def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     config = configured(config, data.labels, processing)
     skeleton = check_structure(arguments, config, head)
     if arguments.selection.tokentune:
-        say_pooling(skeleton, arguments)
+        say_pooling(skeleton, arguments, processing)
     return Plan(arguments, config, processing, data, metric, run_folder)
 
 
@@ -139,7 +140,7 @@ def chosen_metric(arguments: ClassificationArguments, data: ClassificationData) 
     return chosen
 
 
-def say_pooling(skeleton: Any, arguments: ClassificationArguments) -> None:
+def say_pooling(skeleton: Any, arguments: ClassificationArguments, processing: Any) -> None:
     """Says what the head for whole sequences looks at in training. Evaluation is the ordinary forward pass."""
     pooling = profile_of(skeleton).pooling
     if arguments.task.task_type == "token":
@@ -155,6 +156,13 @@ def say_pooling(skeleton: Any, arguments: ClassificationArguments) -> None:
             "as constants; evaluation is the ordinary forward pass"
         )
     else:
+        theirs, own = getattr(processing, "pad_token_id", None), pad_token(skeleton)
+        if pooling is Pooling.LAST_NON_PAD and theirs != own:
+            raise UserError(
+                f"--model_name_or_path {arguments.model.model_name_or_path}: its head looks for the last token that is "
+                f"not number {own} (pad_token_id in config.json), and its tokenizer pads with number {theirs}: "
+                "the head would pool padding. Give both the same number."
+            )
         logger.info("the head pools the %s token, which is always selected", pooling.value)
 
 

@@ -229,6 +229,7 @@ class EncoderDraw:
     Args:
         prefix_length, strategy: as in `CausalCollator`.
         pooling: which token the head for whole sequences pools: selected always.
+        pad_token_id: by which that head knows padding.
         first_always: select the first token whatever is pooled (an image's class token).
         in_place: the model returns all S rows, not K: labels of tokens are masked instead of gathered.
         outside: the class of words outside of entities, which "supervised" selects after those inside.
@@ -237,6 +238,7 @@ class EncoderDraw:
     prefix_length: int | float
     strategy: str = "random"
     pooling: Pooling | None = None
+    pad_token_id: int | None = None
     first_always: bool = False
     in_place: bool = False
     outside: int | None = None
@@ -252,7 +254,8 @@ class EncoderDraw:
         if labels.ndim == 2:
             targets = target_mask(labels, causal=False)
             preferred = targets if self.outside is None else targets & (labels != self.outside)
-        always = pooled_tokens(Pooling.FIRST if self.first_always else self.pooling, mask)
+        pooling = Pooling.FIRST if self.first_always else self.pooling
+        always = pooled_tokens(pooling, mask, input_ids, self.pad_token_id)
         positions = select_positions(
             mask,
             self.prefix_length,

@@ -13,16 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokentune.errors import UnsupportedModelError
 from tokentune.groups import require
 from tokentune.looking import look
 from tokentune.selection import select_tokens, target_mask
 from tokentune.selective import Kept
-from tokentune.verification import Pooling
+from tokentune.verification import SEQUENCE_HEADS, Pooling
 
 if TYPE_CHECKING:
     from tokentune.patching import Settings
 
-_ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: positions (B,)
+_ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: positions (B,) or (B, 1)
+# What TRL's DPOTrainer has the model return beside the log-probabilities.
+_OF_PREFERENCES = ("mean_logits", "log_sum_sq_probs")
+_PADDING_POOLED = (
+    "this model's head pools a padding token of some row, which carries no gradient: let the tokenizer pad where the "
+    "head expects it (behind the tokens for a first one), with the id in config.pad_token_id"
+)
+_WEIGHS = "the model draws its own selection for a mean over tokens, not for a loss that weighs them"
 
 
 def has_labels(kwargs: dict[str, Any]) -> bool:
@@ -30,9 +38,10 @@ def has_labels(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in ("labels", *_ANSWERS))
 
 
-def per_token(labels: Tensor | None) -> bool:
-    """Whether these are labels of tokens (B, S), not classes (B,) or several yes-or-no classes (B, C), floats."""
-    return labels is not None and labels.ndim == 2 and not labels.is_floating_point()
+def per_token(model: PreTrainedModel, labels: Tensor | None) -> bool:
+    """Whether these are labels of tokens (B, S), not classes (B,) or (B, 1), several of them or numbers (B, C)."""
+    whole = model.loss_type in SEQUENCE_HEADS
+    return labels is not None and labels.ndim == 2 and not labels.is_floating_point() and not whole
 
 
 class Drawn(NamedTuple):
@@ -79,7 +88,7 @@ def draw(
     if mask is None or mask.ndim != 2:
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     targets = None
-    if per_token(labels):
+    if per_token(model, labels):
         if causal:  # the padding in front of a left-padded row predicts its first token: never a target
             labels = labels.masked_fill(F.pad(mask[:, :-1], (1, 0)).to(labels.device) == 0, -100)
             kwargs["labels"] = labels
@@ -92,11 +101,11 @@ def draw(
         mask,
         settings.prefix_length,
         targets=targets,
-        always=_always(settings, kwargs, mask),
+        always=_always(model, settings, kwargs, mask),
         strategy=settings.strategy,
         scores=None if uniform is None else uniform.to(mask.device),
         input_ids=kwargs.get("input_ids"),
-        labels=labels if per_token(labels) else None,
+        labels=labels if per_token(model, labels) else None,
         token_scores=None if seen is None else {name: score.to(mask.device) for name, score in seen.scores.items()},
         draw="proportional" if settings.look is None else settings.look.draw,
     )
@@ -134,11 +143,14 @@ def look_beside(
     return seen.kept
 
 
-def _always(settings: "Settings", kwargs: dict[str, Any], mask: Tensor) -> Tensor | None:
+def _always(model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any], mask: Tensor) -> Tensor | None:
     """(B, S) bool: the tokens to be selected in any case."""
-    answers = [kwargs[name].to(mask.device) for name in _ANSWERS if kwargs.get(name) is not None]
+    answers = [kwargs[name].to(mask.device).flatten() for name in _ANSWERS if kwargs.get(name) is not None]
     if not answers:
-        return pooled_tokens(settings.profile.pooling, mask)
+        pooled = pooled_tokens(settings.profile.pooling, mask, kwargs.get("input_ids"), pad_token(model))
+        if pooled is not None:
+            require((pooled & mask.bool()).any(1), _PADDING_POOLED)
+        return pooled
     # Otherwise most draws would hold neither end of the answer.
     ends = torch.stack(answers, dim=1).clamp(0, mask.shape[1] - 1)
     return torch.zeros_like(mask, dtype=torch.bool).scatter(1, ends, True)
@@ -150,13 +162,27 @@ def _draw_in_front_of_the_layers(settings: "Settings", hidden: Tensor) -> Tensor
     return select_tokens(mask, settings.prefix_length, always=always, strategy=settings.strategy)[0]
 
 
-def pooled_tokens(pooling: Pooling | None, mask: Tensor) -> Tensor | None:
-    """(B, S) bool: the token that the head pools, which has to be selected; None where it pools none or all."""
-    if pooling not in (Pooling.FIRST, Pooling.LAST):
+def pad_token(model: PreTrainedModel) -> int | None:
+    """The id by which a model's head knows padding."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
+
+
+def pooled_tokens(
+    pooling: Pooling | None, mask: Tensor, input_ids: Tensor | None = None, pad_token_id: int | None = None
+) -> Tensor | None:
+    """(B, S) bool: the token that the head pools, which has to be selected; None where it pools none or all.
+
+    `input_ids` (B, S) and `pad_token_id` are what transformers' decoders look for it by: without one of them they take
+    the last place, padding or not.
+    """
+    if pooling not in (Pooling.FIRST, Pooling.LAST, Pooling.LAST_NON_PAD):
         return None
     index = torch.arange(mask.shape[1], device=mask.device)
     if pooling is Pooling.FIRST:
         return (index == 0).expand(mask.shape)
+    if pooling is Pooling.LAST_NON_PAD:
+        by_id = input_ids is not None and pad_token_id is not None
+        mask = (input_ids != pad_token_id).to(mask) if by_id else torch.ones_like(mask)
     return index == (index * mask).argmax(dim=1, keepdim=True)
 
 
@@ -164,10 +190,13 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
     """Scales what TRL's trainers sum up over the tokens of an output, in place, to stand for all supervised tokens.
 
     They divide the sum of `log_probs` (B, S - 1) by a count of all of them, taken outside of the model. That is right
-    for a plain sum alone: the backward pass refuses losses that weigh tokens (`dft`, preferences, rewards).
+    for a plain sum alone: refused are losses that weigh tokens (`dft`, preferences, rewards), here where the output
+    holds what only such a loss asks for, which would work with it before its backward pass; otherwise in that.
     """
     if getattr(output, "log_probs", None) is None or getattr(output, "label_mask", None) is None:
         return
+    if any(getattr(output, name, None) is not None for name in _OF_PREFERENCES):
+        raise UnsupportedModelError(_WEIGHS)
     drawn = output.label_mask.bool()
     for name in ("log_probs", "entropy", "is_top1"):
         if getattr(output, name, None) is not None:
@@ -176,7 +205,7 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
 
     def check(gradient: Tensor) -> None:
         alike = gradient.masked_fill(~drawn, -torch.inf).amax() == gradient.masked_fill(~drawn, torch.inf).amin()
-        require(alike, "the model draws its own selection for a mean over tokens, not for a loss that weighs them")
+        require(alike, _WEIGHS)
 
     if output.log_probs.requires_grad:
         output.log_probs.register_hook(check)

@@ -22,16 +22,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from tokentune.adapter_kinds import Suspect, require_served_adapters, unserved_adapters, wrapper_past_hooks
 from tokentune.attention import require_served
 from tokentune.checkpointing import CHECKPOINT_REST, checkpoint_layers
 from tokentune.correction import gradient_scales, require_correctable
-from tokentune.drawing import DrawCounts, draw, has_labels, look_beside, per_token, pooled_tokens
+from tokentune.drawing import DrawCounts, draw, has_labels, look_beside, pad_token, per_token, pooled_tokens
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import gather_tokens, token_order
 from tokentune.look_verification import verify_look
 from tokentune.looking import SCORES, LookOptions
 from tokentune.loss import CHUNK_BYTES, ChunkedLoss, is_frozen, put_loss, why_not_in_chunks
 from tokentune.masks import recipe_from_functions
+from tokentune.past_hooks import HOOKS_AT_WORK, check_hooks_ran, is_called_by_prompt_learning
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import (
     CURRENT_STEP,
@@ -41,18 +43,22 @@ from tokentune.selective import (
     Step,
     activate,
     enter_layer,
+    have_hooks_of_others,
     leave_layer,
     selective_attention,
 )
 from tokentune.strategies import find_strategy
 from tokentune.structure import Stack, transformer_layers
-from tokentune.verification import Pooling, Profile, verified_profile, verify_correction
+from tokentune.verification import SEQUENCE_HEADS, Pooling, Profile, verified_profile, verify_correction
 
 logger = logging.get_logger(__name__)
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
+_SETTINGS_OF_OWNER = "_tokentune_of_owner"  # likewise, of the model inside that holds the layers
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 # Keyword arguments that no model's own forward takes.
 _OURS = ("selected_positions", "selection_weights", "selection_draws", "num_supervised", "all_labels")
+_PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
+_POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
 _PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 
 
@@ -71,6 +77,9 @@ class Settings:
     look: LookOptions | None = None
     needs: tuple[str, ...] = ()  # the scores that the strategy needs
     gradient_correction: float = 0.0
+    verify: bool = True  # whether the model was compared, and its adapters are to be of a kind that was
+    adapters: list[Suspect] = field(default_factory=list)  # that cannot be served, active ones or not
+    adapters_of: tuple[int, ...] = ()  # the adapters' configurations that were looked at for these
     undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the step under way, last first
     finish: Callable[[Any], None] | None = None  # what the output of the step under way still needs
     counts: DrawCounts | None = None  # of the last draw
@@ -105,8 +114,9 @@ def apply_tokentune(
             draws the selection itself whenever it is in training mode and called with labels; with the uniform numbers
             `selection_draws` (B, S), where these are given.
         strategy: how it draws, a name that `strategies.find_strategy` knows.
-        verify: first compare a tiny random copy with the definition of the method (`verification.py`). Without it a
-            model that cannot be served may be trained wrongly, without an error.
+        verify: first compare a tiny random copy with the definition of the method (`verification.py`), and refuse
+            adapters of kinds that were never compared (`adapter_kinds.py`). Without it a model that cannot be served
+            may be trained wrongly, without an error.
         look: how it looks at all tokens first (`looking.py`), for strategies that need scores (None: the default ways),
             or for the loss over all tokens (`last_draw`) and steps that run nothing of the rest, given positions too.
             Where the strategy knows probabilities, the loss of a token weighs 1 / probability.
@@ -120,12 +130,15 @@ def apply_tokentune(
             method as published; 1 is exact in expectation where one layer mixes tokens, for positions drawn uniformly
             (or with weights), and varies more from draw to draw.
 
-    Forward hooks that others put on a layer itself see the pair of groups; modules inside are called once per group.
+    Forward hooks that others put on a layer itself, before or after, see and may change all of its rows, (B, S, D), as
+    ever (which costs copies of them, and the last layer's rest; where a hook mixes tokens, those of the rest are
+    constants to it). Modules inside are called once per group, and so are hooks on them.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
     """
     owner = _owner(model)
+    require_served_adapters(unserved_adapters(owner, trust_unknown=not verify))
     if checkpoint_rest not in CHECKPOINT_REST:
         raise ValueError(f"checkpoint_rest must be one of {', '.join(CHECKPOINT_REST)}, not {checkpoint_rest!r}")
     require_correctable(gradient_correction, transformer_layers(owner))
@@ -164,10 +177,16 @@ def apply_tokentune(
         look=look,
         needs=needs,
         gradient_correction=gradient_correction,
+        verify=verify,
     )
     if before is None:
         install_hooks(owner)
+    wrapper = wrapper_past_hooks(model)
+    if wrapper is not None and _begin_for_model_inside not in wrapper._forward_pre_hooks.values():
+        wrapper.register_forward_pre_hook(_begin_for_model_inside, with_kwargs=True)
+        wrapper.register_forward_hook(_end_for_model_inside, always_call=True)
     setattr(owner, _SETTINGS, settings)
+    setattr(stack.backbone, _SETTINGS_OF_OWNER, settings)
     return model
 
 
@@ -201,7 +220,7 @@ def _keep_4bit_layout(owner: PreTrainedModel) -> None:
 
 def _assumed_profile(owner: PreTrainedModel) -> Profile:
     """What most models are, for one that is not to be verified: encoders pool the first token."""
-    whole = owner.loss_type in ("ForSequenceClassification", "ForImageClassification")
+    whole = owner.loss_type in SEQUENCE_HEADS
     pooler = any(name.split(".")[-1] == "pooler" for name, _ in owner.named_modules())
     return Profile(Rows.SELECTED, Pooling.FIRST if whole or pooler else None)
 
@@ -214,6 +233,7 @@ def install_hooks(owner: PreTrainedModel) -> None:
     for layer in stack.layers:
         layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
         layer.register_forward_hook(leave_layer)
+    stack.backbone.register_forward_pre_hook(_enter_backbone)
     stack.backbone.register_forward_hook(_gather_rows)
     owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
     owner.register_forward_hook(_end_step, always_call=True)
@@ -224,8 +244,9 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
     owner = _owner(model)
     if not hasattr(owner, _SETTINGS):
         return model
-    ours = (enter_layer, leave_layer, _gather_rows, _begin_step, _end_step)
-    for module in owner.modules():
+    ours = (enter_layer, leave_layer, _enter_backbone, _gather_rows, _begin_step, _end_step)
+    ours += (_begin_for_model_inside, _end_for_model_inside)
+    for module in {*owner.modules(), *model.modules()}:
         for hooks, *flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
@@ -233,6 +254,7 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 for registry in (hooks, *flags):
                     registry.pop(key, None)
+        module.__dict__.pop(_SETTINGS_OF_OWNER, None)
     delattr(owner, _SETTINGS)
     return model
 
@@ -262,7 +284,7 @@ def _owner(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside whatever peft or `torch.compile` wraps around it."""
     model = getattr(model, "_orig_mod", model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedModelError("peft's prompt learning puts tokens in front that selected positions do not count")
+        raise UnsupportedModelError(_PROMPT_LEARNING)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"a transformers or peft model is needed, not {type(inner).__name__}")
@@ -273,6 +295,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, _SETTINGS)
     _put_back(settings)  # what an interrupt (Ctrl-C) left, after which torch calls no hooks
+    settings.undo.append(partial(HOOKS_AT_WORK.reset, HOOKS_AT_WORK.set(True)))
     parameters = inspect.signature(type(model).forward).parameters
     given, kwargs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
     positions, weights, uniform, supervised, all_labels = (kwargs.pop(name, None) for name in _OURS)
@@ -283,12 +306,12 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
                 "called without labels (label smoothing?): an ordinary forward, all tokens get gradients"
             )
         return ((), kwargs) if any(name in given for name in _OURS) else None
-    _refuse(model, kwargs)
+    _refuse(model, settings, kwargs)
     causal = _is_causal_lm(model)
     rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
-    looks = settings.look is not None and model.training and per_token(kwargs.get("labels"))
+    looks = settings.look is not None and model.training and per_token(model, kwargs.get("labels"))
     if looks and rows is Rows.ALL:
         raise UnsupportedModelError("a look at all tokens needs the model's own forward and loss, not a trainer's")
     kept = None
@@ -296,8 +319,8 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         options = {"uniform": uniform, "num_supervised": supervised}
         (positions, weights, kept), supervised = draw(model, settings, kwargs, causal=causal, **options), None
     if isinstance(positions, Tensor):
-        _check_positions(settings.profile.pooling, positions, kwargs.get("attention_mask"))
-    if weights is not None and not (causal and rows is not Rows.ALL and per_token(kwargs.get("labels"))):
+        _check_positions(model, settings.profile.pooling, positions, kwargs)
+    if weights is not None and not (causal and rows is not Rows.ALL and per_token(model, kwargs.get("labels"))):
         raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
 
     whole = _is_whole_sequence(positions, kwargs)
@@ -305,7 +328,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         kept = look_beside(model, settings, kwargs, positions, kwargs["labels"] if all_labels is None else all_labels)
     loss_function = None
     labels = kwargs.get("labels")
-    if per_token(labels):
+    if per_token(model, labels):
         if causal and rows is not Rows.ALL:
             loss_function = _chunked_loss(model, settings, positions, supervised, weights)
             if loss_function is None and not whole:
@@ -334,7 +357,21 @@ def _is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
 def _start_step(settings: Settings, positions: Any, rows: Rows, kept: Kept | None, scales: Tensor | None) -> None:
     """Starts the selective forward; `settings.undo` gets what puts everything back."""
     implementations = [(config, config._attn_implementation) for config in settings.stack.configs]
-    step = Step(positions, implementations, settings.stack.calls, rows, kept, scales)
+    whole_between = have_hooks_of_others(settings.stack.layers)
+    if whole_between and kept is not None:
+        raise UnsupportedModelError("a look at all tokens leaves nothing of the rest for others' hooks on the layers")
+    if whole_between and rows is Rows.SELECTED:
+        rows = Rows.GATHERED  # a hook on the last layer too gets what leaves it whole
+    step = Step(
+        positions,
+        implementations,
+        settings.stack.calls,
+        rows,
+        kept,
+        scales,
+        settings.profile.per_token,
+        whole_between,
+    )
     settings.undo += activate(step)
     settings.undo += checkpoint_layers(settings.stack, step, settings.checkpoint_rest, settings.offload_kv)
 
@@ -369,9 +406,26 @@ def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
         finish(output)
 
 
+def _begin_for_model_inside(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """Forward pre-hook of a wrapper that calls the model's `forward` and not the model (`wrapper_past_hooks`)."""
+    return _begin_step(wrapper.model, args, kwargs) if hasattr(wrapper.model, _SETTINGS) else None
+
+
+def _end_for_model_inside(wrapper: nn.Module, args: tuple, output: Any) -> None:
+    if hasattr(wrapper.model, _SETTINGS):
+        _end_step(wrapper.model, args, output)
+
+
 def _put_back(settings: Settings) -> None:
     while settings.undo:
         settings.undo.pop()()
+
+
+def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
+    """Forward pre-hook of the model that holds the layers."""
+    settings = backbone.__dict__.get(_SETTINGS_OF_OWNER)
+    if settings is not None:  # None: it is being verified
+        check_hooks_ran(backbone, settings)
 
 
 def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
@@ -387,7 +441,7 @@ def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
     return output
 
 
-def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+def _refuse(model: PreTrainedModel, settings: Settings, kwargs: dict[str, Any]) -> None:
     """Raises for what a selective forward cannot do."""
     if getattr(model, "_is_replica", False):
         raise UnsupportedModelError(
@@ -395,6 +449,10 @@ def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         )
     if CURRENT_STEP.get() is not None:
         raise UnsupportedModelError("a selective forward was started inside another one")
+    _require_served_adapters_now(model, settings)
+    of_others = any(kwargs.get(name) is not None for name in ("inputs_embeds", "past_key_values"))
+    if of_others and not torch.compiler.is_compiling() and is_called_by_prompt_learning():
+        raise UnsupportedModelError(_PROMPT_LEARNING)
     config = model.config.get_text_config()
     for name in _REFUSED:
         asked = kwargs.get(name)
@@ -403,7 +461,18 @@ def _refuse(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` cannot be had together with a selection")
 
 
-def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | None) -> None:
+def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> None:
+    """Adapters may have come, or become active, after the model was patched."""
+    configs = getattr(model, "peft_config", None)
+    known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
+    if known != settings.adapters_of:
+        settings.adapters, settings.adapters_of = unserved_adapters(model, trust_unknown=not settings.verify), known
+    require_served_adapters(settings.adapters)
+
+
+def _check_positions(
+    model: PreTrainedModel, pooling: Pooling | None, positions: Tensor, kwargs: dict[str, Any]
+) -> None:
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
@@ -413,10 +482,13 @@ def _check_positions(pooling: Pooling | None, positions: Tensor, mask: Tensor | 
         return
     if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
-    if pooling is Pooling.LAST and mask is not None and mask.ndim == 2:
-        pooled = pooled_tokens(pooling, mask.cpu())
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if mask is None and ids is not None:
+        mask = torch.ones_like(ids)
+    if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD) and mask is not None and mask.ndim == 2:
+        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token(model))
         if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
-            raise ValueError("this model pools the last real token: it must be selected in every row")
+            raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
 
 
 def _is_causal_lm(model: PreTrainedModel) -> bool:

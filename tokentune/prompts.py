@@ -11,6 +11,7 @@ Alpaca-LoRA and Platypus added.
 import json
 import re
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +20,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow
+from tokentune.data.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow, trimmed_offsets
 from tokentune.data.records import require_columns
 from tokentune.errors import UserError
 from tokentune.selection import IGNORED_LABEL
@@ -95,14 +96,22 @@ def encode_example(
 
 def encode_answer(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool) -> TokenRow:
     """`encode_example`, uncut."""
-    ids, start = _encode(prompt, answer, tokenizer, add_eos_token)
-    start = min(max(start, 1), len(ids))
-    return TokenRow(ids, [IGNORED_LABEL] * start + ids[start:])
+    return encode_answers([(prompt, answer)], tokenizer, add_eos_token=add_eos_token)[0]
 
 
-def _encode(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, add_eos: bool) -> tuple[list[int], int]:
-    """Uncut ids, and the index of the first token that holds a part of the answer (or is its EOS)."""
-    ids, start = (_encode_fast if getattr(tokenizer, "is_fast", False) else _encode_slow)(prompt, answer, tokenizer)
+def encode_answers(
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool
+) -> list[TokenRow]:
+    """Prompts with their answers, tokenized together."""
+    if getattr(tokenizer, "is_fast", False):
+        found = _encode_fast(texts, tokenizer)
+    else:
+        found = (_encode_slow(prompt, answer, tokenizer) for prompt, answer in texts)
+    return [_finished(ids, start, tokenizer, add_eos_token) for ids, start in found]
+
+
+def _finished(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase, add_eos: bool) -> TokenRow:
+    """A row of uncut ids, of which `start` is the first that holds a part of the answer (or is its EOS)."""
     # A template that spells the BOS out, with a tokenizer that adds one: keep one.
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids, start = ids[1:], max(start - 1, 0)
@@ -113,16 +122,22 @@ def _encode(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, add_eo
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
         start = min(start, len(ids) - 1)  # an empty answer still has its EOS to learn
-    return ids, start
+    start = min(max(start, 1), len(ids))
+    return TokenRow(ids, [IGNORED_LABEL] * start + ids[start:])
 
 
-def _encode_fast(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    encoding = tokenizer(prompt + answer, return_offsets_mapping=True, truncation=False, verbose=False)
-    ids = list(encoding["input_ids"])
-    # Special tokens that the tokenizer adds have the offsets (0, 0). Every byte of a character that is split into
-    # several tokens has the offsets of the whole character.
-    ends = (end for _, end in encoding["offset_mapping"])
-    return ids, next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
+def _encode_fast(
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], int]]:
+    """Of each text its uncut ids, and the index of the first token that holds a part of the answer."""
+    whole = [prompt + answer for prompt, answer in texts]
+    encoded = tokenizer(whole, return_offsets_mapping=True, truncation=False, verbose=False)
+    columns = (encoded["input_ids"], encoded["offset_mapping"])
+    for (prompt, _), text, ids, offsets in zip(texts, whole, *columns, strict=True):
+        # Special tokens that the tokenizer adds have the offsets (0, 0). Every byte of a character that is split into
+        # several tokens has the offsets of the whole character.
+        ends = (end for _, end in trimmed_offsets(tokenizer, text, ids, offsets))
+        yield list(ids), next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
 
 
 def _encode_slow(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:

@@ -4,7 +4,8 @@
 
 Nothing of a model is rewritten. `patching.py` opens a `Step` around the model's forward and makes its configuration
 name `selective_attention`, so that every attention of the model calls it. Hooks split the hidden states (B, S, D) in
-front of the first layer; between layers they travel as a pair of groups, and each layer runs its own, unmodified
+front of the first layer; between layers they travel as a pair of groups (where others have put hooks on a layer, as
+(B, S, D) again), and each layer runs its own, unmodified
 forward twice, once per group, the second call nested in the first one's attention:
 
     layer(TokenGroups)                          enter_layer: unpack, gather the arguments that have a row per token
@@ -26,7 +27,7 @@ with an independent definition of the method (Simoulin et al., EMNLP 2024, secti
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,7 +42,9 @@ from tokentune.attention import attend
 from tokentune.correction import OwnTokens, scale_gradient
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import TokenGroups, gather_tokens, in_sequence_order, token_order
+from tokentune.layer_arguments import has_row_per_token, map_tensors
 from tokentune.masks import GroupMask, MaskRecipe, read_mask
+from tokentune.past_hooks import caller_of_forward
 
 SELECTED, REST = "selected", "rest"
 QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "query", "q_lin")  # modules whose output becomes queries and nothing else
@@ -112,6 +115,8 @@ class Step:
     rows: Rows = Rows.SELECTED
     kept: Kept | None = None  # from a look (`looking.py`): the rest runs no more
     gradient_scales: Tensor | None = None  # (B, K), of the selected keys and values (`correction.py`); None: all 1
+    per_token: dict[str, bool] = field(default_factory=dict)  # of the layers' arguments (`layer_arguments.py`)
+    whole_between: bool = False  # layers hand on all rows in place of the pair: others' hooks look at them
     entered_calls: int = 0
     order: Tensor | None = None  # (B, S): the selected positions, then the rest's, both ascending
     call: LayerCall | None = None
@@ -145,12 +150,13 @@ class Step:
         return OwnTokens(key, value, self.gradient_scales, self.places(key.device)[0], indices)
 
     def split(self, hidden: Tensor) -> TokenGroups:
-        """(B, S, D) in front of the first layer -> the two groups."""
+        """(B, S, D) in front of a layer, the first one mostly -> the two groups."""
         if callable(self.positions):
             self.positions = self.positions(hidden)
         if len(self.positions) != len(hidden):
             raise ValueError(f"selected_positions has {len(self.positions)} rows, the batch {len(hidden)}")
-        self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
+        if self.order is None:
+            self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
         selected = gather_tokens(hidden, self.indices(SELECTED))
         if self.kept is not None:
             return TokenGroups(selected, hidden.new_empty(len(hidden), 0, *hidden.shape[2:]))
@@ -161,18 +167,18 @@ class Step:
         return gather_tokens(torch.cat(groups, dim=1), self.order.argsort(dim=1).to(groups.selected.device))
 
     def rows_of(self, value: Any, group: str) -> Any:
-        """A layer's argument for one group: its rows of whatever has a row per token, all else as it is."""
-        if isinstance(value, Tensor):
-            batch, length = self.order.shape
-            pairs_of_tokens = value.ndim == 4 and value.shape[2:] == (length, length)  # a mask: the attention's affair
-            per_token = value.ndim >= 2 and value.shape[1] == length and value.shape[0] in (1, batch)
-            return self._cached_rows(value, group) if per_token and not pairs_of_tokens else value
-        if isinstance(value, tuple | list):
-            items = [self.rows_of(item, group) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, dict):
-            return {key: self.rows_of(item, group) for key, item in value.items()}
-        return value
+        """A layer's arguments for one group: its rows of whatever has a row per token, all else as it is."""
+        return map_tensors(value, partial(self._rows_of_tensor, group))
+
+    def _rows_of_tensor(self, group: str, value: Tensor, path: str) -> Tensor:
+        batch, length = self.order.shape
+        fits = has_row_per_token(value, batch, length)
+        per_token = self.per_token.get(path, fits)
+        if per_token and not fits:
+            raise UnsupportedModelError(
+                f"the layers' argument {path} of shape {tuple(value.shape)} has no row for each of {length} tokens"
+            )
+        return self._cached_rows(value, group) if per_token else value
 
     def _cached_rows(self, value: Tensor, group: str) -> Tensor:
         rows = next((rows for original, rows in self.row_cache if original is value), None)
@@ -210,6 +216,33 @@ class Step:
         return recipe
 
 
+_ABIDING = ("tokentune", "torch", "transformers", "accelerate", "deepspeed")  # whose hooks know pairs, or leave them be
+
+
+def have_hooks_of_others(layers: Iterable[nn.Module]) -> bool:
+    """Whether somebody's forward hooks on these layers themselves look at what goes in or comes out, and may change it.
+
+    They get it whole then, (B, S, D) in sequence order, as in the unmodified model: ours are moved to the inside.
+    """
+    found = False
+    for layer in layers:
+        for hooks, own, at_end in (
+            (layer._forward_pre_hooks, enter_layer, True),
+            (layer._forward_hooks, leave_layer, False),
+        ):
+            if all(hook is own or _home(hook) in _ABIDING for hook in hooks.values()):
+                continue
+            found = True
+            key = next(key for key, hook in hooks.items() if hook is own)
+            hooks.move_to_end(key, last=at_end)
+    return found
+
+
+def _home(hook: Callable) -> str:
+    hook = getattr(hook, "func", hook)  # of a partial one
+    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
+
+
 def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of every layer: its own forward gets the selected group and that group's arguments."""
     step = CURRENT_STEP.get()
@@ -217,18 +250,21 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
     hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states", None), ())
     if step is None:
         if "selected_positions" in kwargs:  # swallowed by the model's **kwargs, where its hooks did not run
-            raise RuntimeError("selected_positions reached a layer: call the model itself, not its `forward` method")
+            raise RuntimeError(
+                f"selected_positions reached a layer past the model's hooks: {caller_of_forward()} called `forward` "
+                "in place of the model itself"
+            )
         if isinstance(hidden, TokenGroups):
             raise RuntimeError("a layer is run again outside of its forward pass (a checkpointing wrapper does this)")
         return None
     if any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past")):
         raise UnsupportedModelError("a key-value cache reached a layer: both passes would write to it")
-    if step.entered_calls > 0 and not isinstance(hidden, TokenGroups):
+    if step.entered_calls > 0 and not (isinstance(hidden, TokenGroups) or step.whole_between):
         raise UnsupportedModelError(f"something in front of {type(layer).__name__} took the groups of tokens apart")
-    groups = hidden if step.entered_calls > 0 else step.split(hidden)
+    groups = hidden if isinstance(hidden, TokenGroups) else step.split(hidden)
     step.entered_calls += 1
     last = step.entered_calls == step.expected_calls
-    ends_early = last and step.rows is not Rows.ALL
+    ends_early = last and step.rows is not Rows.ALL and not step.whole_between
     rest_pass = run_rest if step.kept is None else use_kept
     step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), rest_pass, ends_early)
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
@@ -251,7 +287,7 @@ def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
             count = step.indices(REST).shape[1] if call.last else 0
             rest = hidden.new_zeros(len(hidden), count, *hidden.shape[2:])
         groups = TokenGroups(hidden, rest)
-        leaving = step.merge(groups) if call.last else groups
+        leaving = step.merge(groups) if call.last or step.whole_between else groups
     return (leaving, *others) if isinstance(output, tuple) else leaving
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -16,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from tokentune.training import SelectiveTrainer
 
 
@@ -47,7 +48,7 @@ def own_class(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def set_fsdp_policy(accelerator: Accelerator) -> None:
+def set_fsdp_policy(accelerator: "Accelerator") -> None:
     """Has FSDP compute in the accelerator's 16 bits, over float32 weights whose gradients are added up in float32.
 
     accelerate's own policy adds them up in 16 bits, and rounds the loss to them.

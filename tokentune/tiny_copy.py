@@ -202,6 +202,10 @@ def _shrink(config: PreTrainedConfig, layers: int) -> None:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, min(size, getattr(config, name)))
     _shorten_reach(vars(config))
+    if any("dynamic" in kind for kind in _rope_types(getattr(config, "rope_parameters", None))):
+        config.max_position_embeddings = min(
+            config.max_position_embeddings, _MOST_REACH
+        )  # beyond it frequencies change
     for name in _TOKEN_IDS:
         if getattr(config, name, None) is not None:
             setattr(config, name, 0)
@@ -226,6 +230,14 @@ def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
     if groups is not None:
         config.num_key_value_heads = _HEADS if groups == heads else 1 if groups == 1 else 2
     setattr(config, width, _HIDDEN if apart else _HEADS * head_size)
+
+
+def _rope_types(parameters: Any) -> list[str]:
+    """Of a model's layers, which may have several."""
+    if not isinstance(parameters, dict):
+        return []
+    own = parameters.get("rope_type")
+    return [own] if isinstance(own, str) else [kind for part in parameters.values() for kind in _rope_types(part)]
 
 
 def _shorten_reach(values: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from tokentune.errors import UserError
 from tokentune.footprints.breakdown import KindOfModule
 from tokentune.memory import BYTES_IN_GIB, SavedForBackward, memory_usage, reset_peak
 from tokentune.patching import last_draw, set_prefix_length
+from tokentune.rotary_state import rotary_state_kept
 from tokentune.runs.callbacks import DrawsOfTheEpoch, EarlyStopping, LastStep, Progress, SaveEvery, StepTimes
 from tokentune.runs.checkpoints import StorageError, written_into
 from tokentune.runs.diagnosing import DiagnosedSteps, GradientDiagnosis
@@ -311,7 +312,12 @@ class SelectiveTrainer(ResumableTrainer):
         self.model.eval()
         self.average_weights()
         # A data loader takes a seed from the CPU's generator; forked, so that watching a run does not change it.
-        with torch.no_grad(), self.accelerator.autocast(), torch.random.fork_rng(devices=[]):
+        with (
+            torch.no_grad(),
+            self.accelerator.autocast(),
+            torch.random.fork_rng(devices=[]),
+            rotary_state_kept(self.model),
+        ):
             together = runs_together(self.model)
             batches = as_often_as_others(loader, rows, self.eval_collator) if together else loader
             figures = self.evaluation(self, until_interrupted(batches))

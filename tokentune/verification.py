@@ -13,7 +13,7 @@ it is found out which rows the head needs (`selective.Rows`) and which token it 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokentune.attention import eager_function
 from tokentune.correction import gradient_scales
 from tokentune.errors import UnsupportedModelError
+from tokentune.layer_arguments import arguments_per_token
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import Rows, TokenGroups
 from tokentune.structure import attention_modules, transformer_layers
@@ -34,10 +35,11 @@ from tokentune.tiny_copy import Float64, implementation, tiny_copy, undisturbed
 
 # Sizes that differ from one another and from every size of the tiny model, so that no dimension passes for another.
 BATCH, LENGTH, PADDING, SELECTED = 3, 19, 4, 7
+OTHER_LENGTH = 23  # at which layers are looked at once more: what has another size there too has a row per token
 TOLERANCE = 1e-9  # relative, in float64 throughout
 _DEFINITION = "tokentune_definition"
 _TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
-_SEQUENCE_HEADS = ("ForSequenceClassification", "ForImageClassification")
+SEQUENCE_HEADS = ("ForSequenceClassification", "ForImageClassification")
 
 
 class Pooling(Enum):
@@ -45,6 +47,7 @@ class Pooling(Enum):
 
     FIRST = "first"
     LAST = "last"
+    LAST_NON_PAD = "last non-pad"  # by its id: a real token that has the pad token's id does not count
     ALL = "all"
 
 
@@ -55,6 +58,8 @@ class Profile:
     rows: Rows
     pooling: Pooling | None  # None: the head looks at every token for itself, or there is none
     whole_logits: str | None = None  # why the loss cannot be taken a chunk of rows at a time (`loss.py`)
+    # Whether an argument of the layers has a row per token, by its path (`layer_arguments.py`); others go by shape.
+    per_token: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,6 +87,7 @@ def verified_profile(model: PreTrainedModel) -> Profile:
     with undisturbed():
         try:
             tiny = tiny_copy(model)
+            per_token = _arguments_per_token(tiny)
             trials = [_trial(tiny, side) for side in ("right", "left")]
         except UnsupportedModelError:
             raise
@@ -94,8 +100,8 @@ def verified_profile(model: PreTrainedModel) -> Profile:
         for rows in (Rows.SELECTED, Rows.GATHERED, Rows.ALL):
             try:
                 for trial in trials:
-                    _compare(trial, Profile(rows, pooling))
-                profile = Profile(rows, pooling)
+                    _compare(trial, Profile(rows, pooling, per_token=per_token))
+                profile = Profile(rows, pooling, per_token=per_token)
                 return replace(profile, whole_logits=_why_whole_logits(trials[0], profile))
             except UnsupportedModelError as error:
                 first_error = first_error or error
@@ -124,6 +130,16 @@ def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
     return ""
 
 
+def _arguments_per_token(tiny: PreTrainedModel) -> dict[str, bool]:
+    def run(length: int) -> None:
+        mask = torch.ones(BATCH, length, dtype=torch.long)
+        mask[1, length - PADDING :] = 0  # without padding many models make no mask
+        with Float64(), torch.no_grad():
+            tiny(**_inputs(tiny, mask))
+
+    return arguments_per_token(transformer_layers(tiny), run, BATCH, (LENGTH, OTHER_LENGTH))
+
+
 # --- what it is tried on ----------------------------------------------------------------------------------------------
 
 
@@ -141,15 +157,16 @@ def _trial(tiny: PreTrainedModel, side: str) -> _Trial:
     handle.remove()
     length = kept[-1].shape[1]
     mask = mask if "attention_mask" in batch else torch.ones(BATCH, length, dtype=torch.long)
-    pooling = _pooling(result, kept[-1], mask)
+    pooling = _pooling(result, kept[-1], mask, batch.get("input_ids"))
     if pooling is Pooling.FIRST and side == "left" and not mask.all():  # it would be padding that is pooled
         return _trial(tiny, "no")
     scores = torch.rand(BATCH, length).masked_fill(mask == 0, 2.0)
     scores[1, mask[1].argmin()] = -1.0  # one padding position: short rows are filled up with them
     if pooling is Pooling.FIRST:
         scores[:, 0] = -1.0
-    if pooling is Pooling.LAST:
-        scores[torch.arange(BATCH), mask.shape[1] - 1 - mask.flip(1).argmax(1)] = -1.0
+    if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD):
+        last = mask if pooling is Pooling.LAST else batch["input_ids"] != 0
+        scores[torch.arange(BATCH), _last(last)] = -1.0
     positions = scores.argsort(1)[:, :SELECTED].sort(1).values
     return _Trial(tiny, batch, side, positions, untouched.detach(), pooling)
 
@@ -163,6 +180,9 @@ def _inputs(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(BATCH, vision.num_channels, size, size, dtype=torch.float64)}
     text = tiny.config.get_text_config()
     ids = torch.randint(1, text.vocab_size, mask.shape).masked_fill(mask == 0, 0)
+    if getattr(text, "pad_token_id", None) == 0 and mask[0].all():  # real tokens of that id too, as where it ends texts
+        ids[0, -2:] = 0
+        ids[2, mask.shape[1] // 2] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in accepted and getattr(text, "type_vocab_size", 0):
         batch["token_type_ids"] = torch.randint(0, text.type_vocab_size, mask.shape)
@@ -179,7 +199,7 @@ def _labels(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
     if loss_type in _TOKEN_HEADS:
         classes = config.num_labels if loss_type == "ForTokenClassification" else config.get_text_config().vocab_size
         return {"labels": torch.randint(0, classes, mask.shape).masked_fill(mask == 0, -100)}
-    if loss_type in _SEQUENCE_HEADS:
+    if loss_type in SEQUENCE_HEADS:
         if config.problem_type == "multi_label_classification":
             return {"labels": torch.randint(0, 2, (BATCH, config.num_labels)).double()}
         if config.problem_type == "regression" or config.num_labels == 1:
@@ -207,7 +227,12 @@ def _forward(tiny: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, A
     return output, result
 
 
-def _pooling(result: Any, hidden: Tensor, mask: Tensor) -> Pooling | None:
+def _last(mask: Tensor) -> Tensor:
+    """(B,): where each row of (B, S) is true for the last time."""
+    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+
+
+def _pooling(result: Any, hidden: Tensor, mask: Tensor, ids: Tensor | None) -> Pooling | None:
     """Which rows of the last layer's output `hidden` (B, S, D) the head for whole sequences depends on."""
     pooled = getattr(result, "pooler_output", None)
     if pooled is None and getattr(result, "logits", None) is not None and result.logits.ndim == 2:
@@ -217,14 +242,11 @@ def _pooling(result: Any, hidden: Tensor, mask: Tensor) -> Pooling | None:
     weights = torch.linspace(-1, 1, pooled[0].numel(), dtype=pooled.dtype)
     (gradient,) = torch.autograd.grad((pooled.flatten(1) * weights).sum(), hidden, retain_graph=True)
     used = gradient.abs().sum(-1) > 0  # (B, S)
-    last = torch.arange(mask.shape[1]) == mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
-    for pooling, expected in (
-        (Pooling.FIRST, torch.arange(mask.shape[1]).expand(mask.shape) == 0),
-        (Pooling.LAST, last),
-    ):
-        if torch.equal(used, expected):
-            return pooling
-    return Pooling.ALL
+    places = {Pooling.FIRST: torch.zeros(len(mask), dtype=torch.long), Pooling.LAST: _last(mask)}
+    if ids is not None:
+        places[Pooling.LAST_NON_PAD] = _last(ids != 0)  # in the tiny copy the pad token has id 0
+    index = torch.arange(mask.shape[1])
+    return next((way for way, place in places.items() if torch.equal(used, index == place[:, None])), Pooling.ALL)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,17 @@ class RowsArguments:
         None, "validation data, as the training data: its loss (all tokens, no selection) before and after training"
     )
     eval_steps: int | None = flag(None, "also every so many optimizer steps")
+    dataset_split: str | None = flag(
+        None, "the split of the training data, where the folder or hub id has several for it: train_sft, ..."
+    )
+    dataset_config: str | None = flag(
+        None, "the configuration of the training data, where the folder or hub id has several: main, ..."
+    )
+    eval_dataset_split: str | None = flag(None, "as --dataset_split, of the validation data")
+    eval_dataset_config: str | None = flag(None, "as --dataset_config, of the validation data")
+    bad_rows: Literal["stop", "skip"] = flag(
+        "stop", "what becomes of a run with rows that cannot be used: it ends and names them, or they are left out"
+    )
 
     def __post_init__(self) -> None:
         require(self.dataset_name_or_path != "", "--dataset_name_or_path is empty: give a hub id, a file or a folder")
@@ -31,6 +42,8 @@ class RowsArguments:
         require(self.num_workers >= 0, f"--num_workers {self.num_workers}: must be 0 or more")
         if self.eval_steps is not None:
             require(self.eval_steps >= 1, f"--eval_steps {self.eval_steps}: must be 1 or more")
+        for name in ("dataset_split", "dataset_config", "eval_dataset_split", "eval_dataset_config"):
+            require(getattr(self, name) != "", f"--{name} is empty: leave it out, or give a name")
 
 
 @dataclass
@@ -48,16 +61,34 @@ class DataArguments(RowsArguments):
             "that are too small for theirs come several times; by default every row once"
         },
     )
-    data_format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = flag(
+    dataset_split: list[str] = field(
+        default_factory=list,
+        metadata={"help": RowsArguments.__dataclass_fields__["dataset_split"].metadata["help"] + "; one name for all "
+                          "data sets, or one for each"},
+    )  # fmt: skip
+    dataset_config: list[str] = field(
+        default_factory=list,
+        metadata={"help": RowsArguments.__dataclass_fields__["dataset_config"].metadata["help"] + "; one name for all "
+                          "data sets, or one for each"},
+    )  # fmt: skip
+    data_format: Literal["auto", "alpaca", "alpaca_chat", "prompt_completion", "messages", "sharegpt", "text"] = flag(
         "auto",
-        "columns: instruction, input (may be absent), output; prompt, completion; messages (OpenAI's role, content); "
-        "conversations (ShareGPT's from, value); text. auto: told by the columns",
+        "auto: told by the columns; alpaca: instruction, input (may be absent), output; alpaca_chat: the same as a "
+        "chat, with LLaMA-Factory's system and history; prompt_completion: prompt, completion; messages: messages "
+        "(OpenAI's role, content); sharegpt: conversations (from, value); text: text",
+        metavar="NAME",
     )
     prompt_template_name_or_path: str = flag(
         DEFAULT_TEMPLATE, "JSON file with prompt_input, prompt_no_input and response_split"
     )
     chat_template: str | None = flag(
         None, "Jinja file to put conversations into, instead of the tokenizer's own chat template"
+    )
+    system_in_user: bool = flag(
+        False, "put system and developer messages in front of the user's, for chat templates without such a role"
+    )
+    tokenize_workers: int | None = flag(
+        None, "processes that tokenize; by default one for each core, up to 8, where there are more than 1,000 rows"
     )
     add_eos_token: bool = flag(False, "end every answer with the end-of-sequence token, and learn it")
     long_rows: Literal["cut", "drop"] = flag("cut", "what becomes of rows longer than --max_length")
@@ -79,6 +110,7 @@ class DataArguments(RowsArguments):
         RowsArguments.__post_init__(self)
         require("" not in self.dataset_name_or_path, "--dataset_name_or_path: one of the names is empty")
         self._check_weights()
+        self._check_choices()
         self._check_streaming()
         if self.eval_fraction is not None:
             fraction = f"--eval_fraction {self.eval_fraction}"
@@ -104,6 +136,25 @@ class DataArguments(RowsArguments):
         )
         require(all(0 <= weight < float("inf") for weight in weights), f"{given}: must be 0 or more")
         require(any(weights), f"{given}: all are 0, so there would be no data")
+
+    def _check_choices(self) -> None:
+        names = self.dataset_name_or_path
+        for what, given in (("split", self.dataset_split), ("config", self.dataset_config)):
+            require("" not in given, f"--dataset_{what}: one of the names is empty")
+            require(
+                len(given) in (0, 1, len(names)),
+                f"--dataset_{what} {' '.join(given)}: {len(given)} names for {len(names)} data sets; give one for all, "
+                "or one each",
+            )
+            require(
+                getattr(self, f"eval_dataset_{what}") is None or self.eval_dataset_name_or_path is not None,
+                f"--eval_dataset_{what} chooses from validation data: add --eval_dataset_name_or_path",
+            )
+
+    def chosen(self, number: int) -> dict[str, str | None]:
+        """The split and the configuration that are asked for of one of the data sets."""
+        asked = {"split": self.dataset_split, "config": self.dataset_config}
+        return {what: given[min(number, len(given) - 1)] if given else None for what, given in asked.items()}
 
     def _check_streaming(self) -> None:
         if not self.streaming:

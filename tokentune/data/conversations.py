@@ -12,11 +12,14 @@ from tokentune.data.json_files import json_type, parse_json
 from tokentune.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
+SPEAKERS = {
     **{"system": "system", "human": "user", "user": "user"},
-    **{"gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant"},
+    **{"gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant", "ai": "assistant"},
+}
+SHAREGPT_ROLES = SPEAKERS | {
     **{"function_call": "assistant", "observation": "tool", "tool": "tool", "function_response": "tool"},
 }
+OPENAI_ROLES = {role: role for role in ROLES} | SPEAKERS | {"function": "tool"}  # "function": its older form
 
 
 class Conversation(NamedTuple):
@@ -27,7 +30,7 @@ class Conversation(NamedTuple):
     learnt: tuple[int, ...]
 
 
-def openai_conversation(value: Any, tools: Any, where: str, *, learn_from: int = 0) -> Conversation:
+def openai_conversation(value: Any, tools: Any, where: str, *, learn_from: int = 0, system: Any = None) -> Conversation:
     """A conversation in OpenAI's form.
 
     An assistant's message with "weight" 0 is context only, as in OpenAI's fine-tuning data.
@@ -37,20 +40,51 @@ def openai_conversation(value: Any, tools: Any, where: str, *, learn_from: int =
         tools: a list of JSON schemas, its JSON text, or None.
         where: the row, to start messages with.
         learn_from: messages before this index are context only.
+        system: of a column beside the messages (Anthropic's form): text, or its parts; None: there is none.
 
     Raises:
         UserError: names the row, and the message.
     """
     messages = [_openai_message(message, f"{where}, message {n}") for n, message in enumerate(_list(value, where), 1)]
-    return _conversation(messages, tools, where, learn_from)
+    begun = _with_system(messages, system, where)
+    return _conversation(begun, tools, where, learn_from + len(begun) - len(messages))
 
 
 def sharegpt_conversation(value: Any, system: Any, tools: Any, where: str) -> Conversation:
-    """A conversation in ShareGPT's form; `system`: the text of a `system` column, or None. Otherwise as above."""
+    """A conversation in ShareGPT's form, otherwise as above."""
     messages = [_sharegpt_message(turn, f"{where}, message {n}") for n, turn in enumerate(_list(value, where), 1)]
-    if system:
-        messages.insert(0, {"role": "system", "content": text_of(system, f"{where}: 'system'")})
-    return _conversation(messages, tools, where, 0)
+    return _conversation(_with_system(messages, system, where), tools, where, 0)
+
+
+def _with_system(messages: list[dict[str, Any]], system: Any, where: str) -> list[dict[str, Any]]:
+    """The messages behind a system message, unless they begin with the same one."""
+    if not system:
+        return messages
+    what = f"{where}: 'system'"
+    first = {"role": "system", "content": _content(system, what) if isinstance(system, list) else text_of(system, what)}
+    same = messages[0]["role"] == "system" and messages[0]["content"] == first["content"]
+    return messages if same else [first, *messages]
+
+
+def system_in_user(conversation: Conversation) -> Conversation:
+    """The conversation with its system and developer messages in front of the user's next one, for templates that
+    know no such role; one that no message of the user follows becomes a message of the user."""
+    messages, learnt, waiting = [], [], []
+    for index, message in enumerate(conversation.messages):
+        if message["role"] in ("system", "developer"):
+            waiting.append(message["content"])
+            continue
+        if waiting and message["role"] == "user":
+            message = message | {"content": "\n\n".join([*waiting, message["content"]])}
+        elif waiting:
+            messages.append({"role": "user", "content": "\n\n".join(waiting)})
+        waiting = []
+        if index in conversation.learnt:
+            learnt.append(len(messages))
+        messages.append(message)
+    if waiting:
+        messages.append({"role": "user", "content": "\n\n".join(waiting)})
+    return conversation._replace(messages=messages, learnt=tuple(learnt))
 
 
 def text_of(value: Any, what: str) -> str:
@@ -89,11 +123,15 @@ def _openai_message(message: Any, where: str) -> dict[str, Any]:
     if "role" not in message:
         cure = " It is ShareGPT's form: --data_format sharegpt." if {"from", "value"} <= message.keys() else ""
         raise UserError(f"{where}: no 'role', only {_names(message)}.{cure}")
-    role = message["role"]
-    if role not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r:.40}; known are {', '.join(ROLES)}.")
+    role = _speaker(message["role"], OPENAI_ROLES)
+    if role is None:
+        raise UserError(f"{where}: unknown role {message['role']!r:.40}; known are {', '.join(ROLES)}.")
     # Some templates write "None" for a key that is there without a value.
-    kept = {key: value for key, value in message.items() if value is not None}
+    kept = {key: value for key, value in message.items() if value is not None} | {"role": role}
+    if "function_call" in kept and not kept.get("tool_calls"):  # OpenAI's older form of one call
+        kept["tool_calls"] = [{"type": "function", "function": kept.pop("function_call")}]
+    if kept.get("refusal") and "content" not in kept:
+        kept["content"] = ""
     if kept.get("tool_calls"):
         kept["tool_calls"] = [_tool_call(call, where) for call in _list(kept["tool_calls"], f"{where}: 'tool_calls'")]
         kept.setdefault("content", "")
@@ -122,25 +160,32 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise UserError(f"{where}: a tool call without the name of a function: {call!r:.60}.")
     inner = dict(inner)
-    if isinstance(inner.get("arguments"), str) and inner["arguments"].strip():
-        inner["arguments"] = _parsed(inner["arguments"], f"{where}: a tool call's 'arguments'")
+    if isinstance(inner.get("arguments"), str):  # "": a call without arguments
+        text = inner["arguments"].strip()
+        inner["arguments"] = _parsed(text, f"{where}: a tool call's 'arguments'") if text else {}
     return {**call, "type": "function", "function": inner} if "function" in call else inner
+
+
+def _speaker(name: Any, roles: Mapping[str, str]) -> str | None:
+    """The role of whoever speaks, in capitals or not; None where it is unknown."""
+    return roles.get(name.strip().lower()) if isinstance(name, str) else None
 
 
 def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise UserError(f"{where}: expected an object with from and value, found {turn!r:.60}.")
-    if not {"from", "value"} <= turn.keys():
+    if "value" not in turn or not {"from", "role"} & turn.keys():
         cure = " It is OpenAI's form: --data_format messages." if {"role", "content"} <= turn.keys() else ""
         raise UserError(f"{where}: needs 'from' and 'value', has {_names(turn)}.{cure}")
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+    speaker = turn.get("from", turn.get("role"))
+    role = _speaker(speaker, SHAREGPT_ROLES)
+    if role is None:
         raise UserError(f"{where}: unknown speaker {speaker!r:.40}; known are {', '.join(SHAREGPT_ROLES)}.")
     text = text_of(turn["value"], f"{where}: 'value'")
-    message = {"role": SHAREGPT_ROLES[speaker], "content": text}
+    message = {"role": role, "content": text}
     if turn.get("weight") is not None:
         message["weight"] = turn["weight"]
-    if speaker != "function_call":
+    if speaker.lower() != "function_call":
         return message
     calls = _parsed(text, f"{where}: a function_call's 'value'")
     calls = calls if isinstance(calls, list) else [calls]
@@ -149,9 +194,6 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
 
 
 def _conversation(messages: list[dict], tools: Any, where: str, learn_from: int) -> Conversation:
-    systems = [n for n, message in enumerate(messages, start=1) if message["role"] == "system"]
-    if len(systems) > 1:
-        raise UserError(f"{where}, message {systems[1]}: a second system message; chat templates know one.")
     if tools is not None:
         tools = _parsed(tools, f"{where}: 'tools'") if isinstance(tools, str) and tools.strip() else tools or None
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

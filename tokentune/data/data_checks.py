@@ -140,19 +140,33 @@ def _doubtful(
         yield _doubled_bos(doubled, statistics, name, tokenizer)
     if name != "training":
         return
-    # A row that was cut does not end where its text does.
-    whole = learnt & (statistics.lengths < arguments.data.max_length)
-    endless = int((whole & (statistics.ends == 0)).sum())
-    if endless <= MANY * whole.sum():
-        return
+    yield from _endless(statistics, learnt, tokenizer, arguments)
+
+
+def _endless(
+    statistics: RowStatistics, learnt: np.ndarray, tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments
+) -> Iterator[str]:
+    """Answers that do not end: each row's last ones, and those before, which a last one's end must not hide."""
+    whole = learnt & (
+        statistics.lengths < arguments.data.max_length
+    )  # a row that was cut does not end where its text does
     eos = tokenizer.eos_token
-    cure = "add --add_eos_token" if eos is not None else "give the tokenizer an end-of-sequence token"
-    if arguments.data.add_eos_token:
-        cure = "the chat template has to end an answer with one"
-    yield (
-        f"{endless:,} of the {int(whole.sum()):,} {name} rows that were not cut end without a supervised end token"
-        f"{'' if eos is None else f' ({eos})'}: the model does not learn to stop there; {cure}"
+    what = (
+        f"without a supervised end token{'' if eos is None else f' ({eos})'}: the model does not learn to stop there;"
     )
+    last, last_endless = int(whole.sum()), int((whole & ~statistics.last_ended).sum())
+    if last_endless > MANY * last:
+        cure = "add --add_eos_token" if eos is not None else "give the tokenizer an end-of-sequence token"
+        if arguments.data.add_eos_token:
+            cure = "the chat template has to end an answer with one"
+        yield f"{last_endless:,} of the {last:,} training rows that were not cut end {what} {cure}"
+    before = int((statistics.turns - 1)[learnt].sum())
+    endless = before - int((statistics.ended_turns - statistics.last_ended)[learnt].sum())
+    if endless > MANY * before:
+        yield (
+            f"{endless:,} of the {before:,} answers of training rows that other messages follow end {what} the "
+            "chat template has to end each answer with one (--chat_template)"
+        )
 
 
 def _doubled_bos(doubled: np.ndarray, statistics: RowStatistics, name: str, tokenizer: PreTrainedTokenizerBase) -> str:

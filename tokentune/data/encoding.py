@@ -3,7 +3,8 @@
 What a record's tokens and labels are is told elsewhere (`prompts.py`, `conversations.py`); this is the same for all.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,6 +12,7 @@ from typing import Literal, NamedTuple
 import pyarrow
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
 
 from tokentune.errors import UserError
 from tokentune.selection import IGNORED_LABEL
@@ -23,6 +25,44 @@ class TokenRow(NamedTuple):
 
     ids: list[int]
     labels: list[int]
+
+
+def trimmed_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Character offsets of tokens, without the white space that special tokens take from the text beside them.
+
+    A token with `lstrip` or `rstrip` (Phi-3's) covers the white space there, which is none of its own text.
+    """
+    greedy = {i for i, token in tokenizer.added_tokens_decoder.items() if token.lstrip or token.rstrip}
+    for token_id, (start, end) in zip(ids, offsets, strict=True):
+        if token_id in greedy and (core := text[start:end].strip()):
+            start += text[start:end].index(core)
+            end = start + len(core)
+        yield start, end
+
+
+@dataclass
+class Notes:
+    """What was noticed while rows were encoded: each thing once, with its first place and how often it came."""
+
+    found: dict[str, tuple[int, str, int]] = field(default_factory=dict)  # by sentence: level of the log, place, times
+
+    def add(self, level: int, sentence: str, where: str, times: int = 1) -> None:
+        """`where`: the row, and the message of it."""
+        level, where, before = self.found.get(sentence, (level, where, 0))
+        self.found[sentence] = level, where, before + times
+
+    def update(self, other: "Notes") -> None:
+        """Adds what was noticed elsewhere, later."""
+        for sentence, (level, where, times) in other.found.items():
+            self.add(level, sentence, where, times)
+
+    def log(self, logger: logging.Logger) -> None:
+        """Logs them."""
+        for sentence, (level, where, times) in self.found.items():
+            again = f" (and {times - 1:,} more)" if times > 1 else ""
+            logger.log(level, "%s: %s%s", where, sentence, again)
 
 
 @dataclass

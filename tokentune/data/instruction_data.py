@@ -1,14 +1,13 @@
 """The data of a run: from the command line's names to rows of token ids and labels.
 
-Main path: `load_instruction_data` opens each data set (`record_streams.py`), tells its format (`data_formats.py`),
-encodes its rows (`prompts.py`, `chat_templates.py`), keeps the tokens for the next run (`token_cache.py`), and puts
+Main path: `load_instruction_data` opens each data set (`records.py`), tells its format (`data_formats.py`),
+encodes its rows (`record_encoding.py`), keeps the tokens for the next run (`token_cache.py`), and puts
 training and validation rows together (`data_mixing.py`). With `--streaming` it leaves the rows where they are
 (`streaming_rows.py`).
 """
 
-import hashlib
-import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,16 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from tokentune.arguments import FinetuneArguments
 from tokentune.command_line.data_arguments import DataArguments
 from tokentune.command_line.flags import process_count
-from tokentune.data.chat_templates import ChatEncoder, load_chat_template
-from tokentune.data.data_formats import FORMATS, READ_COLUMNS, SOURCE_COLUMN, Answer, Item, recognise
+from tokentune.data.bad_rows import BadRows
+from tokentune.data.chat_templates import load_chat_template
+from tokentune.data.data_formats import FORMATS, Answer, recognised
 from tokentune.data.data_mixing import mixture_counts, mixture_rows
-from tokentune.data.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow, count_supervised
-from tokentune.data.record_streams import RecordSource, open_source
-from tokentune.data.records import DROPPED_SOURCES
+from tokentune.data.encoding import EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
+from tokentune.data.record_encoding import ChunkEncoder, RecordEncoder, chunks, ordered_map, worker_count
+from tokentune.data.records import DROPPED_SOURCES, RecordSource, open_source
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError
-from tokentune.prompts import PromptTemplate, encode_answer
+from tokentune.prompts import PromptTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class SourceReport:
     rows: int | None  # that can be learnt from, or evaluated on; None: streamed, and not counted
     used: int | None  # of them in an epoch: more than there are where a weight repeats them
     left_out: int  # of sources that training leaves out (`records.DROPPED_SOURCES`)
+    bad: int = 0  # that --bad_rows skip leaves out
 
 
 @dataclass
@@ -66,25 +67,6 @@ class InstructionData:
         return self.train if isinstance(self.train, Dataset) else None
 
 
-class RecordEncoder:
-    """Encodes prompts with answers by `prompts.py`, conversations by the tokenizer's chat template.
-
-    Raises:
-        UserError: as `encode_example` and `ChatEncoder`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool) -> None:
-        self.tokenizer, self.add_eos_token = tokenizer, add_eos_token
-        self._chat: ChatEncoder | None = None
-
-    def __call__(self, item: Item, where: str) -> TokenRow:
-        if isinstance(item, Answer):
-            return encode_answer(item.prompt, item.answer, self.tokenizer, add_eos_token=self.add_eos_token)
-        if self._chat is None:  # a tokenizer without a chat template is good enough for everything else
-            self._chat = ChatEncoder(self.tokenizer, add_eos_token=self.add_eos_token)
-        return self._chat(item, where)
-
-
 def load_instruction_data(
     arguments: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate
 ) -> InstructionData:
@@ -101,14 +83,21 @@ def load_instruction_data(
     if data.chat_template is not None:
         tokenizer.chat_template = load_chat_template(data.chat_template)
     loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run)
+    held = None
+    if data.eval_dataset_name_or_path is not None:  # found, or not, before the training data is tokenized
+        asked = {"split": data.eval_dataset_split, "config": data.eval_dataset_config}
+        held = open_source(data.eval_dataset_name_or_path, flag=VALIDATION_FLAG, role="validation", **asked)
     if data.streaming:
         train, train_report, sources = _streamed(arguments, loader), None, []
     else:
-        parts = [loader.load(name, TRAIN_FLAG, "train", data.eval_fraction) for name in data.dataset_name_or_path]
+        parts = [
+            loader.load(open_source(name, flag=TRAIN_FLAG, **data.chosen(number)), data.eval_fraction)
+            for number, name in enumerate(data.dataset_name_or_path)
+        ]
         train, train_report, sources = _mixed(parts, data, arguments.optimization.seed)
     validation = validation_report = None
-    if data.eval_dataset_name_or_path is not None:
-        part = loader.load(data.eval_dataset_name_or_path, VALIDATION_FLAG, "validation", None)
+    if held is not None:
+        part = loader.load(held, None)
         validation, validation_report = part.rows("train"), part.report("train")
         validation_report.check(data.max_length)
         sources.append(part.summary(len(validation)))
@@ -119,12 +108,6 @@ def load_instruction_data(
     if data.chat_template is not None and not loader.conversations:
         logger.warning("--chat_template has no effect: the data holds no conversation. It is saved all the same")
     return InstructionData(train, validation, train_report, validation_report, sources)
-
-
-def held_out(item: Item, fraction: float) -> bool:
-    """Whether a row belongs to the validation data: told by what it says alone, so the same in every run and file."""
-    content = json.dumps([*item], sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
 
 
 @dataclass(frozen=True)
@@ -142,7 +125,8 @@ class _Part:
 
     def summary(self, used: int) -> SourceReport:
         facts, source = self.entry.facts, self.source
-        return SourceReport(source.flag, source.name, facts["format"], len(self.rows("train")), used, facts["left_out"])
+        lost = facts["left_out"], facts["bad"]["count"]
+        return SourceReport(source.flag, source.name, facts["format"], len(self.rows("train")), used, *lost)
 
 
 class _Loader:
@@ -153,50 +137,59 @@ class _Loader:
     ) -> None:
         """`keep`: tokens may be written into the cache."""
         self.data, self.tokenizer, self.template, self.keep = data, tokenizer, template, keep
-        self.encoder = RecordEncoder(tokenizer, add_eos_token=data.add_eos_token)
+        self.encoder = RecordEncoder(tokenizer, add_eos_token=data.add_eos_token, system_in_user=data.system_in_user)
         self.conversations = False
 
-    def load(self, name: str, flag: str, split: str, fraction: float | None) -> _Part:
+    def load(self, source: RecordSource, fraction: float | None) -> _Part:
         """A data set, encoded: all of it as "train", or with a fraction of it apart as "validation"."""
-        source, data = open_source(name, flag=flag, split=split), self.data
-        folder = cache_folder(data.data_cache)
-        key = "" if folder is None else cache_key(source, data, self.tokenizer, self.template, eval_fraction=fraction)
+        data, folder = self.data, cache_folder(self.data.data_cache)
+        more = {"eval_fraction": fraction, "bad_rows": data.bad_rows}
+        key = "" if folder is None else cache_key(source, data, self.tokenizer, self.template, **more)
         entry = cached(folder, key, lambda target: self._encode(source, fraction, target), source.where, keep=self.keep)
-        part = _Part(source, entry)
-        if left_out := entry.facts["left_out"]:
-            logger.warning("%s: %d rows left out, data_source %s", name, left_out, " or ".join(DROPPED_SOURCES))
-        self.conversations |= entry.facts["conversations"]
-        logger.info("%s: %s, %s", source.where, entry.facts["format"], part.report("train"))
+        part, facts = _Part(source, entry), entry.facts
+        if left_out := facts["left_out"]:
+            logger.warning("%s: %d rows left out, data_source %s", source.name, left_out, " or ".join(DROPPED_SOURCES))
+        self.conversations |= facts["conversations"]
+        Notes({sentence: tuple(note) for sentence, note in facts["notes"].items()}).log(logger)
+        bad = BadRows(data.bad_rows, **facts["bad"])
+        bad.settle(source.where, facts["read"])
+        read = f"{facts['read']:,} rows{source.read_from} read"
+        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], part.report("train"))
         return part
 
-    def open_stream(self, name: str) -> StreamedSource:
+    def open_stream(self, name: str, chosen: dict[str, str | None]) -> StreamedSource:
         """A data set that is read while training."""
-        source = open_source(name, flag=TRAIN_FLAG, split="train", streaming=True)
-        columns, first = source.peek()
-        kind = recognise(columns, first, self.data.data_format, source.where)
-        self.conversations |= not isinstance(FORMATS[kind].parse(first, f"{name}, row 1", self.template), Answer)
-        logger.info("%s: %s, read while training", source.where, kind)
+        source = open_source(name, flag=TRAIN_FLAG, streaming=True, **chosen)
+        kind = recognised(source, self.data.data_format, whole=False)
+        rows = source.rows(FORMATS[kind].columns)
+        where, first = next((where, row) for where, row in rows if not isinstance(row, UserError))
+        with suppress(*([UserError] if self.data.bad_rows == "skip" else [])):
+            self.conversations |= not isinstance(FORMATS[kind].read(first, where, self.template), Answer)
+        logger.info("%s: %s%s, read while training", source.where, kind, source.read_from)
         return StreamedSource(source, kind)
 
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
-        columns, first = source.peek()
-        kind = recognise(columns, first, self.data.data_format, source.where)
+        kind = recognised(source, self.data.data_format, whole=True)
         sides = ("train",) if fraction is None else ("train", "validation")
         limits = {side: LengthLimit(self.data.max_length, self.data.long_rows) for side in sides}
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
-        left_out, conversations = 0, False
-        for where, record in tqdm(source.records(READ_COLUMNS), desc="Tokenizing", unit=" rows", disable=None):
-            if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
-                left_out += 1
-                continue
-            item = FORMATS[kind].parse(record, where, self.template)
-            conversations |= not isinstance(item, Answer)
-            side = "validation" if fraction is not None and held_out(item, fraction) else "train"
-            row = limits[side](self.encoder(item, where))
-            if row is not None:
-                tables[side].add(row)
+        read, left_out, conversations, bad, notes = 0, 0, False, BadRows(self.data.bad_rows), Notes()
+        rows = tqdm(source.rows(FORMATS[kind].columns), desc="Tokenizing", unit=" rows", disable=None)
+        encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, fraction)
+        for chunk in ordered_map(encode, chunks(rows), worker_count(self.data.tokenize_workers)):
+            for where, side, row in chunk.rows:
+                with bad.catch(where):
+                    if isinstance(row, UserError):
+                        raise row
+                    if (cut := limits[side](row)) is not None:
+                        tables[side].add(cut)
+            read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
+            conversations |= chunk.conversations
+            notes.update(chunk.notes)
+        bad.refuse(source.where, read)
         reports = {side: vars(limit.report) for side, limit in limits.items()}
         facts = {"format": kind, "left_out": left_out, "conversations": conversations, "reports": reports}
+        facts |= {"read": read, "bad": {"count": bad.count, "first": bad.first}, "notes": notes.found}
         if not any(limit.report.read_rows for limit in limits.values()):
             raise UserError(f"{source.where}: holds no rows to train on.")
         return Entry({side: table.finish() for side, table in tables.items()}, facts)
@@ -247,7 +240,7 @@ def _check_sides(train: int, validation: int, fraction: float) -> None:
 def _streamed(arguments: FinetuneArguments, loader: _Loader) -> StreamedRows:
     data = arguments.data
     return StreamedRows(
-        [loader.open_stream(name) for name in data.dataset_name_or_path],
+        [loader.open_stream(name, data.chosen(number)) for number, name in enumerate(data.dataset_name_or_path)],
         loader.template,
         loader.encoder,
         max_length=data.max_length,
@@ -256,4 +249,5 @@ def _streamed(arguments: FinetuneArguments, loader: _Loader) -> StreamedRows:
         seed=arguments.optimization.seed,
         batch_size=arguments.optimization.micro_batch_size,
         world_size=process_count(),
+        bad_rows=data.bad_rows,
     )

@@ -25,6 +25,9 @@ class RowStatistics:
     lengths: np.ndarray  # (R,)
     supervised: np.ndarray  # (R,): with a label, but the first one's, which nothing predicts
     ends: np.ndarray  # (R,) supervised ones that end an answer: EOS, or the end of a turn
+    turns: np.ndarray  # (R,) runs of supervised tokens: one for each answer
+    ended_turns: np.ndarray  # (R,) of them with an end among their last two tokens
+    last_ended: np.ndarray  # (R,) bool: the row's last turn is one of these
     outside: np.ndarray  # (R,) whose id the model has no embedding for
     doubled_bos: np.ndarray  # (R,) bool: begins with two BOS
     fingerprints: np.ndarray  # (R,) uint64: equal for equal token ids, and but for a chance of 2**-64 for no others
@@ -54,19 +57,39 @@ def row_statistics(
         if tokenizer.bos_token_id is not None:
             two = np.flatnonzero(lengths >= 2)
             doubled[two] = (ids[starts[two]] == tokenizer.bos_token_id) & (ids[starts[two]] == ids[starts[two] + 1])
+        end_tokens = supervised & np.isin(labels, end_ids)
+        turn_ends, ended = _turn_ends(supervised, end_tokens, starts[lengths > 0])
+        last_ended = np.zeros(len(lengths), dtype=bool)
+        places = np.flatnonzero(turn_ends)
+        last_ended[np.searchsorted(ends, places, side="right")] = ended[places]  # of a row's several, the last counts
         counted = {
             "supervised": supervised,
-            "ends": supervised & np.isin(labels, end_ids),
+            "ends": end_tokens,
+            "turns": turn_ends,
+            "ended_turns": ended,
             "outside": (ids < 0) | (ids >= vocab_size),
             "fingerprints": _mixed(ids, np.arange(len(ids)) - np.repeat(starts, lengths)),
         }
         batch = {name: _sums(values, starts, ends) for name, values in counted.items()}
-        for name, values in (batch | {"lengths": lengths, "doubled_bos": doubled}).items():
+        for name, values in (batch | {"lengths": lengths, "doubled_bos": doubled, "last_ended": last_ended}).items():
             found[name].append(values)
-    kinds = {"doubled_bos": bool, "fingerprints": np.uint64}
+    kinds = {"doubled_bos": bool, "last_ended": bool, "fingerprints": np.uint64}
     return RowStatistics(
         **{name: np.concatenate([np.zeros(0, kinds.get(name, np.int64)), *parts]) for name, parts in found.items()}
     )
+
+
+def _turn_ends(supervised: np.ndarray, end_tokens: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens (T,) are the last of a turn, and which of those turns end in an end token.
+
+    An end token may have one token behind it: the line break that some templates' marks take in.
+    """
+    first = np.zeros(len(supervised), dtype=bool)
+    first[starts] = True
+    followed = np.append(supervised[1:] & ~first[1:], False)
+    turn_ends = supervised & ~followed
+    before = np.append(False, end_tokens[:-1]) & ~first & supervised
+    return turn_ends, turn_ends & (end_tokens | before)
 
 
 def _sums(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

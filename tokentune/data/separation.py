@@ -14,6 +14,7 @@ from tokentune.collators import CausalCollator
 from tokentune.data.packing import PackedCollator, real_tokens
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.patching import Settings, install_hooks
+from tokentune.rotary_state import rotary_state_kept
 from tokentune.structure import transformer_layers
 from tokentune.tiny_copy import Float64, tiny_copy, undisturbed
 
@@ -91,7 +92,7 @@ def _outputs_and_gradients(tiny: nn.Module, batches: list[dict[str, Any]]) -> di
         mask, positions = batch.get("attention_mask"), batch.get("selected_positions")
         tokens = real_tokens(batch["position_ids"]) if mask is None else mask.sum(1)
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_supervised")}
-        with Float64():
+        with Float64(), rotary_state_kept(tiny):  # a document alone is one that no longer one came before
             logits = tiny(**inputs).logits
         if positions is None:
             positions = torch.arange(logits.shape[1]).expand(logits.shape[:2])

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 
 from tokentune.errors import UserError
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+KINDS = (".json", ".jsonl", ".csv", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # of the texts among them; Parquet compresses by itself
+DATA_SUFFIXES = (*KINDS, *(kind + suffix for kind in KINDS[:-1] for suffix in COMPRESSIONS))
 
 
 def is_local_path(name: str) -> bool:

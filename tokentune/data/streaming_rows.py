@@ -4,8 +4,9 @@ The stream has no end: data sets begin anew when they are exhausted, and `--max_
 the same rows in the same order, so a resumed run, which skips what was trained on already, continues exactly.
 """
 
+import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 from datasets import Dataset
 
 from tokentune.collators import SeededRows
-from tokentune.data.data_formats import FORMATS, READ_COLUMNS, SOURCE_COLUMN, Item
+from tokentune.data.bad_rows import NAMED, BadRowPolicy
+from tokentune.data.data_formats import FORMATS, SOURCE_COLUMN
 from tokentune.data.encoding import LengthLimit, TokenRow
-from tokentune.data.record_streams import RecordSource
-from tokentune.data.records import DROPPED_SOURCES
+from tokentune.data.record_encoding import RecordEncoder
+from tokentune.data.records import DROPPED_SOURCES, Placed, RecordSource
 from tokentune.errors import UserError
 from tokentune.prompts import PromptTemplate
+
+logger = logging.getLogger(__name__)
 
 SHUFFLED_ROWS = 10_000  # rows that the order is drawn among
 SHUFFLED_CHARACTERS = 2**25  # fewer rows where they are long
@@ -40,12 +44,12 @@ class StreamedSource(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A record of the stream: its number since the beginning, its place for messages, and itself."""
+    """A record of the stream: its number since the beginning, its place for messages, and itself, or what is wrong."""
 
     number: int
     where: str
     data_format: str
-    record: dict[str, Any]
+    record: dict[str, Any] | UserError
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
@@ -64,13 +68,15 @@ class StreamedRows(torch.utils.data.IterableDataset):
         batch_size: sequences of a micro-batch and process.
         world_size: processes that share the stream; each takes its share of every batch (accelerate's
             `IterableDatasetShard`).
+        bad_rows: "stop" raises where the stream comes to a row that cannot be used, "skip" leaves it out. How many
+            there are is known when all are read, which a stream never is: the first are named in the log.
     """
 
     def __init__(
         self,
         sources: Sequence[StreamedSource],
         template: PromptTemplate,
-        encoder: Callable[[Item, str], TokenRow],
+        encoder: RecordEncoder,
         *,
         max_length: int,
         long_rows: str,
@@ -78,10 +84,12 @@ class StreamedRows(torch.utils.data.IterableDataset):
         seed: int,
         batch_size: int,
         world_size: int = 1,
+        bad_rows: BadRowPolicy = "stop",
     ) -> None:
         self.sources, self.template, self.encoder = sources, template, encoder
         self.max_length, self.long_rows, self.weights, self.seed = max_length, long_rows, weights, seed
-        self.block = batch_size * world_size
+        self.block, self.bad_rows = batch_size * world_size, bad_rows
+        self._noted: set[str] = set()  # said by this process
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: there is one epoch without an end, and rows that come again have other numbers."""
@@ -102,18 +110,37 @@ class StreamedRows(torch.utils.data.IterableDataset):
 
     def _share(self, index: int, workers: int) -> Iterator[dict[str, Any]]:
         """The items of one of so many workers."""
-        limit, fruitless = LengthLimit(self.max_length, self.long_rows), 0
+        limit, fruitless, bad = LengthLimit(self.max_length, self.long_rows), 0, 0
         for position, drawn in enumerate(self._shuffled()):
             if position // self.block % workers != index:
                 continue
-            item = FORMATS[drawn.data_format].parse(drawn.record, drawn.where, self.template)
-            row = limit(self.encoder(item, drawn.where))
+            row = None
+            try:
+                row = limit(self._encoded(drawn))
+            except UserError as error:
+                of_row = isinstance(drawn.record, UserError) or str(error).startswith(drawn.where)
+                if self.bad_rows == "stop" or not of_row:
+                    raise
+                bad += 1
+                if bad <= NAMED:
+                    logger.warning("--bad_rows skip: %s", error)
             fruitless = 0 if row is not None else fruitless + 1
             if row is not None:
                 yield {"input_ids": row.ids, "labels": row.labels, "draw_seed": self._draw_seed(drawn.number)}
             elif fruitless >= FRUITLESS_ROWS:
                 limit.report.check(self.max_length)  # says what is the matter, if it was so from the beginning
                 raise UserError(f"{drawn.where} and {fruitless:,} rows before it hold no token to learn.")
+
+    def _encoded(self, drawn: Drawn) -> TokenRow:
+        if isinstance(drawn.record, UserError):
+            raise drawn.record
+        row = self.encoder(FORMATS[drawn.data_format].read(drawn.record, drawn.where, self.template), drawn.where)
+        notes = self.encoder.take_notes()
+        for sentence in self._noted & notes.found.keys():
+            del notes.found[sentence]
+        self._noted |= notes.found.keys()
+        notes.log(logger)
+        return row
 
     def _draw_seed(self, number: int) -> int:
         mixed = np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0]
@@ -138,7 +165,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         for number, (source, (where, record)) in enumerate(self._mixed()):
             yield Drawn(number, where, source.data_format, record)
 
-    def _mixed(self) -> Iterator[tuple[StreamedSource, tuple[str, dict[str, Any]]]]:
+    def _mixed(self) -> Iterator[tuple[StreamedSource, Placed]]:
         if self.weights is None:
             yield from _endless(self.sources)
         endless = [_endless([source]) for source in self.sources]
@@ -147,14 +174,16 @@ class StreamedRows(torch.utils.data.IterableDataset):
             yield next(endless[number])
 
 
-def _endless(sources: Sequence[StreamedSource]) -> Iterator[tuple[StreamedSource, tuple[str, dict[str, Any]]]]:
+def _endless(
+    sources: Sequence[StreamedSource],
+) -> Iterator[tuple[StreamedSource, Placed]]:
     """Their records, one source after another, again and again."""
     found = True
     while found:
         found = False
         for source in sources:
-            for where, record in source.source.records(READ_COLUMNS):
-                if record.get(SOURCE_COLUMN) not in DROPPED_SOURCES:
+            for where, record in source.source.rows(FORMATS[source.data_format].columns):
+                if isinstance(record, UserError) or record.get(SOURCE_COLUMN) not in DROPPED_SOURCES:
                     found = True
                     yield source, (where, record)
     raise UserError(f"{sources[0].source.where}: holds no rows to train on.")

@@ -24,18 +24,17 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from tokentune import prompts
 from tokentune.command_line.data_arguments import DataArguments
-from tokentune.data.record_streams import RecordSource
+from tokentune.data.records import RecordSource
 from tokentune.data.sources import first_line
 from tokentune.prompts import PromptTemplate
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pandas", "pyarrow")
+LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pyarrow")
 # What decides on tokens and labels: an entry must not outlive a change of it.
-PACKAGE = Path(__file__).resolve().parents[1]
-MODULES = ("record_streams", "records", "json_files", "data_formats", "conversations", "chat_templates")
-MODULES += ("prompts", "encoding", "instruction_data")
+CODE = (*sorted(Path(__file__).parent.glob("*.py")), Path(prompts.__file__))
 ENTRY = "entry.json"
 ABANDONED_SECONDS = 24 * 3600  # a half-written entry as old as this belongs to a run that died
 
@@ -79,6 +78,7 @@ def cache_key(
         "max_length": data.max_length,
         "long_rows": data.long_rows,
         "add_eos_token": data.add_eos_token,
+        "system_in_user": data.system_in_user,
         "versions": {name: version(name) for name in LIBRARIES},
         "code": _code_hash(),
         **more,
@@ -170,8 +170,7 @@ def _file_hash(file: Path) -> str:
 
 
 def _code_hash() -> str:
-    texts = (next(PACKAGE.rglob(f"{name}.py")).read_bytes() for name in MODULES)
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in CODE)).hexdigest()
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -105,6 +105,8 @@ class LabelledRowsArguments(RowsArguments):
     test_dataset_name_or_path: str | None = flag(
         None, "data, with or without labels, whose predictions by the best checkpoint are written to predictions.jsonl"
     )
+    test_dataset_split: str | None = flag(None, "as --dataset_split, of the test data")
+    test_dataset_config: str | None = flag(None, "as --dataset_config, of the test data")
     group_by_length: bool = flag(
         False, "batches of texts of about one length: less padding, in an order that is a little less random"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from datasets import Image as ImageFeature
 from transformers import PreTrainedConfig
 
 from tokentune.data.sources import listed
@@ -22,13 +23,12 @@ from tokentune.encoders.classification_rows import (
     describe,
     encode_texts,
     encode_words,
-    encoded_label,
     find_columns,
     read_split,
     some_rows,
 )
-from tokentune.encoders.images import encode_images, load_image_processor
-from tokentune.encoders.labels import Labels, find_labels, find_token_labels
+from tokentune.encoders.images import ImageRows, load_image_processor, open_image
+from tokentune.encoders.labels import Labels, encoded_label, find_labels, find_token_labels
 from tokentune.errors import UserError
 from tokentune.loading import check_weights, load_tokenizer
 from tokentune.prompts import ensure_pad_token
@@ -89,7 +89,7 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
     else:
         labels = find_labels(train.rows, columns.label, train.where, task=arguments.task.glue)
     logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), describe(labels))
-    train.rows = some_rows(train.rows, arguments.data.max_train_rows)
+    train = some_rows(train, arguments.data.max_train_rows)
     if task_type == "image":
         encode = partial(encode_image_rows, processing=processing, channels=getattr(config, "num_channels", 3))
     else:
@@ -124,15 +124,20 @@ def encode_image_rows(
     split: Split, columns: Columns, labels: Labels | None, *, processing: Any, channels: int
 ) -> Encoded:
     """Images to rows of pixels and labels. `labels` None: to predict."""
-    numbers = None
-    if labels is not None:
-        values = split.rows[columns.label]
-        numbers = [
-            encoded_label(labels, value, f"{split.where}, row {row}", columns.label)
-            for row, value in enumerate(values, start=1)
-        ]
-    rows = encode_images(split.rows, columns.inputs[0], numbers, processing, channels, split.where)
-    return Encoded(rows, RowReport(rows=len(rows), labels=0 if labels is None else len(rows)))
+    (column,) = columns.inputs
+    if not isinstance(split.rows.features[column], ImageFeature):
+        raise UserError(f"{split.where}: {column!r} holds no images but {split.rows.features[column]}.")
+    split.rows = split.rows.cast_column(column, ImageFeature(decode=False))
+    good, numbers = [], []
+    for row, values in split.good_rows(columns.inputs if labels is None else (column, columns.label)):
+        where = split.place(row)
+        with split.bad.catch(where):
+            open_image(values[column], where)
+            numbers += [] if labels is None else [encoded_label(labels, values[columns.label], columns.label, where)]
+            good.append(row)
+    split.bad.settle(split.where, len(split.rows))
+    images = ImageRows(split.rows.select(good)[column], numbers or None, processing, channels, split.where)
+    return Encoded(images, RowReport(rows=len(images), labels=len(numbers)))
 
 
 def configured(config: PreTrainedConfig, labels: Labels, processing: Any) -> PreTrainedConfig:

@@ -2,8 +2,8 @@
 
 Each seed's `training_summary.json` is that of `finetune.py` (`summary.py`) with these differences and additions:
 
-    data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels}, test null
-                             without test data; tokens of images are not counted here
+    data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels,
+                             unwritten_labels}, test null without test data; tokens of images are not counted here
     tokens                   trained on, over all epochs and processes: {processed, selected, labels (that could be
                              learnt from: of rows, or words; null where a run that selects tokens ended within an epoch
                              and its order of rows cannot be had again), selected_labels (that were learnt from)}

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
 
 from tokentune.collators import ClassificationCollator, EncoderDraw, SeededRows, stack_images
+from tokentune.drawing import pad_token
 from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.encoders.labels import Labels
 from tokentune.encoders.scores import LOWER_IS_BETTER, scorer
@@ -196,6 +197,7 @@ def draw_of(model: nn.Module, arguments: ClassificationArguments, labels: Labels
         prefix_length=selection.selected,
         strategy=selection.selection,
         pooling=profile.pooling,
+        pad_token_id=pad_token(model.get_base_model() if hasattr(model, "get_base_model") else model),
         first_always=arguments.task.task_type == "image",
         in_place=profile.rows is Rows.ALL,
         outside=labels.outside,

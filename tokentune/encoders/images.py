@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
+from tokentune.data.dataset_layout import subfolder_of_split
 from tokentune.data.sources import first_line, loading_error
 from tokentune.errors import UserError
 from tokentune.loading import LOADING_ERRORS, MODEL_FLAG
@@ -31,22 +31,27 @@ def holds_images(name_or_path: str | None) -> bool:
     return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
 
 
-def load_image_folder(folder: str, *, flag: str, split: str) -> Dataset:
+def load_image_folder(folder: str, *, flag: str, role: str, split: str | None = None) -> Dataset:
     """The images of a folder with one subfolder per class, perhaps below one per split (train/cat/1.png).
 
     Read by datasets' `imagefolder`, whose `metadata.csv` works too. In a folder that tells no split, all images.
 
+    Args:
+        role: "train", "validation" or "test": the split that is meant where none is named.
+        split: the name of a subfolder.
+
     Raises:
-        UserError: no such split, or nothing that can be read.
+        UserError: no such split, or several; nothing that can be read.
     """
+    below = subfolder_of_split(Path(folder).expanduser(), f"{flag} {folder}", role, split)
     try:
-        splits = load_dataset("imagefolder", data_dir=str(Path(folder).expanduser().resolve()))
+        splits = load_dataset("imagefolder", data_dir=str((below or Path(folder).expanduser()).resolve()))
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"{flag} {folder}: cannot be read as a folder of images: {first_line(error)}") from error
-    if split in splits:
-        return splits[split]
+    if below is None and role in splits:
+        return splits[role]
     if list(splits) != ["train"]:
-        raise UserError(f"{flag} {folder}: no split {split!r}, only {', '.join(splits)}.")
+        raise UserError(f"{flag} {folder}: no split {role!r}, only {', '.join(splits)}.")
     return splits["train"]
 
 
@@ -88,43 +93,28 @@ class ImageRows(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        image = self.open(row)
+        stored = self.images[row]
+        image = open_image(stored, self.where)
         try:
-            image = image.convert(self.mode)
+            # Cameras store pixels as the sensor lay, and how they are to be turned.
+            image = ImageOps.exif_transpose(image).convert(self.mode)
         except (OSError, ValueError, SyntaxError) as error:
-            raise self._unreadable(row, error) from error
+            raise _unreadable(stored, self.where, error) from error
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": 0 if self.numbers is None else self.numbers[row]}
 
-    def open(self, row: int) -> Image.Image:
-        """The image, its header read. Raises UserError for what Pillow cannot read."""
-        stored = self.images[row]
-        try:
-            if stored.get("bytes") is not None:
-                return Image.open(BytesIO(stored["bytes"]))
-            return Image.open(stored["path"])
-        except (OSError, ValueError, AttributeError) as error:
-            raise self._unreadable(row, error) from error
 
-    def _unreadable(self, row: int, error: BaseException) -> UserError:
-        stored = self.images[row]
-        path = (stored or {}).get("path") or f"row {row + 1}"
-        reason = "no image" if stored is None else first_line(error)
-        return UserError(f"{self.where}: the image {path} cannot be read: {reason}. Repair or remove it.")
+def open_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
+    """A stored image, its header read. `where`: how a message begins. Raises UserError: Pillow cannot read it."""
+    try:
+        if stored.get("bytes") is not None:
+            return Image.open(BytesIO(stored["bytes"]))
+        return Image.open(stored["path"])
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unreadable(stored, where, error) from error
 
 
-def encode_images(
-    rows: Dataset, column: str, numbers: Sequence[int | float] | None, processor: Any, channels: int, where: str
-) -> ImageRows:
-    """Rows of pixels; every image's header is read once.
-
-    Raises:
-        UserError: the column holds no images, or an image cannot be read.
-    """
-    if not isinstance(rows.features[column], ImageFeature):
-        raise UserError(f"{where}: {column!r} holds no images but {rows.features[column]}.")
-    images = rows.cast_column(column, ImageFeature(decode=False))[column]
-    encoded = ImageRows(images, numbers, processor, channels, where)
-    for row in range(len(encoded)):
-        encoded.open(row)
-    return encoded
+def _unreadable(stored: dict[str, Any] | None, where: str, error: BaseException) -> UserError:
+    path = (stored or {}).get("path")
+    reason = "no image" if stored is None else first_line(error)
+    return UserError(f"{where}: the image{f' {path}' if path else ''} cannot be read: {reason}. Repair or remove it.")

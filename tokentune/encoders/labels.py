@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow
 from datasets import ClassLabel, Dataset, List
 
+from tokentune.data.sources import first_line
 from tokentune.encoders.glue import GlueTask
 from tokentune.errors import UserError
 
@@ -22,6 +24,7 @@ class Labels:
 
     names: tuple[str, ...]
     numbers: dict[Any, int]  # a label as it stands in the data -> number of its class
+    unknown: str = "is not among the training data's"  # what is said of a label that is none of them
 
     @property
     def is_regression(self) -> bool:
@@ -43,7 +46,7 @@ class Labels:
             return float(value)
         if value not in self.numbers:
             known = ", ".join(repr(label) for label in self.numbers)
-            raise UserError(f"{where}: label {value!r} is not among the training data's: {shortened(known)}.")
+            raise UserError(f"{where}: label {value!r} {self.unknown}: {shortened(known)}.")
         return self.numbers[value]
 
 
@@ -52,23 +55,24 @@ def shortened(text: str, length: int = 200) -> str:
 
 
 def find_labels(rows: Dataset, column: str, where: str, *, task: GlueTask | None) -> Labels:
-    """The labels of a training set of texts or images.
+    """The labels of a training set of texts or images, by those rows whose label can be one.
 
     Args:
         task: whose classes are known; None: they are those of the column.
 
     Raises:
-        UserError: a label is missing or of a type that is none; all are the same; not those of the task.
+        UserError: no row has a label, or they are of several types; all are the same; not those of the task.
     """
-    values = rows[column]
+    values = values_of(rows, column, where)
     kind = kind_of(values, column, where)
+    values = [value for value in values if _can_be_label(value)]
     names = class_names(rows, column)
     if task is not None and not task.classes:
         if kind not in (int, float):
             raise UserError(f"{where}: {column!r} holds {kind.__name__} labels; this task predicts a number.")
         labels = Labels((), {})
     elif task is not None:
-        labels = _task_labels(task, kind, values, column, where)
+        labels = _task_labels(task, kind, column, where)
     elif kind is float:
         labels = Labels((), {})
     elif names:
@@ -81,24 +85,15 @@ def find_labels(rows: Dataset, column: str, where: str, *, task: GlueTask | None
     return labels
 
 
-def _task_labels(task: GlueTask, kind: type, values: Sequence[Any], column: str, where: str) -> Labels:
-    """The classes of a GLUE task, by number or by name; every value is one of them."""
-    if kind is str:
-        labels = Labels(task.classes, {name: number for number, name in enumerate(task.classes)})
-    elif kind is int:
-        labels = Labels(task.classes, {number: number for number in range(len(task.classes))})
-    else:
+def _task_labels(task: GlueTask, kind: type, column: str, where: str) -> Labels:
+    """The classes of a GLUE task, by number or by name."""
+    if kind is float:
         raise UserError(
             f"{where}: {column!r} holds labels of type {kind.__name__}; this task has the classes "
             f"{', '.join(task.classes)} (0 to {len(task.classes) - 1})."
         )
-    for row, value in enumerate(values, start=1):
-        if value not in labels.numbers:
-            raise UserError(
-                f"{where}, row {row}: label {value!r} is none of this task's: "
-                f"{', '.join(map(repr, labels.numbers))} ({', '.join(task.classes)})."
-            )
-    return labels
+    known = task.classes if kind is str else range(len(task.classes))
+    return Labels(task.classes, {label: number for number, label in enumerate(known)}, "is none of this task's")
 
 
 def _labels_as_they_stand(values: Iterable[Any]) -> Labels:
@@ -112,15 +107,14 @@ def find_token_labels(rows: Dataset, column: str, where: str) -> Labels:
     Raises:
         UserError: as `find_labels`.
     """
-    for row, value in enumerate(rows[column], start=1):
-        if not isinstance(value, list):
-            raise UserError(
-                f"{where}, row {row}: {column!r} is {value!r:.60}, not a list with one label for each word."
-            )
-    values = [label for labels in rows[column] for label in labels]
+    lists = values_of(rows, column, where)
+    if not any(isinstance(value, list) for value in lists):
+        raise UserError(f"{where}, row 1: {column!r} is {lists[0]!r:.60}, not a list with one label for each word.")
+    values = [label for labels in lists if isinstance(labels, list) for label in labels]
     if not values:
         raise UserError(f"{where}: {column!r} holds no label at all.")
     kind = kind_of(values, column, where, unit="label")
+    values = [value for value in values if _can_be_label(value)]
     if kind is float:
         raise UserError(f"{where}: {column!r} holds numbers with a fraction; words are classified (whole or text).")
     names = class_names(rows, column)
@@ -128,6 +122,18 @@ def find_token_labels(rows: Dataset, column: str, where: str) -> Labels:
     if len(set(values)) == 1:
         raise UserError(f"{where}: every word has the same label, {values[0]!r}: there is nothing to learn.")
     return labels
+
+
+def values_of(rows: Dataset, column: str, where: str) -> list[Any]:
+    """A column's values; the others are not looked at.
+
+    Raises:
+        UserError: they cannot be converted, such as a date beyond Python's.
+    """
+    try:
+        return rows[column][:]
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError, RuntimeError, ImportError) as error:
+        raise UserError(f"{where}: column {column!r} cannot be read: {first_line(error)}") from error
 
 
 def class_names(rows: Dataset, column: str) -> tuple[str, ...]:
@@ -138,24 +144,40 @@ def class_names(rows: Dataset, column: str) -> tuple[str, ...]:
     return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
 
 
+def _can_be_label(value: Any) -> bool:
+    return isinstance(value, int | float | str)
+
+
 def kind_of(values: Sequence[Any], column: str, where: str, *, unit: str = "row") -> type:
-    """The one type of all labels: int (booleans too), float or str.
+    """The one type of all values that can be labels: int (booleans too), float or str.
 
     Raises:
-        UserError: one is missing, or of another type.
+        UserError: none can, or two are of different types.
     """
     kinds: dict[type, int] = {}
     for number, value in enumerate(values, start=1):
-        kind = int if isinstance(value, bool) else type(value)
-        if value is None:
-            raise UserError(f"{where}, {unit} {number}: {column!r} is missing; every row needs a label.")
-        if kind not in (int, float, str):
-            raise UserError(
-                f"{where}, {unit} {number}: {column!r} is {value!r:.60}; a label is a text or a number, not a "
-                f"{kind.__name__}."
-            )
-        kinds.setdefault(kind, number)
+        if _can_be_label(value):
+            kinds.setdefault(int if isinstance(value, bool) else type(value), number)
+    if not kinds:
+        raise not_a_label(values[0], column, f"{where}, {unit} 1")
     if len(kinds) > 1:
         (first, _), (other, number), *_ = kinds.items()
         raise UserError(f"{where}, {unit} {number}: {column!r} is of type {other.__name__}, others {first.__name__}.")
     return next(iter(kinds))
+
+
+def not_a_label(value: Any, column: str, where: str) -> UserError:
+    """What to say of a value that cannot be a label."""
+    if value is None:
+        return UserError(f"{where}: {column!r} is missing; every row needs a label.")
+    kind = type(value).__name__
+    return UserError(f"{where}: {column!r} is {value!r:.60}; a label is a text or a number, not a {kind}.")
+
+
+def encoded_label(labels: Labels, value: Any, column: str, where: str) -> int | float:
+    """The class's number, or the number to predict. Raises UserError: it is missing, or none of the labels."""
+    if not _can_be_label(value):
+        raise not_a_label(value, column, where)
+    if labels.is_regression and (isinstance(value, bool | str)):
+        raise UserError(f"{where}: {column!r} is {value!r:.60}, not a number as in the training data.")
+    return labels.encode(value, where)

@@ -33,14 +33,16 @@ logger = logging.getLogger(__name__)
 HARMLESS = {
     *("model_save_path", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "logging_dir"),
     *("report_to", "print_run_folder", "resume_from_checkpoint", "preview", "dry_run", "report_memory", "offline"),
-    *("memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "data_cache", "push_to_hub"),
-    *("trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
+    *("memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "tokenize_workers", "data_cache"),
+    *("push_to_hub", "trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
 }
 # The same numbers, added up in another order or rounded elsewhere; mostly what helps after running out of memory.
 ROUNDING = {
     *("gradient_accumulation_steps", "auto_micro_batch", "gradient_checkpointing", "checkpoint_rest", "offload_kv"),
     *("chunked_loss", "attn_implementation", "use_liger_kernel", "model_parallel"),
 }
+# Not with a stream that several workers read: each fills the places of dropped rows with later ones of its own batches.
+STREAMED = {"num_workers", "gradient_accumulation_steps"}
 _BY_NAME = {  # files may have moved; whether the rows are the same is looked at when they are there
     *("model_name_or_path", "dataset_name_or_path", "eval_dataset_name_or_path", "prompt_template_name_or_path"),
     "chat_template",
@@ -143,7 +145,9 @@ def check_same_run(arguments: Arguments, before: dict[str, Any], where: str) -> 
     """Refuses, UserError, flags that make another run of the one whose settings are given; warns of rounding."""
     now = json.loads(json.dumps(arguments.settings()))
     changed = {name: before[name] for name in now if name in before and not _same(name, before[name], now[name])}
-    other = [name for name in changed if name not in HARMLESS | ROUNDING]
+    workers = max(settings.get("num_workers", 0) for settings in (before, now))
+    bound = STREAMED if now.get("streaming") and workers > 1 else set()
+    other = [name for name in changed if name not in (HARMLESS | ROUNDING) - bound]
     if other:
         listed = ", ".join(f"--{name} {_shown(now[name])} (there {_shown(changed[name])})" for name in other)
         raise UserError(
@@ -208,7 +212,8 @@ def train_to_the_end(trainer: "SelectiveTrainer", start: Start) -> None:
             f"the training data is not what it was when {checkpoint} was written (file, template, tokenizer or their "
             "order changed): give the same, or start anew in another --model_save_path",
         )
-        _warn_of_rounding(trainer, saved)
+        check_processes(trainer, saved)
+        _warn_of_versions(saved)
     defer_interruptions()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -218,13 +223,22 @@ def train_to_the_end(trainer: "SelectiveTrainer", start: Start) -> None:
         raise
 
 
-def _warn_of_rounding(trainer: "SelectiveTrainer", saved: dict[str, Any]) -> None:
+def check_processes(trainer: "SelectiveTrainer", saved: dict[str, Any]) -> None:
+    """Refuses, UserError, another number of processes where it would change the batches; warns where not."""
     if saved["batch"]["processes"] != trainer.args.world_size:
+        require(
+            saved["data"] is not None or trainer.args.dataloader_num_workers <= 1,
+            f"the checkpoint was written by {saved['batch']['processes']} process(es), and {trainer.args.world_size} "
+            "go on: with --streaming and several --num_workers the batches would be others. Start as many again",
+        )
         logger.warning(
             "the checkpoint was written by %d process(es), and %d go on: the same batches, but other dropout",
             saved["batch"]["processes"],
             trainer.args.world_size,
         )
+
+
+def _warn_of_versions(saved: dict[str, Any]) -> None:
     then, now = saved["versions"], versions()
     for name in now:
         if then.get(name) != now[name]:

@@ -7,6 +7,7 @@
     data                a digest of the training rows; null: they are read as a stream
     versions            {tokentune, torch, transformers}
     evaluation_pending  whether the validation that is due at this step has still to be made
+    rotary              of each process, the rotary frequencies that follow the lengths of batches (`rotary_state.py`)
     progress            the run's figures so far, as `SelectiveTrainer` and the Trainer keep them
 """
 
@@ -26,6 +27,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 import tokentune
+from tokentune.rotary_state import read, rotary_state, set_rotary_state, written
 
 if TYPE_CHECKING:
     from tokentune.training import SelectiveTrainer
@@ -51,6 +53,7 @@ def run_state(trainer: "SelectiveTrainer") -> dict[str, Any]:
         "data": trainer.data_digest,
         "versions": versions(),
         "evaluation_pending": trainer.evaluation_pending,
+        "rotary": gather_object([written(rotary_state(trainer.model))]),
         "progress": _progress(trainer),
     }
 
@@ -100,6 +103,8 @@ class Resumption(TrainerCallback):
             return
         saved = read_run_state(trainer.resumed_from)
         _restore(trainer, saved["progress"])
+        of_processes = saved.get("rotary") or [{}]
+        set_rotary_state(trainer.model, read(of_processes[min(args.process_index, len(of_processes) - 1)]))
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 known = state.stateful_callbacks.get(type(callback).__name__, {})

@@ -1,0 +1,187 @@
+"""Parsed records to rows of tokens, many at a time: by `prompts.py` or the chat template, in one or more processes."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from tokentune.data.chat_templates import ChatEncoder
+from tokentune.data.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
+from tokentune.data.encoding import Notes, TokenRow
+from tokentune.data.records import DROPPED_SOURCES, Placed
+from tokentune.errors import UserError
+from tokentune.prompts import PromptTemplate, encode_answers
+
+CHUNK = 64  # rows that are tokenized together
+CHUNKS_HERE = 16  # that are tokenized in this process before others are started: small data is done sooner without them
+MOST_WORKERS = 8  # by default: reading the records keeps no more of them busy
+
+Chunk, Outcome = TypeVar("Chunk"), TypeVar("Outcome")
+
+
+class RecordEncoder:
+    """Encodes prompts with answers by `prompts.py`, conversations by the tokenizer's chat template.
+
+    Args:
+        add_eos_token, system_in_user: as of `ChatEncoder`.
+
+    Raises:
+        UserError: as `encode_answers` and `ChatEncoder`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool, system_in_user: bool = False
+    ) -> None:
+        self.tokenizer, self.add_eos_token, self.system_in_user = tokenizer, add_eos_token, system_in_user
+        self._chat: ChatEncoder | None = None
+
+    def __call__(self, item: Item, where: str) -> TokenRow:
+        """Uncut ids and labels. `where`: the row, for messages."""
+        (row,) = self.batch([(item, where)])
+        if isinstance(row, UserError):
+            raise row
+        return row
+
+    def batch(self, items: Sequence[tuple[Item, str]]) -> list[TokenRow | UserError]:
+        """As many rows; of one that cannot be encoded, what is wrong with it."""
+        answers = [n for n, (item, _) in enumerate(items) if isinstance(item, Answer)]
+        chats = [n for n, (item, _) in enumerate(items) if not isinstance(item, Answer)]
+        found: dict[int, TokenRow | UserError] = {}
+        if answers:
+            texts = [items[n][0] for n in answers]
+            found |= zip(answers, self._answers(texts), strict=True)
+        if chats:
+            if self._chat is None:  # a tokenizer without a chat template is good enough for everything else
+                options = {"add_eos_token": self.add_eos_token, "system_in_user": self.system_in_user}
+                self._chat = ChatEncoder(self.tokenizer, **options)
+            found |= zip(chats, self._chat.batch([items[n] for n in chats]), strict=True)
+        return [found[n] for n in range(len(items))]
+
+    def take_notes(self) -> Notes:
+        """What was noticed since this was last asked."""
+        if self._chat is None:
+            return Notes()
+        notes, self._chat.notes = self._chat.notes, Notes()
+        return notes
+
+    def _answers(self, texts: list[Answer]) -> list[TokenRow | UserError]:
+        try:
+            return encode_answers(texts, self.tokenizer, add_eos_token=self.add_eos_token)
+        except UserError as error:
+            if len(texts) == 1:
+                return [error]
+            return [row for text in texts for row in self._answers([text])]
+
+
+def held_out(item: Item, fraction: float) -> bool:
+    """Whether a row belongs to the validation data: told by what it says alone, so the same in every run and file."""
+    content = json.dumps([*item], sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
+
+
+class EncodedChunk(NamedTuple):
+    """What became of some records.
+
+    Attributes:
+        rows: place for messages, side ("train" or "validation"), and the row or what is wrong with it.
+        left_out: records of `DROPPED_SOURCES`.
+        conversations: there is one among them.
+    """
+
+    rows: list[tuple[str, str, TokenRow | UserError]]
+    left_out: int
+    conversations: bool
+    notes: Notes
+
+
+class ChunkEncoder:
+    """Reads and encodes placed records, as `RecordSource.rows` yields them, for `ordered_map`.
+
+    Args:
+        fraction: of the records, that is held out as "validation"; None: all are "train".
+    """
+
+    def __init__(
+        self, encoder: RecordEncoder, data_format: DataFormat, template: PromptTemplate, fraction: float | None
+    ) -> None:
+        self.encoder, self.data_format, self.template, self.fraction = encoder, data_format, template, fraction
+
+    def __call__(self, records: Sequence[Placed]) -> EncodedChunk:
+        rows: list[tuple[str, str, TokenRow | UserError | None]] = []
+        items = []
+        for where, record in records:
+            if not isinstance(record, UserError) and record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
+                continue
+            try:
+                if isinstance(record, UserError):
+                    raise record
+                item = self.data_format.read(record, where, self.template)
+            except UserError as error:
+                rows.append((where, "train", error))
+                continue
+            held = self.fraction is not None and held_out(item, self.fraction)
+            rows.append((where, "validation" if held else "train", None))
+            items.append((item, where))
+        encoded = iter(self.encoder.batch(items))
+        rows = [(where, side, next(encoded) if row is None else row) for where, side, row in rows]
+        conversations = any(not isinstance(item, Answer) for item, _ in items)
+        return EncodedChunk(rows, len(records) - len(rows), conversations, self.encoder.take_notes())
+
+
+def chunks(items: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:
+    """Lists of so many items; the last may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
+
+
+def worker_count(asked: int | None) -> int:
+    """Processes that tokenize: those asked for, or one for each core that this process may use."""
+    return asked if asked is not None else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], workers: int) -> Iterator[Outcome]:
+    """`function` of each item, in order, by so many processes once `CHUNKS_HERE` items were done in this one.
+
+    Args:
+        function: it and what it refers to is copied into the processes (by fork); what it changes there is lost.
+        workers: below 2, this process does everything.
+
+    Raises:
+        Exception: what `function` raises, at its item's turn.
+    """
+    items = iter(items)
+    yield from map(function, items if workers < 2 else islice(items, CHUNKS_HERE))
+    first = list(islice(items, 1))
+    if not first:
+        return
+    # Copies of a process with the tokenizer's threads must not use them: their locks may be held for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with multiprocessing.get_context("fork").Pool(workers, _install, (function,)) as pool:
+        waiting = deque(pool.apply_async(_apply, (item,)) for item in first)
+        for item in items:
+            waiting.append(pool.apply_async(_apply, (item,)))
+            if len(waiting) > 4 * workers:  # as many as keep all busy; all items at once may not fit into memory
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+_function: Callable[[Any], Any] | None = None  # of a worker process
+
+
+def _install(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's matter, and ends these
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _apply(item: Any) -> Any:
+    return _function(item)

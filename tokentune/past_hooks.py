@@ -1,0 +1,86 @@
+"""Forward passes that go past the hooks which make the selection: `model.forward(...)` in place of `model(...)`.
+
+Such a pass reaches the layers all the same, and would train on all tokens without a word. Whether it was to have a
+selection is known to the model's hooks and arguments alone, so that callers are looked for on Python's stack: only
+where a patched model that draws itself is reached in training while none of its hooks is at work.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from tokentune.errors import UnsupportedModelError
+
+logger = logging.get_logger(__name__)
+# Whether the hooks of a patched model are at work: with a selection, or having decided that there is none to make.
+HOOKS_AT_WORK: ContextVar[bool] = ContextVar("tokentune_hooks_at_work", default=False)
+_PASS_ON = ("accelerate", "torch", "transformers", "contextlib", "functools")  # wrappers, which are nobody's wish
+
+
+def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
+    """Raises UnsupportedModelError where a training pass with labels reaches `backbone` past its model's hooks.
+
+    Args:
+        settings: of the patched model (`patching.Settings`) that `backbone` belongs to.
+    """
+    if HOOKS_AT_WORK.get() or settings.prefix_length is None or not (backbone.training and torch.is_grad_enabled()):
+        return
+    if torch.compiler.is_compiling():  # no stack to look at; called once uncompiled, it is found out
+        return
+    for frame in _frames():
+        owner = frame.f_locals.get("self")
+        if not isinstance(owner, nn.Module) or owner.__dict__.get("_tokentune") is not settings:
+            continue
+        called = f"{type(owner).__name__}.forward was called by {_caller(frame)} past the hooks that make the selection"
+        if _argument(frame, "labels") is not None:
+            raise UnsupportedModelError(
+                f"{called}: call the model itself (a wrapper that came later: call apply_tokentune on the wrapper)"
+            )
+        logger.warning_once(f"{called}, without labels: an ordinary forward, all tokens get gradients")
+        return
+    if any(frame.f_locals.get("self") is backbone and frame.f_code.co_name == "_call_impl" for frame in _frames()):
+        name = type(backbone).__name__
+        logger.warning_once(f"{name} was called by itself: an ordinary forward, all tokens get gradients")
+
+
+def caller_of_forward() -> str:
+    """Who called the `forward` of the model that is running now, as `AdaLoraModel.forward (peft.tuners...)`."""
+    frame = next((frame for frame in _frames() if _argument(frame, "selected_positions") is not None), None)
+    return "its caller" if frame is None else _caller(frame)
+
+
+def is_called_by_prompt_learning() -> bool:
+    """Whether peft's prompt learning called the model, with tokens of its own in front of the batch's."""
+    for frame in _frames():
+        config = getattr(frame.f_locals.get("self"), "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            return True
+    return False
+
+
+def _frames() -> Iterator[FrameType]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _argument(frame: FrameType, name: str) -> Any:
+    values = frame.f_locals
+    return values.get(name, values.get("kwargs", {}).get(name) if isinstance(values.get("kwargs"), dict) else None)
+
+
+def _caller(frame: FrameType) -> str:
+    """The function that called the one of `frame`, those left out that only pass a call on."""
+    while frame.f_back is not None:
+        frame = frame.f_back
+        home = frame.f_globals.get("__name__", "")
+        if home.split(".")[0] not in _PASS_ON:
+            return f"{frame.f_code.co_qualname} ({home})"
+    return "its caller"

@@ -1,0 +1,91 @@
+"""What a model remembers of the batches that it saw, beside its weights: rotary frequencies that follow their lengths.
+
+transformers' dynamic NTK scaling computes its frequencies anew whenever a batch is longer than all before, and goes
+back only for one shorter than the pretraining length; LongRoPE's follow each batch. No checkpoint of weights holds
+these numbers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # whose frequencies stay what they are
+
+State = dict[str, dict[str, Any]]  # by the module's path, then by attribute: a tensor or a number
+
+
+def rotary_state(model: nn.Module) -> State:
+    """The frequencies as they are now, and the lengths that they follow; empty for a model whose frequencies stay."""
+    return {name: _numbers(module) for name, module in model.named_modules() if _follows_lengths(module)}
+
+
+def set_rotary_state(model: nn.Module, state: State) -> None:
+    """Puts back what `rotary_state` returned, or `read` read."""
+    modules = dict(model.named_modules())
+    for name, numbers in state.items():
+        module = modules[name]
+        for attribute in _numbers(module).keys() - numbers.keys():  # lengths of a kind of layers, once they grew
+            delattr(module, attribute)
+        for attribute, value in numbers.items():
+            if attribute in module._buffers:  # not written into: it may be the tensor of the pretraining length too
+                module._buffers[attribute] = value.to(module._buffers[attribute].device, copy=True)
+            else:
+                setattr(module, attribute, value)
+
+
+@contextmanager
+def rotary_state_kept(model: nn.Module) -> Iterator[None]:
+    """Within it other batches pass through the model; afterwards its frequencies are what they were."""
+    state = rotary_state(model)
+    try:
+        yield
+    finally:
+        set_rotary_state(model, state)
+
+
+def written(state: State) -> dict[str, dict[str, Any]]:
+    """For a JSON file, which keeps every bit: float32 numbers pass through Python's own, which are float64."""
+    return {
+        name: {
+            attribute: {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+            if isinstance(value, Tensor)
+            else value
+            for attribute, value in numbers.items()
+        }
+        for name, numbers in state.items()
+    }
+
+
+def read(state: dict[str, dict[str, Any]]) -> State:
+    """The reverse of `written`."""
+    return {
+        name: {
+            attribute: torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
+            if isinstance(value, dict)
+            else value
+            for attribute, value in numbers.items()
+        }
+        for name, numbers in state.items()
+    }
+
+
+def _follows_lengths(module: nn.Module) -> bool:
+    """Whether it is a rotary embedding (transformers', or of its kind) whose frequencies are not known to stay."""
+    if "max_seq_len_cached" not in vars(module):
+        return False
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(kind not in _STATIC for kind in kinds)
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    buffers = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+    plain = {
+        name: value.item() if isinstance(value, Tensor) else value  # a length of transformers' own is a tensor
+        for name, value in vars(module).items()
+        if name.endswith(("seq_len_cached", "attention_scaling")) and isinstance(value, Tensor | int | float)
+    }
+    return buffers | plain
