@@ -1,5 +1,6 @@
 """Bases and LoRA adapters on disk that the tests of merging make, and what both libraries say of a result."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from tokentune.errors import UserError
 from tokentune.loading import load_base_model
 from tokentune.merge import merge
+from tokentune.merging.merge_folder import SUMMARY
 
 MLP = ["gate_proj", "down_proj", "up_proj"]
 
@@ -50,6 +52,12 @@ def logits_of(folder: Path, adapter: Path | None = None) -> torch.Tensor:
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
+
+
+def of_training(folder: Path) -> dict[str, float]:
+    """A merge's own measure of how far each kind of base is from the 4-bit base + adapter."""
+    summary = json.loads((folder / SUMMARY).read_text())
+    return {kind: difference["relative_rms"] for kind, difference in summary["qlora"]["from_training"].items()}
 
 
 def files_below(folder: Path) -> set[str]:

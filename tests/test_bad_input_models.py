@@ -142,6 +142,27 @@ CASES = [  # name, change of a good folder, words, sentence
         "at it, then add --trust_remote_code.",
     ),
     (
+        "weights in 4 bits, without the flag that trains over them; no data is read",
+        configured("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        HERE + " --dataset_name_or_path {tmp}/none.jsonl",
+        "--model_name_or_path {tmp}/model: its weights are in 4 bits (bitsandbytes). Add --qlora, or give the "
+        "unquantised model.",
+    ),
+    (
+        "weights in 8 bits",
+        configured("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        HERE + " --lora",
+        "--model_name_or_path {tmp}/model: its weights are quantised already (bitsandbytes), in a way that is not "
+        "trained on here. Give the unquantised model; --qlora turns that into 4 bits by itself.",
+    ),
+    (
+        "weights in another method's 8 bits",
+        configured("config.json", quantization_config={"quant_method": "fp8"}),
+        HERE + " --qlora",
+        "--model_name_or_path {tmp}/model: its weights are quantised already (fp8), in a way that is not trained on "
+        "here. Give the unquantised model; --qlora turns that into 4 bits by itself.",
+    ),
+    (
         "pickled weights",
         pickled,
         HERE,

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_bert_config, tiny_llama_config
-from torch import Tensor
-from transformers import AutoConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from tokentune import estimate
 from tokentune.arguments import Arguments, parse_arguments
@@ -106,6 +113,41 @@ def test_within_two_percent_under_mixed_precision(folder: Path, method: str) -> 
     real = measured(arguments)
     assert found.activations == pytest.approx(real.activations, rel=0.02)
     assert found.activations_by["weights in 16 bits"] > 0.2 * found.activations
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64}
+MIXTURES = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_attention_heads=4, num_key_value_heads=4),
+    "qwen3": Qwen3MoeConfig(**SIZES, **EXPERTS, num_attention_heads=4, num_key_value_heads=4),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    "words", ["", "--lora --lora_target_modules q_proj", "--lora --lora_target_modules all-linear"]
+)
+def test_mixtures_of_experts_keep_what_is_measured(family: str, words: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(MIXTURES[family]).save_pretrained(tmp_path)
+    arguments = arguments_of(tmp_path, f"{words} {METHODS['TokenTune']}")
+    found = measure(AutoConfig.from_pretrained(tmp_path), arguments, (SEQUENCES, TOKENS), device="cpu")
+    real = measured(arguments)
+    for name in ("weights", "gradients", "activations"):
+        assert getattr(found, name) == pytest.approx(getattr(real, name), rel=0.02), name
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts_need_no_gpu(family: str) -> None:
+    """transformers asks the GPU that is not there which products it can do; float32 and 16 bits alike."""
+    for words in ("", "--bf16 --lora --lora_target_modules all-linear"):
+        found = measure(MIXTURES[family], arguments_of(Path("unused"), words), (SEQUENCES, TOKENS), device="cuda")
+        experts = sum(p.numel() for name, p in made(MIXTURES[family]).named_parameters() if ".experts." in name)
+        assert found.weights > experts * (2 if words else 4)
+        assert found.peak > found.weights + found.activations
+
+
+def made(config: PreTrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def test_a_gpu_keeps_what_the_cpu_keeps_where_both_have_the_same_kernels() -> None:

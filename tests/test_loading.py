@@ -12,7 +12,15 @@ from bitsandbytes.nn import Linear4bit
 from conftest import tiny_llama_config
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    T5Config,
+)
 
 from tokentune.adapters import add_adapters
 from tokentune.data import sources
@@ -327,6 +335,24 @@ def test_4_bit_base(quantizable_dir, dtype):
     for name, gradient in gradients(model, torch.randint(0, 96, (2, 12))).items():
         assert gradient.isfinite().all(), name
         assert gradient.abs().sum() > 0, name
+
+
+def test_a_base_that_comes_in_4_bits(quantizable_dir, tmp_path):
+    quantized = load(quantizable_dir, torch.bfloat16, quantize_4bit=True)
+    quantized.save_pretrained(tmp_path / "4-bit")
+    again = load(tmp_path / "4-bit", torch.bfloat16, quantize_4bit=True)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(again(ids).logits, quantized(ids).logits, rtol=0, atol=0)
+    with pytest.raises(UserError, match=re.escape(f"{FLAG} {tmp_path}/4-bit: its weights are in 4 bits")):
+        load(tmp_path / "4-bit")
+
+
+def test_8_bit_weights_are_not_taken_for_numbers_without_scales(quantizable_dir, tmp_path):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(quantizable_dir, quantization_config=config).save_pretrained(tmp_path / "8")
+    for quantize_4bit in (False, True):
+        with pytest.raises(UserError, match="its weights are quantised already"):
+            load(tmp_path / "8", quantize_4bit=quantize_4bit)
 
 
 def test_4_bit_compute_dtype(quantizable_dir):

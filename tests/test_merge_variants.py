@@ -6,16 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_on_disk import MLP, files_below, logits_of, make_adapter, make_base, refused, train_by_hand
-from classification_models import save_tiny_bert, save_tiny_vit
+from adapters_on_disk import MLP, files_below, logits_of, make_adapter, make_base, of_training, refused, train_by_hand
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaConfig,
 )
@@ -221,11 +216,6 @@ def four_bit_logits(base: Path, adapter: Path) -> torch.Tensor:
         return model.eval()(input_ids=torch.arange(40).view(2, 20)).logits
 
 
-def of_training(folder: Path) -> dict[str, float]:
-    summary = json.loads((folder / SUMMARY).read_text())
-    return {kind: difference["relative_rms"] for kind, difference in summary["qlora"]["from_training"].items()}
-
-
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_qlora_adapter_goes_into_either_base(four_bit, tmp_path, dtype, capsys):
     base, adapter = four_bit
@@ -325,81 +315,3 @@ def test_evaluation_loads_the_merged_model(tied_base, tmp_path):
     model = huggingface.HFLM(pretrained=str(tmp_path / "out"), dtype="float32", device="cpu")
     logits = model._model_call(torch.arange(40).view(2, 20))
     torch.testing.assert_close(logits, logits_of(tmp_path / "out"), rtol=0, atol=1e-5)
-
-
-# Classifiers
-
-
-def classifier_adapter(base: Path, folder: Path, auto_class, task: str | None, modules: list[str], labels: int = 3):
-    """An adapter and head trained (by hand) as classify.py does; returns base + adapter."""
-    torch.manual_seed(4)
-    model = auto_class.from_pretrained(base, num_labels=labels, dtype=torch.float32, ignore_mismatched_sizes=True)
-    settings = {"target_modules": "all-linear", "modules_to_save": modules, "task_type": task}
-    model = get_peft_model(model, LoraConfig(r=2, **settings))
-    train_by_hand(model)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    ("task", "auto_class", "modules"),
-    [
-        ("SEQ_CLS", AutoModelForSequenceClassification, ["bert.pooler", "classifier"]),
-        ("TOKEN_CLS", AutoModelForTokenClassification, ["classifier"]),
-    ],
-)
-def test_classifiers_of_texts(tmp_path, task, auto_class, modules):
-    base = save_tiny_bert(tmp_path / "base")
-    together = classifier_adapter(base, tmp_path / "run", auto_class, task, modules)
-    (tmp_path / "run" / "classification_summary.json").write_text(json.dumps({"classes": ["low", "middle", "high"]}))
-    merge(str(base), str(tmp_path / "run"), str(tmp_path / "out"))
-    merged = auto_class.from_pretrained(tmp_path / "out")
-    ids = torch.arange(20).view(2, 10) + 5
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, together(ids).logits, rtol=0, atol=1e-5)
-    assert merged.config.id2label == {0: "low", 1: "middle", 2: "high"}
-    merge(str(base), str(tmp_path / "run"), str(tmp_path / "out"), qlora_base="dequantized")
-    assert of_training(tmp_path / "out")["dequantized"] < 1e-5 < of_training(tmp_path / "out")["16bit"]
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").cls_token == "[CLS]"
-
-
-def test_classifiers_of_images(tmp_path):
-    base = save_tiny_vit(tmp_path / "base")
-    together = classifier_adapter(base, tmp_path / "run", AutoModelForImageClassification, None, ["classifier"], 5)
-    merge(str(base), str(tmp_path / "run"), str(tmp_path / "out"), dtype="bfloat16")
-    merge(str(base), str(tmp_path / "run"), str(tmp_path / "out"))
-    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    size = merged.config.image_size
-    pixels = torch.randn(2, merged.config.num_channels, size, size)
-    with torch.no_grad():
-        torch.testing.assert_close(merged(pixels).logits, together(pixels).logits, rtol=0, atol=1e-5)
-    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
-
-
-def test_classifiers_of_a_decoder_and_of_numbers(tiny_llama_dir, tmp_path):
-    together = classifier_adapter(
-        tiny_llama_dir, tmp_path / "run", AutoModelForSequenceClassification, "SEQ_CLS", ["score"], 1
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    tokenizer.pad_token = "<unk>"
-    tokenizer.save_pretrained(tmp_path / "run")
-    merge(str(tiny_llama_dir), str(tmp_path / "run"), str(tmp_path / "out"))
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    ids = torch.arange(20).view(1, 20) + 5
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, together(ids).logits, rtol=0, atol=1e-5)
-    assert merged.config.problem_type == "regression"
-
-
-def test_classifiers_that_are_refused(tiny_llama_dir, tmp_path):
-    base = save_tiny_bert(tmp_path / "base")
-    classifier_adapter(base, tmp_path / "run", AutoModelForTokenClassification, "TOKEN_CLS", ["classifier"])
-    refused(tiny_llama_dir, tmp_path / "run", tmp_path / "out", "model_type bert.* has model_type llama", tmp_path)
-    settings = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(settings | {"task_type": "QUESTION_ANS"}))
-    refused(base, tmp_path / "run", tmp_path / "out", "adapter for the task QUESTION_ANS", tmp_path)
-    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(settings))
-    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    kept = {name: weight for name, weight in weights.items() if "classifier" not in name}
-    save_file(kept, tmp_path / "run" / "adapter_model.safetensors")
-    refused(base, tmp_path / "run", tmp_path / "out", "holds no head", tmp_path)

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from tokentune import classify, finetune
 from tokentune.merge import merge
 from tokentune.runs.model_card import CARD_NAME, MARK, own_card, write_merged_card, write_model_card
+from tokentune.strategies import REGISTRY, strategy_names
 
 SUMMARY = {
     "settings": {
@@ -103,7 +104,19 @@ def test_text(tmp_path):
         ({"tokentune": False, "lora": False}, "Trained are all weights"),
         ({"selection": "labelled"}, "(words with an entity's label first)"),
         ({"prefix_length": "0.1:0.5"}, "10 to 50 % of the tokens, drawn at random"),
-        ({"selection": "stratified"}, "drawn at random each time it is seen (`--selection stratified`)"),
+        (
+            {"selection": "stratified"},
+            "evenly over it, drawn at random each time it is seen (`--sel",
+        ),
+        (
+            {"selection": "supervised"},
+            "those with a loss first, then others drawn at random each time it is",
+        ),
+        ({"selection": "supervised", "task_type": "text"}, "30 % of the tokens, drawn at random each time it is seen,"),
+        ({"selection": "contiguous"}, "in a window drawn at random each time it is seen (`--selection contiguous`)"),
+        ({"selection": "loss"}, "drawn in proportion to scores of a first pass over all tokens (`--selection loss`)"),
+        ({"selection": "loss", "selection_draw": "top"}, "those with the highest scores of a first pass"),
+        ({"selection": "/home/me/mine.py:rare"}, "chosen by a strategy of its own (`--selection mine.py:rare`)"),
         ({"lora": False}, "Fine-tuned from"),
     ],
 )
@@ -112,6 +125,15 @@ def test_methods(tmp_path, settings, words):
     assert words in card.text
     assert ("simoulin" in card.text) == settings.get("tokentune", True)
     assert card.data.library_name == ("peft" if settings.get("lora", True) else "transformers")
+
+
+def test_every_strategy_is_told_as_what_it_is(tmp_path):
+    """Only a draw of all tokens alike is told as one; the rest name their flag."""
+    for name in (name for name in strategy_names() if REGISTRY[name].choose.__module__ == "tokentune.strategies"):
+        text = written(changed(selection=name), tmp_path).text
+        plain = "30 % of the tokens, drawn at random each time it is seen, kept" in text
+        assert plain == (name == "random") != (f"(`--selection {name}`)" in text), name
+        assert "strategy of its own" not in text
 
 
 def test_a_local_base_is_named_but_not_linked(tmp_path):

@@ -1,8 +1,12 @@
 """LoRA and QLoRA: which layers get adapters, and what is trained beside them."""
 
+import copy
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -13,10 +17,16 @@ from tokentune.heads import CAUSAL_LM, Head, head_modules
 if TYPE_CHECKING:
     from peft import PeftModel
 
+logger = logging.getLogger(__name__)
+
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> linear layer (`nn.Linear`, its 4-bit kind, GPT-2's transposed `Conv1D`)."""
     return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def _is_named(path: str, targets: Sequence[str]) -> bool:
+    return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
 def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str]) -> list[str] | str:
@@ -24,9 +34,15 @@ def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str])
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if targets == ["all-linear"]:
         return "all-linear"  # peft's own word: every linear layer but the output head
+    for path in _return_more(model):
+        if _is_named(path, targets):
+            raise UserError(
+                f"--lora_target_modules: {path} of {type(model).__name__} returns more than a product with its "
+                "weights, so that no adapter can be added to it. Leave it out."
+            )
     linear = _linear_layers(model)
     paths = [*linear, *(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))]
-    unknown = [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in paths)]
+    unknown = [target for target in targets if not any(_is_named(path, [target]) for path in paths)]
     if unknown or not targets:
         existing = sorted({path.rpartition(".")[2] for path in linear})
         raise UserError(
@@ -34,6 +50,28 @@ def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str])
             f"Its linear layers: {', '.join(existing)}; all-linear stands for all of them but the output head."
         )
     return targets
+
+
+def _return_more(model: nn.Module) -> list[str]:
+    """Paths of linear layers whose forward returns something else than a product (routers), which no adapter adds to.
+
+    Tried on a copy without data. torch's and bitsandbytes' classes are known to be plain.
+    """
+    plain: dict[type, bool] = {nn.Linear: True, Conv1D: True}
+    found = []
+    for path, layer in _linear_layers(model).items():
+        kind = type(layer)
+        if kind not in plain:
+            plain[kind] = kind.__module__.startswith(("torch.", "bitsandbytes.")) or _returns_tensor(layer)
+        found += [] if plain[kind] else [path]
+    return found
+
+
+def _returns_tensor(layer: nn.Module) -> bool:
+    with torch.no_grad():
+        weight = layer.weight
+        result = copy.deepcopy(layer).to("meta")(torch.empty(2, layer.in_features, dtype=weight.dtype, device="meta"))
+    return isinstance(result, torch.Tensor)
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
@@ -76,7 +114,7 @@ def add_adapters(
         The same model in peft's wrapper, with only the adapters (and a new head) trainable.
 
     Raises:
-        UserError: a target that is no layer of this model, with the list of those that are.
+        UserError: a target that is no layer of this model, with the list of those that are, or one that peft refuses.
     """
     from peft import LoraConfig, get_peft_model  # adapters are optional: full training does without peft
 
@@ -86,10 +124,74 @@ def add_adapters(
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
-        lora_dropout=dropout,
+        lora_dropout=0.0,  # until it is known which of them take any
         target_modules=targets,
         bias="none",
         task_type=head.adapter_task,
         modules_to_save=head_modules(model) if head.is_new else None,
+        exclude_modules=(_return_more(model) or None) if targets == "all-linear" else None,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:  # of some of an expert's fused weights without the others, for one
+        raise UserError(f"--lora_target_modules {' '.join(target_modules)}: peft refuses this: {error}") from error
+    _set_dropout(adapted, dropout)
+    return adapted
+
+
+def _set_dropout(model: "PeftModel", dropout: float) -> None:
+    """Puts dropout in front of the adapters, but for those of parameters (of fused experts), which peft gives none.
+
+    Where there are such, the configuration says 0: with another number peft would not load the adapter again.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    (name,) = model.peft_config
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if dropout > 0:
+        for layer in layers:
+            if not isinstance(layer, ParamWrapper):
+                layer.lora_dropout[name] = nn.Dropout(dropout)
+    if not any(isinstance(layer, ParamWrapper) for layer in layers):
+        model.peft_config[name].lora_dropout = dropout
+
+
+def say_adapters(model: "PeftModel", dropout: float, target_modules: Sequence[str]) -> None:
+    """Logs which modules got adapters, by their names' ends: the same targets mean others in each family of models."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
+
+    adapted: Counter[str] = Counter()
+    parameters, owned = set(), []
+    for path, module in model.named_modules():
+        name = path.replace(".base_layer", "").rpartition(".")[2]
+        if isinstance(module, ParamWrapper):
+            parameters.add(f"{name}.{module.parameter_name}")
+            adapted[f"{name}.{module.parameter_name} (parameter)"] += 1
+        elif isinstance(module, LoraLayer):
+            adapted[f"{name} ({type(module.get_base_layer()).__name__})"] += 1
+        elif isinstance(module, ModulesToSaveWrapper):
+            adapted[f"{name} (trained whole)"] += 1
+        else:
+            continue
+        owned.append(f"{path}.")
+    logger.info("adapters on %s", _listed(adapted))
+    if parameters and dropout > 0:
+        names = ", ".join(sorted(parameters))
+        logger.warning("--lora_dropout %g: not on %s, as adapters of parameters take none", dropout, names)
+    head = model.get_base_model().get_output_embeddings()
+    every = list(target_modules) == ["all-linear"]
+    # peft takes names that a family's fused experts once had for theirs alone, though other layers have them too.
+    left_out = Counter(
+        path.rpartition(".")[2]
+        for path, module in _linear_layers(model).items()
+        if module is not head
+        and (every or _is_named(path.removeprefix("base_model.model."), target_modules))
+        and not path.startswith(tuple(owned))
+    )
+    if left_out:
+        logger.warning("--lora_target_modules: linear layers without adapters: %s", _listed(left_out))
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))

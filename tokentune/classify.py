@@ -46,7 +46,7 @@ from tokentune.encoders.scores import metric_names
 from tokentune.errors import UserError, log_to_stderr, run_command
 from tokentune.footprints.memory_report import memory_watched
 from tokentune.heads import HEADS
-from tokentune.loading import load_config, run_folder_name
+from tokentune.loading import check_quantization, load_config, run_folder_name
 from tokentune.patching import profile_of
 from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.runs.checkpoints import remove_best_checkpoints
@@ -117,6 +117,7 @@ def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     classification_settings(arguments, run_folder, "loss")
     name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
     config = load_config(name, head=head, trust_remote_code=trusted)
+    check_quantization(config, name, qlora=arguments.adapters.qlora)
     processing = load_processing(arguments, config)
     data = load_data(arguments, config, processing)
     metric = chosen_metric(arguments, data)

@@ -53,7 +53,7 @@ from tokentune.diagnostics.measuring import (
 from tokentune.diagnostics.parts import parts_of
 from tokentune.diagnostics.report import build_report, print_table, say_warnings
 from tokentune.errors import UserError, log_to_stderr, run_command
-from tokentune.loading import NO_WEIGHTS, check_weights, load_config, load_tokenizer
+from tokentune.loading import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
 from tokentune.preparation import (
     base_dtype,
     check_reference,
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
     template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
     config = load_config(name, trust_remote_code=trusted)
+    check_quantization(config, name, qlora=arguments.adapters.qlora)
     dtype = base_dtype(arguments, config)
     tokenizer = load_tokenizer(name, trust_remote_code=trusted)
     ensure_pad_token(tokenizer, config.get_text_config().vocab_size)

@@ -216,7 +216,8 @@ def footprint_of(request: Request, arguments: Arguments, shape: tuple[int, int],
         options |= {"processes": request.processes, "sharding": request.sharding}
     try:
         return (measure if request.sharding is None else measure_share)(subject.config, arguments, shape, **options)
-    except (RuntimeError, NotImplementedError) as error:  # code that reads what fake tensors do not have
+    # Code that reads what fake tensors do not have, or asks a GPU that is not there (torch without CUDA: an assertion).
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be run without data: {type(error).__name__}: {lines[0]}") from error
 

@@ -40,7 +40,14 @@ from tokentune.errors import log_to_stderr, run_command
 from tokentune.footprints.memory_probe import probe_memory
 from tokentune.footprints.memory_report import memory_watched
 from tokentune.footprints.micro_batch import choose_micro_batch
-from tokentune.loading import NO_WEIGHTS, check_weights, load_config, load_tokenizer, run_folder_name
+from tokentune.loading import (
+    NO_WEIGHTS,
+    check_quantization,
+    check_weights,
+    load_config,
+    load_tokenizer,
+    run_folder_name,
+)
 from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.prompts import PromptTemplate, ensure_pad_token
 from tokentune.runs.checkpoints import remove_best_checkpoints
@@ -87,6 +94,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
     name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
     config = load_config(name, trust_remote_code=trusted)
+    check_quantization(config, name, qlora=arguments.adapters.qlora)
     dtype = base_dtype(arguments, config)
     tokenizer = load_tokenizer(name, trust_remote_code=trusted)
     ensure_pad_token(tokenizer, config.get_text_config().vocab_size)

@@ -9,7 +9,7 @@ read from safetensors, or with `allow_pickle` from pickle files too, of which to
 
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,27 @@ def load_config(
     return config
 
 
+def check_quantization(config: PreTrainedConfig, name: str, *, qlora: bool, flag: str = MODEL_FLAG) -> None:
+    """Refuses weights that come quantised, UserError, unless they are those of bitsandbytes' 4 bits, with `qlora`.
+
+    Loaded as if they were none, 8-bit ones pass for numbers that lack their scales.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return
+    known = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = known.get("quant_method") or "bitsandbytes"  # which did not say so at first
+    if method == "bitsandbytes" and known.get("load_in_4bit"):
+        if not qlora:
+            cure = " Add --qlora, or give" if flag == MODEL_FLAG else " Give"
+            raise UserError(f"{flag} {name}: its weights are in 4 bits (bitsandbytes).{cure} the unquantised model.")
+        return
+    raise UserError(
+        f"{flag} {name}: its weights are quantised already ({method}), in a way that is not trained on here. Give the "
+        "unquantised model; --qlora turns that into 4 bits by itself."
+    )
+
+
 def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow_pickle: bool = False) -> None:
     """Refuses a local model folder without weights that may be read. `hint`: what to do without them."""
     folder = Path(name_or_path)
@@ -152,6 +173,7 @@ def load_base_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    check_new: Callable[[list[str]], None] | None = None,
 ) -> PreTrainedModel:
     """A model with every weight read from the checkpoint, but for those of a head that is learnt from the start.
 
@@ -170,12 +192,14 @@ def load_base_model(
         attn_implementation: of the attention's kernels, as in transformers; None: the model's own.
         trust_remote_code: run the code that comes with the model.
         allow_pickle: where there are no safetensors, read the tensors (and nothing else) of pytorch_model.bin.
+        check_new: is told which weights of the head are random, instead of the log, and may refuse them.
 
     Raises:
         UserError: it cannot be found or read, is not a model with this head, its files lack weights or hold others,
             or it does not fit the GPUs.
     """
-    check_model_folder(name_or_path, flag)
+    own = config or load_config(name_or_path, flag=flag, head=head, trust_remote_code=trust_remote_code)
+    check_quantization(own, name_or_path, qlora=quantize_4bit, flag=flag)
     # Without safetensors on the hub, transformers would have a service of the hub convert the weights, and use those.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     quantization = None
@@ -217,7 +241,7 @@ def load_base_model(
         ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{flag} {name_or_path}: this repository holds an adapter, not a full model. Give its base.")
-    _check_complete(report, name_or_path, flag, head, model)
+    _check_complete(report, name_or_path, flag, head, model, check_new or _say_new)
     _check_placement(getattr(model, "hf_device_map", None) or {}, name_or_path, flag)
     _repair_generation_config(model)
     return model
@@ -232,7 +256,13 @@ def _new_modules(name: str, head: Head, config: PreTrainedConfig | None, flag: s
         return head_modules(head.auto_class.from_config(config, trust_remote_code=trust))
 
 
-def _check_complete(report: dict, name: str, flag: str, head: Head, model: PreTrainedModel) -> None:
+def _say_new(weights: list[str]) -> None:
+    logger.info("weights that are learnt from the start: %s", ", ".join(weights))
+
+
+def _check_complete(
+    report: dict, name: str, flag: str, head: Head, model: PreTrainedModel, check_new: Callable[[list[str]], None]
+) -> None:
     """Refuses a checkpoint that left weights at their random initial values, other than those of a new head."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if head.is_new:
@@ -240,7 +270,7 @@ def _check_complete(report: dict, name: str, flag: str, head: Head, model: PreTr
         missing = [key for key in missing if key not in new]
         mismatched = [entry for entry in mismatched if entry[0] not in new]
         if new:
-            logger.info("weights that are learnt from the start: %s", ", ".join(new))
+            check_new(new)
     if missing:
         raise UserError(
             f"{flag} {name}: {len(missing)} weights that its config.json asks for are not in its files "

@@ -35,7 +35,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,11 +45,10 @@ if __package__ in (None, ""):
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 import torch
-import transformers
 
 from tokentune.data.sources import check_model_folder
 from tokentune.errors import UserError, log_to_stderr, run_command
-from tokentune.heads import HEADS, IMAGE
+from tokentune.heads import IMAGE
 from tokentune.loading import checkpoint_dtype, load_base_model, load_config, load_tokenizer
 from tokentune.merging.folding import (
     BaseKind,
@@ -73,18 +71,17 @@ from tokentune.merging.merge_folder import (
     replacing_folder,
     write_errors_refused,
 )
+from tokentune.merging.merge_report import QLORA_FLAG, card_name, merge_summary, report
 from tokentune.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
 from tokentune.merging.trained_head import head_of, with_outputs
-from tokentune.merging.vocabulary import check_tokenizer, highest_token, is_tied
+from tokentune.merging.vocabulary import check_tokenizer, highest_token
 from tokentune.runs.hub_upload import PUSH_FLAG, check_push, push_folder
 from tokentune.runs.model_card import own_card, write_merged_card
 
-QLORA_FLAG = "--qlora_base"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
-# Relative to the logits' standard deviation, computed in float32. A float32 fold is exact up to rounding (measured:
-# 5e-6), so more is a defect. A 16-bit fold rounds every adapted weight (measured: bfloat16 0.01, float16 0.001).
-LARGEST_FLOAT32_DIFFERENCE, LARGEST_16_BIT_DIFFERENCE = 1e-3, 0.1
+# Relative to the logits' standard deviation. A float32 fold is exact up to rounding (measured: 5e-6): more is a defect.
+LARGEST_FLOAT32_DIFFERENCE = 1e-3
 
 
 def merge(
@@ -141,7 +138,7 @@ def merge(
         exact = logit_difference(reference.in_float32, in_float32)
         if plan.dtype is torch.float32 and not exact.relative <= LARGEST_FLOAT32_DIFFERENCE:
             raise RuntimeError(f"the merged model's logits differ from base + adapter by {exact}; nothing was written")
-        summary = _summary(plan, merged, peft_model_path, same, exact)
+        summary = merge_summary(plan, merged, peft_model_path, same, exact)
         if trained is not None:
             differences = {**others, kinds[0]: logit_difference(trained, in_float32)}
             summary["qlora"] = {
@@ -151,9 +148,9 @@ def merge(
             }
         with write_errors_refused():
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            write_merged_card(summary, plan.adapter.record.summary, partial, name=_card_name(output), own=earlier_card)
+            write_merged_card(summary, plan.adapter.record.summary, partial, name=card_name(output), own=earlier_card)
 
-    _report(summary, same, exact)
+    report(summary, same, exact)
     print(f"saved {output}")
     if push_to_hub is not None:
         print(f"uploaded to {push_folder(output, push_to_hub, public=hub_public)}")
@@ -214,14 +211,26 @@ def _kinds(adapter: Adapter, flag: str) -> tuple[list[BaseKind], bool | None]:
     Raises:
         UserError: the flag asks for a base that the adapter was not trained on.
     """
-    known = adapter.record.qlora
+    known, start = adapter.record.qlora, adapter.start_in_base
+    if start is not None and (known or flag != "auto"):
+        raise UserError(
+            f"{QLORA_FLAG} {flag}: the start of {adapter.folder} ({start}) changed the base's weights, which is found "
+            "again over the unquantised base alone. "
+            + ("Trained over 4 bits, it cannot be merged." if known else "Leave the flag out.")
+        )
     if known is False and flag == "dequantized":
         raise UserError(
             f"{QLORA_FLAG} dequantized: {adapter.folder} was trained on an unquantised base, as its record says, and "
             "4 bits would only take it away from that. Leave the flag out."
         )
     if (not known and flag == "auto") or known is False:
-        if known is None:
+        if start is not None:
+            print(
+                f"note: the start of {adapter.folder} ({start}) changed the base's weights; that was computed again "
+                f"from {BASE_FLAG}, which must be, bit for bit, what it was trained on.",
+                file=sys.stderr,
+            )
+        elif known is None:
             print(
                 f"note: {adapter.folder} does not tell whether it was trained over a 4-bit base. If it was, "
                 f"{QLORA_FLAG} 16bit or dequantized measures how far each is from that.",
@@ -257,55 +266,6 @@ def _fold_all(
         others["16bit"] = logit_difference(trained, folded_logits(plan, load_16bit(plan)))
     release_memory()
     return trained, others, reference
-
-
-def _card_name(output: Path) -> str:
-    """What the merged model is called: its run's name, where it lies in the run's folder."""
-    output = output.resolve()
-    return f"{output.parent.name}-merged" if output.name == "merged" else output.name
-
-
-def _summary(
-    plan: Plan, merged: Any, adapter_folder: str, same: LogitDifference, exact: LogitDifference
-) -> dict[str, Any]:
-    vocabulary = None
-    if plan.head is not IMAGE:
-        rows = {"base": plan.base_rows, "merged": plan.rows}
-        vocabulary = rows | {"tied": is_tied(merged)}
-    return {
-        "schema_version": 2,
-        "base_model_name_or_path": plan.base,
-        "peft_model_path": adapter_folder,
-        "task_type": next((name for name, head in HEADS.items() if head is plan.head), None),
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "device": str(plan.place),
-        "vocabulary": vocabulary,
-        "logit_difference": {"in_dtype": asdict(same), "in_float32": asdict(exact)},
-        "qlora": None,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": version("peft")},
-    }
-
-
-def _report(summary: dict[str, Any], same: LogitDifference, exact: LogitDifference) -> None:
-    vocabulary = summary["vocabulary"]
-    if vocabulary is not None and vocabulary["merged"] != vocabulary["base"]:
-        print(f"embeddings: {vocabulary['merged']} rows, as in training (the base has {vocabulary['base']})")
-    rounding = "" if summary["dtype"] == "float32" else ", which rounds the merged weights and every activation"
-    print(f"largest logit difference from base + adapter, computed in {summary['dtype']}{rounding}: {same}")
-    if summary["dtype"] != "float32":
-        print(f"the same weights, computed in float32: {exact}")
-        if exact.relative > LARGEST_16_BIT_DIFFERENCE:
-            print("warning: much of the adapter was lost in rounding; merge with --dtype float32", file=sys.stderr)
-    if summary["qlora"] is None:
-        return
-    saved, measured = summary["qlora"]["base"], summary["qlora"]["from_training"]
-    print("logit difference from what was trained, the 4-bit base + adapter, in % of the logits' standard deviation:")
-    for kind, difference in measured.items():
-        figures = f"{100 * difference['relative_rms']:.3g} % (root mean square), {100 * difference['relative']:.3g} %"
-        print(f"  {QLORA_FLAG} {kind}: {figures} (largest){', saved' if kind == saved else ''}")
-    closer = min(measured, key=lambda kind: measured[kind]["rms"])
-    if closer != saved:
-        print(f"{QLORA_FLAG} {closer} is closer to what was trained than what was saved")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

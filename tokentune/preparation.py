@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.adapters import add_adapters
+from tokentune.adapters import add_adapters, say_adapters
 from tokentune.arguments import Arguments
 from tokentune.command_line.flags import require
 from tokentune.data.sources import loading_error
@@ -18,6 +18,7 @@ from tokentune.errors import UserError
 from tokentune.heads import CAUSAL_LM, Head
 from tokentune.loading import (
     NO_WEIGHTS,
+    check_quantization,
     check_weights,
     checkpoint_dtype,
     load_base_model,
@@ -108,7 +109,7 @@ def prepare_model(
     trusted = arguments.model.trust_remote_code
     if from_scratch:
         model = head.auto_class.from_config(config, dtype=dtype, trust_remote_code=trusted)
-        return adapt_and_patch(model, arguments, head)
+        return _told(adapt_and_patch(model, arguments, head), arguments)
     spread = arguments.model.model_parallel and torch.cuda.device_count() > 1
     autocast = torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
     model = load_base_model(
@@ -124,7 +125,14 @@ def prepare_model(
         allow_pickle=arguments.model.allow_pickle,
     )
     reference = load_reference(arguments, dtype) if needs_reference(arguments) else None
-    return adapt_and_patch(model, arguments, head, reference)
+    return _told(adapt_and_patch(model, arguments, head, reference), arguments)
+
+
+def _told(model: nn.Module, arguments: Arguments) -> nn.Module:
+    """The model itself; the log says which of its modules got adapters."""
+    if arguments.adapters.lora:
+        say_adapters(model, arguments.adapters.lora_dropout, arguments.adapters.lora_target_modules)
+    return model
 
 
 def adapt_and_patch(
@@ -212,7 +220,9 @@ def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
         name is not None,
         f"--selection {arguments.selection.selection} takes the loss of a reference model off: add {_REFERENCE}",
     )
-    other = load_config(name, flag=_REFERENCE).get_text_config().vocab_size
+    reference = load_config(name, flag=_REFERENCE)
+    check_quantization(reference, name, qlora=False, flag=_REFERENCE)
+    other = reference.get_text_config().vocab_size
     own = config.get_text_config().vocab_size
     require(
         own == other,

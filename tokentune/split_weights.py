@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,18 +109,20 @@ def whole_state(model: nn.Module, *, trained_only: bool = False) -> dict[str, Te
     return get_model_state_dict(model, options=options)
 
 
-def save_split_model(trainer: "SelectiveTrainer", folder: Path, dtype: torch.dtype) -> None:
+def save_split_model(trainer: "SelectiveTrainer", folder: Path, dtype: torch.dtype, kept: Collection[str] = ()) -> None:
     """Saves the model, or with adapters these alone, and the tokenizer. To be called on every process.
 
     Args:
         dtype: of the floating-point weights in the file.
+        kept: those that stay in the type that they are held in.
     """
     model = trainer.model
     adapters = not isinstance(model, PreTrainedModel)
     state = whole_state(model, trained_only=adapters)
     if not trainer.args.should_save:
         return
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    changed = {name: value for name, value in state.items() if value.is_floating_point() and name not in kept}
+    state |= {name: value.to(dtype) for name, value in changed.items()}
     if adapters:
         trainer._save(str(folder), state_dict=state)
         return

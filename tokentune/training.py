@@ -46,6 +46,7 @@ from tokentune.runs.resumable_trainer import EndWhenAsked, ResumableTrainer
 from tokentune.runs.run_state import Resumption
 from tokentune.runs.trackers import keep_trackers_from_harm
 from tokentune.runs.training_settings import update_count
+from tokentune.saved_types import hold_in, kept_in_float32
 from tokentune.split_weights import (
     is_split,
     own_class,
@@ -440,7 +441,7 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
         trained, total = (sum(map(size_of, kind)) for kind in ([p for p in parameters if p.requires_grad], parameters))
         core, dtype = model, saved_dtype
         if not is_split(model):
-            model.to(saved_dtype)  # float32 masters are for training; the checkpoint keeps its type and size
+            hold_in(model, saved_dtype)  # float32 masters are for training; the checkpoint keeps its type and size
     else:
         check_adapters_moved(model)
         trained, total = model.get_nb_trainable_parameters()
@@ -451,7 +452,8 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
         with written_into(run_folder, writes=trainer.args.should_save) as folder:
             if is_split(model):
                 trainer.check_finite()
-                save_split_model(trainer, folder, dtype)
+                kept = kept_in_float32(model, dtype) if isinstance(model, PreTrainedModel) else ()
+                save_split_model(trainer, folder, dtype, kept)
             else:
                 trainer.save_model(str(folder))
     except StorageError as error:

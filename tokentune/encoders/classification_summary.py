@@ -5,8 +5,9 @@ Each seed's `training_summary.json` is that of `finetune.py` (`summary.py`) with
     data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels,
                              unwritten_labels}, test null without test data; tokens of images are not counted here
     tokens                   trained on, over all epochs and processes: {processed, selected, labels (that could be
-                             learnt from: of rows, or words), selected_labels (that were learnt from)}
-    share_of_labels_trained  selected_labels / labels
+                             learnt from: of rows, or words; null where a run that selects tokens ended within an epoch
+                             and its order of rows cannot be had again), selected_labels (that were learnt from)}
+    share_of_labels_trained  selected_labels / labels, or null
     loss, validation_loss    nats per label; of a number to predict, squared error
     evaluations              [{step, epoch, loss and every score}], each by the full forward pass without a selection
     metric                   the score that chose the best checkpoint
@@ -23,7 +24,9 @@ Each seed's `training_summary.json` is that of `finetune.py` (`summary.py`) with
     settings, device, versions
 """
 
+import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -31,12 +34,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.encoders.classification_encoding import Encoded
 from tokentune.encoders.labels import Labels
 from tokentune.encoders.scores import LOWER_IS_BETTER
+from tokentune.runs.nan_batch import sampler_of
 from tokentune.runs.run_folder import PREDICTIONS_NAME, SCORES_NAME
 from tokentune.runs.summary import device_facts, library_versions, run_facts, write_summary
+from tokentune.selection import IGNORED_LABEL
 from tokentune.training import SelectiveTrainer
 
 SCHEMA_VERSION = 1
@@ -58,9 +65,9 @@ def seed_summary(
         metric: of the score.
     """
     counts = trainer.tokens
-    labels = splits["train"].report.labels * arguments.optimization.num_epochs
-    per_epoch = trainer.state.max_steps / arguments.optimization.num_epochs
-    evaluations = [{"step": step, "epoch": step / per_epoch} | figures for step, figures in trainer.evaluations]
+    labels = labels_seen(trainer, arguments, splits["train"])
+    epochs = {entry["step"]: entry["epoch"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    evaluations = [{"step": step, "epoch": epochs[step]} | figures for step, figures in trainer.evaluations]
     best = (min if metric in LOWER_IS_BETTER else max)(evaluations, key=lambda entry: entry[metric])
     figures = {name: value for name, value in best.items() if name not in ("step", "epoch")}
     return run_facts(trainer, arguments, model_facts, wall_seconds) | {
@@ -71,12 +78,32 @@ def seed_summary(
             "labels": labels,
             "selected_labels": counts["selected_supervised"],
         },
-        "share_of_labels_trained": counts["selected_supervised"] / labels,
+        "share_of_labels_trained": counts["selected_supervised"] / labels if labels else None,
         "evaluations": evaluations,
         "metric": metric,
         "best": {"step": best["step"], "score": best[metric], "metrics": figures},
         "seconds_per_step": statistics.median(trainer.step_seconds),
     }
+
+
+def labels_seen(trainer: SelectiveTrainer, arguments: ClassificationArguments, train: Encoded) -> int | None:
+    """The labels of all batches, learnt from or not; None: unknown. To be called on every process."""
+    if arguments.task.task_type != "token" or not arguments.selection.tokentune:
+        return trainer.tokens["selected_supervised"]  # every label is learnt from: the pooled token is always selected
+    epochs = trainer.state.epoch
+    if epochs == int(epochs):
+        return train.report.labels * int(epochs)
+    loader = trainer.get_train_dataloader()
+    sampler = sampler_of(loader)
+    if not hasattr(sampler, "set_epoch"):  # grouped by length: drawn from the process's random numbers
+        return None
+    seen = 0
+    for epoch in range(math.ceil(epochs)):
+        sampler.set_epoch(epoch)
+        batches = round(len(loader) * min(1.0, epochs - epoch))
+        for numbers in itertools.islice(loader.batch_sampler, batches):
+            seen += sum(sum(label != IGNORED_LABEL for label in train.rows[number]["labels"]) for number in numbers)
+    return sum(gather_object([seen]))
 
 
 def scores_over_seeds(
@@ -142,7 +169,7 @@ def said(scores: dict[str, Any]) -> str:
     parts = [f"{scores['task']} {scores['metric']}: {each}"]
     if scores["standard_deviation"] is not None:
         parts.append(f"mean {scores['mean']:.4f}, standard deviation {scores['standard_deviation']:.4f}")
-    share = statistics.fmean(entry["share_of_labels_trained"] for entry in scores["seeds"])
-    if share < 1:
+    shares = [entry["share_of_labels_trained"] for entry in scores["seeds"]]
+    if None not in shares and (share := statistics.fmean(shares)) < 1:
         parts.append(f"{share:.1%} of the labels were learnt from")
     return "; ".join(parts)

@@ -3,7 +3,7 @@
 An estimate runs the real step on them. On "cuda" the code of models and of this project takes the paths that it takes
 on a GPU; on "cpu" those of the CPU. Two of torch's parts choose by the device in C++, where these tensors have no data
 (torch's meta device), and are stood in for here by function modes: mixed precision (`_Autocast`) and the kernel of
-scaled-dot-product attention (`_FusedAttention`).
+scaled-dot-product attention (`_FusedAttention`). So is the product of experts (`_ExpertProducts`), on any device.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,6 +33,7 @@ def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
                 (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
                 (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+                (torch.cuda, "get_device_capability", lambda *_: (8, 0)),  # Ampere's, as fused attention below
                 (torch.cuda, "_initialized", False),  # nothing asks for the random states of a GPU that is there
                 (torch.cuda, "synchronize", lambda *_: None),
                 (torch.Tensor, "record_stream", lambda *_: None),
@@ -48,6 +49,7 @@ def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(mode)
             stack.enter_context(_SmallRealTensors(mode))
+        stack.enter_context(_ExpertProducts())
         yield mode
 
 
@@ -237,6 +239,35 @@ class _FusedAttention(TorchFunctionMode):
         if attn_mask is not None:
             scores = scores + attn_mask
         return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
+# --- mixtures of experts ----------------------------------------------------------------------------------------------
+
+
+class _ExpertProducts(TorchFunctionMode):
+    """The product of each token with its expert's weights. torch's own refuses float32 without data, not with it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._grouped_mm:  # what F.grouped_mm calls
+            return _ExpertProduct.apply(*args[:2])
+        return func(*args, **kwargs)
+
+
+class _ExpertProduct(torch.autograd.Function):
+    """Tokens sorted by expert (S, D), weights (experts, D, E) -> (S, E); keeps for the backward what torch keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weights: Tensor) -> Tensor:
+        for_tokens, for_weights = ctx.needs_input_grad
+        ctx.save_for_backward(tokens if for_weights else None, weights if for_tokens else None)
+        ctx.shapes = tokens.shape, weights.shape
+        return tokens.new_empty(tokens.shape[0], weights.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.needs_input_grad, ctx.shapes, strict=True)
+        return tuple(gradient.new_empty(shape) if needed else None for needed, shape in pairs)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -29,7 +30,9 @@ from tokentune.loading import checkpoint_dtype, load_base_model
 from tokentune.merging.logit_difference import probe_logits
 from tokentune.merging.merge_folder import write_errors_refused
 from tokentune.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, attach_adapter
+from tokentune.merging.trained_head import check_head
 from tokentune.merging.vocabulary import is_tied, needed_rows, resize, settle_tying, untie_adapted_embeddings
+from tokentune.saved_types import hold_in
 
 if TYPE_CHECKING:
     import peft
@@ -121,7 +124,7 @@ def load_4bit(plan: Plan) -> PreTrainedModel:
 
 def _load(plan: Plan, **options: Any) -> PreTrainedModel:
     config = copy.deepcopy(plan.config) if plan.head.is_new else None
-    options |= plan.trust._asdict()
+    options |= plan.trust._asdict() | {"check_new": partial(check_head, adapter=plan.adapter, base=plan.base)}
     model = load_base_model(plan.base, flag=BASE_FLAG, head=plan.head, config=config, **options)
     if plan.rows is not None:
         resize(model, plan.rows)
@@ -145,8 +148,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     finally:
         logging.set_verbosity(verbosity)
     model.is_loaded_in_4bit = False
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
+    hold_in(model, dtype)
     model.config.dtype = dtype
     release_memory()
     return model

@@ -24,6 +24,11 @@ from tokentune.runs.training_record import TrainingRecord, read_record
 BASE_FLAG, ADAPTER_FLAG = "--base_model_name_or_path", "--peft_model_path"
 # What a folded weight could not stand for: the adapter acts on some tokens only, on pooled inputs, or is routed.
 _NOT_LINEAR = ("alora_invocation_tokens", "use_qalora", "arrow_config")
+# Starts (peft's init_lora_weights) that leave the base's weights as they are, and those that take something off them
+# which the same decomposition of the same weights finds again. PiSSA's fast variant is random, and LoRA-GA, CorDA and
+# LoftQ go by data or a quantisation that the file does not hold.
+_BASE_AS_IT_WAS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+_BASE_FOUND_AGAIN = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class Adapter:
     config: peft.LoraConfig
     shapes: dict[str, tuple[int, ...]]  # of its weights, by their names in the file
     record: TrainingRecord  # what its folder tells of its training
+
+    @property
+    def start_in_base(self) -> str | None:
+        """What at the adapter's start changed the base's weights, which attaching it does again; None: nothing."""
+        if getattr(self.config, "kasa_config", None) is not None:
+            return "kasa_config"
+        start = str(self.config.init_lora_weights).lower()
+        return f"init_lora_weights={start}" if start in _BASE_FOUND_AGAIN else None
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -87,6 +100,18 @@ def _check_kind(folder: Path) -> None:
             raise UserError(
                 f"{where}: its {name} makes the adapter more than a change of weights: it cannot be merged."
             )
+    if settings.get("layer_replication"):
+        raise UserError(
+            f"{where}: its layer_replication makes a model of more layers, several of which share the base's weights "
+            "and have adapters of their own: it cannot be merged into the base."
+        )
+    start = settings.get("init_lora_weights", True)
+    if str(start).lower() not in (*_BASE_AS_IT_WAS, *_BASE_FOUND_AGAIN):
+        raise UserError(
+            f"{where}: its start (init_lora_weights={start}) changed the base's weights, as far as is known, and the "
+            "file does not hold how: what was trained cannot be restored.\nWhere it was trained, save it as an "
+            "ordinary LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft."
+        )
 
 
 def _check_trained(folder: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -143,4 +143,5 @@ def settle_tying(merged: PreTrainedModel, *, was_tied: bool) -> None:
     same = head.weight.shape == embedding.weight.shape and bool((head.weight == embedding.weight).all())
     if same:
         head.weight = embedding.weight
-    merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = same
+        return
+    merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False

@@ -9,12 +9,22 @@ from typing import Any
 from tokentune.data.sources import is_local_path
 from tokentune.memory import gib
 from tokentune.runs.config_file import STARTING
+from tokentune.strategies import REGISTRY
 
 _AUTO_CLASSES = {
     "text-generation": "CausalLM",
     "text-classification": "SequenceClassification",
     "token-classification": "TokenClassification",
     "image-classification": "ImageClassification",
+}
+_EACH_TIME = "at random each time it is seen"
+_CHOSEN = {
+    "random": f"drawn {_EACH_TIME}",
+    "reference": f"the first, the last and others drawn {_EACH_TIME}",
+    "supervised": f"those with a loss first, then others drawn {_EACH_TIME}",
+    "labelled": f"those with a loss first (words with an entity's label first), then others drawn {_EACH_TIME}",
+    "stratified": f"evenly over it, drawn {_EACH_TIME}",
+    "contiguous": f"one after another, in a window drawn {_EACH_TIME}",
 }
 _CITATION = """```bibtex
 @inproceedings{simoulin-etal-2024-memory,
@@ -49,15 +59,28 @@ def _method(settings: Mapping[str, Any]) -> str:
     sizes = str(settings["prefix_length"]).split(":")  # two: from one to the other over the run
     several = " to ".join(f"{100 * float(size):g}" if "." in size else size for size in sizes)
     amount = f"{several} % of the tokens" if "." in sizes[0] else f"{several} tokens"
-    strategy = settings.get("selection") or "random"
-    how = f" (`--selection {strategy}`)" if strategy not in ("random", "labelled") else ""
-    how = " (words with an entity's label first)" if strategy == "labelled" else how
     selected = (
-        f"[TokenTune](https://aclanthology.org/2024.emnlp-main.1202/): of every training sequence, {amount}, drawn at "
-        f"random each time it is seen{how}, kept activations and got gradients. All tokens took part in the forward "
-        "pass, so that the model is used like any other."
+        f"[TokenTune](https://aclanthology.org/2024.emnlp-main.1202/): of every training sequence, {amount}, "
+        f"{_chosen(settings)}, kept activations and got gradients. All tokens took part in the forward pass, so that "
+        "the model is used like any other."
     )
     return f"{selected}\n\n{adapters}".strip()
+
+
+def _chosen(settings: Mapping[str, Any]) -> str:
+    """How the selected tokens were chosen, each time that a sequence was seen."""
+    strategy = settings.get("selection") or "random"
+    if strategy == "random" or (strategy == "supervised" and settings.get("task_type") in ("text", "image")):
+        return _CHOSEN["random"]  # where a loss belongs to a whole sequence, no token has one of its own
+    if strategy in _CHOSEN:
+        how = _CHOSEN[strategy]
+    elif strategy in REGISTRY and REGISTRY[strategy].needs:
+        top = settings.get("selection_draw") == "top"
+        how = "those with the highest scores" if top else "drawn in proportion to scores"
+        how += " of a first pass over all tokens"
+    else:
+        how = "chosen by a strategy of its own"
+    return f"{how} (`--selection {shown(strategy)}`)"
 
 
 def _data_table(summary: Mapping[str, Any]) -> str:

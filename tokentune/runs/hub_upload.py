@@ -1,9 +1,18 @@
-"""`--push_to_hub`: a finished folder uploaded to the Hugging Face hub, after everything is saved."""
+"""`--push_to_hub`: a finished folder uploaded to the Hugging Face hub, after everything is saved.
 
+Uploaded is what belongs to the result, by a list of it: whatever else lies in the folder (checkpoints, batches and
+predictions with texts of the data, pickles, files of the user's own) stays. Local paths that settings and summaries
+name are cut to their last component on the way.
+"""
+
+import json
 import re
 import shlex
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,10 +27,23 @@ from huggingface_hub.utils import validate_repo_id
 
 from tokentune.data.sources import error_chain, first_line
 from tokentune.errors import UserError
+from tokentune.runs.card_sections import shown
+from tokentune.runs.config_file import RUN_CONFIG_NAME
+from tokentune.runs.model_card import CARD_NAME
+from tokentune.runs.run_folder import CURVES_NAME, SUMMARY_NAME
 
 PUSH_FLAG = "--push_to_hub"
-# What a folder holds for going on with a run, not for using its result; and pickles, which nobody should have to trust.
-NOT_UPLOADED = ("checkpoint-*", "runs/*", "merged/*", "training_args.bin", "*.pt", "*.pth", "*.lock", "*.tmp", ".*")
+# All of it beside each other, nothing in folders but templates. The model's own Python code comes with it.
+BELONGS = (
+    *(CARD_NAME, RUN_CONFIG_NAME, SUMMARY_NAME, CURVES_NAME, "merge_summary.json"),
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+NAMING_PATHS = (RUN_CONFIG_NAME, SUMMARY_NAME, "merge_summary.json", "adapter_config.json")
 _LONGEST_NAME = 96  # the hub's
 
 
@@ -55,7 +77,7 @@ def check_push(repository: str | None, folder: Path) -> None:
 
 
 def push_folder(folder: Path, repository: str, *, public: bool) -> str:
-    """Uploads a finished folder; checkpoints, logs and pickled files are left out.
+    """Uploads what belongs to a finished folder's result.
 
     Args:
         repository: `owner/name`, `name`, or "" for the folder's. One that exists keeps its visibility.
@@ -71,19 +93,48 @@ def push_folder(folder: Path, repository: str, *, public: bool) -> str:
     try:
         api = HfApi()
         created = api.create_repo(name, private=not public, exist_ok=True)
-        api.upload_folder(
-            repo_id=created.repo_id,
-            folder_path=str(folder),
-            ignore_patterns=list(NOT_UPLOADED),
-            commit_message="TokenTune",
-        )
+        with tempfile.TemporaryDirectory() as staged:
+            _stage(folder, Path(staged))
+            api.upload_folder(repo_id=created.repo_id, folder_path=staged, commit_message="TokenTune")
     except Exception as error:  # whatever it is: nothing is lost, and that is what is to be said
-        excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_UPLOADED)
-        later = f"hf upload {name} {shlex.quote(str(folder))} . {'' if public else '--private '}{excluded}"
+        later = [path for path in files_to_upload(folder) if path.name not in NAMING_PATHS[:-1]]
+        included = " ".join(f"--include {shlex.quote(path.relative_to(folder).as_posix())}" for path in later)
+        command = f"hf upload {name} {shlex.quote(str(folder))} . {'' if public else '--private '}{included}"
         raise UserError(
-            f"{PUSH_FLAG} {name}: {_reason(error)}\nEverything is saved in {folder}. To upload it later:\n  {later}"
+            f"{PUSH_FLAG} {name}: {_reason(error)}\nEverything is saved in {folder}. To upload it later, but for the "
+            f"settings and summaries, which name local paths:\n  {command}"
         ) from error
     return str(created)
+
+
+def files_to_upload(folder: Path) -> list[Path]:
+    """What belongs to the result in a folder, by its names."""
+    return sorted({path for pattern in BELONGS for path in folder.glob(pattern) if path.is_file()})
+
+
+def _stage(folder: Path, staged: Path) -> None:
+    """Fills a folder with what is uploaded: links to the files, and those that name local paths written anew."""
+    for path in files_to_upload(folder):
+        target = staged / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        if path.name not in NAMING_PATHS:
+            target.symlink_to(path.resolve())
+        elif path.suffix == ".yaml":
+            settings = without_paths(yaml.safe_load(path.read_text(encoding="utf-8")))
+            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+            target.write_text(f"# Settings of the run. Of local paths, the last component.\n{text}", encoding="utf-8")
+        else:
+            content = without_paths(json.loads(path.read_text(encoding="utf-8")))
+            target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def without_paths(value: Any) -> Any:
+    """Settings in which each local path is its last component."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _reason(error: Exception) -> str:
