@@ -1,6 +1,5 @@
 """What a training step holds in memory: bytes that autograd keeps, and the device's own figures."""
 
-import resource
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_forward_hook
+
+from tokentune.posix import resource
 
 BYTES_IN_GIB = 1024**3
 BYTES_IN_MIB = 1024**2

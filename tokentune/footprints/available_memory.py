@@ -5,13 +5,14 @@ a container's (cgroups) kills the process that exceeds it without a word, `ulimi
 """
 
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
+
+from tokentune.posix import resource
 
 CGROUPS = Path("/sys/fs/cgroup")
 

@@ -7,7 +7,6 @@ descriptor of the file; that is why it does not lie in the run's folder, whose f
 """
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokentune.errors import UserError
+from tokentune.posix import fcntl
 from tokentune.runs.run_folder import check_writable
 
 
