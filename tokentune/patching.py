@@ -46,6 +46,7 @@ from tokentune.selective import (
     have_hooks_of_others,
     leave_layer,
     selective_attention,
+    uncompiled,
 )
 from tokentune.strategies import find_strategy
 from tokentune.structure import Stack, transformer_layers
@@ -291,6 +292,7 @@ def _owner(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+@uncompiled
 def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, _SETTINGS)
@@ -397,6 +399,7 @@ def _chunked_loss(
     return ChunkedLoss(head, positions, num_supervised, settings.chunk_bytes, **options)
 
 
+@uncompiled
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
     """Forward hook of the model, called after an error too: puts everything back."""
     settings: Settings = getattr(model, _SETTINGS)
@@ -406,11 +409,13 @@ def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
         finish(output)
 
 
+@uncompiled
 def _begin_for_model_inside(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of a wrapper that calls the model's `forward` and not the model (`wrapper_past_hooks`)."""
     return _begin_step(wrapper.model, args, kwargs) if hasattr(wrapper.model, _SETTINGS) else None
 
 
+@uncompiled
 def _end_for_model_inside(wrapper: nn.Module, args: tuple, output: Any) -> None:
     if hasattr(wrapper.model, _SETTINGS):
         _end_step(wrapper.model, args, output)
@@ -421,6 +426,7 @@ def _put_back(settings: Settings) -> None:
         settings.undo.pop()()
 
 
+@uncompiled
 def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
     """Forward pre-hook of the model that holds the layers."""
     settings = backbone.__dict__.get(_SETTINGS_OF_OWNER)
@@ -428,6 +434,7 @@ def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
         check_hooks_ran(backbone, settings)
 
 
+@uncompiled
 def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
     """Forward hook of the model that holds the layers: K rows of an output that had to keep all S."""
     step = CURRENT_STEP.get()
