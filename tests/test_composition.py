@@ -200,21 +200,21 @@ def test_gradient_scaler_steps_with_the_unscaled_gradients() -> None:
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-def _compile_parts(model: nn.Module) -> nn.Module:
+def _compile_parts(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
     for layer in model.model.layers:
-        layer.mlp.compile(backend="aot_eager")
-        layer.input_layernorm.compile(backend="aot_eager")
+        layer.mlp.compile(backend=backend)
+        layer.input_layernorm.compile(backend=backend)
     return model
 
 
-def _compile_layers(model: nn.Module) -> nn.Module:
+def _compile_layers(model: nn.Module, backend: str = "eager") -> nn.Module:
     for layer in model.model.layers:
-        layer.compile(backend="eager")
+        layer.compile(backend=backend)
     return model
 
 
-def _compile_model(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")
+def _compile_model(model: nn.Module, backend: str = "eager") -> nn.Module:
+    return torch.compile(model, backend=backend)
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own, about what it traces
@@ -240,6 +240,41 @@ def test_compiled(compile_it: Callable, order: str) -> None:
         assert apply_tokentune(call) is call
     check(model, 1e-4, 0.5, call=call, plain=plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("compile_it", "checkpointing", "drawn"),
+    [
+        (_compile_parts, True, True),
+        (_compile_layers, False, False),
+        (_compile_layers, True, False),
+        (_compile_model, False, True),
+        (_compile_model, True, False),
+    ],
+)
+def test_compiled_for_batches_of_several_lengths(compile_it: Callable, checkpointing: bool, drawn: bool) -> None:
+    """From the second length on sizes are symbols. The compiled model gives what the same model gives uncompiled."""
+    torch._dynamo.reset()
+    model = llama(num_hidden_layers=2).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    plain = apply_tokentune(copy.deepcopy(model), 0.3)
+    call = compile_it(apply_tokentune(model, 0.3), "aot_eager")
+    for seed, length in enumerate((48, 31, 17)):
+        inputs = {name: value[:, :length] for name, value in batch().items()}
+        inputs["selected_positions"] = torch.rand(2, length).topk(length // 3).indices.sort(1).values
+        if drawn:
+            inputs.pop("selected_positions")
+        found, expected = [], []
+        for one, gradients in ((call, found), (plain, expected)):
+            torch.manual_seed(seed)
+            gradients.append(oracle.gradients(one, one(**inputs).loss))
+        names = {name.removeprefix("_orig_mod."): gradient for name, gradient in found[0].items()}
+        assert names.keys() == expected[0].keys()
+        for name, gradient in expected[0].items():
+            assert (names[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-6), name
     torch._dynamo.reset()
 
 

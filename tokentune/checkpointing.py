@@ -33,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tokentune.errors import UnsupportedModelError
 from tokentune.groups import TokenGroups
 from tokentune.offloading import HostMemory
-from tokentune.selective import REST, LayerCall, PassDone, Step, activate, run_rest
+from tokentune.selective import REST, LayerCall, PassDone, Step, activate, run_rest, uncompiled
 from tokentune.split_weights import gathered
 from tokentune.structure import Stack
 
@@ -106,6 +106,7 @@ class SelectiveCheckpointing:
         self.host: HostMemory | None = None
         self.segment: _Segment | None = None
 
+    @uncompiled
     def run(self, inputs_on_cpu: bool, function: Callable, hidden: Tensor, *more_args: Any) -> Any:
         """A layer's forward for the selected rows: `function(hidden (B, K, D), *more_args)`, recomputed later."""
         call = self.step.call

@@ -17,23 +17,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from tokentune.adapter_kinds import Suspect, require_served_adapters, unserved_adapters, wrapper_past_hooks
 from tokentune.attention import require_served
 from tokentune.checkpointing import CHECKPOINT_REST, checkpoint_layers
 from tokentune.correction import gradient_scales, require_correctable
-from tokentune.drawing import DrawCounts, draw, has_labels, look_beside, pad_token, per_token, pooled_tokens
+from tokentune.drawing import DrawCounts, draw, has_labels, look_beside, per_token
 from tokentune.errors import UnsupportedModelError
-from tokentune.groups import gather_tokens, token_order
+from tokentune.groups import gather_tokens
+from tokentune.hooks_of_others import have_hooks_of_others
 from tokentune.look_verification import verify_look
 from tokentune.looking import SCORES, LookOptions
 from tokentune.loss import CHUNK_BYTES, ChunkedLoss, is_frozen, put_loss, why_not_in_chunks
 from tokentune.masks import recipe_from_functions
-from tokentune.past_hooks import HOOKS_AT_WORK, check_hooks_ran, is_called_by_prompt_learning
+from tokentune.past_hooks import HOOKS_AT_WORK, check_hooks_ran
 from tokentune.selection import mask_unselected_labels
 from tokentune.selective import (
     CURRENT_STEP,
@@ -43,9 +42,17 @@ from tokentune.selective import (
     Step,
     activate,
     enter_layer,
-    have_hooks_of_others,
     leave_layer,
     selective_attention,
+    uncompiled,
+)
+from tokentune.step_checks import (
+    PROMPT_LEARNING,
+    check_positions,
+    has_foreign_forward,
+    is_causal_lm,
+    is_whole_sequence,
+    require_served_step,
 )
 from tokentune.strategies import find_strategy
 from tokentune.structure import Stack, transformer_layers
@@ -54,12 +61,8 @@ from tokentune.verification import SEQUENCE_HEADS, Pooling, Profile, verified_pr
 logger = logging.get_logger(__name__)
 _SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
 _SETTINGS_OF_OWNER = "_tokentune_of_owner"  # likewise, of the model inside that holds the layers
-_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 # Keyword arguments that no model's own forward takes.
 _OURS = ("selected_positions", "selection_weights", "selection_draws", "num_supervised", "all_labels")
-_PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
-_POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
-_PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 
 
 @dataclass
@@ -284,13 +287,14 @@ def _owner(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside whatever peft or `torch.compile` wraps around it."""
     model = getattr(model, "_orig_mod", model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedModelError(_PROMPT_LEARNING)
+        raise UnsupportedModelError(PROMPT_LEARNING)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"a transformers or peft model is needed, not {type(inner).__name__}")
     return inner
 
 
+@uncompiled
 def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, _SETTINGS)
@@ -306,9 +310,9 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
                 "called without labels (label smoothing?): an ordinary forward, all tokens get gradients"
             )
         return ((), kwargs) if any(name in given for name in _OURS) else None
-    _refuse(model, settings, kwargs)
-    causal = _is_causal_lm(model)
-    rows = Rows.ALL if _has_foreign_forward(model) else settings.profile.rows
+    require_served_step(model, settings, kwargs)
+    causal = is_causal_lm(model)
+    rows = Rows.ALL if has_foreign_forward(model) else settings.profile.rows
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
     looks = settings.look is not None and model.training and per_token(model, kwargs.get("labels"))
@@ -319,11 +323,11 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         options = {"uniform": uniform, "num_supervised": supervised}
         (positions, weights, kept), supervised = draw(model, settings, kwargs, causal=causal, **options), None
     if isinstance(positions, Tensor):
-        _check_positions(model, settings.profile.pooling, positions, kwargs)
+        check_positions(model, settings.profile.pooling, positions, kwargs)
     if weights is not None and not (causal and rows is not Rows.ALL and per_token(model, kwargs.get("labels"))):
         raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
 
-    whole = _is_whole_sequence(positions, kwargs)
+    whole = is_whole_sequence(positions, kwargs)
     if looks and not (own or whole):
         kept = look_beside(model, settings, kwargs, positions, kwargs["labels"] if all_labels is None else all_labels)
     loss_function = None
@@ -343,15 +347,6 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     if loss_function is not None:
         settings.undo += put_loss(model, loss_function)
     return (), kwargs
-
-
-def _is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether every token is selected, so that the step is an ordinary one and costs what it costs."""
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if tokens is None or not isinstance(positions, Tensor) or positions.shape[1] != tokens.shape[1]:
-        return False
-    token_order(positions, tokens.shape[1])  # for its checks
-    return True
 
 
 def _start_step(settings: Settings, positions: Any, rows: Rows, kept: Kept | None, scales: Tensor | None) -> None:
@@ -397,6 +392,7 @@ def _chunked_loss(
     return ChunkedLoss(head, positions, num_supervised, settings.chunk_bytes, **options)
 
 
+@uncompiled
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
     """Forward hook of the model, called after an error too: puts everything back."""
     settings: Settings = getattr(model, _SETTINGS)
@@ -406,11 +402,13 @@ def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
         finish(output)
 
 
+@uncompiled
 def _begin_for_model_inside(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of a wrapper that calls the model's `forward` and not the model (`wrapper_past_hooks`)."""
     return _begin_step(wrapper.model, args, kwargs) if hasattr(wrapper.model, _SETTINGS) else None
 
 
+@uncompiled
 def _end_for_model_inside(wrapper: nn.Module, args: tuple, output: Any) -> None:
     if hasattr(wrapper.model, _SETTINGS):
         _end_step(wrapper.model, args, output)
@@ -421,6 +419,7 @@ def _put_back(settings: Settings) -> None:
         settings.undo.pop()()
 
 
+@uncompiled
 def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
     """Forward pre-hook of the model that holds the layers."""
     settings = backbone.__dict__.get(_SETTINGS_OF_OWNER)
@@ -428,6 +427,7 @@ def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
         check_hooks_ran(backbone, settings)
 
 
+@uncompiled
 def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
     """Forward hook of the model that holds the layers: K rows of an output that had to keep all S."""
     step = CURRENT_STEP.get()
@@ -439,81 +439,6 @@ def _gather_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
         return gathered, *output[1:]
     output.last_hidden_state = gathered
     return output
-
-
-def _refuse(model: PreTrainedModel, settings: Settings, kwargs: dict[str, Any]) -> None:
-    """Raises for what a selective forward cannot do."""
-    if getattr(model, "_is_replica", False):
-        raise UnsupportedModelError(
-            "nn.DataParallel runs copies in threads of one process: use DistributedDataParallel"
-        )
-    if CURRENT_STEP.get() is not None:
-        raise UnsupportedModelError("a selective forward was started inside another one")
-    _require_served_adapters_now(model, settings)
-    of_others = any(kwargs.get(name) is not None for name in ("inputs_embeds", "past_key_values"))
-    if of_others and not torch.compiler.is_compiling() and is_called_by_prompt_learning():
-        raise UnsupportedModelError(_PROMPT_LEARNING)
-    config = model.config.get_text_config()
-    for name in _REFUSED:
-        asked = kwargs.get(name)
-        asked = asked if isinstance(asked, Tensor) else asked not in (None, False, 0)
-        if isinstance(asked, Tensor) or asked or (name.startswith("output") and getattr(config, name, False)):
-            raise ValueError(f"`{name}` cannot be had together with a selection")
-
-
-def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> None:
-    """Adapters may have come, or become active, after the model was patched."""
-    configs = getattr(model, "peft_config", None)
-    known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
-    if known != settings.adapters_of:
-        settings.adapters, settings.adapters_of = unserved_adapters(model, trust_unknown=not settings.verify), known
-    require_served_adapters(settings.adapters)
-
-
-def _check_positions(
-    model: PreTrainedModel, pooling: Pooling | None, positions: Tensor, kwargs: dict[str, Any]
-) -> None:
-    if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
-        raise ValueError(
-            f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
-            f"got {positions.dtype} of shape {tuple(positions.shape)}"
-        )
-    if positions.device.type != "cpu" or is_fake(positions):  # reading them would make the host wait
-        return
-    if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
-        raise ValueError("this model pools the first token: position 0 must be selected in every row")
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-    if mask is None and ids is not None:
-        mask = torch.ones_like(ids)
-    if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD) and mask is not None and mask.ndim == 2:
-        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token(model))
-        if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
-            raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
-
-
-def _is_causal_lm(model: PreTrainedModel) -> bool:
-    return model.can_generate() and (model.loss_function is ForCausalLMLoss or "_loss_function" in model.__dict__)
-
-
-def _has_foreign_forward(model: PreTrainedModel) -> bool:
-    """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
-
-    Such a forward calls the backbone and applies (B, S) labels itself, so that it gets all rows, in place. Wrappers
-    that pass everything on (accelerate's, torch's) do not count. They are told by where their code stands: that a
-    function names another in `__wrapped__` does not mean that it calls it (TRL's only wears the other's signature).
-    """
-    own = inspect.unwrap(type(model).forward)
-    link = model.forward
-    while link is not None:
-        function = getattr(link, "__func__", link)  # of a bound method
-        function = getattr(function, "func", function)  # of a partial one
-        if function is own:
-            return False
-        home = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-        if home.split(".")[0] not in _PASS_ON:
-            return True
-        link = getattr(link, "__wrapped__", None)
-    return True
 
 
 def _selected_loss(

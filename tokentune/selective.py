@@ -27,7 +27,7 @@ with an independent definition of the method (Simoulin et al., EMNLP 2024, secti
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -49,6 +49,11 @@ from tokentune.past_hooks import caller_of_forward
 SELECTED, REST = "selected", "rest"
 QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "query", "q_lin")  # modules whose output becomes queries and nothing else
 IMPLEMENTATION = "tokentune"  # the name under which attention and masks are registered with transformers
+
+# What is ours stays out of `torch.compile`, which would trace it anew for each selection's size: parts of the model
+# between two calls of it are compiled. `_around` is for functions that run parts of the model themselves.
+uncompiled = torch.compiler.disable
+_around = partial(torch.compiler.disable, recursive=False)
 
 Kept = deque[tuple[Tensor, Tensor]]  # each layer's keys and values of all tokens, 2 x (B, G, S, d)
 
@@ -95,6 +100,7 @@ class LayerCall:
     joined_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, S, d), in sequence order
     rest_output: Tensor | None = None  # (B, R, D); None where the rest's pass ended early
 
+    @uncompiled
     def join(self, step: "Step") -> None:
         """The keys and values of both groups, for both passes; gradients reach those of the selected."""
         # Within the rest's no_grad the selected part keeps its gradients all the same.
@@ -126,11 +132,13 @@ class Step:
     recipes: list[tuple[Tensor | None, MaskRecipe]] = field(default_factory=list)
     places_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    @uncompiled
     def indices(self, group: str) -> Tensor:
         """The original positions of a group's rows: (B, K) or (B, R)."""
         count = self.positions.shape[1]
         return self.order[:, :count] if group == SELECTED else self.order[:, count:]
 
+    @uncompiled
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where the groups' rows stand, (B K) and (B R), among the B S rows of all sequences."""
         if device not in self.places_on:  # made once, as every layer keeps them for its backward pass
@@ -140,6 +148,7 @@ class Step:
             self.places_on[device] = tuple(places)
         return self.places_on[device]
 
+    @uncompiled
     def own_tokens(self, call: LayerCall) -> OwnTokens | None:
         """What attention of the selected needs to leave each token's path to itself unscaled; None: nothing."""
         key, value = call.selected_kv
@@ -149,6 +158,7 @@ class Step:
         indices = self.indices(SELECTED).to(key.device)
         return OwnTokens(key, value, self.gradient_scales, self.places(key.device)[0], indices)
 
+    @uncompiled
     def split(self, hidden: Tensor) -> TokenGroups:
         """(B, S, D) in front of a layer, the first one mostly -> the two groups."""
         if callable(self.positions):
@@ -162,10 +172,12 @@ class Step:
             return TokenGroups(selected, hidden.new_empty(len(hidden), 0, *hidden.shape[2:]))
         return TokenGroups(selected, gather_tokens(hidden.detach(), self.indices(REST)))
 
+    @uncompiled
     def merge(self, groups: TokenGroups) -> Tensor:
         """The two groups -> (B, S, D) in sequence order."""
         return gather_tokens(torch.cat(groups, dim=1), self.order.argsort(dim=1).to(groups.selected.device))
 
+    @uncompiled
     def rows_of(self, value: Any, group: str) -> Any:
         """A layer's arguments for one group: its rows of whatever has a row per token, all else as it is."""
         return map_tensors(value, partial(self._rows_of_tensor, group))
@@ -197,6 +209,7 @@ class Step:
         for _, recipe in self.recipes:
             recipe.forget(REST)
 
+    @uncompiled
     def mask_rows(self, mask: Any, causal: bool, group: str, query: Tensor) -> GroupMask | None:
         """A group's rows of the mask that the model handed to its attention, or None where it hides nothing.
 
@@ -216,33 +229,7 @@ class Step:
         return recipe
 
 
-_ABIDING = ("tokentune", "torch", "transformers", "accelerate", "deepspeed")  # whose hooks know pairs, or leave them be
-
-
-def have_hooks_of_others(layers: Iterable[nn.Module]) -> bool:
-    """Whether somebody's forward hooks on these layers themselves look at what goes in or comes out, and may change it.
-
-    They get it whole then, (B, S, D) in sequence order, as in the unmodified model: ours are moved to the inside.
-    """
-    found = False
-    for layer in layers:
-        for hooks, own, at_end in (
-            (layer._forward_pre_hooks, enter_layer, True),
-            (layer._forward_hooks, leave_layer, False),
-        ):
-            if all(hook is own or _home(hook) in _ABIDING for hook in hooks.values()):
-                continue
-            found = True
-            key = next(key for key, hook in hooks.items() if hook is own)
-            hooks.move_to_end(key, last=at_end)
-    return found
-
-
-def _home(hook: Callable) -> str:
-    hook = getattr(hook, "func", hook)  # of a partial one
-    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
-
-
+@uncompiled
 def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of every layer: its own forward gets the selected group and that group's arguments."""
     step = CURRENT_STEP.get()
@@ -270,6 +257,7 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
 
 
+@uncompiled
 def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook of every layer: packs both groups, or makes what leaves the last layer."""
     step = CURRENT_STEP.get()
@@ -291,6 +279,7 @@ def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
     return (leaving, *others) if isinstance(output, tuple) else leaving
 
 
+@_around
 def selective_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -329,7 +318,7 @@ def selective_attention(
     causal = options.get("is_causal")
     causal = implementation != "eager" and (getattr(module, "is_causal", True) if causal is None else causal)
     mask = step.mask_rows(attention_mask, causal, group, query)
-    return attend(module, query, keys, values, mask, implementation, own=own, **options)
+    return uncompiled(attend)(module, query, keys, values, mask, implementation, own=own, **options)
 
 
 @contextmanager
@@ -363,6 +352,7 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+@_around
 def run_rest(step: Step, call: LayerCall) -> None:
     """The rest's pass through the layer, called from within the selected group's attention.
 
@@ -380,6 +370,7 @@ def run_rest(step: Step, call: LayerCall) -> None:
         call.running = SELECTED
 
 
+@uncompiled
 def use_kept(step: Step, call: LayerCall) -> None:
     """In place of `run_rest`: the rest's keys and values as a look found them, dropped here from what it kept."""
     kept = step.kept.popleft()
