@@ -22,11 +22,11 @@ from transformers import (
     T5Config,
 )
 
-from tokentune.adapters import add_adapters
-from tokentune.data import sources
-from tokentune.data.sources import hub_error, is_local_path
+from tokentune.data.formats import sources
+from tokentune.data.formats.sources import hub_error, is_local_path
 from tokentune.errors import UserError
-from tokentune.loading import (
+from tokentune.models.adapters import add_adapters
+from tokentune.models.pretrained import (
     _check_placement,
     checkpoint_dtype,
     load_base_model,

@@ -5,7 +5,7 @@ Not a command: `readme_tables.py` fills them in.
 
 from typing import Any
 
-from tokentune.memory import BYTES_IN_MIB
+from tokentune.core.saved_bytes import BYTES_IN_MIB
 
 Table = tuple[list[str], list[list[str]]]
 MAIN_ARM, SHARE = "one epoch", 0.3

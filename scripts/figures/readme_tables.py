@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import quality_tables
 
-from tokentune.arguments import Arguments, FinetuneArguments
-from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
+from tokentune.core.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import Arguments, FinetuneArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
