@@ -59,6 +59,8 @@ DEFAULTS = {
     "eval_dataset_split": None,
     "eval_dataset_config": None,
     "bad_rows": "stop",
+    "system_in_user": False,
+    "tokenize_workers": None,
     "selection": "supervised",
     "selection_pass": False,
     "selection_draw": "proportional",

@@ -91,7 +91,7 @@ class EncodedChunk(NamedTuple):
     """What became of some records.
 
     Attributes:
-        rows: place for messages, side ("train" or "validation"), and the row or what is wrong with it.
+        rows: how messages about it begin, side ("train" or "validation"), and the row or what is wrong with it.
         left_out: records of `DROPPED_SOURCES`.
         conversations: there is one among them.
     """
@@ -118,11 +118,12 @@ class ChunkEncoder:
         rows: list[tuple[str, str, TokenRow | UserError | None]] = []
         items = []
         for where, record in records:
-            if not isinstance(record, UserError) and record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
+            if isinstance(record, UserError):
+                rows.append(("", "train", record))  # it names its place itself: a line, or a row
+                continue
+            if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
                 continue
             try:
-                if isinstance(record, UserError):
-                    raise record
                 item = self.data_format.read(record, where, self.template)
             except UserError as error:
                 rows.append((where, "train", error))
