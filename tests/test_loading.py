@@ -22,8 +22,7 @@ from transformers import (
     T5Config,
 )
 
-from tokentune.data.formats import sources
-from tokentune.data.formats.sources import hub_error, is_local_path
+from tokentune import sources
 from tokentune.errors import UserError
 from tokentune.models.adapters import add_adapters
 from tokentune.models.pretrained import (
@@ -35,6 +34,7 @@ from tokentune.models.pretrained import (
     resolve_base_dtype,
     run_folder_name,
 )
+from tokentune.sources import hub_error, is_local_path
 
 FLAG = "--model_name_or_path"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -32,7 +32,6 @@ from tokentune.cli.config_file import write_config
 from tokentune.core.model_sampling import pad_token
 from tokentune.core.patching import profile_of
 from tokentune.data.collators import SeededRows
-from tokentune.data.labelled.glue import HUB_ID
 from tokentune.data.labelled.splits import ClassificationData, configured, load_data, load_processing
 from tokentune.errors import UserError, log_to_stderr, run_command
 from tokentune.memory.report import memory_watched
@@ -50,6 +49,7 @@ from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import draw_curves, library_versions, write_summary
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.finetune import parse_arguments
+from tokentune.settings.glue import HUB_ID
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints

@@ -46,7 +46,6 @@ if __package__ in (None, ""):
 
 import torch
 
-from tokentune.data.formats.sources import check_model_folder
 from tokentune.errors import UserError, log_to_stderr, run_command
 from tokentune.models.merging.folding import (
     BaseKind,
@@ -77,6 +76,7 @@ from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_
 from tokentune.models.tasks import IMAGE
 from tokentune.reports.hub_upload import PUSH_FLAG, check_push, push_folder
 from tokentune.reports.model_card import own_card, write_merged_card
+from tokentune.sources import check_model_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")

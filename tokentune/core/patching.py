@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging
 
+from tokentune.core.adapter_kinds import Suspect, require_served_adapters, unserved_adapters, wrapper_past_hooks
 from tokentune.core.attention import require_served
 from tokentune.core.checkpointing import CHECKPOINT_REST, checkpoint_layers
 from tokentune.core.correction import gradient_scales, require_correctable
@@ -54,7 +55,6 @@ from tokentune.core.step_checks import (
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import mask_unselected_labels
 from tokentune.sampling.strategies import find_strategy
-from tokentune.verify.adapter_kinds import Suspect, require_served_adapters, unserved_adapters, wrapper_past_hooks
 from tokentune.verify.scoring_pass_check import verify_look
 from tokentune.verify.verification import SEQUENCE_HEADS, Pooling, Profile, verified_profile, verify_correction
 
@@ -118,7 +118,7 @@ def apply_tokentune(
             `selection_draws` (B, S), where these are given.
         strategy: how it draws, a name that `strategies.find_strategy` knows.
         verify: first compare a tiny random copy with the definition of the method (`verify/verification.py`), and
-            refuse adapters of kinds that were never compared (`verify/adapter_kinds.py`). Without it a model that
+            refuse adapters of kinds that were never compared (`core/adapter_kinds.py`). Without it a model that
             cannot be served may be trained wrongly, without an error.
         look: how it looks at all tokens first (`core/scoring_pass.py`), for strategies that need scores (None: the
             default ways), or for the loss over all tokens (`last_draw`) and steps that run nothing of the rest, given

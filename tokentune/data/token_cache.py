@@ -25,9 +25,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.formats.records import RecordSource
-from tokentune.data.formats.sources import first_line
 from tokentune.data.prompts import PromptTemplate
 from tokentune.settings.data import DataArguments
+from tokentune.sources import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from tokentune.core.saved_bytes import gib
-from tokentune.data.formats.sources import first_line
 from tokentune.data.packing import PackedRows, lengths_of
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.footprint import measure
 from tokentune.sampling.sampler import selected_count
 from tokentune.settings.finetune import Arguments
+from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import update_count
 

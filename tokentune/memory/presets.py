@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from tokentune.data.formats.sources import hub_error, is_local_path
 from tokentune.errors import UserError
 from tokentune.models.pretrained import LOADING_ERRORS, load_config
 from tokentune.models.tasks import CAUSAL_LM, TEXT, Head
+from tokentune.sources import hub_error, is_local_path
 
 _BERT = {"model_type": "bert", "vocab_size": 30522, "type_vocab_size": 2, "max_position_embeddings": 512}
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False}

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from tokentune.core.patching import reference_of
 from tokentune.data.packing import PackedRows, lengths_of
-from tokentune.gradients.diagnosing import for_all_tokens
 from tokentune.memory.accounting import LiveBytes, quantization_constants
 from tokentune.memory.footprint import forward_loss
 from tokentune.memory.report import is_out_of_memory
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.finetune import Arguments
+from tokentune.training.diagnosing import for_all_tokens
 from tokentune.training.trainer import SelectiveTrainer
 
 

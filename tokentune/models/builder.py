@@ -13,7 +13,6 @@ from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.core.fsdp import made_whole
 from tokentune.core.patching import reference_of
 from tokentune.core.scoring_pass import LookOptions
-from tokentune.data.formats.sources import loading_error
 from tokentune.errors import UserError
 from tokentune.models.adapters import add_adapters, say_adapters
 from tokentune.models.pretrained import (
@@ -29,6 +28,7 @@ from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.sampling.strategies import find_strategy
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
+from tokentune.sources import loading_error
 from tokentune.training.optimizers import check_projected_layers
 
 logger = logging.getLogger(__name__)

@@ -25,10 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from tokentune.data.formats.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
 from tokentune.errors import UserError
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules, head_weights
 from tokentune.sampling.schedule import Schedule
+from tokentune.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
 
 logger = logging.get_logger(__name__)
 

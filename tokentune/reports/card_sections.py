@@ -8,8 +8,8 @@ from typing import Any
 
 from tokentune.cli.config_file import STARTING
 from tokentune.core.saved_bytes import gib
-from tokentune.data.formats.sources import is_local_path
 from tokentune.sampling.strategies import REGISTRY
+from tokentune.sources import is_local_path
 
 _AUTO_CLASSES = {
     "text-generation": "CausalLM",

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tokentune.data.formats.sources import is_local_path
 from tokentune.reports.card_sections import (
     data_links,
     data_names,
@@ -22,6 +21,7 @@ from tokentune.reports.card_sections import (
     trained_sections,
     usage,
 )
+from tokentune.sources import is_local_path
 
 CARD_NAME = "README.md"
 MARK = "<!-- Written by TokenTune at the end of a run. Take this line out and the card is yours: it stays as it is. -->"

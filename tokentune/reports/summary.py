@@ -57,10 +57,10 @@ import tokentune
 from tokentune.core.saved_bytes import BYTES_IN_GIB
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.instruction_data import InstructionData
-from tokentune.gradients.diagnosing import COSINE, RELATIVE_ERROR
 from tokentune.settings.finetune import Arguments
 from tokentune.training.checkpoints.run_folder import CURVES_NAME, SUMMARY_NAME
 from tokentune.training.checkpoints.saving import write_whole
+from tokentune.training.diagnosing import COSINE, RELATIVE_ERROR
 from tokentune.training.trainer import SelectiveTrainer
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import logging
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from tokentune.data.labelled.glue import HUB_ID, TASKS, GlueTask
 from tokentune.sampling.strategies import names_and_meanings
 from tokentune.settings.data import RowsArguments
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import flag, require
+from tokentune.settings.glue import HUB_ID, TASKS, GlueTask
 from tokentune.settings.model import AdapterArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments
 

@@ -25,11 +25,11 @@ from transformers.hf_argparser import string_to_bool
 from tokentune import __version__
 from tokentune.cli.config_file import read_config
 from tokentune.errors import UserError
-from tokentune.gradients.diagnosing import check_diagnosing
 from tokentune.settings.data import DataArguments
 from tokentune.settings.flags import check_characters, log_without_effect, require
 from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
+from tokentune.training.diagnosing import check_diagnosing
 from tokentune.training.distributed.engines import check_engine
 from tokentune.training.offline import go_offline
 

@@ -13,8 +13,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from tokentune.data.formats.sources import first_line
 from tokentune.errors import UserError
+from tokentune.sources import first_line
 
 logger = logging.getLogger(__name__)
 

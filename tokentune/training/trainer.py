@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from tokentune.core.breakdown import KindOfModule
 from tokentune.core.fsdp import (
     is_split,
     own_class,
@@ -40,14 +41,13 @@ from tokentune.core.saved_bytes import BYTES_IN_GIB, SavedForBackward, memory_us
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.errors import UserError
-from tokentune.gradients.diagnosing import DiagnosedSteps, GradientDiagnosis
-from tokentune.memory.breakdown import KindOfModule
+from tokentune.models.saved_types import hold_in, kept_in_float32
 from tokentune.sampling.schedule import Schedule
 from tokentune.settings.finetune import Arguments
 from tokentune.training.callbacks import DrawsOfTheEpoch, EarlyStopping, LastStep, Progress, SaveEvery, StepTimes
 from tokentune.training.checkpoints.run_state import Resumption
-from tokentune.training.checkpoints.saved_types import hold_in, kept_in_float32
 from tokentune.training.checkpoints.saving import StorageError, written_into
+from tokentune.training.diagnosing import DiagnosedSteps, GradientDiagnosis
 from tokentune.training.distributed.engines import as_often_as_others, even_sampler
 from tokentune.training.distributed.interruptions import until_interrupted
 from tokentune.training.evaluation import loss_per_token
@@ -71,7 +71,7 @@ class SelectiveTrainer(ResumableTrainer):
     Attributes:
         evaluations: (optimizer step, figures), in order; the figures are those of `Evaluation`.
         saved_for_backward_bytes: what autograd kept after the first micro-batch's forward pass; None before it.
-        saved_for_backward_by: the same by kind of module (`memory/breakdown.py`).
+        saved_for_backward_by: the same by kind of module (`core/breakdown.py`).
         batch_shape: of that micro-batch, (sequences, tokens); None before it.
         step_seconds: of each optimizer step, without logging, evaluating and saving.
         evaluation_seconds: time spent in `evaluate`, and in comparing gradients, since the first step began.

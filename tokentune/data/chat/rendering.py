@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokentune.data.formats.conversations import Conversation
-from tokentune.data.formats.sources import first_line
 from tokentune.errors import UserError
+from tokentune.sources import first_line
 
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 REASONING = ("reasoning_content", "reasoning", "thinking")

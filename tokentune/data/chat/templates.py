@@ -18,9 +18,9 @@ from tokentune.data.chat.rendering import Rendering
 from tokentune.data.chat.spans import Span, SpanFinder, ends_by_next_turn, generation_spans
 from tokentune.data.encoding import Notes, TokenRow, trimmed_offsets
 from tokentune.data.formats.conversations import Conversation, system_in_user
-from tokentune.data.formats.sources import first_line
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.sources import first_line
 
 logger = logging.getLogger(__name__)
 

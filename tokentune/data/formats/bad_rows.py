@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from tokentune.data.formats.sources import first_line
 from tokentune.errors import UserError
+from tokentune.sources import first_line
 
 logger = logging.getLogger(__name__)
 

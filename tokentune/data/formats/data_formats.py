@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from tokentune.data.formats.conversations import Conversation, openai_conversation, sharegpt_conversation, text_of
 from tokentune.data.formats.json_files import parse_json
 from tokentune.data.formats.records import RecordSource
-from tokentune.data.formats.sources import listed
 from tokentune.data.prompts import PromptTemplate
 from tokentune.errors import UserError
+from tokentune.sources import listed
 
 logger = logging.getLogger(__name__)
 

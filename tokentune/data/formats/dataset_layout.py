@@ -17,8 +17,8 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from tokentune.data.formats.record_files import kind_of_file, stem_of
-from tokentune.data.formats.sources import COMPRESSIONS, KINDS, first_line, listed
 from tokentune.errors import UserError
+from tokentune.sources import COMPRESSIONS, KINDS, first_line, listed
 
 logger = logging.getLogger(__name__)
 

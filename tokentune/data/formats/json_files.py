@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
-from tokentune.data.formats.sources import COMPRESSIONS, first_line
 from tokentune.errors import UserError
+from tokentune.sources import COMPRESSIONS, first_line
 
 MOST_LINE_BYTES = 64 * 2**20  # a document of a million words has 6 MB
 MOST_JSON_BYTES = 2**30  # about five times as much once it is parsed

@@ -23,8 +23,8 @@ from tokentune.data.formats.json_files import (
     read_json_lines,
     text_lines,
 )
-from tokentune.data.formats.sources import COMPRESSIONS, DATA_SUFFIXES, KINDS, first_line
 from tokentune.errors import UserError
+from tokentune.sources import COMPRESSIONS, DATA_SUFFIXES, KINDS, first_line
 
 ROWS_AT_ONCE = 1000
 Rows = Iterator[dict[str, Any] | UserError]

@@ -13,8 +13,8 @@ from datasets import Dataset, Features, concatenate_datasets
 
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.record_files import kind_of_file, parquet_schema, read_parquet, readable, rows_of_file
-from tokentune.data.formats.sources import first_line, listed
 from tokentune.errors import UserError
+from tokentune.sources import first_line, listed
 
 logger = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from tokentune.data.formats.record_files import (
     rows_of_table,
 )
 from tokentune.data.formats.record_tables import table_of_files
-from tokentune.data.formats.sources import first_line, hub_error, is_local_path, listed
 from tokentune.errors import UserError
+from tokentune.sources import first_line, hub_error, is_local_path, listed
 
 logger = logging.getLogger(__name__)
 

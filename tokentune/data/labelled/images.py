@@ -16,9 +16,9 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from tokentune.data.formats.dataset_layout import subfolder_of_split
-from tokentune.data.formats.sources import first_line, loading_error
 from tokentune.errors import UserError
 from tokentune.models.pretrained import LOADING_ERRORS, MODEL_FLAG
+from tokentune.sources import first_line, loading_error
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 

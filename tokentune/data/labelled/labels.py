@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow
 from datasets import ClassLabel, Dataset, List
 
-from tokentune.data.formats.sources import first_line
-from tokentune.data.labelled.glue import GlueTask
 from tokentune.errors import UserError
+from tokentune.settings.glue import GlueTask
+from tokentune.sources import first_line
 
 OUTSIDE = "O"  # the class of words that belong to no entity
 

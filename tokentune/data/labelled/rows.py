@@ -14,12 +14,12 @@ from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.dataset_layout import CHOICES, tells_split
 from tokentune.data.formats.record_files import ROWS_AT_ONCE
 from tokentune.data.formats.records import load_records, require_columns
-from tokentune.data.formats.sources import is_local_path, listed
-from tokentune.data.labelled.glue import COLUMN_NAMES, HUB_ID
 from tokentune.data.labelled.images import holds_images, load_image_folder
 from tokentune.data.labelled.labels import Labels, shortened, values_of
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments, LabelledRowsArguments
+from tokentune.settings.glue import COLUMN_NAMES, HUB_ID
+from tokentune.sources import is_local_path, listed
 
 FLAGS = {
     "train": "--dataset_name_or_path",

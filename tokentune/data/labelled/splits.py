@@ -13,7 +13,6 @@ from typing import Any
 from datasets import Image as ImageFeature
 from transformers import PreTrainedConfig
 
-from tokentune.data.formats.sources import listed
 from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words
 from tokentune.data.labelled.images import ImageRows, load_image_processor, open_image
 from tokentune.data.labelled.labels import Labels, encoded_label, find_labels, find_token_labels
@@ -22,6 +21,7 @@ from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.pretrained import check_weights, load_tokenizer
 from tokentune.settings.classification import ClassificationArguments
+from tokentune.sources import listed
 
 logger = logging.getLogger(__name__)
 _NEEDS_PREFIX_SPACE = ("roberta", "deberta", "gpt2", "bloom", "longformer", "modernbert")  # to be given single words

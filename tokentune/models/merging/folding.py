@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from tokentune.data.formats.sources import first_line
 from tokentune.errors import UserError
 from tokentune.models.adapters import keep_4bit_layout
 from tokentune.models.merging.logit_difference import probe_logits
@@ -31,8 +30,9 @@ from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Ad
 from tokentune.models.merging.trained_head import check_head
 from tokentune.models.merging.vocabulary import is_tied, needed_rows, resize, settle_tying, untie_adapted_embeddings
 from tokentune.models.pretrained import checkpoint_dtype, load_base_model
+from tokentune.models.saved_types import hold_in
 from tokentune.models.tasks import IMAGE, Head
-from tokentune.training.checkpoints.saved_types import hold_in
+from tokentune.sources import first_line
 
 if TYPE_CHECKING:
     import peft

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tokentune.data.formats.sources import first_line
 from tokentune.errors import UserError
+from tokentune.sources import first_line
 from tokentune.training.checkpoints.saving import with_usual_modes
 
 OUTPUT_FLAG = "--output_dir"

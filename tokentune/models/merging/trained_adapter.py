@@ -17,9 +17,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokentune.data.formats.sources import first_line
 from tokentune.errors import UserError
-from tokentune.training.checkpoints.training_record import TrainingRecord, read_record
+from tokentune.models.merging.training_record import TrainingRecord, read_record
+from tokentune.sources import first_line
 
 BASE_FLAG, ADAPTER_FLAG = "--base_model_name_or_path", "--peft_model_path"
 # What a folded weight could not stand for: the adapter acts on some tokens only, on pooled inputs, or is routed.

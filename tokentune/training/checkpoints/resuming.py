@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from tokentune.data.formats.sources import is_local_path
 from tokentune.errors import UserError
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
+from tokentune.sources import is_local_path
 from tokentune.training.checkpoints.run_folder import SUMMARY_NAME, clear_run_folder
 from tokentune.training.checkpoints.run_state import data_digest, read_run_state, versions
 from tokentune.training.checkpoints.saving import checkpoints_of, clear_leftovers, fault_of, set_aside, step_of
