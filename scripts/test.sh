@@ -5,13 +5,16 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$PROJECT_ROOT"
 
-ensure_venv pytest xdist hypothesis ruff
+ensure_venv pytest xdist hypothesis ruff importlinter
 
 say "ruff check"
 "$PYTHON" -m ruff check .
 
 say "ruff format --check"
 "$PYTHON" -m ruff format --check .
+
+say "lint-imports"
+"$PYTHON" -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-cache
 
 say "pytest"
 # One process per core, each with one thread: two that wait for each other's cores are slower than one. A file's tests

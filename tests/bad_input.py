@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokentune.errors import run_command
+from tokentune.cli.command import run_command
 
 
 def no_weights(*args: object, **kwargs: object) -> None:

@@ -20,12 +20,13 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType
 from torch import Tensor, nn
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.core.fsdp import is_split, whole_state
 from tokentune.data.collators import SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
-from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.settings.finetune import Arguments
 from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
 from tokentune.training.trainer_arguments import build_training_arguments
 

@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM
 
 import tokentune.core.adapter_kinds
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.core.patching import last_draw
+from tokentune.core.patched import last_draw
 from tokentune.sampling.sampler import mask_unselected_labels
 
 LLAMA = next(family for family in FAMILIES if family.model == "LlamaForCausalLM")

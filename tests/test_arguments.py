@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tokentune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
-from tokentune.settings.finetune import parse_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
 # The released interface, and what this project adds to it.

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tokentune.classify import run_folder_of
+from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.data import DataArguments, RowsArguments
-from tokentune.settings.finetune import parse_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
 # Where an encoder's default is not the one of finetune.py, and what finetune.py has not.

@@ -8,6 +8,7 @@ import pytest
 from classification_models import tiny_tokenizer, write_images, write_lines
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats import records
 from tokentune.data.labelled import encoding as classification_encoding
 from tokentune.data.labelled.encoding import encode_texts, encode_words
@@ -15,7 +16,6 @@ from tokentune.data.labelled.labels import Labels, find_labels, find_token_label
 from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, some_rows
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.finetune import parse_arguments
 from tokentune.settings.glue import TASKS
 
 

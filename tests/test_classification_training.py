@@ -20,13 +20,13 @@ from transformers import BertForSequenceClassification, ModernBertConfig, Modern
 
 from tokentune import apply_tokentune
 from tokentune.classify import main
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import SeededRows
 from tokentune.data.labelled.splits import ClassificationData, configured, load_data, load_processing
 from tokentune.models.builder import prepare_model
 from tokentune.models.pretrained import load_config
 from tokentune.models.tasks import HEADS, head_modules
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.finetune import parse_arguments
 from tokentune.training.classification import (
     build_classification_trainer,
     classification_settings,

@@ -19,7 +19,7 @@ from conftest import tiny_llama_config
 from transformers import MambaConfig, T5Config
 
 from tokentune import classify
-from tokentune.errors import run_command
+from tokentune.cli.command import run_command
 
 
 @pytest.fixture(scope="module")

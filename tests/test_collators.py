@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from tokentune.core.profile import Pooling
 from tokentune.data.collators import CausalCollator, ClassificationCollator, EncoderDraw, SeededRows, stack_images
 from tokentune.data.formats.records import load_records
 from tokentune.data.packing import PackedCollator
@@ -15,7 +16,6 @@ from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_reco
 from tokentune.sampling.sampler import selected_count, target_mask
 from tokentune.sampling.strategies import REGISTRY, Choice, Tokens, strategy, strategy_names
 from tokentune.sampling.weighted_draw import inclusion_probabilities, systematic_draw
-from tokentune.verify.verification import Pooling
 
 PAD = 3
 

@@ -9,10 +9,12 @@ from classification_models import save_tiny_bert, write_texts
 from safetensors.torch import load_file
 
 from tokentune import classify, estimate, finetune
-from tokentune.cli.config_file import STARTING, read_config, write_config
+from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.config_file import read_config, write_config
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.finetune import FinetuneArguments, parse_arguments
+from tokentune.settings.finetune import FinetuneArguments
+from tokentune.settings.run import STARTING
 
 REQUIRED = "model_name_or_path: owner/model\ndataset_name_or_path: owner/data\n"
 

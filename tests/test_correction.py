@@ -24,10 +24,10 @@ from tokentune.core import selective_layer as selective
 from tokentune.core.checkpointing import CHECKPOINT_REST
 from tokentune.core.correction import OwnTokens, gradient_scales
 from tokentune.core.masks import GroupMask, recipe_from_functions, recipe_from_mask
+from tokentune.core.profile import Profile
 from tokentune.core.saved_bytes import SavedForBackward
 from tokentune.core.scoring_pass import LookOptions
 from tokentune.core.selective_layer import Rows
-from tokentune.verify.verification import Profile
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 LLAMA = Family("Llama", "LlamaForCausalLM")

@@ -9,13 +9,13 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.inspection.checks import check_data, look_at
 from tokentune.data.inspection.row_statistics import draws, end_token_ids, row_statistics
 from tokentune.data.instruction_data import InstructionData
 from tokentune.errors import UserError
 from tokentune.models.pretrained import load_tokenizer
-from tokentune.settings.finetune import parse_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data", "--report_to", "none"]
 BOS, EOS, VOCABULARY = 1, 2, 90

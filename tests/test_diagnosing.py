@@ -9,11 +9,11 @@ from bad_input import check_sentence
 from transformers import AutoTokenizer
 
 from tokentune import finetune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
+from tokentune.file_names import CURVES_NAME, SUMMARY_NAME
 from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient
 from tokentune.models.builder import make_selective, prepare_model
-from tokentune.settings.finetune import parse_arguments
-from tokentune.training.checkpoints.run_folder import CURVES_NAME, SUMMARY_NAME
 from tokentune.training.diagnosing import compared
 from tokentune.training.trainer import training_collator
 

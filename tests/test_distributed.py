@@ -31,9 +31,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.memory.sharding import measure_share
-from tokentune.settings.finetune import parse_arguments
 from tokentune.training.distributed.engines import DDP, DEEPSPEED, FSDP, EvenSampler, check_checkpoint, engine
 from tokentune.training.distributed.peers import lost_peer
 

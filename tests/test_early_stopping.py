@@ -13,9 +13,9 @@ from test_training import arguments_for, make_rows, make_trainer, trained_parame
 from transformers import TrainerCallback
 
 from tokentune import finetune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.reports.summary import warn_without_gain
-from tokentune.settings.finetune import parse_arguments
 from tokentune.training.callbacks import EarlyStopping
 from tokentune.training.evaluation import loss_per_token
 from tokentune.training.trainer import SelectiveTrainer

@@ -19,14 +19,16 @@ from transformers import (
 )
 
 from tokentune import estimate
-from tokentune.core.saved_bytes import SavedForBackward, estimate_table
+from tokentune.cli.arguments import parse_arguments
+from tokentune.core.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
+from tokentune.memory import estimate_table
 from tokentune.memory.accounting import LiveBytes, quantization_constants
 from tokentune.memory.fake_device import fake_device, run_backward, to_fake
 from tokentune.memory.footprint import Footprint, measure
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.tasks import TEXT
-from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.settings.finetune import Arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCES, TOKENS = 2, 128

@@ -14,7 +14,8 @@ from test_scripts import ROOT, call, recorder  # noqa: F401 (a fixture)
 sys.path.append(str(ROOT / "scripts" / "eval"))
 from lm_eval_results import METRICS, read_results
 
-from tokentune.errors import UserError, run_command
+from tokentune.cli.command import run_command
+from tokentune.errors import UserError
 
 REPORT = ROOT / "scripts" / "eval" / "report.py"
 RUN = "llama-data-lora-tokentune-0.3"

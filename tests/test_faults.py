@@ -17,7 +17,8 @@ import tokentune.finetune
 import tokentune.training.checkpoints.saving
 import tokentune.training.resumable_trainer
 from tokentune.errors import UserError
-from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of, with_usual_modes
+from tokentune.file_modes import with_usual_modes
+from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of
 from tokentune.training.trainer import SelectiveTrainer
 
 

@@ -14,12 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokentune.core.patching
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats.records import load_records
 from tokentune.data.prompts import PromptTemplate, encode_records
 from tokentune.errors import UserError
 from tokentune.finetune import main
 from tokentune.models.pretrained import load_tokenizer
-from tokentune.settings.finetune import parse_arguments
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHORT = (
@@ -193,7 +193,7 @@ def test_verification_can_be_skipped(
     skip: bool, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified = []
-    real = tokentune.core.patching.verified_profile
+    real = tokentune.api.verified_profile
     monkeypatch.setattr(
         tokentune.core.patching, "verified_profile", lambda model: verified.append(model) or real(model)
     )

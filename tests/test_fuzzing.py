@@ -16,13 +16,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats.json_files import read_json_lines
 from tokentune.data.inspection.checks import check_data
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.pretrained import load_tokenizer
-from tokentune.settings.finetune import FinetuneArguments, parse_arguments
+from tokentune.settings.finetune import FinetuneArguments
 
 VOCABULARY = 400
 MOST_CHARACTERS = 1500  # of a message

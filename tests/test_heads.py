@@ -30,9 +30,9 @@ from transformers import (
 
 import tokentune.core.model_sampling
 from tokentune import apply_tokentune
-from tokentune.core.patching import profile_of
+from tokentune.core.patched import profile_of
+from tokentune.core.profile import Pooling
 from tokentune.core.saved_bytes import SavedForBackward
-from tokentune.verify.verification import Pooling
 
 BATCH, LENGTH, PROPORTION = 3, 17, 0.4
 SEPARATE = ("q_proj", "k_proj", "v_proj")

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.chat_tokenizers import CHATML, TOOLS, chat_tokenizer, learnt_texts
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats import json_files, records
 from tokentune.data.formats.data_formats import Answer
 from tokentune.data.instruction_data import InstructionData, load_instruction_data
@@ -19,7 +20,7 @@ from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tokentune.data.record_encoding import held_out
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.settings.finetune import FinetuneArguments, parse_arguments
+from tokentune.settings.finetune import FinetuneArguments
 
 TEMPLATE = PromptTemplate.load(DEFAULT_TEMPLATE)
 PLAIN = PromptTemplate("{instruction}|{input}|", "{instruction}|", "|")

@@ -25,7 +25,8 @@ from killable_runs import (
 import tokentune.finetune
 import tokentune.training.checkpoints.saving
 import tokentune.training.resumable_trainer
-from tokentune.errors import UserError, run_command
+from tokentune.cli.command import run_command
+from tokentune.errors import UserError
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import fault_of
 from tokentune.training.distributed.interruptions import Interrupted

@@ -14,7 +14,7 @@ from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.core.groups import TokenGroups
 from tokentune.core.layer_arguments import arguments_per_token, has_row_per_token, map_tensors
 from tokentune.core.layers import transformer_layers
-from tokentune.core.patching import profile_of
+from tokentune.core.patched import profile_of
 from tokentune.core.selective_layer import SELECTED, Step
 from tokentune.verify.verification import LENGTH, OTHER_LENGTH
 

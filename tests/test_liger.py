@@ -12,9 +12,10 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
 
 from tokentune import apply_tokentune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.models.builder import check_kernels
-from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.settings.finetune import Arguments
 from tokentune.training.trainer_arguments import BESIDE_TOKENTUNE, build_training_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data", "--use_liger_kernel"]

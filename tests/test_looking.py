@@ -22,16 +22,16 @@ from transformers import BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import tokentune.core.scoring_pass
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.core import model_sampling as drawing
 from tokentune.core.layers import transformer_layers
-from tokentune.core.patching import last_draw
+from tokentune.core.patched import last_draw
+from tokentune.core.profile import Profile
 from tokentune.core.saved_bytes import SavedForBackward
 from tokentune.core.scoring_pass import LookOptions, look
 from tokentune.core.selective_layer import Rows
 from tokentune.memory.footprint import measure
 from tokentune.models.builder import prepare_model
-from tokentune.settings.finetune import parse_arguments
-from tokentune.verify.verification import Profile
 
 NAMES = ("Llama", "Mistral", "Mixtral", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3", "GPT-2", "GPT-OSS", "DeepSeek-V3")
 CAUSAL = [family for family in FAMILIES if family.name in NAMES and family.model.endswith(("ForCausalLM", "HeadModel"))]

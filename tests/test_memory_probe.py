@@ -17,11 +17,12 @@ from test_training import arguments_for, make_rows
 from torch import Tensor
 
 from tokentune import finetune
-from tokentune.core.saved_bytes import available_memory, micro_batch
-from tokentune.core.saved_bytes import probe as memory_probe
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
+from tokentune.memory import available_memory, micro_batch
+from tokentune.memory import probe as memory_probe
 from tokentune.memory.advice import advice, together
 from tokentune.memory.available_memory import available_bytes
 from tokentune.memory.footprint import measure
@@ -30,7 +31,7 @@ from tokentune.memory.probe import generous_bytes, probe_memory, weights_of
 from tokentune.memory.trial_step import longest_batch, try_batch
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
-from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.settings.finetune import Arguments
 from tokentune.training.trainer import SelectiveTrainer, build_trainer
 from tokentune.training.trainer_arguments import build_training_arguments
 

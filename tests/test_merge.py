@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from tokentune import merge as merge_module
-from tokentune.errors import UserError, run_command
+from tokentune.cli.command import run_command
+from tokentune.errors import UserError
 from tokentune.merge import main, merge
 from tokentune.models.merging.merge_folder import SUMMARY, replacing_folder
 from tokentune.models.merging.trained_adapter import attach_adapter, read_adapter

@@ -9,8 +9,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification
 
 from tokentune import classify, finetune
+from tokentune.card_file import MARK, own_card
+from tokentune.file_names import CARD_NAME
 from tokentune.merge import merge
-from tokentune.reports.model_card import CARD_NAME, MARK, own_card, write_merged_card, write_model_card
+from tokentune.reports.model_card import write_merged_card, write_model_card
 from tokentune.sampling.strategies import REGISTRY, strategy_names
 
 SUMMARY = {

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from tokentune import apply_tokentune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import SeededRows
 from tokentune.errors import UserError
-from tokentune.settings.finetune import parse_arguments
+from tokentune.settings.low_rank import check_projected_layers
 from tokentune.training.optimizer_in_backward import OptimizerInBackward
-from tokentune.training.optimizers import check_optimizer, check_projected_layers, in_backward
+from tokentune.training.optimizers import check_optimizer, in_backward
 from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
 from tokentune.training.trainer_arguments import build_training_arguments
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.inspection.preview import THEME, Document, mark_line, marked, show_preview
 from tokentune.data.inspection.token_text import spelled, visible
@@ -19,7 +20,6 @@ from tokentune.errors import UserError
 from tokentune.finetune import main
 from tokentune.models import builder as preparation
 from tokentune.models.pretrained import load_tokenizer
-from tokentune.settings.finetune import parse_arguments
 
 ODD = "naïve 日本語 👩‍👩‍👧‍👦 🎉 “quoted”\n\ttwo  spaces"
 

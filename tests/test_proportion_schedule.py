@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.memory.trial_step import longest_batch
@@ -14,7 +15,6 @@ from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer, run_folder_name
 from tokentune.sampling.sampler import parse_prefix_length, selected_count
 from tokentune.sampling.schedule import Schedule
-from tokentune.settings.finetune import parse_arguments
 from tokentune.training.trainer import SelectiveTrainer, build_trainer
 from tokentune.training.trainer_arguments import build_training_arguments
 

@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_llama_config
 from transformers import LlamaForCausalLM
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.sampling.sampler import select_positions
-from tokentune.settings.finetune import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,9 +10,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
+from tokentune.cli.command import run_command
 from tokentune.data.formats import records
 from tokentune.data.formats.records import load_records, open_source, require_columns
-from tokentune.errors import UserError, run_command
+from tokentune.errors import UserError
 
 ROWS = [
     {"instruction": "Add.", "input": "1 2", "output": "3", "id": 7},

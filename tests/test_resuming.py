@@ -28,8 +28,8 @@ from killable_runs import (
 import tokentune.finetune
 import tokentune.training.checkpoints.saving
 import tokentune.training.resumable_trainer
+from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
-from tokentune.settings.finetune import parse_arguments
 from tokentune.training.checkpoints.resuming import check_processes, check_same_run
 from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of
 from tokentune.training.trainer import SelectiveTrainer

@@ -28,10 +28,10 @@ from quality.regularisers import RDrop, Smoothed, Twice
 from quality.running import Job, run_all
 from quality.step_times import measure_steps
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.sampling.strategies import Tokens
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.finetune import parse_arguments
 
 PLACE = Workplace(Path("a-model"), Path("train.jsonl"), Path("validation.jsonl"), Path("folder"))
 RATIOS = {

@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokentune.sampling import strategies
+from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.sampler import counts_of_rows, draw_scores, select_positions, select_tokens
-from tokentune.sampling.strategies import (
-    REGISTRY,
-    StrategyError,
-    find_strategy,
-    strategy,
-    strategy_names,
-    tokenseek_score,
-)
+from tokentune.sampling.strategies import REGISTRY, StrategyError, strategy, strategy_names, tokenseek_score
 from tokentune.sampling.weighted_draw import FLOOR, inclusion_probabilities, mixed_scores
 
 SCORED = ["loss", "excess_loss", "gradient", "attention", "tokenseek"]

@@ -13,10 +13,10 @@ from datasets import Dataset
 
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import ALPACA, PLAIN, write
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data import instruction_data, prompts, token_cache
 from tokentune.data.instruction_data import InstructionData, load_instruction_data
 from tokentune.errors import UserError
-from tokentune.settings.finetune import parse_arguments
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
 

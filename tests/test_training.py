@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from tokentune import apply_tokentune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.builder import base_dtype, prepare_model, saved_as
 from tokentune.models.pretrained import load_config, load_tokenizer
-from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.settings.finetune import Arguments
 from tokentune.training.callbacks import DrawsOfTheEpoch, Progress
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result

@@ -6,8 +6,9 @@
 Importing this package changes nothing; it needs torch and transformers alone.
 """
 
-from tokentune.core.patching import apply_tokentune, remove_tokentune
+from tokentune.api import apply_tokentune
+from tokentune.core.patching import remove_tokentune
 from tokentune.errors import UnsupportedModelError
+from tokentune.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["UnsupportedModelError", "apply_tokentune", "remove_tokentune"]
+__all__ = ["UnsupportedModelError", "__version__", "apply_tokentune", "remove_tokentune"]

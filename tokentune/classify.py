@@ -28,12 +28,16 @@ if __package__ in (None, ""):
 
 from transformers import PreTrainedConfig, set_seed
 
+from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
 from tokentune.core.model_sampling import pad_token
-from tokentune.core.patching import profile_of
+from tokentune.core.patched import profile_of
+from tokentune.core.profile import Pooling
 from tokentune.data.collators import SeededRows
 from tokentune.data.labelled.splits import ClassificationData, configured, load_data, load_processing
-from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.environment import library_versions
+from tokentune.errors import UserError
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.models.pretrained import check_quantization, load_config, run_folder_name
@@ -46,9 +50,8 @@ from tokentune.reports.classification_summary import (
     write_scores,
 )
 from tokentune.reports.model_card import write_model_card
-from tokentune.reports.summary import draw_curves, library_versions, write_summary
+from tokentune.reports.summary import draw_curves, write_summary
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.finetune import parse_arguments
 from tokentune.settings.glue import HUB_ID
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.checkpoints.run_lock import locked
@@ -58,7 +61,6 @@ from tokentune.training.distributed.interruptions import interruptible
 from tokentune.training.distributed.peers import end_when_stuck
 from tokentune.training.scores import metric_names
 from tokentune.training.trainer import save_result
-from tokentune.verify.verification import Pooling
 
 logger = logging.getLogger("tokentune")
 

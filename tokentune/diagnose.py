@@ -34,11 +34,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from tokentune.cli.arguments import parse_arguments, settings_in_file
+from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.inspection.checks import look_at
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
-from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.errors import UserError
 from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
 from tokentune.gradients.figures import draw_figures
 from tokentune.gradients.measuring import (
@@ -64,7 +66,6 @@ from tokentune.models.builder import (
 )
 from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
 from tokentune.settings.diagnose import DiagnoseArguments, Setting
-from tokentune.settings.finetune import parse_arguments, settings_in_file
 from tokentune.training.checkpoints.saving import write_whole
 from tokentune.training.diagnosing import for_all_tokens
 from tokentune.training.trainer import training_collator

@@ -20,9 +20,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokentune.memory.estimate_table import Request
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -31,15 +32,17 @@ if __package__ in (None, ""):
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
-from tokentune.errors import UnsupportedModelError, UserError, run_command
+from tokentune.cli.arguments import parse_arguments, settings_in_file
+from tokentune.cli.command import run_command
+from tokentune.core.profile import Profile
+from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
 from tokentune.memory.footprint import Footprint, measure, profile_of
 from tokentune.memory.micro_batch import last_that_fits
-from tokentune.memory.presets import PRESETS, Subject, load_subject
+from tokentune.memory.presets import PRESETS, load_subject
 from tokentune.memory.sharding import SHARDINGS, measure_share
 from tokentune.models.tasks import CAUSAL_LM
-from tokentune.settings.finetune import Arguments, parse_arguments, settings_in_file
-from tokentune.verify.verification import Profile
+from tokentune.settings.finetune import Arguments
 
 METHODS = {  # (tokentune, gradient checkpointing)
     "full": (False, False),
@@ -51,22 +54,6 @@ WEIGHTS = {"all weights": (False, False), "LoRA": (True, False), "QLoRA": (True,
 PROPORTIONS = tuple(step / 100 for step in range(5, 101, 5))
 MOST_SEQUENCES = 4096
 LENGTHS = range(128, 2**20 + 1, 128)  # tokens
-
-
-@dataclass
-class Request:
-    """A whole command line."""
-
-    arguments: Arguments
-    subject: Subject
-    shape: tuple[int, int]  # sequences and tokens of a micro-batch
-    device: str
-    only: bool
-    find: str | None
-    memory_gb: float | None
-    json: str | None
-    processes: int
-    sharding: str | None  # None: one process
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,6 +29,8 @@ if __package__ in (None, ""):
 
 from transformers import set_seed
 
+from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
 from tokentune.data.inspection.checks import check_data
 from tokentune.data.inspection.preview import show_preview
@@ -37,7 +39,7 @@ from tokentune.data.packing import pack
 from tokentune.data.packing_check import check_separation
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.streaming_rows import seeded_rows
-from tokentune.errors import log_to_stderr, run_command
+from tokentune.environment import library_versions
 from tokentune.memory.dry_run import build_without_folder, say_plan
 from tokentune.memory.micro_batch import choose_micro_batch
 from tokentune.memory.probe import probe_memory
@@ -53,8 +55,8 @@ from tokentune.models.pretrained import (
 )
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import write_model_card
-from tokentune.reports.summary import build_summary, draw_curves, library_versions, warn_without_gain, write_summary
-from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.reports.summary import build_summary, draw_curves, warn_without_gain, write_summary
+from tokentune.settings.finetune import Arguments
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
 from tokentune.training.checkpoints.run_folder import check_run_folder, removed_if_empty
 from tokentune.training.checkpoints.run_lock import locked

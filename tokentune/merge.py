@@ -46,7 +46,9 @@ if __package__ in (None, ""):
 
 import torch
 
-from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.card_file import own_card
+from tokentune.cli.command import log_to_stderr, run_command
+from tokentune.errors import UserError
 from tokentune.models.merging.folding import (
     BaseKind,
     Plan,
@@ -75,7 +77,7 @@ from tokentune.models.merging.vocabulary import check_tokenizer, highest_token
 from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config, load_tokenizer
 from tokentune.models.tasks import IMAGE
 from tokentune.reports.hub_upload import PUSH_FLAG, check_push, push_folder
-from tokentune.reports.model_card import own_card, write_merged_card
+from tokentune.reports.model_card import write_merged_card
 from tokentune.sources import check_model_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

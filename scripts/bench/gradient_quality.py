@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from steps.report import machine
 
 from tokentune import diagnose
-from tokentune.errors import UserError, run_command
+from tokentune.cli.command import run_command
+from tokentune.errors import UserError
 from tokentune.training.checkpoints.saving import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]

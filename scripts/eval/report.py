@@ -23,7 +23,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tokentune.errors import UserError, run_command
+from tokentune.cli.command import run_command
+from tokentune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = "missing"

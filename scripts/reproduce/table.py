@@ -21,7 +21,7 @@ from readme_tables import markdown
 
 from tokentune.core.saved_bytes import gib
 from tokentune.errors import UserError
-from tokentune.training.checkpoints.run_folder import SUMMARY_NAME
+from tokentune.file_names import SUMMARY_NAME
 
 PAPER = {"TokenTune, 0.3": 0.72, "QLoRA": 0.37, "QLoRA + TokenTune, 0.3": 0.21}  # of full fine-tuning's peak memory
 

@@ -27,17 +27,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import yaml
 
 from tokentune.errors import UserError
+from tokentune.file_names import RUN_CONFIG_NAME
 from tokentune.settings.flags import check_characters
+from tokentune.settings.run import STARTING
 
 if TYPE_CHECKING:
     from tokentune.settings.finetune import Arguments
 
-RUN_CONFIG_NAME = "run.yaml"
-# How a run was started, not what it does: whoever reruns it says anew whether to replace, go on, look, or upload.
-STARTING = (
-    *("overwrite_output_dir", "resume_from_checkpoint", "preview", "dry_run", "print_run_folder"),
-    *("push_to_hub", "hub_public"),
-)
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 TAG = "tag:yaml.org,2002:"
 TAGS = {f"{TAG}{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}

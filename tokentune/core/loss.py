@@ -36,7 +36,7 @@ from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from tokentune.verify.verification import Profile
+    from tokentune.core.profile import Profile
 
 CHUNK_BYTES = 64 * 1024**2  # of a chunk's logits in float32; with their softmax and gradient thrice that, for a moment
 # Probabilities down to 6e-8 / 256 are told from zero in a float16 gradient; 256 x 2 x a weight is far from overflow.

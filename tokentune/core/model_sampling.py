@@ -4,7 +4,6 @@ B sequences, S tokens, K selected, D hidden size, C classes
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,14 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokentune.core.groups import require
+from tokentune.core.patched import DrawCounts
+from tokentune.core.profile import SEQUENCE_HEADS, Pooling
 from tokentune.core.scoring_pass import look
 from tokentune.core.selective_layer import Kept
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import select_tokens, target_mask
-from tokentune.verify.verification import SEQUENCE_HEADS, Pooling
 
 if TYPE_CHECKING:
-    from tokentune.core.patching import Settings
+    from tokentune.core.patched import Settings
 
 _ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: positions (B,) or (B, 1)
 # What TRL's DPOTrainer has the model return beside the log-probabilities.
@@ -50,17 +50,6 @@ class Drawn(NamedTuple):
     positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), or how to draw them given (B, S, D) (images)
     weights: Tensor | None = None  # (B, K), what the loss at each of them counts; None: all alike
     kept: Kept | None = None  # the keys and values of all tokens, where a look kept them
-
-
-@dataclass
-class DrawCounts:
-    """The last draw, on the device: reading it makes its host wait."""
-
-    positions: Tensor  # (B, K)
-    selected: Tensor  # how many of them are real tokens
-    supervised: Tensor  # selected targets
-    loss: Tensor | None = None  # the sum over all supervised targets, from a look through all layers
-    targets: Tensor | None = None  # how many these are
 
 
 def draw(

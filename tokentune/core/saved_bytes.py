@@ -1,18 +1,14 @@
 """What a training step holds in memory: bytes that autograd keeps, and the device's own figures."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_forward_hook
-
-from tokentune.posix import resource
 
 BYTES_IN_GIB = 1024**3
 BYTES_IN_MIB = 1024**2
@@ -88,32 +84,6 @@ class SavedForBackward:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # of the storage's own object: fake tensors have no data to point to
-
-
-def memory_usage(device: torch.device | str) -> dict[str, int]:
-    """Bytes in use: `allocated_bytes`, `reserved_bytes`, `peak_bytes`.
-
-    On CUDA as torch's allocator counts them (peak: of what was allocated since `reset_peak`). On the CPU there is no
-    allocator to ask: the process's resident set stands for the first two, its highest value so far for the peak.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return {
-            "allocated_bytes": torch.cuda.memory_allocated(device),
-            "reserved_bytes": torch.cuda.memory_reserved(device),
-            "peak_bytes": torch.cuda.max_memory_allocated(device),
-        }
-    resident = psutil.Process().memory_info().rss
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kibibytes, on macOS bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"allocated_bytes": resident, "reserved_bytes": resident, "peak_bytes": max(peak, resident)}
-
-
-def reset_peak(device: torch.device | str) -> None:
-    """Start a new peak on CUDA. A process's own peak on the CPU cannot be reset."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def gib(count: int) -> str:

@@ -16,15 +16,15 @@ from tokentune.core.adapter_kinds import require_served_adapters, unserved_adapt
 from tokentune.core.groups import token_order
 from tokentune.core.model_sampling import pad_token, pooled_tokens
 from tokentune.core.past_hooks import is_called_by_prompt_learning
+from tokentune.core.patched import PROMPT_LEARNING
+from tokentune.core.profile import Pooling
 from tokentune.core.selective_layer import CURRENT_STEP
 from tokentune.errors import UnsupportedModelError
-from tokentune.verify.verification import Pooling
 
 if TYPE_CHECKING:
-    from tokentune.core.patching import Settings
+    from tokentune.core.patched import Settings
 
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
-PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 _POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
 _PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 

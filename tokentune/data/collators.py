@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from tokentune.core.model_sampling import pooled_tokens
+from tokentune.core.profile import Pooling
+from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.sampler import (
     IGNORED_LABEL,
     counts_of_rows,
@@ -24,8 +26,6 @@ from tokentune.sampling.sampler import (
     select_tokens,
     target_mask,
 )
-from tokentune.sampling.strategies import find_strategy
-from tokentune.verify.verification import Pooling
 
 ALL_LABELS = "all_labels"  # a batch's labels before any was masked: for looks, and for `runs/diagnosing.py`
 

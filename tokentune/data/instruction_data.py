@@ -26,9 +26,9 @@ from tokentune.data.record_encoding import ChunkEncoder, RecordEncoder, chunks, 
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError
+from tokentune.processes import process_count
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
-from tokentune.settings.flags import process_count
 
 logger = logging.getLogger(__name__)
 

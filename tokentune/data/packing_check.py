@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tokentune.core.layers import transformer_layers
-from tokentune.core.patching import Settings, install_hooks
+from tokentune.core.patched import Settings
+from tokentune.core.patching import install_hooks
 from tokentune.core.rotary_state import rotary_state_kept
 from tokentune.data.collators import CausalCollator
 from tokentune.data.packing import PackedCollator, real_tokens

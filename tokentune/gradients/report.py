@@ -50,8 +50,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tokentune.reports.summary import device_facts, library_versions
-from tokentune.sampling.strategies import find_strategy
+from tokentune.environment import device_facts, library_versions
+from tokentune.sampling.resolver import find_strategy
 from tokentune.settings.diagnose import DiagnoseArguments, Setting
 
 logger = logging.getLogger(__name__)

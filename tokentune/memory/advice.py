@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.footprint import Footprint, measure, profile_of
 from tokentune.models.tasks import CAUSAL_LM, Head
+from tokentune.processes import process_count
 from tokentune.settings.finetune import Arguments
-from tokentune.settings.flags import process_count
 from tokentune.training.distributed.engines import check_engine
 
 _LEAST_SAVING = 0.01  # of the peak: less is no advice

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,10 +11,9 @@ from rich.table import Table
 
 from tokentune.core.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
 from tokentune.memory.footprint import Footprint
+from tokentune.memory.presets import Subject
 from tokentune.memory.sharding import describe
-
-if TYPE_CHECKING:
-    from tokentune.estimate import Request
+from tokentune.settings.finetune import Arguments
 
 CARDS_GB = (16, 24, 40, 48, 80, 141)  # as they are sold: 10^9 bytes
 # Of a card's memory: the driver, the CUDA context, kernels and cuBLAS's workspaces, and what the allocator cannot hand
@@ -131,3 +130,19 @@ def print_table(rows: Sequence[Row], request: "Request") -> None:
 def in_gib(size: int) -> str:
     """Bytes as GiB with two decimals."""
     return f"{size / BYTES_IN_GIB:.2f}"
+
+
+@dataclass
+class Request:
+    """A whole command line."""
+
+    arguments: Arguments
+    subject: Subject
+    shape: tuple[int, int]  # sequences and tokens of a micro-batch
+    device: str
+    only: bool
+    find: str | None
+    memory_gb: float | None
+    json: str | None
+    processes: int
+    sharding: str | None  # None: one process

@@ -23,7 +23,8 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from tokentune.core.breakdown import KindOfModule
-from tokentune.core.patching import Settings, reference_of
+from tokentune.core.patched import Settings, reference_of
+from tokentune.core.profile import Profile
 from tokentune.core.saved_bytes import SavedForBackward
 from tokentune.memory.accounting import LiveBytes, claim_model
 from tokentune.memory.fake_device import fake_device, replaced, run_backward, to_fake
@@ -34,7 +35,7 @@ from tokentune.sampling.sampler import selected_count
 from tokentune.settings.finetune import Arguments
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
-from tokentune.verify.verification import Profile, verified_profile
+from tokentune.verify.verification import verified_profile
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
 

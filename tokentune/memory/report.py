@@ -34,11 +34,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from tokentune.core.saved_bytes import gib
+from tokentune.environment import device_facts
 from tokentune.errors import UserError
 from tokentune.memory.accounting import quantization_constants
 from tokentune.memory.advice import advice, estimator, fits, together
 from tokentune.models.tasks import CAUSAL_LM, Head
-from tokentune.reports.summary import device_facts
 from tokentune.settings.finetune import Arguments
 from tokentune.training.trainer import SelectiveTrainer
 

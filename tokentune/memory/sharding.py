@@ -28,12 +28,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tokentune.core.layers import transformer_layers
+from tokentune.core.profile import Profile
 from tokentune.errors import UserError
 from tokentune.memory.accounting import REST, LiveBytes
 from tokentune.memory.footprint import GRADIENTS, OPTIMIZER, WEIGHTS, Footprint, measure, skeleton
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.settings.finetune import Arguments
-from tokentune.verify.verification import Profile
 
 _NAMES = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp": "FSDP"}
 SHARDINGS = tuple(_NAMES)

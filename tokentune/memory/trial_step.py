@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokentune.core.patching import reference_of
+from tokentune.core.patched import reference_of
 from tokentune.data.packing import PackedRows, lengths_of
 from tokentune.memory.accounting import LiveBytes, quantization_constants
 from tokentune.memory.footprint import forward_loss

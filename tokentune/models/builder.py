@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from tokentune import UnsupportedModelError, apply_tokentune
+from tokentune.api import apply_tokentune
 from tokentune.core.fsdp import made_whole
-from tokentune.core.patching import reference_of
+from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import LookOptions
-from tokentune.errors import UserError
+from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.models.adapters import add_adapters, say_adapters
 from tokentune.models.pretrained import (
     NO_WEIGHTS,
@@ -25,11 +25,11 @@ from tokentune.models.pretrained import (
     resolve_base_dtype,
 )
 from tokentune.models.tasks import CAUSAL_LM, Head
-from tokentune.sampling.strategies import find_strategy
+from tokentune.sampling.resolver import find_strategy
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
+from tokentune.settings.low_rank import check_projected_layers
 from tokentune.sources import loading_error
-from tokentune.training.optimizers import check_projected_layers
 
 logger = logging.getLogger(__name__)
 _REFERENCE = "--selection_reference_model"

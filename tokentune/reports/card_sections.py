@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokentune.cli.config_file import STARTING
 from tokentune.core.saved_bytes import gib
 from tokentune.sampling.strategies import REGISTRY
+from tokentune.settings.run import STARTING
 from tokentune.sources import is_local_path
 
 _AUTO_CLASSES = {

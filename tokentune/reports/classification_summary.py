@@ -39,10 +39,11 @@ from accelerate.utils import gather_object
 
 from tokentune.data.labelled.encoding import Encoded
 from tokentune.data.labelled.labels import Labels
-from tokentune.reports.summary import device_facts, library_versions, run_facts, write_summary
+from tokentune.environment import device_facts, library_versions
+from tokentune.file_names import PREDICTIONS_NAME, SCORES_NAME
+from tokentune.reports.summary import run_facts, write_summary
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.training.checkpoints.run_folder import PREDICTIONS_NAME, SCORES_NAME
 from tokentune.training.nan_batch import sampler_of
 from tokentune.training.scores import LOWER_IS_BETTER
 from tokentune.training.trainer import SelectiveTrainer

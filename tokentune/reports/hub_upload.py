@@ -25,12 +25,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from tokentune.cli.config_file import RUN_CONFIG_NAME
 from tokentune.errors import UserError
+from tokentune.file_names import CARD_NAME, CURVES_NAME, RUN_CONFIG_NAME, SUMMARY_NAME
 from tokentune.reports.card_sections import shown
-from tokentune.reports.model_card import CARD_NAME
 from tokentune.sources import error_chain, first_line
-from tokentune.training.checkpoints.run_folder import CURVES_NAME, SUMMARY_NAME
 
 PUSH_FLAG = "--push_to_hub"
 # All of it beside each other, nothing in folders but templates. The model's own Python code comes with it.

@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from tokentune.card_file import MARK, own_card
+from tokentune.file_names import CARD_NAME
 from tokentune.reports.card_sections import (
     data_links,
     data_names,
@@ -23,10 +25,6 @@ from tokentune.reports.card_sections import (
 )
 from tokentune.sources import is_local_path
 
-CARD_NAME = "README.md"
-MARK = "<!-- Written by TokenTune at the end of a run. Take this line out and the card is yours: it stays as it is. -->"
-# peft fills an empty template whenever it saves an adapter.
-_PEFT_TITLE, _PEFT_BLANK = "# Model Card for Model ID", "[More Information Needed]"
 _TASKS = {"text": "text-classification", "token": "token-classification", "image": "image-classification"}
 
 
@@ -62,16 +60,6 @@ def write_merged_card(
     else:
         (folder / CARD_NAME).write_text(own, encoding="utf-8", errors="surrogateescape")
     return folder / CARD_NAME
-
-
-def own_card(folder: Path) -> str | None:
-    """The text of a folder's card that is the user's own; None where there is none, or ours, or peft's empty one."""
-    try:
-        text = (folder / CARD_NAME).read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return None
-    from_peft = _PEFT_TITLE in text and text.count(_PEFT_BLANK) > 10
-    return None if MARK in text or from_peft else text
 
 
 def _write(card: ModelCard, folder: Path) -> Path | None:

@@ -44,21 +44,17 @@ The summary's schema, version 1 (memory in bytes, times in seconds, losses in na
 import json
 import logging
 import math
-import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import tokentune
 from tokentune.core.saved_bytes import BYTES_IN_GIB
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.instruction_data import InstructionData
+from tokentune.environment import device_facts, library_versions
+from tokentune.file_names import CURVES_NAME, SUMMARY_NAME
 from tokentune.settings.finetune import Arguments
-from tokentune.training.checkpoints.run_folder import CURVES_NAME, SUMMARY_NAME
 from tokentune.training.checkpoints.saving import write_whole
 from tokentune.training.diagnosing import COSINE, RELATIVE_ERROR
 from tokentune.training.trainer import SelectiveTrainer
@@ -66,7 +62,6 @@ from tokentune.training.trainer import SelectiveTrainer
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
 def build_summary(
@@ -157,37 +152,6 @@ def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, A
     steps = [{"step": step, "loss": loss} for step, loss in losses]
     final = dict(losses).get(saved_step, losses[-1][1])
     return {"base": losses[0][1], "final": final, "best": min(steps, key=lambda at: at["loss"]), "steps": steps}
-
-
-def device_facts() -> dict[str, Any]:
-    """Type, name and count of what the run computed on."""
-    if torch.cuda.is_available():
-        return {"type": "cuda", "name": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        return {"type": accelerator.type, "name": platform.machine(), "count": torch.accelerator.device_count()}
-    return {"type": "cpu", "name": cpu_name(), "count": torch.get_num_threads()}
-
-
-def cpu_name() -> str:
-    """The processor's model; its architecture where the system does not tell (only Linux has /proc)."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def library_versions() -> dict[str, str | None]:
-    """Versions of Python and of the libraries a run depends on; null where one is not installed."""
-    versions: dict[str, str | None] = {"tokentune": tokentune.__version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.schedule import Schedule
-from tokentune.sampling.strategies import DRAWS, Tokens, answer_of, find_strategy
+from tokentune.sampling.strategies import DRAWS, Tokens, answer_of
 from tokentune.sampling.weighted_draw import wide_dtype
 
 REFERENCE = "reference"  # the strategy that counts as the released code did

@@ -15,7 +15,6 @@ row's real tokens win. What every draw needs (a row's own count, padding, a supe
 for `--selection rare.py:rare`, or under its name wherever the file was imported.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -92,7 +91,7 @@ class Registered(NamedTuple):
 
 
 REGISTRY: dict[str, Registered] = {}
-_SECOND_NAMES = ("labelled",)
+SECOND_NAMES = ("labelled",)
 
 
 def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> Callable[[Strategy], Strategy]:
@@ -116,24 +115,6 @@ def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> C
         return choose
 
     return register
-
-
-def find_strategy(name: str) -> Registered:
-    """The strategy of that name, or the function of `path/file.py:function`, whose file is run.
-
-    Raises:
-        ValueError: there is none; the message names the nearest, and all. Of a file: what is wrong with it.
-    """
-    if name in REGISTRY:
-        return REGISTRY[name]
-    if ":" in name or name.endswith(".py"):
-        from tokentune.sampling.user_strategies import load_strategy  # which imports this module
-
-        return load_strategy(name)
-    close = difflib.get_close_matches(name, REGISTRY, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    known = ", ".join(known for known in REGISTRY if known not in _SECOND_NAMES)
-    raise ValueError(f"{name}: there is no such strategy.{hint} Known are {known}; your own: file.py:function")
 
 
 class StrategyError(UserError, ValueError):
@@ -173,7 +154,7 @@ def strategy_names(*, scored: bool | None = None) -> list[str]:
 
 def names_and_meanings(*, scored: bool) -> str:
     """For a flag's help: each name, and in brackets what it does."""
-    names = (name for name in strategy_names(scored=scored) if name not in _SECOND_NAMES)
+    names = (name for name in strategy_names(scored=scored) if name not in SECOND_NAMES)
     return ", ".join(f"{name} ({REGISTRY[name].about})" for name in names)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from tokentune.errors import UserError
-from tokentune.sampling.strategies import find_strategy
+from tokentune.processes import process_count
+from tokentune.sampling.resolver import find_strategy
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
-from tokentune.settings.flags import flag, process_count, require
+from tokentune.settings.flags import flag, require
 from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
 

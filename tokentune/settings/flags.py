@@ -1,7 +1,6 @@
 """What the dataclasses of flags are made with: a flag's help, its check, a warning where it has no effect."""
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import field, fields
 from typing import Any
@@ -27,11 +26,6 @@ def check_characters(text: str, where: str) -> None:
     """Refuses line breaks and control characters in a flag's value, which would also end up in messages and logs."""
     if any(category(letter) in ("Cc", "Zl", "Zp") for letter in text):
         raise UserError(f"{where}: {text if len(text) <= 60 else text[:60] + '...'!a} holds a control character.")
-
-
-def process_count() -> int:
-    """Processes of a launcher such as torchrun; 1 in a plain run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def log_without_effect(group: Any, names: Sequence[str], needed: str) -> None:

@@ -8,9 +8,10 @@ import torch
 from transformers.utils import is_liger_kernel_available
 
 from tokentune.errors import UserError
+from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.sampler import parse_prefix_length
 from tokentune.sampling.schedule import Schedule
-from tokentune.sampling.strategies import StrategyError, find_strategy, names_and_meanings
+from tokentune.sampling.strategies import StrategyError, names_and_meanings
 from tokentune.settings.flags import flag, log_without_effect, require
 
 logger = logging.getLogger(__name__)

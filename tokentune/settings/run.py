@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from tokentune.settings.flags import flag, log_without_effect, process_count, require
+from tokentune.processes import process_count
+from tokentune.settings.flags import flag, log_without_effect, require
 
 logger = logging.getLogger(__name__)
 
@@ -176,3 +177,10 @@ class RunArguments:
             require(value is None or value >= 1, f"--{name} {value}: must be 1 or more")
         if self.push_to_hub is None:
             log_without_effect(self, ("hub_public",), "--push_to_hub")
+
+
+# How a run was started, not what it does: whoever reruns it says anew whether to replace, go on, look, or upload.
+STARTING = (
+    *("overwrite_output_dir", "resume_from_checkpoint", "preview", "dry_run", "print_run_folder"),
+    *("push_to_hub", "hub_public"),
+)

@@ -17,7 +17,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 
 from tokentune.core.layers import transformer_layers
 from tokentune.core.model_sampling import pad_token
-from tokentune.core.patching import profile_of
+from tokentune.core.patched import profile_of
 from tokentune.core.selective_layer import Rows
 from tokentune.data.collators import ClassificationCollator, EncoderDraw, SeededRows, stack_images
 from tokentune.data.labelled.labels import Labels

@@ -24,8 +24,9 @@ from tokentune.settings.flags import require
 from tokentune.training.distributed.engines import engine
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from tokentune.settings.finetune import Arguments
-    from tokentune.training.trainer import SelectiveTrainer
 
 COSINE, RELATIVE_ERROR = "gradient_cosine", "gradient_relative_error"
 # What belongs to a selection, in a batch of the collators.
@@ -86,7 +87,7 @@ class GradientDiagnosis:
 
     def note(
         self,
-        trainer: "SelectiveTrainer",
+        trainer: "Trainer",
         batch: dict[str, Any],
         backward: Callable[[dict[str, Any], Any], Tensor],
     ) -> None:
@@ -106,7 +107,7 @@ class GradientDiagnosis:
             self.seconds += time.perf_counter() - started
 
     def _compare(
-        self, trainer: "SelectiveTrainer", window: list[dict[str, Any]], backward: Callable[[dict, Any], Tensor]
+        self, trainer: "Trainer", window: list[dict[str, Any]], backward: Callable[[dict, Any], Tensor]
     ) -> dict[str, float]:
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         items = None
@@ -152,7 +153,7 @@ def compared(selective: list[Tensor | None], full: list[Tensor | None]) -> dict[
 class DiagnosedSteps(TrainerCallback):
     """Logs every step whose gradient was compared, and takes the comparison's time out of the step's."""
 
-    def __init__(self, trainer: "SelectiveTrainer") -> None:
+    def __init__(self, trainer: "Trainer") -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -22,14 +22,14 @@ from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, put_loss
 from tokentune.sampling.sampler import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from tokentune.training.trainer import SelectiveTrainer
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 _TRIED_TOKENS = 16
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of both ways; rows of 16-bit logits are rounded by their number
 
 
-def loss_per_token(trainer: "SelectiveTrainer", loader: DataLoader) -> dict[str, float]:
+def loss_per_token(trainer: "Trainer", loader: DataLoader) -> dict[str, float]:
     """`Evaluation` of a causal language model: "loss", nats per supervised token.
 
     The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long one's.

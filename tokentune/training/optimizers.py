@@ -5,7 +5,6 @@ otherwise, all linear layers inside of the transformer layers: attention and MLP
 """
 
 import logging
-import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,9 +19,7 @@ from tokentune.training.optimizer_in_backward import OptimizerInBackward
 
 logger = logging.getLogger(__name__)
 
-LOW_RANK = ("galore", "apollo")
 LAYERWISE = "_layerwise"  # the Trainer's ending for GaLore and APOLLO in the backward pass
-TARGET_MODULES = r".*\.\d+\..*"  # by full name: whatever stands inside of a numbered layer
 # By the beginning of a name: the package that holds it. The Trainer's own messages name forks, or none at all.
 PACKAGES = {
     "galore": "galore-torch",
@@ -35,18 +32,6 @@ PACKAGES = {
     "adamw_torch_4bit": "torchao",
     "adamw_torch_8bit": "torchao",
 }
-
-
-def is_low_rank(optim: str) -> bool:
-    return optim.startswith(LOW_RANK)
-
-
-def check_projected_layers(model: nn.Module, optim: str) -> None:
-    """Refuses GaLore and APOLLO, UserError, for a model without anything that they could project."""
-    if is_low_rank(optim) and not any(
-        isinstance(module, nn.Linear) and re.fullmatch(TARGET_MODULES, name) for name, module in model.named_modules()
-    ):
-        raise UserError(f"--optim {optim}: {type(model).__name__} has no linear layers (nn.Linear) in its layers")
 
 
 def check_optimizer(settings: TrainingArguments) -> None:

@@ -25,21 +25,13 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tokentune.core.breakdown import KindOfModule
-from tokentune.core.fsdp import (
-    is_split,
-    own_class,
-    own_part,
-    runs_together,
-    save_split_model,
-    set_fsdp_policy,
-    size_of,
-    whole_tensor,
-)
-from tokentune.core.patching import last_draw, set_prefix_length
+from tokentune.core.fsdp import is_split, own_class, own_part, runs_together, size_of, whole_tensor
+from tokentune.core.patched import last_draw, set_prefix_length
 from tokentune.core.rotary_state import rotary_state_kept
-from tokentune.core.saved_bytes import BYTES_IN_GIB, SavedForBackward, memory_usage, reset_peak
+from tokentune.core.saved_bytes import BYTES_IN_GIB, SavedForBackward
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows
+from tokentune.environment import memory_usage, reset_peak
 from tokentune.errors import UserError
 from tokentune.models.saved_types import hold_in, kept_in_float32
 from tokentune.sampling.schedule import Schedule
@@ -55,6 +47,7 @@ from tokentune.training.nan_batch import FirstBadLoss, write_nan_batch
 from tokentune.training.offline import offline
 from tokentune.training.optimizers import in_backward
 from tokentune.training.resumable_trainer import EndWhenAsked, ResumableTrainer
+from tokentune.training.split_saving import save_split_model, set_fsdp_policy
 from tokentune.training.trackers import keep_trackers_from_harm
 from tokentune.training.trainer_arguments import update_count
 

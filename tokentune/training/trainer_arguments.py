@@ -9,8 +9,9 @@ from transformers import TrainingArguments
 
 from tokentune.errors import UserError
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.low_rank import TARGET_MODULES, is_low_rank
 from tokentune.training.distributed.engines import FSDP, engine
-from tokentune.training.optimizers import LAYERWISE, TARGET_MODULES, check_optimizer, is_low_rank
+from tokentune.training.optimizers import LAYERWISE, check_optimizer
 
 # Of Liger's kernels: its fused loss replaces the model's forward and sees (B, S) rows and labels; `core/loss.py` takes
 # the loss of the selected rows in chunks itself. Norms, rotary embeddings and MLPs act on each token alone.

@@ -17,11 +17,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from tokentune.core.attention import eager_function
 from tokentune.core.layers import attention_modules, transformer_layers
+from tokentune.core.patched import Settings, last_draw
+from tokentune.core.patching import install_hooks, remove_tokentune
+from tokentune.core.profile import Profile
 from tokentune.core.scoring_pass import LookOptions, look
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels
 from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
-from tokentune.verify.verification import SELECTED, Profile, _agree, _step, _Trial, _trial, definition_of_the_method
+from tokentune.verify.verification import SELECTED, _agree, _step, _Trial, _trial, definition_of_the_method
 
 _WEIGHTS = "tokentune_weights"
 _OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of two losses
@@ -121,13 +124,6 @@ def _weights_noted(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Ite
 
 def _compare_step(trial: _Trial, profile: Profile) -> None:
     """The gradients of a step that a look and a random draw came before, with those of the definition."""
-    from tokentune.core.patching import (  # which verifies in its turn
-        Settings,
-        install_hooks,
-        last_draw,
-        remove_tokentune,
-    )
-
     tiny = trial.tiny
     install_hooks(tiny)
     settings = Settings(SELECTED, "random", profile, transformer_layers(tiny), chunked_loss=False, look=LookOptions())

@@ -13,8 +13,7 @@ it is found out which rows the head needs (`selective.Rows`) and which token it 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,9 @@ from tokentune.core.attention import eager_function
 from tokentune.core.correction import gradient_scales
 from tokentune.core.layer_arguments import arguments_per_token
 from tokentune.core.layers import attention_modules, transformer_layers
+from tokentune.core.patched import Settings
+from tokentune.core.patching import install_hooks, remove_tokentune
+from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile
 from tokentune.core.selective_layer import Rows, TokenGroups
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import mask_unselected_labels
@@ -39,28 +41,6 @@ OTHER_LENGTH = 23  # at which layers are looked at once more: what has another s
 TOLERANCE = 1e-9  # relative, in float64 throughout
 _DEFINITION = "tokentune_definition"
 _TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
-SEQUENCE_HEADS = ("ForSequenceClassification", "ForImageClassification")
-
-
-class Pooling(Enum):
-    """Which token's last hidden state a head for whole sequences looks at."""
-
-    FIRST = "first"
-    LAST = "last"
-    LAST_NON_PAD = "last non-pad"  # by its id: a real token that has the pad token's id does not count
-    ALL = "all"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What the verification finds out about a model."""
-
-    rows: Rows
-    pooling: Pooling | None  # None: the head looks at every token for itself, or there is none
-    whole_logits: str | None = None  # why the loss cannot be taken a chunk of rows at a time (`core/loss.py`)
-    # Whether an argument of the layers has a row per token, by its path (`core/layer_arguments.py`); others go by
-    # shape.
-    per_token: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -255,8 +235,6 @@ def _pooling(result: Any, hidden: Tensor, mask: Tensor, ids: Tensor | None) -> P
 
 def _compare(trial: _Trial, profile: Profile, correction: float = 0.0) -> None:
     """Raises UnsupportedModelError unless the patched model does what the definition says."""
-    from tokentune.core.patching import Settings, install_hooks, remove_tokentune  # here: patching verifies in its turn
-
     tiny, positions = trial.tiny, trial.positions
     what = f"{type(tiny).__name__}, {trial.side} padding" + (", gradient_correction" if correction else "")
     scales = gradient_scales(positions, trial.batch, correction)
@@ -302,7 +280,6 @@ def _compare(trial: _Trial, profile: Profile, correction: float = 0.0) -> None:
 def _why_whole_logits(trial: _Trial, profile: Profile) -> str | None:
     """Tries the loss in chunks of two rows against the loss as a whole; returns what is wrong with it, or None."""
     from tokentune.core.loss import why_not_in_chunks
-    from tokentune.core.patching import Settings, install_hooks, remove_tokentune
 
     tiny, gradients = trial.tiny, []
     if reason := why_not_in_chunks(tiny, profile):

@@ -11,7 +11,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from tokentune.errors import run_command
+from tokentune.cli.command import run_command
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from tokentune.environment import cpu_name, library_versions
 from tokentune.errors import UserError
-from tokentune.reports.summary import cpu_name, library_versions
 
 SCHEMA_VERSION = 2
 Row = dict[str, Any]

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tokentune.errors import UserError
+from tokentune.file_modes import with_usual_modes
 from tokentune.sources import first_line
-from tokentune.training.checkpoints.saving import with_usual_modes
 
 OUTPUT_FLAG = "--output_dir"
 SUMMARY = "merge_summary.json"  # also the mark of a folder that a later merge may replace

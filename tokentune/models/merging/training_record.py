@@ -9,9 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from tokentune.training.checkpoints.run_folder import SCORES_NAME, SUMMARY_NAME
-
-RUN_SETTINGS = "run.yaml"  # there from a run's beginning, where the summary comes at its end
+from tokentune.file_names import RUN_CONFIG_NAME, SCORES_NAME, SUMMARY_NAME
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class TrainingRecord:
 def read_record(folder: Path) -> TrainingRecord:
     """The record of the run whose folder, checkpoint or seed this is. Never fails: a file that is no record is none."""
     summary = next(_found(folder, SUMMARY_NAME), None)
-    settings = (summary or {}).get("settings") or next(_found(folder, RUN_SETTINGS), {})
+    settings = (summary or {}).get("settings") or next(_found(folder, RUN_CONFIG_NAME), {})  # there from the beginning
     dtype = ((summary or {}).get("model") or {}).get("base_dtype")
     classes = next(_found(folder, SCORES_NAME), {}).get("classes")
     qlora = settings.get("qlora") if isinstance(settings, dict) else None

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tokentune.errors import UserError
+from tokentune.file_names import SUMMARY_NAME
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
 from tokentune.sources import is_local_path
-from tokentune.training.checkpoints.run_folder import SUMMARY_NAME, clear_run_folder
+from tokentune.training.checkpoints.run_folder import clear_run_folder
 from tokentune.training.checkpoints.run_state import data_digest, read_run_state, versions
 from tokentune.training.checkpoints.saving import checkpoints_of, clear_leftovers, fault_of, set_aside, step_of
 from tokentune.training.distributed.engines import check_checkpoint

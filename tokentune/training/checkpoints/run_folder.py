@@ -7,9 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokentune.errors import UserError
+from tokentune.file_names import CURVES_NAME, PREDICTIONS_NAME, SCORES_NAME, SUMMARY_NAME
 
-SUMMARY_NAME, CURVES_NAME = "training_summary.json", "training_curves.png"
-SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.jsonl"
 # What a run leaves in its folder: everything that --overwrite_output_dir replaces.
 RUN_FILES = (
     *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),

@@ -27,11 +27,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-import tokentune
 from tokentune.core.rotary_state import read, rotary_state, set_rotary_state, written
+from tokentune.version import __version__
 
 if TYPE_CHECKING:
-    from tokentune.training.trainer import SelectiveTrainer
+    from transformers import Trainer
 
 RUN_STATE_NAME = "run_state.json"
 
@@ -41,7 +41,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / RUN_STATE_NAME).read_text(encoding="utf-8"))
 
 
-def run_state(trainer: "SelectiveTrainer") -> dict[str, Any]:
+def run_state(trainer: "Trainer") -> dict[str, Any]:
     """The file above, of a run between two steps. To be called on every process."""
     settings = trainer.args
     return {
@@ -61,10 +61,10 @@ def run_state(trainer: "SelectiveTrainer") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what decides about every bit of a result."""
-    return {"tokentune": tokentune.__version__} | {name: version(name) for name in ("torch", "transformers")}
+    return {"tokentune": __version__} | {name: version(name) for name in ("torch", "transformers")}
 
 
-def _progress(trainer: "SelectiveTrainer") -> dict[str, Any]:
+def _progress(trainer: "Trainer") -> dict[str, Any]:
     losses = gather_object([trainer._tr_loss.item()])
     return {
         "loss_sum": sum(losses) / len(losses),  # since the last log entry
@@ -85,7 +85,7 @@ def _progress(trainer: "SelectiveTrainer") -> dict[str, Any]:
     }
 
 
-def _last_step(trainer: "SelectiveTrainer") -> dict[str, float | None]:
+def _last_step(trainer: "Trainer") -> dict[str, float | None]:
     kept = {name: None if value is None else float(value) for name, value in trainer.last_step.items()}
     if trainer.optim_in_backward and trainer._started is not None:  # the Trainer found no gradients
         kept["grad_norm"] = trainer.optimizer.optimizer.gradient_norm()
@@ -95,7 +95,7 @@ def _last_step(trainer: "SelectiveTrainer") -> dict[str, float | None]:
 class Resumption(TrainerCallback):
     """Puts a resumed run's figures back, after the Trainer has set its own to zero and before its first step."""
 
-    def __init__(self, trainer: "SelectiveTrainer") -> None:
+    def __init__(self, trainer: "Trainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ class Resumption(TrainerCallback):
             )
 
 
-def _restore(trainer: "SelectiveTrainer", progress: dict[str, Any]) -> None:
+def _restore(trainer: "Trainer", progress: dict[str, Any]) -> None:
     trainer._tr_loss.fill_(progress["loss_sum"])
     trainer._total_loss_scalar = -progress["loss_sum"]  # the closing mean is that of the steps of this process
     trainer._globalstep_last_logged = progress["last_logged"]

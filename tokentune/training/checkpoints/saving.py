@@ -13,13 +13,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from tokentune.reports.model_card import CARD_NAME, own_card
+from tokentune.card_file import own_card
+from tokentune.file_modes import with_usual_modes
+from tokentune.file_names import CARD_NAME
 
 MANIFEST_NAME = "manifest.json"
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
@@ -62,21 +64,6 @@ def partial_folder(checkpoint: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
-
-
-def with_usual_modes(folder: Path) -> None:
-    """Gives the files in a folder the permissions of any new file: safetensors' are for their owner's eyes alone.
-
-    Where a file system has no permissions, or the disk no room for a file to look at, they stay as they are.
-    """
-    new = folder / ".mode"
-    with suppress(OSError):
-        new.touch()
-        mode = new.stat().st_mode & 0o777
-        new.unlink()
-        for path in folder.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)
 
 
 def seal(folder: Path) -> None:

@@ -24,7 +24,8 @@ from transformers import Trainer
 from tokentune.data.collators import CausalCollator, ClassificationCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.errors import UserError
-from tokentune.settings.flags import process_count, require
+from tokentune.processes import process_count
+from tokentune.settings.flags import require
 
 if TYPE_CHECKING:
     from tokentune.settings.finetune import Arguments

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-from tokentune.settings.flags import process_count
+from tokentune.processes import process_count
 
 # A launcher hands a Ctrl-C on to processes that got it from the terminal already: a second signal that comes sooner is
 # the first one's echo.

@@ -14,8 +14,7 @@ import datasets
 import torch.distributed as dist
 import transformers
 
-from tokentune.errors import say_once
-from tokentune.settings.flags import process_count
+from tokentune.processes import process_count
 from tokentune.training.distributed.interruptions import interruption
 
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
@@ -116,3 +115,10 @@ def _still_inside(reading: int) -> bool:
         if not os.read(reading, 4096):
             return False
     return True
+
+
+def say_once(message: str) -> None:
+    """Prints what is wrong; of a launcher's processes, which mostly find the same, one does."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and leave_it_to_others():
+        return
+    print(message, file=sys.stderr)

@@ -1,0 +1,6 @@
+"""Names of the files in a run's folder that several parts of the package write, read or look for."""
+
+CARD_NAME = "README.md"  # the model card
+RUN_CONFIG_NAME = "run.yaml"
+SUMMARY_NAME, CURVES_NAME = "training_summary.json", "training_curves.png"
+SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.jsonl"
