@@ -7,9 +7,8 @@
     data                a digest of the training rows; null: they are read as a stream
     versions            {tokentune, torch, transformers}
     evaluation_pending  whether the validation that is due at this step has still to be made
-    rotary              of each process, the rotary frequencies that follow the lengths of batches
-    (`core/rotary_state.py`) progress            the run's figures so far, as `SelectiveTrainer` and the Trainer keep
-    them
+    rotary              of each process, the frequencies that follow the lengths of batches (`core/rotary_state.py`)
+    progress            the run's figures so far, as `SelectiveTrainer` and the Trainer keep them
 """
 
 import hashlib
