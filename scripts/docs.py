@@ -18,13 +18,13 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "figures"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "figures"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import result_tables
 from result_tables import markdown
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tokentune"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tokentune.errors import UserError
-from tokentune.loading import load_base_model
 from tokentune.merge import merge
-from tokentune.merging.merge_folder import SUMMARY
+from tokentune.models.merging.merge_folder import SUMMARY
+from tokentune.models.pretrained import load_base_model
 
 MLP = ["gate_proj", "down_proj", "up_proj"]
 

@@ -7,10 +7,10 @@ import os
 import sys
 
 from distributed_worker import ENGINES, let_engines_run_on_cpus
+from tokentune.training.trainer.distributed import engines as distributed
 
 from tokentune.errors import run_command
 from tokentune.finetune import main
-from tokentune.runs import distributed
 
 if __name__ == "__main__":
     os.environ.update(ENGINES[sys.argv.pop(1)])

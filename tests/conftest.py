@@ -64,7 +64,8 @@ def refused(
     """Runs finetune.py on good input with some flags replaced; checks that it is refused before any weight is read."""
     from bad_input import no_weights, refusal
 
-    from tokentune import finetune, preparation
+    from tokentune import finetune
+    from tokentune.models import builder as preparation
 
     monkeypatch.setattr(preparation, "load_base_model", no_weights)
     given = {"--model_name_or_path": tiny_llama_dir, "--dataset_name_or_path": alpaca_file}

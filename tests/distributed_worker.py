@@ -20,14 +20,14 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType
 from torch import Tensor, nn
 
-from tokentune.arguments import Arguments, parse_arguments
-from tokentune.collators import SeededRows
-from tokentune.loading import load_config, load_tokenizer
-from tokentune.preparation import base_dtype, prepare_model
-from tokentune.prompts import ensure_pad_token
-from tokentune.runs.training_settings import build_training_arguments
-from tokentune.split_weights import is_split, whole_state
-from tokentune.training import SelectiveTrainer, build_trainer, save_result
+from tokentune.core.fsdp import is_split, whole_state
+from tokentune.data.collators import SeededRows
+from tokentune.data.prompts import ensure_pad_token
+from tokentune.models.builder import base_dtype, prepare_model
+from tokentune.models.pretrained import load_config, load_tokenizer
+from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
+from tokentune.training.trainer_arguments import build_training_arguments
 
 ROWS, GLOBAL_BATCH, STEPS = 19, 12, 3  # two steps per epoch, of 12 and 7 rows
 FSDP_2 = {

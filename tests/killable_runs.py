@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import tokentune.finetune
-import tokentune.runs.checkpoints
-import tokentune.runs.resumable_trainer
+import tokentune.training.checkpoints.saving
+import tokentune.training.resumable_trainer
 from tokentune.errors import run_command
-from tokentune.training import SelectiveTrainer
+from tokentune.training.trainer import SelectiveTrainer
 
 # Windows of 3, 3 and 2 micro-batches of 2 rows: 3 steps in an epoch, 9 in the run.
 STEPS = (

@@ -28,10 +28,10 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-import tokentune.adapter_kinds
+import tokentune.core.adapter_kinds
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.patching import last_draw
-from tokentune.selection import mask_unselected_labels
+from tokentune.core.patching import last_draw
+from tokentune.sampling.sampler import mask_unselected_labels
 
 LLAMA = next(family for family in FAMILIES if family.model == "LlamaForCausalLM")
 LENGTH, SELECTED = 24, 7
@@ -220,7 +220,7 @@ def test_prompts_put_in_front_of_a_patched_model_are_refused() -> None:
 
 
 def test_a_kind_that_nobody_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokentune.adapter_kinds, "SERVED", tokentune.adapter_kinds.SERVED - {"vera"})
+    monkeypatch.setattr(tokentune.core.adapter_kinds, "SERVED", tokentune.core.adapter_kinds.SERVED - {"vera"})
     with pytest.raises(UnsupportedModelError, match=r"kind \(vera\) that was never compared"):
         apply_tokentune(adapted(config_of("VERA")))
     model = apply_tokentune(adapted(config_of("VERA")), verify=False)

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from tokentune import apply_tokentune
-from tokentune.adapters import add_adapters, say_adapters
 from tokentune.errors import UserError
+from tokentune.models.adapters import add_adapters, say_adapters
 
 MIXTURES = {
     "mixtral": MixtralConfig(**SIZES, **ROUTED),

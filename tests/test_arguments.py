@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tokentune
-from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
+from tokentune.settings.finetune import parse_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
 # The released interface, and what this project adds to it.
@@ -59,6 +59,8 @@ DEFAULTS = {
     "eval_dataset_split": None,
     "eval_dataset_config": None,
     "bad_rows": "stop",
+    "system_in_user": False,
+    "tokenize_workers": None,
     "selection": "supervised",
     "selection_pass": False,
     "selection_draw": "proportional",
@@ -130,7 +132,7 @@ def test_a_schedule_s_largest_size_is_what_there_has_to_be_room_for() -> None:
 def test_a_strategy_of_ones_own_is_found(tmp_path: Path) -> None:
     file = tmp_path / "rare.py"
     file.write_text(
-        "from tokentune.strategies import Tokens, strategy\n\n"
+        "from tokentune.sampling.strategies import Tokens, strategy\n\n"
         "@strategy('rare_in_arguments')\n"
         "def rare(tokens: Tokens):\n"
         "    return tokens.input_ids + tokens.uniform\n"

@@ -234,7 +234,7 @@ CASES = [  # name, files, words, sentence
         {"a.jsonl": '{"conversations": [{"from": "narrator", "value": "x"}]}\n'},
         DATA + "a.jsonl",
         "{tmp}/a.jsonl, row 1, message 1: unknown speaker 'narrator'; known are system, human, user, gpt, "
-        "assistant, model, chatgpt, function_call, observation, tool, function_response.",
+        "assistant, model, chatgpt, ai, function_call, observation, tool, function_response.",
     ),
     (
         "text and turns",

@@ -48,8 +48,8 @@ FLAGS = [
     (
         "no such data format",
         "--data_format xml",
-        "--data_format: 'xml' is none of 'auto', 'alpaca', 'prompt_completion', 'messages', 'sharegpt', "
-        "'text' (--help lists all flags)",
+        "--data_format: 'xml' is none of 'auto', 'alpaca', 'alpaca_chat', 'prompt_completion', 'messages', "
+        "'sharegpt', 'text' (--help lists all flags)",
     ),
     ("no epochs", "--num_epochs 0", "--num_epochs 0: must be 1 or more"),
     ("no batch", "--global_batch_size 0", "--global_batch_size 0: must be 1 or more"),

@@ -10,13 +10,13 @@ from classification_models import tiny_tokenizer, write_lines
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import CHAT, answers, load, refused, write
 from tests.test_streaming_rows import stream, texts
-from tokentune.arguments import parse_arguments
-from tokentune.data.bad_rows import BadRows
-from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_encoding import encode_texts, encode_words
-from tokentune.encoders.classification_rows import Columns, find_columns, read_split
-from tokentune.encoders.labels import Labels, find_labels
+from tokentune.data.formats.bad_rows import BadRows
+from tokentune.data.labelled.encoding import encode_texts, encode_words
+from tokentune.data.labelled.labels import Labels, find_labels
+from tokentune.data.labelled.rows import Columns, find_columns, read_split
 from tokentune.errors import UserError
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import parse_arguments
 
 GOOD = {"instruction": "a", "output": "ok"}
 WRONG_TURN = {"messages": [{"role": "narrator", "content": "x"}, CHAT[1]]}

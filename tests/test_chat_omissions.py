@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from tests.chat_tokenizers import TOOLS, chat_tokenizer
-from tokentune.data.chat_templates import ChatEncoder
-from tokentune.data.conversations import openai_conversation
+from tokentune.data.chat.templates import ChatEncoder
+from tokentune.data.formats.conversations import openai_conversation
 from tokentune.errors import UserError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "unit": "C"}}}

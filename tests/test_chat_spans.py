@@ -7,11 +7,11 @@ import pytest
 from tokenizers import AddedToken
 
 from tests.chat_tokenizers import chat_tokenizer, learnt_texts
-from tokentune.data import chat_rendering
-from tokentune.data.chat_templates import ChatEncoder
-from tokentune.data.conversations import openai_conversation
+from tokentune.data.chat import rendering as chat_rendering
+from tokentune.data.chat.templates import ChatEncoder
+from tokentune.data.formats.conversations import openai_conversation
+from tokentune.data.prompts import encode_answer
 from tokentune.errors import UserError
-from tokentune.prompts import encode_answer
 
 MARKERS = [
     "<think>",

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.chat_tokenizers import CHATML, LLAMA_3, MISTRAL, STYLES, TOOLS, chat_tokenizer, learnt_texts, without_marks
-from tokentune.data.chat_templates import ChatEncoder, load_chat_template
-from tokentune.data.conversations import Conversation, openai_conversation
+from tokentune.data.chat.templates import ChatEncoder, load_chat_template
+from tokentune.data.formats.conversations import Conversation, openai_conversation
 from tokentune.errors import UserError
 
 CHAT = [

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers
-from tokentune.memory import SavedForBackward
-from tokentune.selective import without_queries
+from tokentune.core.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.selective_layer import without_queries
 
 LAYERS = 5
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

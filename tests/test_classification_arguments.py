@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tokentune.arguments import parse_arguments
 from tokentune.classify import run_folder_of
-from tokentune.command_line.data_arguments import DataArguments, RowsArguments
-from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.errors import UserError
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.data import DataArguments, RowsArguments
+from tokentune.settings.finetune import parse_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
 # Where an encoder's default is not the one of finetune.py, and what finetune.py has not.
@@ -55,7 +55,7 @@ def test_flags_are_finetunes_and_a_few_more() -> None:
 
 
 def test_what_does_not_go_with_an_encoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokentune.command_line.model_arguments.ModelArguments.__post_init__", lambda self: None)
+    monkeypatch.setattr("tokentune.settings.model.ModelArguments.__post_init__", lambda self: None)
     with pytest.raises(UserError, match="Liger has kernels for causal language models"):
         parsed("--use_liger_kernel")
 

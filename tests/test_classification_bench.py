@@ -156,8 +156,8 @@ def test_methods_of_a_task_differ_in_the_selection_alone(bench):
 
 
 def test_the_flags_are_those_of_the_command():
-    from tokentune.arguments import parse_arguments
-    from tokentune.encoders.classification_arguments import ClassificationArguments
+    from tokentune.settings.classification import ClassificationArguments
+    from tokentune.settings.finetune import parse_arguments
 
     options = Namespace(data=Path("data"), model="a-model", only=list(classification.TASKS))
     options.methods = list(classification.METHODS)
@@ -169,9 +169,9 @@ def test_the_flags_are_those_of_the_command():
 
 
 def test_runs_that_are_compared_have_folders_of_their_own():
-    from tokentune.arguments import parse_arguments
     from tokentune.classify import run_folder_of
-    from tokentune.encoders.classification_arguments import ClassificationArguments
+    from tokentune.settings.classification import ClassificationArguments
+    from tokentune.settings.finetune import parse_arguments
 
     words = ["--model_name_or_path", "m", "--dataset_name_or_path", "rows.jsonl", "--task_type", "token"]
     methods = [method for name, method in classification.METHODS.items() if name != "full"]
@@ -182,9 +182,9 @@ def test_runs_that_are_compared_have_folders_of_their_own():
 
 def test_batches_of_about_one_length():
     """`--group_by_length`, which keeps padding out of the measurements."""
-    from tokentune.arguments import parse_arguments
-    from tokentune.encoders.classification_arguments import ClassificationArguments
-    from tokentune.encoders.classification_training import classification_settings
+    from tokentune.settings.classification import ClassificationArguments
+    from tokentune.settings.finetune import parse_arguments
+    from tokentune.training.classification import classification_settings
 
     words = ["--model_name_or_path", "m", "--dataset_name_or_path", "rows.jsonl"]
     for flags, strategy in (([], "random"), (["--group_by_length"], "group_by_length")):

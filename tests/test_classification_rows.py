@@ -8,15 +8,15 @@ import pytest
 from classification_models import tiny_tokenizer, write_images, write_lines
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from tokentune.arguments import parse_arguments
-from tokentune.data import records
-from tokentune.encoders import classification_encoding
-from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_encoding import encode_texts, encode_words
-from tokentune.encoders.classification_rows import Columns, Split, find_columns, read_split, some_rows
-from tokentune.encoders.glue import TASKS
-from tokentune.encoders.labels import Labels, find_labels, find_token_labels
+from tokentune.data.formats import records
+from tokentune.data.labelled import encoding as classification_encoding
+from tokentune.data.labelled.encoding import encode_texts, encode_words
+from tokentune.data.labelled.labels import Labels, find_labels, find_token_labels
+from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, some_rows
 from tokentune.errors import UserError
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import parse_arguments
+from tokentune.settings.glue import TASKS
 
 
 def arguments(words: str) -> ClassificationArguments:

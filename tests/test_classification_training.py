@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, ModernBertConfig, ModernBertForSequenceClassification
 
 from tokentune import apply_tokentune
-from tokentune.arguments import parse_arguments
 from tokentune.classify import main
-from tokentune.collators import SeededRows
-from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_data import ClassificationData, configured, load_data, load_processing
-from tokentune.encoders.classification_training import (
+from tokentune.data.collators import SeededRows
+from tokentune.data.labelled.splits import ClassificationData, configured, load_data, load_processing
+from tokentune.models.builder import prepare_model
+from tokentune.models.pretrained import load_config
+from tokentune.models.tasks import HEADS, head_modules
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.classification import (
     build_classification_trainer,
     classification_settings,
     tokens_per_image,
 )
-from tokentune.heads import HEADS, head_modules
-from tokentune.loading import load_config
-from tokentune.preparation import prepare_model
-from tokentune.training import SelectiveTrainer
+from tokentune.training.trainer import SelectiveTrainer
 
 ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
 

@@ -127,7 +127,7 @@ def test_the_best_is_not_the_last(
     method: str, bert: Path, texts: tuple[Path, Path], run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores that fall from one epoch to the next: the first epoch's weights are what is saved."""
-    import tokentune.encoders.classification_training as training
+    import tokentune.training.classification as training
 
     def falling(*_: object) -> Callable[..., dict[str, float]]:
         scores = iter([0.9, 0.5, 0.4])

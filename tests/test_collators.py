@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from tokentune.choosing.weighted_draw import inclusion_probabilities, systematic_draw
-from tokentune.collators import CausalCollator, ClassificationCollator, EncoderDraw, SeededRows, stack_images
+from tokentune.data.collators import CausalCollator, ClassificationCollator, EncoderDraw, SeededRows, stack_images
+from tokentune.data.formats.records import load_records
 from tokentune.data.packing import PackedCollator
-from tokentune.data.records import load_records
-from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records
-from tokentune.selection import selected_count, target_mask
-from tokentune.strategies import REGISTRY, Choice, Tokens, strategy, strategy_names
-from tokentune.verification import Pooling
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records
+from tokentune.sampling.sampler import selected_count, target_mask
+from tokentune.sampling.strategies import REGISTRY, Choice, Tokens, strategy, strategy_names
+from tokentune.sampling.weighted_draw import inclusion_probabilities, systematic_draw
+from tokentune.verify.verification import Pooling
 
 PAD = 3
 

@@ -9,10 +9,10 @@ from classification_models import save_tiny_bert, write_texts
 from safetensors.torch import load_file
 
 from tokentune import classify, estimate, finetune
-from tokentune.arguments import FinetuneArguments, parse_arguments
-from tokentune.encoders.classification_arguments import ClassificationArguments
+from tokentune.cli.config_file import STARTING, read_config, write_config
 from tokentune.errors import UserError
-from tokentune.runs.config_file import STARTING, read_config, write_config
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import FinetuneArguments, parse_arguments
 
 REQUIRED = "model_name_or_path: owner/model\ndataset_name_or_path: owner/data\n"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tokentune.data.conversations import openai_conversation, sharegpt_conversation, system_in_user, text_of
+from tokentune.data.formats.conversations import openai_conversation, sharegpt_conversation, system_in_user, text_of
 from tokentune.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

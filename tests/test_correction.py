@@ -17,14 +17,17 @@ from test_selective import assert_same_gradients
 from torch import Tensor, nn
 from transformers import BertModel, LlamaForCausalLM
 
-from tokentune import UnsupportedModelError, apply_tokentune, attention, blocks, correction, patching, selective
-from tokentune.checkpointing import CHECKPOINT_REST
-from tokentune.correction import OwnTokens, gradient_scales
-from tokentune.looking import LookOptions
-from tokentune.masks import GroupMask, recipe_from_functions, recipe_from_mask
-from tokentune.memory import SavedForBackward
-from tokentune.selective import Rows
-from tokentune.verification import Profile
+from tokentune import UnsupportedModelError, apply_tokentune
+from tokentune.core import attention, correction, patching
+from tokentune.core import blockwise_attention as blocks
+from tokentune.core import selective_layer as selective
+from tokentune.core.checkpointing import CHECKPOINT_REST
+from tokentune.core.correction import OwnTokens, gradient_scales
+from tokentune.core.masks import GroupMask, recipe_from_functions, recipe_from_mask
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.scoring_pass import LookOptions
+from tokentune.core.selective_layer import Rows
+from tokentune.verify.verification import Profile
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 LLAMA = Family("Llama", "LlamaForCausalLM")

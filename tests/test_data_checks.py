@@ -9,13 +9,13 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.arguments import parse_arguments
-from tokentune.data.data_checks import check_data, look_at
 from tokentune.data.encoding import EncodingReport
+from tokentune.data.inspection.checks import check_data, look_at
+from tokentune.data.inspection.row_statistics import draws, end_token_ids, row_statistics
 from tokentune.data.instruction_data import InstructionData
-from tokentune.data.row_statistics import draws, end_token_ids, row_statistics
 from tokentune.errors import UserError
-from tokentune.loading import load_tokenizer
+from tokentune.models.pretrained import load_tokenizer
+from tokentune.settings.finetune import parse_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data", "--report_to", "none"]
 BOS, EOS, VOCABULARY = 1, 2, 90
@@ -94,7 +94,7 @@ def test_ends_are_eos_and_marks_of_turns(tokenizer: PreTrainedTokenizerBase, tin
 
 
 def test_draws_are_those_of_the_first_epoch() -> None:
-    from tokentune.collators import CausalCollator, SeededRows
+    from tokentune.data.collators import CausalCollator, SeededRows
 
     rows = SeededRows(good(), 7)
     sample, selected, learnt = draws(rows, 0.3, "random")

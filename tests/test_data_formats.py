@@ -11,9 +11,9 @@ import pytest
 from tests.chat_tokenizers import TOOLS, chat_tokenizer
 from tests.test_instruction_data import CHAT, SHAREGPT, load, refused, write
 from tests.test_streaming_rows import stream
-from tokentune.data.data_formats import FORMATS
+from tokentune.data.formats.data_formats import FORMATS
+from tokentune.data.prompts import PromptTemplate
 from tokentune.errors import UserError
-from tokentune.prompts import PromptTemplate
 
 TOKENIZER = chat_tokenizer(TOOLS)
 USER, ASSISTANT = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tokentune.data.dataset_layout import find_files, tells_split
-from tokentune.data.records import load_records, open_source
+from tokentune.data.formats.dataset_layout import find_files, tells_split
+from tokentune.data.formats.records import load_records, open_source
 from tokentune.errors import UserError
 
 FLAG = "--dataset_name_or_path"

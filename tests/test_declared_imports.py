@@ -63,7 +63,7 @@ def test_windows_is_told_that_it_is_not_served() -> None:
     lacking = re.compile(r"^\s*(import|from) (fcntl|resource|pwd|grp|termios|pty)\b", re.MULTILINE)
     assert not [path for path in files if lacking.search(path.read_text(encoding="utf-8"))]
     code = "import sys, tokentune\nprint('tokentune.posix' in sys.modules)\nsys.modules['fcntl'] = None\n"
-    words = [sys.executable, "-c", f"{code}import tokentune.runs.run_lock"]
+    words = [sys.executable, "-c", f"{code}import tokentune.training.checkpoints.run_lock"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout == "False\n"
     assert "ImportError: TokenTune's commands run on Linux and macOS" in done.stderr.splitlines()[-1]

@@ -13,13 +13,14 @@ from conftest import tiny_llama_config
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from tokentune import apply_tokentune, diagnose, preparation
-from tokentune.adapters import add_adapters
-from tokentune.collators import CausalCollator, SeededRows
-from tokentune.diagnostics.draw_statistics import DrawStatistics, RowVariance
-from tokentune.diagnostics.measuring import micro_batches, supervised_items, take_gradient, without_dropout
-from tokentune.diagnostics.parts import Part, parts_of
-from tokentune.diagnostics.report import failure_signs
+from tokentune import apply_tokentune, diagnose
+from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
+from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient, without_dropout
+from tokentune.gradients.parts import Part, parts_of
+from tokentune.gradients.report import failure_signs
+from tokentune.models import builder as preparation
+from tokentune.models.adapters import add_adapters
 
 PARTS = {"a": Part(0, "mlp"), "b": Part(0, "norms"), "c": Part(1, "mlp"), "d": Part(None, "head")}
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 7), "d": (6,)}

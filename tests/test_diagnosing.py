@@ -9,13 +9,13 @@ from bad_input import check_sentence
 from transformers import AutoTokenizer
 
 from tokentune import finetune
-from tokentune.arguments import parse_arguments
-from tokentune.diagnostics.measuring import micro_batches, supervised_items, take_gradient
-from tokentune.preparation import make_selective, prepare_model
-from tokentune.prompts import PromptTemplate, ensure_pad_token
-from tokentune.runs.diagnosing import compared
-from tokentune.runs.run_folder import CURVES_NAME, SUMMARY_NAME
-from tokentune.training import training_collator
+from tokentune.data.prompts import PromptTemplate, ensure_pad_token
+from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient
+from tokentune.models.builder import make_selective, prepare_model
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.checkpoints.run_folder import CURVES_NAME, SUMMARY_NAME
+from tokentune.training.diagnosing import compared
+from tokentune.training.trainer import training_collator
 
 
 def run(model: Path, data: Path, folder: Path, *words: object) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -31,11 +31,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
-from tokentune.footprints.sharding import measure_share
-from tokentune.runs.distributed import DDP, DEEPSPEED, FSDP, EvenSampler, check_checkpoint, engine
-from tokentune.runs.peers import lost_peer
+from tokentune.memory.sharding import measure_share
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.distributed.engines import DDP, DEEPSPEED, FSDP, EvenSampler, check_checkpoint, engine
+from tokentune.training.distributed.peers import lost_peer
 
 ROOT = Path(__file__).resolve().parents[1]
 SELECTIVE = "--tokentune --prefix_length 0.3 --skip_verification"

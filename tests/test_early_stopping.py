@@ -13,12 +13,12 @@ from test_training import arguments_for, make_rows, make_trainer, trained_parame
 from transformers import TrainerCallback
 
 from tokentune import finetune
-from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
-from tokentune.runs.callbacks import EarlyStopping
-from tokentune.runs.evaluation import loss_per_token
-from tokentune.runs.summary import warn_without_gain
-from tokentune.training import SelectiveTrainer
+from tokentune.reports.summary import warn_without_gain
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.callbacks import EarlyStopping
+from tokentune.training.evaluation import loss_per_token
+from tokentune.training.trainer import SelectiveTrainer
 
 Make = Callable[..., SelectiveTrainer]
 WORDS = "--global_batch_size 4 --eval_steps 1 --num_epochs 3"
@@ -137,7 +137,7 @@ def test_the_command_saves_the_best_weights_and_says_which(
         saved[step] = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
         return loss_per_token(trainer, loader) | {"loss": losses[step]}
 
-    monkeypatch.setattr("tokentune.training.loss_per_token", evaluation)
+    monkeypatch.setattr("tokentune.training.trainer.loss_per_token", evaluation)
     data, model = ["--dataset_name_or_path", str(alpaca_file)], ["--model_name_or_path", str(tiny_llama_dir)]
     words = "--global_batch_size 4 --num_epochs 3 --warmup_steps 0 --report_to none --eval_steps 1 --skip_verification"
     words += " --load_best_model_at_end --early_stopping_patience 2 --tokentune --data_cache none --save_steps 3"

@@ -19,15 +19,14 @@ from transformers import (
 )
 
 from tokentune import estimate
-from tokentune.arguments import Arguments, parse_arguments
+from tokentune.core.saved_bytes import SavedForBackward, estimate_table
 from tokentune.errors import UserError
-from tokentune.footprints import estimate_table
-from tokentune.footprints.accounting import LiveBytes, quantization_constants
-from tokentune.footprints.fake_device import fake_device, run_backward, to_fake
-from tokentune.footprints.footprint import Footprint, measure
-from tokentune.heads import TEXT
-from tokentune.memory import SavedForBackward
-from tokentune.preparation import base_dtype, prepare_model
+from tokentune.memory.accounting import LiveBytes, quantization_constants
+from tokentune.memory.fake_device import fake_device, run_backward, to_fake
+from tokentune.memory.footprint import Footprint, measure
+from tokentune.models.builder import base_dtype, prepare_model
+from tokentune.models.tasks import TEXT
+from tokentune.settings.finetune import Arguments, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCES, TOKENS = 2, 128

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, LlamaForCausalLM, PreTrainedModel
 
 from tokentune import apply_tokentune
-from tokentune.adapters import add_adapters
-from tokentune.footprints.accounting import LiveBytes
-from tokentune.runs.evaluation import can_be_chunked, loss_in_chunks, loss_per_token
-from tokentune.tiny_copy import Float64
+from tokentune.memory.accounting import LiveBytes
+from tokentune.models.adapters import add_adapters
+from tokentune.training.evaluation import can_be_chunked, loss_in_chunks, loss_per_token
+from tokentune.verify.tiny_copy import Float64
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None}
@@ -83,7 +83,7 @@ def adapted(model: PreTrainedModel) -> nn.Module:
 def test_loss_in_chunks_is_the_plain_one(name: str, prepared: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.enable_grad():
         model = PREPARED[prepared](model_of(name)).eval()
-    monkeypatch.setattr("tokentune.runs.evaluation.loss_in_chunks", small_chunks)
+    monkeypatch.setattr("tokentune.training.evaluation.loss_in_chunks", small_chunks)
     batches = [batch_of(4, 24), batch_of(2, 15)]
     assert can_be_chunked(model, batches[0]["input_ids"])
     own = dict(vars(model)), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -115,9 +115,9 @@ def test_the_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) 
     logits = 4 * 4096 * 8 * 64
     peaks = {}
     for way, possible in (("chunks", True), ("whole", False)):
-        monkeypatch.setattr("tokentune.runs.evaluation.can_be_chunked", lambda *_, possible=possible: possible)
+        monkeypatch.setattr("tokentune.training.evaluation.can_be_chunked", lambda *_, possible=possible: possible)
         monkeypatch.setattr(
-            "tokentune.runs.evaluation.loss_in_chunks",
+            "tokentune.training.evaluation.loss_in_chunks",
             lambda model, labels, count: loss_in_chunks(model, labels, count, chunk_bytes=logits // 32),
         )
         with LiveBytes() as live:

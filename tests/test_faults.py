@@ -14,11 +14,11 @@ import torch
 from killable_runs import METHOD, Run, assert_same_run, interrupted_copy, run, run_folder_in, uninterrupted
 
 import tokentune.finetune
-import tokentune.runs.checkpoints
-import tokentune.runs.resumable_trainer
+import tokentune.training.checkpoints.saving
+import tokentune.training.resumable_trainer
 from tokentune.errors import UserError
-from tokentune.runs.checkpoints import MANIFEST_NAME, fault_of, with_usual_modes
-from tokentune.training import SelectiveTrainer
+from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of, with_usual_modes
+from tokentune.training.trainer import SelectiveTrainer
 
 
 def truncate(path: Path) -> None:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tokentune.patching
-from tokentune.arguments import parse_arguments
-from tokentune.data.records import load_records
+import tokentune.core.patching
+from tokentune.data.formats.records import load_records
+from tokentune.data.prompts import PromptTemplate, encode_records
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.loading import load_tokenizer
-from tokentune.prompts import PromptTemplate, encode_records
+from tokentune.models.pretrained import load_tokenizer
+from tokentune.settings.finetune import parse_arguments
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHORT = (
@@ -193,8 +193,10 @@ def test_verification_can_be_skipped(
     skip: bool, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified = []
-    real = tokentune.patching.verified_profile
-    monkeypatch.setattr(tokentune.patching, "verified_profile", lambda model: verified.append(model) or real(model))
+    real = tokentune.core.patching.verified_profile
+    monkeypatch.setattr(
+        tokentune.core.patching, "verified_profile", lambda model: verified.append(model) or real(model)
+    )
     run(tiny_llama_dir, alpaca_file, tmp_path, "--tokentune --prefix_length 0.3" + " --skip_verification" * skip)
     assert bool(verified) is not skip
 

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tokentune.arguments import FinetuneArguments, parse_arguments
-from tokentune.data.data_checks import check_data
+from tokentune.data.formats.json_files import read_json_lines
+from tokentune.data.inspection.checks import check_data
 from tokentune.data.instruction_data import load_instruction_data
-from tokentune.data.json_files import read_json_lines
+from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.errors import UserError
-from tokentune.loading import load_tokenizer
-from tokentune.prompts import PromptTemplate, ensure_pad_token
+from tokentune.models.pretrained import load_tokenizer
+from tokentune.settings.finetune import FinetuneArguments, parse_arguments
 
 VOCABULARY = 400
 MOST_CHARACTERS = 1500  # of a message

@@ -28,11 +28,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import tokentune.drawing
+import tokentune.core.model_sampling
 from tokentune import apply_tokentune
-from tokentune.memory import SavedForBackward
-from tokentune.patching import profile_of
-from tokentune.verification import Pooling
+from tokentune.core.patching import profile_of
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.verify.verification import Pooling
 
 BATCH, LENGTH, PROPORTION = 3, 17, 0.4
 SEPARATE = ("q_proj", "k_proj", "v_proj")
@@ -161,14 +161,14 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 
 
 def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    drawn, select = [], tokentune.drawing.select_tokens
+    drawn, select = [], tokentune.core.model_sampling.select_tokens
 
     def record(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
         positions, weights = select(*args, **options)
         drawn.append(positions)
         return positions, weights
 
-    monkeypatch.setattr(tokentune.drawing, "select_tokens", record)
+    monkeypatch.setattr(tokentune.core.model_sampling, "select_tokens", record)
     return drawn
 
 

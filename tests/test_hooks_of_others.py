@@ -11,8 +11,8 @@ from test_selective import CASES, LENGTH, assert_close, assert_same_gradients, b
 from torch import Tensor, nn
 
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.groups import TokenGroups
-from tokentune.looking import LookOptions
+from tokentune.core.groups import TokenGroups
+from tokentune.core.scoring_pass import LookOptions
 
 POSITIONS = torch.tensor([[0, 2, 5, 9], [0, 3, 4, 6], [0, 1, 2, 4]])
 

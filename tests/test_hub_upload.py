@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from tokentune import finetune
 from tokentune.errors import UserError
 from tokentune.merge import merge
-from tokentune.runs import hub_upload
-from tokentune.runs.hub_upload import check_push, push_folder, repository_name
+from tokentune.reports import hub_upload
+from tokentune.reports.hub_upload import check_push, push_folder, repository_name
 
 
 class Hub:

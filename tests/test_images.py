@@ -10,7 +10,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from PIL.ExifTags import Base
 
-from tokentune.encoders.images import ImageRows, load_image_folder
+from tokentune.data.labelled.images import ImageRows, load_image_folder
 from tokentune.errors import UserError
 
 

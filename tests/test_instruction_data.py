@@ -11,15 +11,15 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.chat_tokenizers import CHATML, TOOLS, chat_tokenizer, learnt_texts
-from tokentune.arguments import FinetuneArguments, parse_arguments
-from tokentune.data import json_files, records
-from tokentune.data.data_formats import Answer
-from tokentune.data.data_mixing import mixture_counts, mixture_rows
+from tokentune.data.formats import json_files, records
+from tokentune.data.formats.data_formats import Answer
 from tokentune.data.instruction_data import InstructionData, load_instruction_data
+from tokentune.data.mixing import mixture_counts, mixture_rows
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tokentune.data.record_encoding import held_out
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tokentune.settings.finetune import FinetuneArguments, parse_arguments
 
 TEMPLATE = PromptTemplate.load(DEFAULT_TEMPLATE)
 PLAIN = PromptTemplate("{instruction}|{input}|", "{instruction}|", "|")

@@ -23,13 +23,13 @@ from killable_runs import (
 )
 
 import tokentune.finetune
-import tokentune.runs.checkpoints
-import tokentune.runs.resumable_trainer
+import tokentune.training.checkpoints.saving
+import tokentune.training.resumable_trainer
 from tokentune.errors import UserError, run_command
-from tokentune.runs.checkpoints import fault_of
-from tokentune.runs.interruptions import Interrupted
-from tokentune.runs.run_lock import locked
-from tokentune.training import SelectiveTrainer
+from tokentune.training.checkpoints.run_lock import locked
+from tokentune.training.checkpoints.saving import fault_of
+from tokentune.training.distributed.interruptions import Interrupted
+from tokentune.training.trainer import SelectiveTrainer
 
 
 def interrupted_run(run: Run, folder: Path, words: str = METHOD) -> Interrupted:

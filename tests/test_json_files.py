@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from tokentune.data import json_files
-from tokentune.data.json_files import parse_json, read_json, read_json_lines
+from tokentune.data.formats import json_files
+from tokentune.data.formats.json_files import parse_json, read_json, read_json_lines
 from tokentune.errors import UserError
 
 

@@ -116,8 +116,8 @@ STUCK = """
 import os, sys
 from datetime import timedelta
 from torch.distributed import TCPStore
-from tokentune.runs.interruptions import interruptible
-from tokentune.runs.peers import end_when_stuck
+from tokentune.training.distributed.interruptions import interruptible
+from tokentune.training.distributed.peers import end_when_stuck
 
 with interruptible(), end_when_stuck(seconds=1.0):
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

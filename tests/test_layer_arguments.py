@@ -11,12 +11,12 @@ from transformers import BertConfig, BertModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.groups import TokenGroups
-from tokentune.layer_arguments import arguments_per_token, has_row_per_token, map_tensors
-from tokentune.patching import profile_of
-from tokentune.selective import SELECTED, Step
-from tokentune.structure import transformer_layers
-from tokentune.verification import LENGTH, OTHER_LENGTH
+from tokentune.core.groups import TokenGroups
+from tokentune.core.layer_arguments import arguments_per_token, has_row_per_token, map_tensors
+from tokentune.core.layers import transformer_layers
+from tokentune.core.patching import profile_of
+from tokentune.core.selective_layer import SELECTED, Step
+from tokentune.verify.verification import LENGTH, OTHER_LENGTH
 
 
 class LayerWithTables(LlamaDecoderLayer):

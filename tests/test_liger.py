@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
 
 from tokentune import apply_tokentune
-from tokentune.arguments import Arguments, parse_arguments
 from tokentune.errors import UserError
-from tokentune.preparation import check_kernels
-from tokentune.runs.training_settings import BESIDE_TOKENTUNE, build_training_arguments
+from tokentune.models.builder import check_kernels
+from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.training.trainer_arguments import BESIDE_TOKENTUNE, build_training_arguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data", "--use_liger_kernel"]
 ROWS: list[int] = []  # of each call of the stand-in's norm
@@ -50,7 +50,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers._apply_liger_kernel_to_instance = lambda model, **config: apply_to_llama(model, **config)
     for name, module in (("", package), (".transformers", transformers), (".transformers.monkey_patch", patch)):
         monkeypatch.setitem(sys.modules, f"liger_kernel{name}", module)
-    for place in ("tokentune.command_line.model_arguments", "transformers.integrations.liger"):
+    for place in ("tokentune.settings.model", "transformers.integrations.liger"):
         monkeypatch.setattr(f"{place}.is_liger_kernel_available", lambda: True)
 
 
@@ -66,7 +66,7 @@ def test_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokentune.command_line.model_arguments.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("tokentune.settings.model.is_liger_kernel_available", lambda: False)
     with pytest.raises(UserError, match="pip install liger-kernel"):
         parse(monkeypatch)
 

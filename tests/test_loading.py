@@ -22,11 +22,10 @@ from transformers import (
     T5Config,
 )
 
-from tokentune.adapters import add_adapters
-from tokentune.data import sources
-from tokentune.data.sources import hub_error, is_local_path
+from tokentune import sources
 from tokentune.errors import UserError
-from tokentune.loading import (
+from tokentune.models.adapters import add_adapters
+from tokentune.models.pretrained import (
     _check_placement,
     checkpoint_dtype,
     load_base_model,
@@ -35,6 +34,7 @@ from tokentune.loading import (
     resolve_base_dtype,
     run_folder_name,
 )
+from tokentune.sources import hub_error, is_local_path
 
 FLAG = "--model_name_or_path"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -20,17 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-import tokentune.looking
-from tokentune import UnsupportedModelError, apply_tokentune, drawing, remove_tokentune
-from tokentune.arguments import parse_arguments
-from tokentune.footprints.footprint import measure
-from tokentune.looking import LookOptions, look
-from tokentune.memory import SavedForBackward
-from tokentune.patching import last_draw
-from tokentune.preparation import prepare_model
-from tokentune.selective import Rows
-from tokentune.structure import transformer_layers
-from tokentune.verification import Profile
+import tokentune.core.scoring_pass
+from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
+from tokentune.core import model_sampling as drawing
+from tokentune.core.layers import transformer_layers
+from tokentune.core.patching import last_draw
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.scoring_pass import LookOptions, look
+from tokentune.core.selective_layer import Rows
+from tokentune.memory.footprint import measure
+from tokentune.models.builder import prepare_model
+from tokentune.settings.finetune import parse_arguments
+from tokentune.verify.verification import Profile
 
 NAMES = ("Llama", "Mistral", "Mixtral", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3", "GPT-2", "GPT-OSS", "DeepSeek-V3")
 CAUSAL = [family for family in FAMILIES if family.name in NAMES and family.model.endswith(("ForCausalLM", "HeadModel"))]
@@ -154,7 +155,7 @@ def test_keys_and_values_are_dropped_layer_by_layer(monkeypatch: pytest.MonkeyPa
     left = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, args: left.append(current()))
-    from tokentune.selective import CURRENT_STEP
+    from tokentune.core.selective_layer import CURRENT_STEP
 
     def current() -> int | None:
         return None if CURRENT_STEP.get() is None else len(CURRENT_STEP.get().kept)
@@ -180,7 +181,7 @@ def test_losses_and_gradient_norms_are_those_of_autograd(family: Family, side: s
 @pytest.mark.parametrize("layers", [None, 1])
 @by_family
 def test_attention_received_is_the_sum_of_the_weights(family: Family, layers: int | None, monkeypatch) -> None:
-    monkeypatch.setattr("tokentune.looking._SCORE_BYTES", 4 * 3 * 4 * 15 * 4)  # blocks of four queries
+    monkeypatch.setattr("tokentune.core.scoring_pass._SCORE_BYTES", 4 * 3 * 4 * 15 * 4)  # blocks of four queries
     model = build(family)
     inputs = batch(model)
     found = scores_of(model, inputs, ("attention",), layers=layers)["attention"]
@@ -330,7 +331,7 @@ def test_what_a_look_changes_is_put_back_after_an_error(monkeypatch: pytest.Monk
     model = looking(llama(), "gradient", layers=1)
     model.activation_checkpointing_enable()
     inputs = batch(model)
-    monkeypatch.setattr("tokentune.looking.row_gradients", lambda *_: 1 / 0)
+    monkeypatch.setattr("tokentune.core.scoring_pass.row_gradients", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(**inputs)
     monkeypatch.undo()
@@ -368,9 +369,9 @@ def test_encoders_are_refused() -> None:
 
 
 def test_verification_finds_a_look_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tokentune.looking.attention_received
+    right = tokentune.core.scoring_pass.attention_received
     wrong = lambda *args, **options: 1.001 * right(*args, **options)  # noqa: E731
-    monkeypatch.setattr("tokentune.looking.attention_received", wrong)
+    monkeypatch.setattr("tokentune.core.scoring_pass.attention_received", wrong)
     with pytest.raises(UnsupportedModelError, match="attention of tokens differ from the definition"):
         apply_tokentune(llama(), 0.4, strategy="attention")
     apply_tokentune(llama(), 0.4, strategy="gradient")

@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-import tokentune.loss
+import tokentune.core.loss
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.loss import ChunkedLoss
-from tokentune.memory import SavedForBackward
-from tokentune.tiny_copy import Float64
+from tokentune.core.loss import ChunkedLoss
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.verify.tiny_copy import Float64
 
 IDS = torch.arange(3, 33).reshape(2, 15)
 POSITIONS = torch.tensor([[1, 5, 9, 13], [0, 2, 3, 12]])
@@ -137,7 +137,7 @@ def test_trained_head_runs_twice_per_chunk_and_frozen_once() -> None:
 
 def test_given_count_of_supervised_rows_is_used_where_they_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = step(patched(llama(), False))
-    monkeypatch.setattr(tokentune.loss, "is_fake", lambda tensor: True)  # as on an accelerator: nothing is read
+    monkeypatch.setattr(tokentune.core.loss, "is_fake", lambda tensor: True)  # as on an accelerator: nothing is read
     model = patched(llama(), True)
     assert rows_of_head(model)[:4] == [0, 3, 3, 2]  # all eight
     assert rows_of_head(model, num_supervised=6)[:3] == [0, 3, 3]
@@ -304,7 +304,7 @@ def test_logits_of_a_large_vocabulary_are_never_kept(name: str) -> None:
         model = LlamaForCausalLM(tiny_llama_config(vocab_size=vocabulary))
         if name == "frozen":
             model = get_peft_model(model, LoraConfig(**LORA))
-        patched(model, chunked, tokentune.loss.CHUNK_BYTES)
+        patched(model, chunked, tokentune.core.loss.CHUNK_BYTES)
         with SavedForBackward(model) as saved:
             model(input_ids=IDS, labels=IDS, selected_positions=POSITIONS).loss.backward()
         with saved_shapes() as shapes:

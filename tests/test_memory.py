@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tokentune.memory import SavedForBackward, gib, memory_usage, reset_peak
+from tokentune.core.saved_bytes import SavedForBackward, gib, memory_usage, reset_peak
 
 
 def test_counts_each_storage_once_and_no_parameters() -> None:

@@ -17,21 +17,22 @@ from test_training import arguments_for, make_rows
 from torch import Tensor
 
 from tokentune import finetune
-from tokentune.arguments import Arguments, parse_arguments
-from tokentune.collators import SeededRows
+from tokentune.core.saved_bytes import available_memory, micro_batch
+from tokentune.core.saved_bytes import probe as memory_probe
+from tokentune.data.collators import SeededRows
+from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
-from tokentune.footprints import available_memory, memory_probe, micro_batch
-from tokentune.footprints.available_memory import available_bytes
-from tokentune.footprints.footprint import measure
-from tokentune.footprints.memory_advice import advice, together
-from tokentune.footprints.memory_probe import generous_bytes, probe_memory, weights_of
-from tokentune.footprints.micro_batch import choose_micro_batch, last_that_fits
-from tokentune.footprints.trial_step import longest_batch, try_batch
-from tokentune.loading import load_config, load_tokenizer
-from tokentune.preparation import base_dtype, prepare_model
-from tokentune.prompts import ensure_pad_token
-from tokentune.runs.training_settings import build_training_arguments
-from tokentune.training import SelectiveTrainer, build_trainer
+from tokentune.memory.advice import advice, together
+from tokentune.memory.available_memory import available_bytes
+from tokentune.memory.footprint import measure
+from tokentune.memory.micro_batch import choose_micro_batch, last_that_fits
+from tokentune.memory.probe import generous_bytes, probe_memory, weights_of
+from tokentune.memory.trial_step import longest_batch, try_batch
+from tokentune.models.builder import base_dtype, prepare_model
+from tokentune.models.pretrained import load_config, load_tokenizer
+from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.training.trainer import SelectiveTrainer, build_trainer
+from tokentune.training.trainer_arguments import build_training_arguments
 
 Build = Callable[..., tuple[SelectiveTrainer, Arguments]]
 

@@ -9,12 +9,12 @@ import torch
 from conftest import tiny_llama_config
 
 from tokentune import finetune
-from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
-from tokentune.footprints.footprint import Footprint, measure
-from tokentune.footprints.memory_advice import advice
-from tokentune.footprints.memory_report import REPORT_NAME, is_out_of_memory, memory_watched
-from tokentune.training import SelectiveTrainer
+from tokentune.memory.advice import advice
+from tokentune.memory.footprint import Footprint, measure
+from tokentune.memory.report import REPORT_NAME, is_out_of_memory, memory_watched
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.trainer import SelectiveTrainer
 
 REQUIRED = "--model_name_or_path owner/model --dataset_name_or_path owner/data --report_to none"
 

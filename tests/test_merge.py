@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tokentune import merge as merge_module
 from tokentune.errors import UserError, run_command
-from tokentune.loading import load_base_model
 from tokentune.merge import main, merge
-from tokentune.merging.merge_folder import SUMMARY, replacing_folder
-from tokentune.merging.trained_adapter import attach_adapter, read_adapter
+from tokentune.models.merging.merge_folder import SUMMARY, replacing_folder
+from tokentune.models.merging.trained_adapter import attach_adapter, read_adapter
+from tokentune.models.pretrained import load_base_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,11 +15,11 @@ from transformers import (
     LlamaConfig,
 )
 
-from tokentune.adapters import add_adapters
-from tokentune.loading import load_base_model
 from tokentune.merge import merge
-from tokentune.merging.logit_difference import float32_arithmetic, probe_logits
-from tokentune.merging.merge_folder import SUMMARY
+from tokentune.models.adapters import add_adapters
+from tokentune.models.merging.logit_difference import float32_arithmetic, probe_logits
+from tokentune.models.merging.merge_folder import SUMMARY
+from tokentune.models.pretrained import load_base_model
 
 
 @pytest.fixture(scope="module")

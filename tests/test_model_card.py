@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from tokentune import classify, finetune
 from tokentune.merge import merge
-from tokentune.runs.model_card import CARD_NAME, MARK, own_card, write_merged_card, write_model_card
-from tokentune.strategies import REGISTRY, strategy_names
+from tokentune.reports.model_card import CARD_NAME, MARK, own_card, write_merged_card, write_model_card
+from tokentune.sampling.strategies import REGISTRY, strategy_names
 
 SUMMARY = {
     "settings": {
@@ -129,7 +129,9 @@ def test_methods(tmp_path, settings, words):
 
 def test_every_strategy_is_told_as_what_it_is(tmp_path):
     """Only a draw of all tokens alike is told as one; the rest name their flag."""
-    for name in (name for name in strategy_names() if REGISTRY[name].choose.__module__ == "tokentune.strategies"):
+    for name in (
+        name for name in strategy_names() if REGISTRY[name].choose.__module__ == "tokentune.sampling.strategies"
+    ):
         text = written(changed(selection=name), tmp_path).text
         plain = "30 % of the tokens, drawn at random each time it is seen, kept" in text
         assert plain == (name == "random") != (f"(`--selection {name}`)" in text), name

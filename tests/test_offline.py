@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tokentune import finetune
 from tokentune.errors import UserError
-from tokentune.runs import offline
+from tokentune.training.trainer import offline
 
 SHORT = "--global_batch_size 8 --warmup_steps 0 --max_length 64 --lora --learning_rate 5e-3 --report_to none"
 CACHED = "nobody/tiny-llama"

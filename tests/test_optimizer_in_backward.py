@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from transformers.optimization import Adafactor
 
 from tokentune import apply_tokentune
-from tokentune.runs.optimizer_in_backward import OptimizerInBackward
+from tokentune.training.optimizer_in_backward import OptimizerInBackward
 
 IDS = torch.arange(3, 33).reshape(2, 15)
 POSITIONS = torch.tensor([[1, 5, 9, 13], [0, 2, 3, 12]])

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from tokentune import apply_tokentune
-from tokentune.arguments import parse_arguments
-from tokentune.collators import SeededRows
+from tokentune.data.collators import SeededRows
 from tokentune.errors import UserError
-from tokentune.runs.optimizer_in_backward import OptimizerInBackward
-from tokentune.runs.optimizers import check_optimizer, check_projected_layers, in_backward
-from tokentune.runs.training_settings import build_training_arguments
-from tokentune.training import SelectiveTrainer, build_trainer, save_result
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.optimizer_in_backward import OptimizerInBackward
+from tokentune.training.optimizers import check_optimizer, check_projected_layers, in_backward
+from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
+from tokentune.training.trainer_arguments import build_training_arguments
 
 ROWS = [{"input_ids": list(range(n, n + 12)), "labels": [-100] * 4 + list(range(n + 4, n + 12))} for n in range(3, 15)]
 IN_BACKWARD = "--optim_in_backward --max_grad_norm 0"

@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import tokentune.drawing
+import tokentune.core.model_sampling
 from tokentune import apply_tokentune
-from tokentune.memory import SavedForBackward
+from tokentune.core.saved_bytes import SavedForBackward
 
 trl = pytest.importorskip("trl")
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -42,7 +42,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch):
         self.draws, self.batches, self.saved, self.gradients = [], [], [], {}
-        select = tokentune.drawing.select_tokens
+        select = tokentune.core.model_sampling.select_tokens
 
         def record(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
             positions, weights = select(*args, **options)
@@ -52,7 +52,7 @@ class Recorder(TrainerCallback):
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.batches.append(dict(kwargs))
 
-        monkeypatch.setattr(tokentune.drawing, "select_tokens", record)
+        monkeypatch.setattr(tokentune.core.model_sampling, "select_tokens", record)
         model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
 
     def on_pre_optimizer_step(self, args: object, state: object, control: object, model: nn.Module, **_) -> None:
@@ -334,7 +334,7 @@ def test_transformers_trainer_with_one_added_line(bf16: bool, monkeypatch, tmp_p
 def test_a_trainer_that_keeps_the_labels_to_itself_is_told(monkeypatch, tmp_path) -> None:
     """With label smoothing the Trainer takes the loss itself: no labels, no draw, ordinary training, and a warning."""
     model, told = apply_tokentune(new_model(), 0.3), []
-    monkeypatch.setattr(tokentune.patching.logger, "warning_once", told.append)
+    monkeypatch.setattr(tokentune.core.patching.logger, "warning_once", told.append)
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
     settings = {"label_smoothing_factor": 0.1, "max_steps": 1, "use_cpu": True, "report_to": "none"}
     Trainer(model, TrainingArguments(str(tmp_path), **settings), train_dataset=rows).train()

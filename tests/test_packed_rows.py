@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tokentune import apply_tokentune
-from tokentune.arguments import parse_arguments
-from tokentune.collators import CausalCollator, SeededRows
+from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows, bins_of, fill_rate, lengths_of, pack
-from tokentune.data.separation import check_separation
+from tokentune.data.packing_check import check_separation
 from tokentune.errors import UserError
 from tokentune.finetune import main
+from tokentune.settings.finetune import parse_arguments
 
 PAD = 7  # a token as well
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]

@@ -16,9 +16,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-import tokentune.drawing
+import tokentune.core.model_sampling
 from tokentune import apply_tokentune
-from tokentune.memory import SavedForBackward
+from tokentune.core.saved_bytes import SavedForBackward
 
 LENGTHS = (13, 6, 9)
 TOTAL = sum(LENGTHS)
@@ -127,9 +127,11 @@ def test_a_flattening_collators_batch_with_the_models_own_draw(monkeypatch: pyte
     texts = documents()
     rows = [{"input_ids": ids[0].tolist(), "labels": labels[0].tolist()} for ids, labels, _ in texts]
     batch = DataCollatorWithFlattening(return_tensors="pt")(rows)
-    drawn, select = [], tokentune.drawing.select_tokens
+    drawn, select = [], tokentune.core.model_sampling.select_tokens
     monkeypatch.setattr(
-        tokentune.drawing, "select_tokens", lambda *a, **k: (drawn.append(select(*a, **k)[0]) or drawn[-1], None)
+        tokentune.core.model_sampling,
+        "select_tokens",
+        lambda *a, **k: (drawn.append(select(*a, **k)[0]) or drawn[-1], None),
     )
     loss = model(**batch).loss
     assert drawn[0].shape == (1, round(0.4 * TOTAL))

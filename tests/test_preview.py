@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from tokentune import preparation
-from tokentune.arguments import parse_arguments
-from tokentune.collators import CausalCollator, SeededRows
+from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.data.inspection.preview import THEME, Document, mark_line, marked, show_preview
+from tokentune.data.inspection.token_text import spelled, visible
 from tokentune.data.instruction_data import InstructionData, load_instruction_data
-from tokentune.data.preview import THEME, Document, mark_line, marked, show_preview
-from tokentune.data.token_text import spelled, visible
+from tokentune.data.prompts import PromptTemplate
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.loading import load_tokenizer
-from tokentune.prompts import PromptTemplate
+from tokentune.models import builder as preparation
+from tokentune.models.pretrained import load_tokenizer
+from tokentune.settings.finetune import parse_arguments
 
 ODD = "naïve 日本語 👩‍👩‍👧‍👦 🎉 “quoted”\n\ttwo  spaces"
 

@@ -13,9 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from tokentune.data.records import load_records
-from tokentune.errors import UserError
-from tokentune.prompts import (
+from tokentune.data.formats.records import load_records
+from tokentune.data.prompts import (
     DEFAULT_TEMPLATE,
     PromptTemplate,
     _first_token_beyond,
@@ -23,6 +22,7 @@ from tokentune.prompts import (
     encode_records,
     ensure_pad_token,
 )
+from tokentune.errors import UserError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 WHOLE = {"max_length": 10_000, "add_eos_token": False}

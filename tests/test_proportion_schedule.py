@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokentune.arguments import parse_arguments
-from tokentune.choosing.proportion_schedule import Schedule
-from tokentune.collators import SeededRows
-from tokentune.footprints.trial_step import longest_batch
-from tokentune.loading import load_config, load_tokenizer, run_folder_name
-from tokentune.preparation import base_dtype, prepare_model
-from tokentune.prompts import ensure_pad_token
-from tokentune.runs.training_settings import build_training_arguments
-from tokentune.selection import parse_prefix_length, selected_count
-from tokentune.training import SelectiveTrainer, build_trainer
+from tokentune.data.collators import SeededRows
+from tokentune.data.prompts import ensure_pad_token
+from tokentune.memory.trial_step import longest_batch
+from tokentune.models.builder import base_dtype, prepare_model
+from tokentune.models.pretrained import load_config, load_tokenizer, run_folder_name
+from tokentune.sampling.sampler import parse_prefix_length, selected_count
+from tokentune.sampling.schedule import Schedule
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.trainer import SelectiveTrainer, build_trainer
+from tokentune.training.trainer_arguments import build_training_arguments
 
 SIZES = Schedule(0.1, 0.9)
 STEPS = 6  # two epochs of 9 rows in windows of 4: the last one of each has a single row

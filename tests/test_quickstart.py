@@ -131,7 +131,7 @@ def test_tokenizer_round_trips_and_keeps_words_whole(quickstart, tokenizer):
 
 
 def test_a_prompt_is_short_and_its_answer_starts_with_a_token_of_its_own(quickstart, tokenizer):
-    from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate
+    from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
     template, world, rng = PromptTemplate.load(DEFAULT_TEMPLATE), quickstart.skills.make_world(0), random.Random(2)
     for skill in quickstart.skills.SKILLS.values():
@@ -165,7 +165,7 @@ def test_pretraining_lowers_the_loss(quickstart, tokenizer):
 
 def test_lm_eval_loads_the_tasks_with_the_training_prompt(data_folder, quickstart, monkeypatch):
     tasks = pytest.importorskip("lm_eval.tasks")
-    from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate
+    from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
     monkeypatch.chdir(data_folder.parent)
     manager = tasks.TaskManager(include_path=str(CODE / "tasks"), include_defaults=False)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chat_tokenizers import CHATML, chat_tokenizer, without_marks
-from tokentune.data.conversations import openai_conversation
-from tokentune.data.data_formats import Answer
+from tokentune.data.formats.conversations import openai_conversation
+from tokentune.data.formats.data_formats import Answer
 from tokentune.data.record_encoding import CHUNKS_HERE, RecordEncoder, chunks, ordered_map, worker_count
 from tokentune.errors import UserError
 

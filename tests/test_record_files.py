@@ -10,8 +10,8 @@ from datasets import Audio, Dataset, Features, Image, Json, List, Value, load_da
 
 from tests.chat_tokenizers import TOOLS, chat_tokenizer
 from tests.test_instruction_data import load, write
-from tokentune.data.record_files import rows_of_table
-from tokentune.data.records import load_records, open_source
+from tokentune.data.formats.record_files import rows_of_table
+from tokentune.data.formats.records import load_records, open_source
 from tokentune.errors import UserError
 
 ARGUMENTS = [{"city": "Rome", "unit": None}, {"when": 5, "where": [None, {"x": None}]}]

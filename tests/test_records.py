@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from tokentune.data import records
-from tokentune.data.records import load_records, open_source, require_columns
+from tokentune.data.formats import records
+from tokentune.data.formats.records import load_records, open_source, require_columns
 from tokentune.errors import UserError, run_command
 
 ROWS = [

@@ -26,13 +26,13 @@ from killable_runs import (
 )
 
 import tokentune.finetune
-import tokentune.runs.checkpoints
-import tokentune.runs.resumable_trainer
-from tokentune.arguments import parse_arguments
+import tokentune.training.checkpoints.saving
+import tokentune.training.resumable_trainer
 from tokentune.errors import UserError
-from tokentune.runs.checkpoints import MANIFEST_NAME, fault_of
-from tokentune.runs.resuming import check_processes, check_same_run
-from tokentune.training import SelectiveTrainer
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.checkpoints.resuming import check_processes, check_same_run
+from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of
+from tokentune.training.trainer import SelectiveTrainer
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def _in_writing_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def _before_the_rename(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tokentune.runs.resumable_trainer, "publish", kill_myself)
+    patch.setattr(tokentune.training.resumable_trainer, "publish", kill_myself)
 
 
 def _in_deleting_an_old_one(patch: pytest.MonkeyPatch) -> None:

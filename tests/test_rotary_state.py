@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from tokentune import apply_tokentune
-from tokentune.data.separation import check_separation
+from tokentune.core.rotary_state import read, rotary_state, rotary_state_kept, set_rotary_state, written
+from tokentune.data.packing_check import check_separation
 from tokentune.errors import UserError
-from tokentune.rotary_state import read, rotary_state, rotary_state_kept, set_rotary_state, written
-from tokentune.tiny_copy import tiny_copy
+from tokentune.verify.tiny_copy import tiny_copy
 
 __all__ = ["run"]  # a fixture
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeConfig, GptOssConfig, LlamaConfig
 
-from tokentune import split_weights
-from tokentune.loading import load_base_model
-from tokentune.merging.folding import dequantize
-from tokentune.saved_types import hold_in, kept_in_float32
-from tokentune.training import save_result
+from tokentune.core import fsdp as split_weights
+from tokentune.models.merging.folding import dequantize
+from tokentune.models.pretrained import load_base_model
+from tokentune.models.saved_types import hold_in, kept_in_float32
+from tokentune.training.trainer import save_result
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0}

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from tokentune.encoders.labels import Labels
-from tokentune.encoders.scores import metric_names, of_classes, of_numbers, of_words
+from tokentune.data.labelled.labels import Labels
+from tokentune.training.scores import metric_names, of_classes, of_numbers, of_words
 
 TWO = Labels(("no", "yes"), {0: 0, 1: 1})
 THREE = Labels(("a", "b", "c"), {"a": 0, "b": 1, "c": 2})

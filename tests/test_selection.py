@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokentune.selection import (
+from tokentune.sampling.sampler import (
     _reference_count,
     counts_of_rows,
     draw_scores,
@@ -20,7 +20,7 @@ from tokentune.selection import (
     selected_count,
     target_mask,
 )
-from tokentune.strategies import strategy_names
+from tokentune.sampling.strategies import strategy_names
 
 PREFIX_LENGTHS = [1, 3, 16, 100, 0.001, 0.1, 0.25, 0.3, 0.5, 0.7, 0.999, 1.0]
 

@@ -28,10 +28,10 @@ from quality.regularisers import RDrop, Smoothed, Twice
 from quality.running import Job, run_all
 from quality.step_times import measure_steps
 
-from tokentune.arguments import parse_arguments
-from tokentune.encoders.classification_arguments import ClassificationArguments
 from tokentune.errors import UserError
-from tokentune.strategies import Tokens
+from tokentune.sampling.strategies import Tokens
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import parse_arguments
 
 PLACE = Workplace(Path("a-model"), Path("train.jsonl"), Path("validation.jsonl"), Path("folder"))
 RATIOS = {

@@ -12,12 +12,12 @@ from conftest import tiny_llama_config
 from transformers import LlamaForCausalLM
 
 from tokentune import estimate
-from tokentune.arguments import Arguments, parse_arguments
+from tokentune.core.layers import transformer_layers
 from tokentune.errors import UserError
-from tokentune.footprints.accounting import REST, LiveBytes
-from tokentune.footprints.footprint import Footprint, measure
-from tokentune.footprints.sharding import measure_share
-from tokentune.structure import transformer_layers
+from tokentune.memory.accounting import REST, LiveBytes
+from tokentune.memory.footprint import Footprint, measure
+from tokentune.memory.sharding import measure_share
+from tokentune.settings.finetune import Arguments, parse_arguments
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "vocab_size": 512}
 CONFIG = tiny_llama_config(**SIZES)

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokentune import strategies
-from tokentune.choosing.weighted_draw import FLOOR, inclusion_probabilities, mixed_scores
-from tokentune.selection import counts_of_rows, draw_scores, select_positions, select_tokens
-from tokentune.strategies import REGISTRY, StrategyError, find_strategy, strategy, strategy_names, tokenseek_score
+from tokentune.sampling import strategies
+from tokentune.sampling.sampler import counts_of_rows, draw_scores, select_positions, select_tokens
+from tokentune.sampling.strategies import (
+    REGISTRY,
+    StrategyError,
+    find_strategy,
+    strategy,
+    strategy_names,
+    tokenseek_score,
+)
+from tokentune.sampling.weighted_draw import FLOOR, inclusion_probabilities, mixed_scores
 
 SCORED = ["loss", "excess_loss", "gradient", "attention", "tokenseek"]
 PLAIN = ["random", "reference", "supervised", "labelled", "stratified", "contiguous"]
@@ -315,7 +322,7 @@ def test_a_name_is_taken_once() -> None:
         strategy("surprising", needs=("entropy",))
 
 
-FIVE_LINES = """from tokentune.strategies import Tokens, strategy
+FIVE_LINES = """from tokentune.sampling.strategies import Tokens, strategy
 
 @strategy("rare_{name}")
 def rare(tokens: Tokens):
@@ -338,7 +345,7 @@ def test_five_lines_of_ones_own(tmp_path: Path) -> None:
 def test_plain_functions_and_needs_come_from_a_file_too(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(
-        "from tokentune.strategies import strategy\n"
+        "from tokentune.sampling.strategies import strategy\n"
         "def first(tokens):\n    return -tokens.real.cumsum(-1)\n"
         "@strategy('surprising_ones', needs=('loss',))\n"
         "def surprising(tokens):\n    return tokens.scores['loss']\n"
@@ -362,7 +369,7 @@ def test_plain_functions_and_needs_come_from_a_file_too(tmp_path: Path) -> None:
         ("def f(tokens):\n    return tokens.uniform, tokens.uniform\n", "f", "not a tuple"),
         ("def f(tokens):\n    return tokens.uniform / 0 * 0\n", "f", "its priorities hold NaN"),
         (
-            "from tokentune.strategies import Choice\n"
+            "from tokentune.sampling.strategies import Choice\n"
             "def f(tokens):\n    return Choice(tokens.uniform, tokens.uniform + 1)\n",
             "f",
             "its probabilities are not all between 0 and 1",

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import PLAIN, write
-from tokentune.arguments import parse_arguments
-from tokentune.data import record_files, records, streaming_rows
+from tokentune.data import streaming_rows
+from tokentune.data.formats import record_files, records
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.streaming_rows import StreamedRows
 from tokentune.errors import UserError
 from tokentune.finetune import main
+from tokentune.settings.finetune import parse_arguments
 
 TOKENIZER = chat_tokenizer(CHATML)
 

@@ -13,11 +13,10 @@ from datasets import Dataset
 
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.test_instruction_data import ALPACA, PLAIN, write
-from tokentune import prompts
-from tokentune.arguments import parse_arguments
-from tokentune.data import instruction_data, token_cache
+from tokentune.data import instruction_data, prompts, token_cache
 from tokentune.data.instruction_data import InstructionData, load_instruction_data
 from tokentune.errors import UserError
+from tokentune.settings.finetune import parse_arguments
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
 
@@ -153,15 +152,10 @@ def test_changes_of_code_libraries_and_day(
 
 def test_the_code_s_hash_reads_the_modules_that_decide() -> None:
     """All that turns a file into tokens, wherever another file of the same name may stand."""
-    from tokentune.data import (
-        chat_rendering,
-        chat_spans,
-        conversations,
-        encoding,
-        instruction_data,
-        record_files,
-        records,
-    )
+    from tokentune.data import encoding, instruction_data
+    from tokentune.data.chat import rendering as chat_rendering
+    from tokentune.data.chat import spans as chat_spans
+    from tokentune.data.formats import conversations, record_files, records
 
     modules = (chat_rendering, chat_spans, conversations, encoding, instruction_data, record_files, records, prompts)
     assert {Path(module.__file__) for module in modules} <= set(token_cache.CODE)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tokentune import finetune
-from tokentune.arguments import parse_arguments
 from tokentune.errors import UserError
+from tokentune.settings.finetune import parse_arguments
 
 # Stand-ins for the packages, as far as the Trainer uses them; each records its calls.
 STUBS = {

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from tokentune import apply_tokentune
-from tokentune.arguments import Arguments, parse_arguments
-from tokentune.collators import CausalCollator, SeededRows
+from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
-from tokentune.loading import load_config, load_tokenizer
-from tokentune.preparation import base_dtype, prepare_model, saved_as
-from tokentune.prompts import ensure_pad_token
-from tokentune.runs.callbacks import DrawsOfTheEpoch, Progress
-from tokentune.runs.run_folder import check_run_folder, clear_run_folder
-from tokentune.runs.training_settings import build_training_arguments, update_count
-from tokentune.training import SelectiveTrainer, build_trainer, save_result
+from tokentune.models.builder import base_dtype, prepare_model, saved_as
+from tokentune.models.pretrained import load_config, load_tokenizer
+from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.training.callbacks import DrawsOfTheEpoch, Progress
+from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
+from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
+from tokentune.training.trainer_arguments import build_training_arguments, update_count
 
 ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
 
@@ -362,7 +362,7 @@ def test_data_parallel_is_prevented(tiny_llama_dir: Path, tmp_path: Path, monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     # It would try a step on the device that is not there.
-    monkeypatch.setattr("tokentune.runs.training_settings.check_optimizer", lambda settings: None)
+    monkeypatch.setattr("tokentune.training.trainer_arguments.check_optimizer", lambda settings: None)
     assert TrainingArguments(str(tmp_path), report_to="none").n_gpu == 2  # the Trainer would wrap the model
     settings = build_training_arguments(arguments_for(tiny_llama_dir, tmp_path, "--global_batch_size 8"), tmp_path)
     assert settings.n_gpu == 1

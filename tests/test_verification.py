@@ -30,11 +30,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-import tokentune.attention
-import tokentune.patching
-import tokentune.selective
+import tokentune.core.attention
+import tokentune.core.patching
+import tokentune.core.selective_layer
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.tiny_copy import tiny_config, tiny_copy
+from tokentune.verify.tiny_copy import tiny_config, tiny_copy
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_refuses_by_name(model: nn.Module, reason: str) -> None:
 )
 def test_finds_a_wrong_implementation(broken: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks the method on purpose, one way at a time: the check has to notice."""
-    attend = tokentune.selective.attend
+    attend = tokentune.core.selective_layer.attend
     if broken == "mask":
-        monkeypatch.setattr(tokentune.selective.Step, "mask_rows", lambda *_: None)
+        monkeypatch.setattr(tokentune.core.selective_layer.Step, "mask_rows", lambda *_: None)
     elif broken == "position":
-        monkeypatch.setattr(tokentune.selective.Step, "rows_of", lambda self, value, group: value)
+        monkeypatch.setattr(tokentune.core.selective_layer.Step, "rows_of", lambda self, value, group: value)
     else:
 
         def wrong(module, query, key, value, *rest, **options):
@@ -108,14 +108,14 @@ def test_finds_a_wrong_implementation(broken: str, message: str, monkeypatch: py
                 return attend(module, query, key, value.detach(), *rest, **options)
             return attend(module, query * 1.001, key, value, *rest, **options)
 
-        monkeypatch.setattr(tokentune.selective, "attend", wrong)
+        monkeypatch.setattr(tokentune.core.selective_layer, "attend", wrong)
     with pytest.raises(UnsupportedModelError, match=message):
         apply_tokentune(LlamaForCausalLM(tiny_llama_config()))
 
 
 @pytest.mark.parametrize("option", ["soft cap", "sink", "window"])
 def test_finds_an_option_that_is_not_honored(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attend, recipe = tokentune.selective.attend, tokentune.patching.recipe_from_functions
+    attend, recipe = tokentune.core.selective_layer.attend, tokentune.core.patching.recipe_from_functions
 
     def without_soft_cap(*args: object, **options: object) -> object:
         return attend(*args, **options | {"softcap": None})
@@ -125,11 +125,11 @@ def test_finds_an_option_that_is_not_honored(option: str, monkeypatch: pytest.Mo
         return recipe(*args, **options | {"mask_function": wide})
 
     if option == "soft cap":
-        monkeypatch.setattr(tokentune.selective, "attend", without_soft_cap)
+        monkeypatch.setattr(tokentune.core.selective_layer, "attend", without_soft_cap)
     elif option == "sink":
-        monkeypatch.setattr(tokentune.attention, "eager_function", lambda module: eager_attention_forward)
+        monkeypatch.setattr(tokentune.core.attention, "eager_function", lambda module: eager_attention_forward)
     else:
-        monkeypatch.setattr(tokentune.patching, "recipe_from_functions", one_too_wide)
+        monkeypatch.setattr(tokentune.core.patching, "recipe_from_functions", one_too_wide)
     model = build(family_of({"soft cap": "Gemma 2", "sink": "GPT-OSS", "window": "Mistral"}[option]))
     with pytest.raises(UnsupportedModelError, match="outputs of layer 0 differ"):
         apply_tokentune(model)

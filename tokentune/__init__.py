@@ -6,8 +6,8 @@
 Importing this package changes nothing; it needs torch and transformers alone.
 """
 
+from tokentune.core.patching import apply_tokentune, remove_tokentune
 from tokentune.errors import UnsupportedModelError
-from tokentune.patching import apply_tokentune, remove_tokentune
 
 __version__ = "0.1.0"
 __all__ = ["UnsupportedModelError", "apply_tokentune", "remove_tokentune"]

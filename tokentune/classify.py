@@ -28,37 +28,37 @@ if __package__ in (None, ""):
 
 from transformers import PreTrainedConfig, set_seed
 
-from tokentune.arguments import parse_arguments
-from tokentune.collators import SeededRows
-from tokentune.drawing import pad_token
-from tokentune.encoders.classification_arguments import ClassificationArguments
-from tokentune.encoders.classification_data import ClassificationData, configured, load_data, load_processing
-from tokentune.encoders.classification_summary import (
+from tokentune.cli.config_file import write_config
+from tokentune.core.model_sampling import pad_token
+from tokentune.core.patching import profile_of
+from tokentune.data.collators import SeededRows
+from tokentune.data.labelled.splits import ClassificationData, configured, load_data, load_processing
+from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.memory.report import memory_watched
+from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
+from tokentune.models.pretrained import check_quantization, load_config, run_folder_name
+from tokentune.models.tasks import HEADS
+from tokentune.reports.classification_summary import (
     said,
     scores_over_seeds,
     seed_summary,
     write_predictions,
     write_scores,
 )
-from tokentune.encoders.classification_training import build_classification_trainer, classification_settings, predict
-from tokentune.encoders.glue import HUB_ID
-from tokentune.encoders.scores import metric_names
-from tokentune.errors import UserError, log_to_stderr, run_command
-from tokentune.footprints.memory_report import memory_watched
-from tokentune.heads import HEADS
-from tokentune.loading import check_quantization, load_config, run_folder_name
-from tokentune.patching import profile_of
-from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.runs.checkpoints import remove_best_checkpoints
-from tokentune.runs.config_file import write_config
-from tokentune.runs.interruptions import interruptible
-from tokentune.runs.model_card import write_model_card
-from tokentune.runs.peers import end_when_stuck
-from tokentune.runs.run_folder import check_run_folder, clear_run_folder
-from tokentune.runs.run_lock import locked
-from tokentune.runs.summary import draw_curves, library_versions, write_summary
-from tokentune.training import save_result
-from tokentune.verification import Pooling
+from tokentune.reports.model_card import write_model_card
+from tokentune.reports.summary import draw_curves, library_versions, write_summary
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import parse_arguments
+from tokentune.settings.glue import HUB_ID
+from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
+from tokentune.training.checkpoints.run_lock import locked
+from tokentune.training.checkpoints.saving import remove_best_checkpoints
+from tokentune.training.classification import build_classification_trainer, classification_settings, predict
+from tokentune.training.distributed.interruptions import interruptible
+from tokentune.training.distributed.peers import end_when_stuck
+from tokentune.training.scores import metric_names
+from tokentune.training.trainer import save_result
+from tokentune.verify.verification import Pooling
 
 logger = logging.getLogger("tokentune")
 

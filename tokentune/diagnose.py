@@ -34,14 +34,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from tokentune.arguments import parse_arguments, settings_in_file
-from tokentune.collators import CausalCollator, SeededRows
-from tokentune.data.data_checks import look_at
+from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.data.inspection.checks import look_at
 from tokentune.data.instruction_data import load_instruction_data
-from tokentune.diagnostics.diagnose_arguments import DiagnoseArguments, Setting
-from tokentune.diagnostics.draw_statistics import DrawStatistics, RowVariance
-from tokentune.diagnostics.figures import draw_figures
-from tokentune.diagnostics.measuring import (
+from tokentune.data.prompts import PromptTemplate, ensure_pad_token
+from tokentune.errors import UserError, log_to_stderr, run_command
+from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
+from tokentune.gradients.figures import draw_figures
+from tokentune.gradients.measuring import (
     Batch,
     Taken,
     check_counts_items,
@@ -50,11 +50,9 @@ from tokentune.diagnostics.measuring import (
     take_gradient,
     without_dropout,
 )
-from tokentune.diagnostics.parts import parts_of
-from tokentune.diagnostics.report import build_report, print_table, say_warnings
-from tokentune.errors import UserError, log_to_stderr, run_command
-from tokentune.loading import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
-from tokentune.preparation import (
+from tokentune.gradients.parts import parts_of
+from tokentune.gradients.report import build_report, print_table, say_warnings
+from tokentune.models.builder import (
     base_dtype,
     check_reference,
     check_structure,
@@ -64,10 +62,12 @@ from tokentune.preparation import (
     prepare_model,
     unsupported_models_refused,
 )
-from tokentune.prompts import PromptTemplate, ensure_pad_token
-from tokentune.runs.checkpoints import write_whole
-from tokentune.runs.diagnosing import for_all_tokens
-from tokentune.training import training_collator
+from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
+from tokentune.settings.diagnose import DiagnoseArguments, Setting
+from tokentune.settings.finetune import parse_arguments, settings_in_file
+from tokentune.training.checkpoints.saving import write_whole
+from tokentune.training.diagnosing import for_all_tokens
+from tokentune.training.trainer import training_collator
 
 logger = logging.getLogger("tokentune")
 

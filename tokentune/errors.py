@@ -43,7 +43,7 @@ def run_command(main: Callable[[], None]) -> None:
 def say_once(message: str) -> None:
     """Prints what is wrong; of a launcher's processes, which mostly find the same, one does."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from tokentune.runs.peers import leave_it_to_others  # too large an import for `--help`
+        from tokentune.training.distributed.peers import leave_it_to_others  # too large an import for `--help`
 
         if leave_it_to_others():
             return
@@ -61,6 +61,6 @@ def log_to_stderr() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     if os.environ.get("RANK", "0") != "0":
-        from tokentune.runs.peers import let_first_process_speak
+        from tokentune.training.distributed.peers import let_first_process_speak
 
         let_first_process_speak()

@@ -7,7 +7,8 @@ and the cards that each fits. The flags are those of `finetune.py`, all but the 
 preset's name, a config.json, a folder or a hub id. Flags that choose a mode (`--lora --tokentune`) mark its row; with
 `--only` it is the only one. `--find proportion` and `--find batch`, with `--memory 24` (GB), give the largest that
 fits, `--find length` the longest sequence. No data set is needed. The real step runs, on tensors without data
-(`footprint.py`). `--num_processes 8 --sharding fsdp` tells what each of several GPUs holds and sends (`sharding.py`).
+(`memory/footprint.py`). `--num_processes 8 --sharding fsdp` tells what each of several GPUs holds and sends
+(`memory/sharding.py`).
 """
 
 import argparse
@@ -30,15 +31,15 @@ if __package__ in (None, ""):
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
-from tokentune.arguments import Arguments, parse_arguments, settings_in_file
 from tokentune.errors import UnsupportedModelError, UserError, run_command
-from tokentune.footprints.estimate_table import Row, fits_card, in_gib, print_table, settings_of
-from tokentune.footprints.footprint import Footprint, measure, profile_of
-from tokentune.footprints.micro_batch import last_that_fits
-from tokentune.footprints.presets import PRESETS, Subject, load_subject
-from tokentune.footprints.sharding import SHARDINGS, measure_share
-from tokentune.heads import CAUSAL_LM
-from tokentune.verification import Profile
+from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
+from tokentune.memory.footprint import Footprint, measure, profile_of
+from tokentune.memory.micro_batch import last_that_fits
+from tokentune.memory.presets import PRESETS, Subject, load_subject
+from tokentune.memory.sharding import SHARDINGS, measure_share
+from tokentune.models.tasks import CAUSAL_LM
+from tokentune.settings.finetune import Arguments, parse_arguments, settings_in_file
+from tokentune.verify.verification import Profile
 
 METHODS = {  # (tokentune, gradient checkpointing)
     "full": (False, False),

@@ -29,18 +29,21 @@ if __package__ in (None, ""):
 
 from transformers import set_seed
 
-from tokentune.arguments import Arguments, parse_arguments
-from tokentune.data.data_checks import check_data
+from tokentune.cli.config_file import write_config
+from tokentune.data.inspection.checks import check_data
+from tokentune.data.inspection.preview import show_preview
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.packing import pack
-from tokentune.data.preview import show_preview
-from tokentune.data.separation import check_separation
+from tokentune.data.packing_check import check_separation
+from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.streaming_rows import seeded_rows
 from tokentune.errors import log_to_stderr, run_command
-from tokentune.footprints.memory_probe import probe_memory
-from tokentune.footprints.memory_report import memory_watched
-from tokentune.footprints.micro_batch import choose_micro_batch
-from tokentune.loading import (
+from tokentune.memory.dry_run import build_without_folder, say_plan
+from tokentune.memory.micro_batch import choose_micro_batch
+from tokentune.memory.probe import probe_memory
+from tokentune.memory.report import memory_watched
+from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
+from tokentune.models.pretrained import (
     NO_WEIGHTS,
     check_quantization,
     check_weights,
@@ -48,21 +51,18 @@ from tokentune.loading import (
     load_tokenizer,
     run_folder_name,
 )
-from tokentune.preparation import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.prompts import PromptTemplate, ensure_pad_token
-from tokentune.runs.checkpoints import remove_best_checkpoints
-from tokentune.runs.config_file import write_config
-from tokentune.runs.dry_run import build_without_folder, say_plan
-from tokentune.runs.hub_upload import check_push, push_folder
-from tokentune.runs.interruptions import interruptible
-from tokentune.runs.model_card import write_model_card
-from tokentune.runs.peers import end_when_stuck
-from tokentune.runs.resuming import prepare_run_folder, train_to_the_end, what_to_resume
-from tokentune.runs.run_folder import check_run_folder, removed_if_empty
-from tokentune.runs.run_lock import locked
-from tokentune.runs.summary import build_summary, draw_curves, library_versions, warn_without_gain, write_summary
-from tokentune.runs.training_settings import build_training_arguments
-from tokentune.training import build_trainer, save_result
+from tokentune.reports.hub_upload import check_push, push_folder
+from tokentune.reports.model_card import write_model_card
+from tokentune.reports.summary import build_summary, draw_curves, library_versions, warn_without_gain, write_summary
+from tokentune.settings.finetune import Arguments, parse_arguments
+from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
+from tokentune.training.checkpoints.run_folder import check_run_folder, removed_if_empty
+from tokentune.training.checkpoints.run_lock import locked
+from tokentune.training.checkpoints.saving import remove_best_checkpoints
+from tokentune.training.distributed.interruptions import interruptible
+from tokentune.training.distributed.peers import end_when_stuck
+from tokentune.training.trainer import build_trainer, save_result
+from tokentune.training.trainer_arguments import build_training_arguments
 
 logger = logging.getLogger("tokentune")
 

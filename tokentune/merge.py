@@ -46,11 +46,8 @@ if __package__ in (None, ""):
 
 import torch
 
-from tokentune.data.sources import check_model_folder
 from tokentune.errors import UserError, log_to_stderr, run_command
-from tokentune.heads import IMAGE
-from tokentune.loading import checkpoint_dtype, load_base_model, load_config, load_tokenizer
-from tokentune.merging.folding import (
+from tokentune.models.merging.folding import (
     BaseKind,
     Plan,
     Trust,
@@ -63,20 +60,23 @@ from tokentune.merging.folding import (
     release_memory,
     trained_logits,
 )
-from tokentune.merging.logit_difference import LogitDifference, logit_difference, probe_logits
-from tokentune.merging.merge_folder import (
+from tokentune.models.merging.logit_difference import LogitDifference, logit_difference, probe_logits
+from tokentune.models.merging.merge_folder import (
     OUTPUT_FLAG,
     SUMMARY,
     check_output_folder,
     replacing_folder,
     write_errors_refused,
 )
-from tokentune.merging.merge_report import QLORA_FLAG, card_name, merge_summary, report
-from tokentune.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
-from tokentune.merging.trained_head import head_of, with_outputs
-from tokentune.merging.vocabulary import check_tokenizer, highest_token
-from tokentune.runs.hub_upload import PUSH_FLAG, check_push, push_folder
-from tokentune.runs.model_card import own_card, write_merged_card
+from tokentune.models.merging.merge_report import QLORA_FLAG, card_name, merge_summary, report
+from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
+from tokentune.models.merging.trained_head import head_of, with_outputs
+from tokentune.models.merging.vocabulary import check_tokenizer, highest_token
+from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config, load_tokenizer
+from tokentune.models.tasks import IMAGE
+from tokentune.reports.hub_upload import PUSH_FLAG, check_push, push_folder
+from tokentune.reports.model_card import own_card, write_merged_card
+from tokentune.sources import check_model_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -188,7 +188,7 @@ def _prepare(
 def _processing(plan: Plan) -> Any:
     folder = plan.adapter.folder
     if plan.head is IMAGE:
-        from tokentune.encoders.images import load_image_processor  # its packages take a second to import
+        from tokentune.data.labelled.images import load_image_processor  # its packages take a second to import
 
         own = (folder / "preprocessor_config.json").is_file()
         return load_image_processor(str(folder) if own else plan.base, plan.config, from_scratch=False)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from tokentune import apply_tokentune, remove_tokentune
-from tokentune.memory import SavedForBackward
-from tokentune.selection import select_positions
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.sampling.sampler import select_positions
 
 BATCH, LENGTH = 32, 128  # sequences, tokens each
 METHODS: dict[str, int | None] = {"full": None, "16": 16, "32": 32}  # selected tokens per sequence

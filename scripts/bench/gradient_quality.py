@@ -24,7 +24,7 @@ from steps.report import machine
 
 from tokentune import diagnose
 from tokentune.errors import UserError, run_command
-from tokentune.runs.checkpoints import write_whole
+from tokentune.training.checkpoints.saving import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1

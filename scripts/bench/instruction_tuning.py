@@ -26,9 +26,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokentune.collators import CausalCollator
-from tokentune.data.records import load_records
-from tokentune.prompts import PromptTemplate, encode_records, ensure_pad_token
+from tokentune.data.collators import CausalCollator
+from tokentune.data.formats.records import load_records
+from tokentune.data.prompts import PromptTemplate, encode_records, ensure_pad_token
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {

@@ -22,9 +22,9 @@ from instruction_tuning import COMMON, command, finetune, load, machine, parse, 
 from peft import PeftModel
 from torch import nn
 
-from tokentune.adapters import keep_4bit_layout
-from tokentune.loading import load_base_model
-from tokentune.merging.logit_difference import float32_arithmetic
+from tokentune.models.adapters import keep_4bit_layout
+from tokentune.models.merging.logit_difference import float32_arithmetic
+from tokentune.models.pretrained import load_base_model
 
 
 def loss_in_float32(model: nn.Module, options: argparse.Namespace) -> float:

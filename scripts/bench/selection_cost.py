@@ -33,9 +33,9 @@ from steps.measure import allocations, storage_bytes
 from steps.report import machine, median_with_interval
 
 from tokentune import apply_tokentune, remove_tokentune
-from tokentune.looking import LookOptions
-from tokentune.memory import SavedForBackward, gib
-from tokentune.selection import IGNORED_LABEL, mask_unselected_labels, select_positions, target_mask
+from tokentune.core.saved_bytes import SavedForBackward, gib
+from tokentune.core.scoring_pass import LookOptions
+from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels, select_positions, target_mask
 
 SCHEMA_VERSION = 1
 DRAWN = ("random", "supervised", "stratified", "contiguous")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from steps.report import machine
 
 from tokentune import finetune
-from tokentune.data import records
+from tokentune.data.formats import records
 
 TOTAL_BYTES = 20 * 10**9
 WORDS_PER_ANSWER = 400

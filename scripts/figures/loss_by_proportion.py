@@ -13,8 +13,8 @@ from typing import Any
 from style import BLACK, BLUE, GREEN, HERE, VERMILION, command, panels, read_json, save
 
 from tokentune.errors import UserError
-from tokentune.runs.run_folder import SUMMARY_NAME
-from tokentune.selection import parse_prefix_length
+from tokentune.sampling.sampler import parse_prefix_length
+from tokentune.training.checkpoints.run_folder import SUMMARY_NAME
 
 LINES = ((BLUE, "o", "-"), (GREEN, "^", "--"), (VERMILION, "v", ":"), (BLACK, "s", "-."))
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from style import BLACK, BLUE, LOOKS, ORANGE, RESULTS, SKY, TRAINED, command, describe, panels, read_json, save
 
+from tokentune.core.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
 from tokentune.errors import UserError
-from tokentune.memory import BYTES_IN_GIB, BYTES_IN_MIB
 
 PARTS = {"weights": BLACK, "gradients": ORANGE, "optimizer": SKY, "activations": BLUE}
 PART_NAMES = {"optimizer": "optimizer states", "activations": "kept for the backward pass"}

@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune; skil
 
 from skills import SKILLS, World, make_world, random_note
 
-from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
 VOCABULARY = 1200
 ROW_TOKENS, ROWS = 96, 32  # of a pre-training batch

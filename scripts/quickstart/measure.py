@@ -25,12 +25,12 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when run as a file
 
 from tokentune import apply_tokentune
-from tokentune.adapters import add_adapters
-from tokentune.collators import CausalCollator, SeededRows
-from tokentune.data.records import load_records
-from tokentune.loading import load_base_model, load_tokenizer
-from tokentune.memory import SavedForBackward
-from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records, ensure_pad_token
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.data.formats.records import load_records
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records, ensure_pad_token
+from tokentune.models.adapters import add_adapters
+from tokentune.models.pretrained import load_base_model, load_tokenizer
 
 # Other packages' words on their own internals, which a user can do nothing about.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

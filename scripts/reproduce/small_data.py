@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tokentune.errors import UserError
-from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
 CHOICES, WORDS = 4, 12
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from evaluation import order, read_scores, run_names
 from result_tables import markdown
 
+from tokentune.core.saved_bytes import gib
 from tokentune.errors import UserError
-from tokentune.memory import gib
-from tokentune.runs.run_folder import SUMMARY_NAME
+from tokentune.training.checkpoints.run_folder import SUMMARY_NAME
 
 PAPER = {"TokenTune, 0.3": 0.72, "QLoRA": 0.37, "QLoRA + TokenTune, 0.3": 0.21}  # of full fine-tuning's peak memory
 

@@ -1,1 +1,1 @@
-"""From files and the hub to rows of tokens: formats, chat templates, mixing, packing, checks, the preview."""
+"""From files and the hub to batches of tokens: prompts, packing, collators. Nothing about models."""

@@ -1,6 +1,7 @@
 """Encoded rows on their way into training: cut or dropped at the maximum length, counted, and put into a table.
 
-What a record's tokens and labels are is told elsewhere (`prompts.py`, `conversations.py`); this is the same for all.
+What a record's tokens and labels are is told elsewhere (`data/prompts.py`, `data/formats/conversations.py`); this is
+the same for all.
 """
 
 import logging
@@ -15,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.errors import UserError
-from tokentune.selection import IGNORED_LABEL
+from tokentune.sampling.sampler import IGNORED_LABEL
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 

@@ -1,9 +1,9 @@
 """The data of a run: from the command line's names to rows of token ids and labels.
 
-Main path: `load_instruction_data` opens each data set (`records.py`), tells its format (`data_formats.py`),
-encodes its rows (`record_encoding.py`), keeps the tokens for the next run (`token_cache.py`), and puts
-training and validation rows together (`data_mixing.py`). With `--streaming` it leaves the rows where they are
-(`streaming_rows.py`).
+Main path: `load_instruction_data` opens each data set (`data/formats/records.py`), tells its format
+(`data/formats/data_formats.py`), encodes its rows (`record_encoding.py`), keeps the tokens for the next run
+(`token_cache.py`), and puts training and validation rows together (`data/mixing.py`). With `--streaming` it leaves the
+rows where they are (`streaming_rows.py`).
 """
 
 import logging
@@ -15,20 +15,20 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.arguments import FinetuneArguments
-from tokentune.command_line.data_arguments import DataArguments
-from tokentune.command_line.flags import process_count
-from tokentune.data.bad_rows import BadRows
-from tokentune.data.chat_templates import load_chat_template
-from tokentune.data.data_formats import FORMATS, Answer, recognised
-from tokentune.data.data_mixing import mixture_counts, mixture_rows
+from tokentune.data.chat.templates import load_chat_template
 from tokentune.data.encoding import EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
+from tokentune.data.formats.bad_rows import BadRows
+from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
+from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource, open_source
+from tokentune.data.mixing import mixture_counts, mixture_rows
+from tokentune.data.prompts import PromptTemplate
 from tokentune.data.record_encoding import ChunkEncoder, RecordEncoder, chunks, ordered_map, worker_count
-from tokentune.data.records import DROPPED_SOURCES, RecordSource, open_source
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError
-from tokentune.prompts import PromptTemplate
+from tokentune.settings.data import DataArguments
+from tokentune.settings.finetune import FinetuneArguments
+from tokentune.settings.flags import process_count
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@
 A document is a row of the data. It keeps the draw of its selection, and its labels, that it has in a row of its own;
 only then are documents joined. Their position ids restart, and from that, in a batch without an attention mask,
 transformers builds masks that keep them apart (`masking_utils.find_packed_sequence_indices`), for all its own mask
-functions and in any number of rows. Whether a model really keeps them apart, `separation.py` tries.
+functions and in any number of rows. Whether a model really keeps them apart, `data/packing_check.py` tries.
 
 Legend: B rows of a batch, S tokens of the padded batch, K selected positions per row, N documents of the batch.
 """
@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tokentune.collators import ALL_LABELS, CausalCollator, SeededRows
-from tokentune.selection import IGNORED_LABEL, target_mask
+from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows
+from tokentune.sampling.sampler import IGNORED_LABEL, target_mask
 
 logger = logging.getLogger(__name__)
 

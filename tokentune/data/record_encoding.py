@@ -1,4 +1,5 @@
-"""Parsed records to rows of tokens, many at a time: by `prompts.py` or the chat template, in one or more processes."""
+"""Parsed records to rows of tokens, many at a time: by `data/prompts.py` or the chat template, in one or more
+processes."""
 
 import hashlib
 import json
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.chat_templates import ChatEncoder
-from tokentune.data.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
+from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.encoding import Notes, TokenRow
-from tokentune.data.records import DROPPED_SOURCES, Placed
+from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
+from tokentune.data.formats.records import DROPPED_SOURCES, Placed
+from tokentune.data.prompts import PromptTemplate, encode_answers
 from tokentune.errors import UserError
-from tokentune.prompts import PromptTemplate, encode_answers
 
 CHUNK = 64  # rows that are tokenized together
 CHUNKS_HERE = 16  # that are tokenized in this process before others are started: small data is done sooner without them
@@ -27,7 +28,7 @@ Chunk, Outcome = TypeVar("Chunk"), TypeVar("Outcome")
 
 
 class RecordEncoder:
-    """Encodes prompts with answers by `prompts.py`, conversations by the tokenizer's chat template.
+    """Encodes prompts with answers by `data/prompts.py`, conversations by the tokenizer's chat template.
 
     Args:
         add_eos_token, system_in_user: as of `ChatEncoder`.
@@ -90,7 +91,7 @@ class EncodedChunk(NamedTuple):
     """What became of some records.
 
     Attributes:
-        rows: place for messages, side ("train" or "validation"), and the row or what is wrong with it.
+        rows: how messages about it begin, side ("train" or "validation"), and the row or what is wrong with it.
         left_out: records of `DROPPED_SOURCES`.
         conversations: there is one among them.
     """
@@ -117,11 +118,12 @@ class ChunkEncoder:
         rows: list[tuple[str, str, TokenRow | UserError | None]] = []
         items = []
         for where, record in records:
-            if not isinstance(record, UserError) and record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
+            if isinstance(record, UserError):
+                rows.append(("", "train", record))  # it names its place itself: a line, or a row
+                continue
+            if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
                 continue
             try:
-                if isinstance(record, UserError):
-                    raise record
                 item = self.data_format.read(record, where, self.template)
             except UserError as error:
                 rows.append((where, "train", error))

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from tokentune.collators import SeededRows
-from tokentune.data.bad_rows import NAMED, BadRowPolicy
-from tokentune.data.data_formats import FORMATS, SOURCE_COLUMN
+from tokentune.data.collators import SeededRows
 from tokentune.data.encoding import LengthLimit, TokenRow
+from tokentune.data.formats.bad_rows import NAMED, BadRowPolicy
+from tokentune.data.formats.data_formats import FORMATS, SOURCE_COLUMN
+from tokentune.data.formats.records import DROPPED_SOURCES, Placed, RecordSource
+from tokentune.data.prompts import PromptTemplate
 from tokentune.data.record_encoding import RecordEncoder
-from tokentune.data.records import DROPPED_SOURCES, Placed, RecordSource
 from tokentune.errors import UserError
-from tokentune.prompts import PromptTemplate
 
 logger = logging.getLogger(__name__)
 

@@ -24,17 +24,16 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokentune import prompts
-from tokentune.command_line.data_arguments import DataArguments
-from tokentune.data.records import RecordSource
-from tokentune.data.sources import first_line
-from tokentune.prompts import PromptTemplate
+from tokentune.data.formats.records import RecordSource
+from tokentune.data.prompts import PromptTemplate
+from tokentune.settings.data import DataArguments
+from tokentune.sources import first_line
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pyarrow")
 # What decides on tokens and labels: an entry must not outlive a change of it.
-CODE = (*sorted(Path(__file__).parent.glob("*.py")), Path(prompts.__file__))
+CODE = tuple(sorted(Path(__file__).parent.rglob("*.py")))
 ENTRY = "entry.json"
 ABANDONED_SECONDS = 24 * 3600  # a half-written entry as old as this belongs to a run that died
 

@@ -9,7 +9,7 @@ gradients. For rows with one answer, padded on the right.
 import torch
 from torch import Tensor
 
-from tokentune.strategies import Tokens
+from tokentune.sampling.strategies import Tokens
 
 
 def answer_window(tokens: Tokens) -> Tensor:

@@ -16,15 +16,15 @@ from steps.report import median_with_interval
 from torch import Tensor, nn
 from transformers import set_seed
 
-from tokentune.arguments import parse_arguments
 from tokentune.data.instruction_data import load_instruction_data
+from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.streaming_rows import seeded_rows
-from tokentune.loading import load_config, load_tokenizer
-from tokentune.preparation import base_dtype, prepare_model
-from tokentune.prompts import PromptTemplate, ensure_pad_token
-from tokentune.runs.training_settings import build_training_arguments
-from tokentune.selection import IGNORED_LABEL
-from tokentune.training import build_trainer
+from tokentune.models.builder import base_dtype, prepare_model
+from tokentune.models.pretrained import load_config, load_tokenizer
+from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.settings.finetune import parse_arguments
+from tokentune.training.trainer import build_trainer
+from tokentune.training.trainer_arguments import build_training_arguments
 
 from .experiments import CHECKPOINTING, EQUAL_BYTES, TRAINED, Experiment, Workplace, words
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tokentune import apply_tokentune, remove_tokentune
-from tokentune.adapters import add_adapters
+from tokentune.models.adapters import add_adapters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAIN = ("full", "lora", "qlora")

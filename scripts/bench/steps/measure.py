@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from steps.cases import DTYPES, Case, Variant, build, switch
-from tokentune.memory import SavedForBackward
-from tokentune.selection import select_positions
+from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.sampling.sampler import select_positions
 
 
 class Bench:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokentune.errors import UserError
-from tokentune.runs.summary import cpu_name, library_versions
+from tokentune.reports.summary import cpu_name, library_versions
 
 SCHEMA_VERSION = 2
 Row = dict[str, Any]

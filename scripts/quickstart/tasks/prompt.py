@@ -6,7 +6,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))  # for tokentune: lm-eval may be called from any folder
 
-from tokentune.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 
 TEMPLATE = PromptTemplate.load(DEFAULT_TEMPLATE)
 

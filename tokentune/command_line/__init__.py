@@ -1,1 +1,0 @@
-"""The flags, in groups, each with its check."""

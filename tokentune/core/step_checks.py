@@ -1,0 +1,112 @@
+"""What a step is asked for: the questions about a call of a patched model, and what it cannot do, said with a reason.
+
+B sequences, S tokens, K selected
+"""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from tokentune.core.adapter_kinds import require_served_adapters, unserved_adapters
+from tokentune.core.groups import token_order
+from tokentune.core.model_sampling import pad_token, pooled_tokens
+from tokentune.core.past_hooks import is_called_by_prompt_learning
+from tokentune.core.selective_layer import CURRENT_STEP
+from tokentune.errors import UnsupportedModelError
+from tokentune.verify.verification import Pooling
+
+if TYPE_CHECKING:
+    from tokentune.core.patching import Settings
+
+_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
+PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
+_POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
+_PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
+
+
+def require_served_step(model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any]) -> None:
+    """Raises for what a selective forward cannot do."""
+    if getattr(model, "_is_replica", False):
+        raise UnsupportedModelError(
+            "nn.DataParallel runs copies in threads of one process: use DistributedDataParallel"
+        )
+    if CURRENT_STEP.get() is not None:
+        raise UnsupportedModelError("a selective forward was started inside another one")
+    _require_served_adapters_now(model, settings)
+    of_others = any(kwargs.get(name) is not None for name in ("inputs_embeds", "past_key_values"))
+    if of_others and not torch.compiler.is_compiling() and is_called_by_prompt_learning():
+        raise UnsupportedModelError(PROMPT_LEARNING)
+    config = model.config.get_text_config()
+    for name in _REFUSED:
+        asked = kwargs.get(name)
+        asked = asked if isinstance(asked, Tensor) else asked not in (None, False, 0)
+        if isinstance(asked, Tensor) or asked or (name.startswith("output") and getattr(config, name, False)):
+            raise ValueError(f"`{name}` cannot be had together with a selection")
+
+
+def _require_served_adapters_now(model: PreTrainedModel, settings: "Settings") -> None:
+    """Adapters may have come, or become active, after the model was patched."""
+    configs = getattr(model, "peft_config", None)
+    known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
+    if known != settings.adapters_of:
+        settings.adapters, settings.adapters_of = unserved_adapters(model, trust_unknown=not settings.verify), known
+    require_served_adapters(settings.adapters)
+
+
+def check_positions(model: PreTrainedModel, pooling: Pooling | None, positions: Tensor, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for given positions of another shape, or without the token that the head pools."""
+    if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
+        raise ValueError(
+            f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
+            f"got {positions.dtype} of shape {tuple(positions.shape)}"
+        )
+    if positions.device.type != "cpu" or is_fake(positions):  # reading them would make the host wait
+        return
+    if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
+        raise ValueError("this model pools the first token: position 0 must be selected in every row")
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if mask is None and ids is not None:
+        mask = torch.ones_like(ids)
+    if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD) and mask is not None and mask.ndim == 2:
+        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token(model))
+        if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
+            raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
+
+
+def is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether every token is selected, so that the step is an ordinary one and costs what it costs."""
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None or not isinstance(positions, Tensor) or positions.shape[1] != tokens.shape[1]:
+        return False
+    token_order(positions, tokens.shape[1])  # for its checks
+    return True
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    return model.can_generate() and (model.loss_function is ForCausalLMLoss or "_loss_function" in model.__dict__)
+
+
+def has_foreign_forward(model: PreTrainedModel) -> bool:
+    """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
+
+    Such a forward calls the backbone and applies (B, S) labels itself, so that it gets all rows, in place. Wrappers
+    that pass everything on (accelerate's, torch's) do not count. They are told by where their code stands: that a
+    function names another in `__wrapped__` does not mean that it calls it (TRL's only wears the other's signature).
+    """
+    own = inspect.unwrap(type(model).forward)
+    link = model.forward
+    while link is not None:
+        function = getattr(link, "__func__", link)  # of a bound method
+        function = getattr(function, "func", function)  # of a partial one
+        if function is own:
+            return False
+        home = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if home.split(".")[0] not in _PASS_ON:
+            return True
+        link = getattr(link, "__wrapped__", None)
+    return True

@@ -1,0 +1,107 @@
+"""What of a conversation its chat template does not write: learnt wrongly without a word, if nobody looks.
+
+Most templates know some roles and keys and pass over all others. What the model is not shown is refused where nothing
+is left to learn, and told otherwise.
+"""
+
+import logging
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple, NoReturn
+
+from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, REASONING, Rendering, Words
+from tokentune.errors import UserError
+
+
+class Omission(NamedTuple):
+    """What a template leaves out.
+
+    Attributes:
+        level: of the log.
+        message: index of the message that shows it.
+        sentence: what is left out; the same for all messages that it happens to.
+    """
+
+    level: int
+    message: int
+    sentence: str
+
+
+def omissions(rendering: Rendering) -> Iterator[Omission]:
+    """What the template does not write of a conversation.
+
+    Raises:
+        UserError: a learnt call is left out, or all of a learnt message.
+    """
+    if rendering.written is None:
+        return
+    numbered = enumerate(rendering.words)
+    for index, group in groupby(numbered, key=lambda pair: pair[1].message):
+        of_message = list(group)
+        left_out = [words for number, words in of_message if number not in rendering.written]
+        written = {words.key for number, words in of_message if number in rendering.written}
+        if left_out:
+            yield from _of_message(rendering, index, left_out, written)
+
+
+def _of_message(rendering: Rendering, index: int, left_out: list[Words], written: set[str]) -> Iterator[Omission]:
+    conversation, nothing = rendering.conversation, not written
+    message = conversation.messages[index]
+    if message["role"] != "assistant":
+        what = f"{'' if nothing else 'a part of '}messages of the role {message['role']!r}"
+        cure = (
+            "; --system_in_user puts them in front of the user's" if message["role"] in ("system", "developer") else ""
+        )
+        yield _warning(index, f"{what}, which the model is therefore not shown{cure}")
+        return
+    keys = {words.key for words in left_out}
+    _refuse_unlearnable(rendering, index, left_out, nothing=nothing)
+    last_answer = all(later["role"] != "assistant" for later in conversation.messages[index + 1 :])
+    level = logging.WARNING if last_answer else logging.INFO
+    which = "the last answer" if last_answer else "earlier answers, as many templates do"
+    reasoning = keys.intersection(REASONING)
+    if reasoning and not written.intersection(REASONING):
+        yield Omission(level, index, f"the reasoning ({sorted(reasoning)[0]!r}) of {which}")
+    content = [words for words in left_out if words.key == "content"]
+    if any(words.last for words in content):
+        yield _warning(index, "the text beside a call" if "tool_calls" in message else "answers that are not learnt")
+    elif content:
+        yield Omission(level, index, f"the reasoning within the text of {which}")
+    if CALL_NAME in keys:
+        yield _warning(index, "calls of tools")
+    elif CALL_ARGUMENTS in keys:
+        yield _warning(index, "some arguments of calls")
+    for key in sorted(keys & {"refusal", "tool_plan"}):
+        yield _warning(index, f"{key!r} of answers")
+
+
+def _refuse_unlearnable(rendering: Rendering, index: int, left_out: list[Words], *, nothing: bool) -> None:
+    """Refuses an answer whose text or call is missing: the model would learn to say nothing there."""
+    message, where = rendering.conversation.messages[index], f"{rendering.where}, message {index + 1}"
+    if index not in rendering.conversation.learnt:
+        return
+    keys = {words.key for words in left_out}
+    calls = message.get("tool_calls", [])
+    if CALL_NAME in keys:
+        missing = next(call for call in calls if call.get("function", call)["name"] not in rendering.text)
+        refuse_call(missing, where)
+    if not calls and any(words.key == "content" and words.last for words in left_out):
+        raise rendering.hidden(index)
+    if nothing and "content" not in keys:
+        raise UserError(
+            f"{where}: the chat template writes nothing of this message, which has only "
+            f"{' and '.join(map(repr, sorted(keys)))}. Put its text into 'content', give a template that writes it "
+            "(--chat_template), or leave such rows out."
+        )
+
+
+def refuse_call(call: dict, where: str) -> NoReturn:
+    """Refuses a template that leaves a learnt call out."""
+    raise UserError(
+        f"{where}: the chat template leaves its call of {call.get('function', call)['name']!r} out. Give one that "
+        "writes tool calls (--chat_template), or leave such rows out."
+    )
+
+
+def _warning(index: int, sentence: str) -> Omission:
+    return Omission(logging.WARNING, index, sentence)

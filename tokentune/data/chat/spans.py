@@ -1,0 +1,363 @@
+"""Which characters of a rendered conversation are learnt.
+
+Templates that mark the assistant's text (`{% generation %}`, transformers' documentation, "Training with chat
+templates") are taken at their word. For the others:
+
+- An answer begins where the model begins to write at inference: behind the generation prompt. Which text that is, is
+  rendered once for each kind of message that an answer follows. Where it does not stand before an answer (templates
+  that open reasoning in the generation prompt alone, or write none), the answer begins with its own words.
+- It ends with the last visible character that the template writes for the message: the end-of-turn mark is learnt, the
+  white space after it and the next turn's header are not. Which text is the next turn's header, is found by rendering
+  the conversation up to one answer of each kind.
+- Where a template ends a turn by nothing but the next turn's first mark (GLM), that mark is learnt as the end.
+- What another message wrote within the assistant's turn (a tool's result) is cut out.
+
+A message's place holds exactly or is not found; then the row is refused, never guessed at.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, Place, Rendering
+from tokentune.data.prompts import common_prefix
+
+# What opens, or opens and closes, an answer's reasoning at the end of a generation prompt.
+REASONING_TAG = r"[<\[][/|]?(?:think|thought|reason)\w*[/|]?[>\]]"
+REASONING_OPENED = re.compile(rf"(?:{REASONING_TAG}\s*)+\Z", re.IGNORECASE)
+EMPTY_REASONING = re.compile(rf"(?:{REASONING_TAG}\s*{REASONING_TAG})?", re.IGNORECASE)
+
+
+class Span(NamedTuple):
+    """Characters [start, end) of a rendering that are learnt; what the message itself says ends at `content_end`."""
+
+    start: int
+    content_end: int
+    end: int
+
+
+class Run(NamedTuple):
+    """Words of one message with no other message's between them.
+
+    Attributes:
+        message: its index.
+        begin: first character, white space of the message included.
+        start, end: its words.
+        previous, following: the places before and behind them, of other messages; None at an end of the rendering.
+        last_words: number of the last ones.
+        opens, closes: the message's first and last run.
+        calls: the first words are those of a call.
+        answer: where the text behind all reasoning begins; None where there is none.
+    """
+
+    message: int
+    begin: int
+    start: int
+    end: int
+    previous: Place | None
+    following: Place | None
+    last_words: int
+    opens: bool
+    closes: bool
+    calls: bool
+    answer: int | None
+
+
+class SpanFinder:
+    """Finds the learnt spans of a rendering whose template sets no marks.
+
+    Args:
+        special: matches the tokenizer's special tokens.
+        unended: whether the template ends an answer's text by nothing but the next turn's mark.
+    """
+
+    def __init__(
+        self,
+        rendering: Rendering,
+        tokenizer: PreTrainedTokenizerBase,
+        special: re.Pattern[str],
+        unended: Callable[[], bool],
+    ) -> None:
+        self.rendering, self.special, self.unended = rendering, special, unended
+        self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
+        self.text = rendering.text
+        self._prompts: dict[tuple, tuple[str, bool] | None] = {}
+        self._headers: dict[tuple, tuple[str, bool]] = {}
+        self._repeated: set[int] = set()  # messages whose words stand in the rendering twice
+        self._runs: dict[int, list[Run]] = {}
+        for run in self._all_runs():
+            self._runs.setdefault(run.message, []).append(run)
+
+    def spans(self) -> list[Span]:
+        """In order, apart from one another.
+
+        Raises:
+            UserError: an answer is not found.
+        """
+        spans: list[Span] = []
+        for index in self.rendering.conversation.learnt:
+            for span in self._of_message(index):
+                if spans and span.start < spans[-1].end:
+                    raise self.rendering.hidden(index)
+                if span.start < span.end:
+                    spans.append(span)
+        return spans
+
+    def _of_message(self, index: int) -> Iterator[Span]:
+        rendering = self.rendering
+        if index in self._repeated:
+            raise rendering.hidden(index)
+        runs = self._runs.get(index)
+        if runs is None:
+            yield self._by_beginnings(index)
+            return
+        asked = self._runs.get(index - 1)
+        if asked is not None and asked[0].start > runs[0].start:  # what is answered has to stand before the answer
+            raise rendering.hidden(index)
+        for run in runs:
+            start = self._start(run)
+            yield Span(start, *self._end(run))
+
+    # ---- words of messages, in the order of the rendering ------------------------------------------------------------
+
+    def _all_runs(self) -> list[Run]:
+        words, text = self.rendering.words, self.text
+        places, seen = [], set()
+        for place in self.rendering.places:
+            message, key = words[place.number].message, words[place.number].key
+            if place.number in seen and self.rendering.conversation.messages[message]["role"] == "assistant":
+                # A call's name may come again in its result's header; an answer that comes twice has no one place.
+                self._repeated |= {message} if key == "content" else set()
+                continue
+            seen.add(place.number)
+            places.append(place)
+        grouped = [list(group) for _, group in groupby(places, key=lambda place: words[place.number].message)]
+        of_message = [words[group[0].number].message for group in grouped]
+        first = {message: n for n, message in reversed(list(enumerate(of_message)))}
+        last = {message: n for n, message in enumerate(of_message)}
+        answers = {
+            words[place.number].message: _begin(words[place.number].before, place.start, text)
+            for place in places
+            if words[place.number].key == "content" and words[place.number].last
+        }
+        return [
+            Run(
+                message=message,
+                begin=_begin(words[group[0].number].before, group[0].start, text),
+                start=group[0].start,
+                end=group[-1].end,
+                previous=grouped[n - 1][-1] if n else None,
+                following=grouped[n + 1][0] if n + 1 < len(grouped) else None,
+                last_words=group[-1].number,
+                opens=first[message] == n,
+                closes=last[message] == n,
+                calls=self._is_call(group[0].number),
+                answer=answers.get(message),
+            )
+            for n, (message, group) in enumerate(zip(of_message, grouped, strict=True))
+        ]
+
+    # ---- where an answer begins --------------------------------------------------------------------------------------
+
+    def _start(self, run: Run) -> int:
+        if not run.opens or run.message == 0:
+            return run.begin
+        header, is_prompt = self._prompt(run) or ("", False)
+        start = self._behind(header, run)
+        # Without a generation prompt, a header that the template writes before the answer is none of it.
+        if start is not None and (is_prompt or not self.text[start : run.start].strip()):
+            return start
+        opened = REASONING_OPENED.search(header) if is_prompt else None
+        if not run.calls:
+            return run.begin if opened is None or run.answer is None else run.answer
+        if opened is not None:  # a call that the template writes without the reasoning which the prompt opens
+            start = self._behind(header[: opened.start()], run)
+            return self._behind_answer_header(run) if start is None else EMPTY_REASONING.match(self.text, start).end()
+        return self._behind_answer_header(run)
+
+    def _behind(self, header: str, run: Run) -> int | None:
+        """Where the header ends that stands between the words before this run and the run; None where it does not."""
+        for position in self._ends(run.previous):
+            if header and self.text.startswith(header, position) and position + len(header) <= run.start:
+                return position + len(header)
+        return None
+
+    def _behind_answer_header(self, run: Run) -> int:
+        """Where a call begins, of which only names and arguments are marked: where a text would, were it no call."""
+        text = self.rendering.beginning(run.message, answer="\ue000")
+        before = None if text is None or text[0].count("\ue000") != 1 else text[0].partition("\ue000")[0]
+        if before is not None:
+            places = [place for place in text[1] if place.end <= len(before)]
+            header = before[self._ends(places[-1] if places else None, before)[0] :]
+            start = self._behind(header, run)
+            if start is not None:
+                return start
+        raise self.rendering.hidden(run.message)
+
+    def _prompt(self, run: Run) -> tuple[str, bool] | None:
+        """What stands between the words before an answer and where the model begins to write, and whether it holds a
+        generation prompt: of the first answer that follows words and a message of this kind."""
+        messages, words = self.rendering.conversation.messages, self.rendering.words
+        asked = messages[run.message - 1]
+        before = None if run.previous is None else words[run.previous.number]
+        spoke = None if before is None else (messages[before.message]["role"], before.key)
+        key = (asked["role"], "tool_calls" in asked, spoke)
+        if key not in self._prompts:
+            self._prompts[key] = None
+            with_prompt = self.rendering.beginning(run.message, generation_prompt=True)
+            without = self.rendering.beginning(run.message)
+            if with_prompt is not None:
+                text, places = with_prompt
+                position = self._ends(places[-1] if places else None, text)[0]
+                self._prompts[key] = text[position:], without is None or text != without[0]
+        return self._prompts[key]
+
+    def _ends(self, place: Place | None, text: str | None = None) -> list[int]:
+        """Where the words end: with the white space that the message has after them, if that is there, and without."""
+        if place is None:
+            return [0]
+        after = self.rendering.words[place.number].after
+        followed = (self.text if text is None else text).startswith(after, place.end)
+        return [place.end + len(after), place.end] if after and followed else [place.end]
+
+    # ---- where it ends -----------------------------------------------------------------------------------------------
+
+    def _end(self, run: Run) -> tuple[int, int]:
+        """Where what the message says ends, and where its turn does."""
+        text, following = self.text, run.following
+        limit = len(text) if following is None else following.start
+        if run.closes and following is None and run.message == len(self.rendering.messages) - 1:
+            length, exact = limit - run.end, True
+        else:
+            length, exact = self._tail(run, limit)
+        tail = text[run.end : run.end + length].rstrip()
+        end = run.end + len(tail)
+        content_end = end if exact else run.end
+        if self.eos and text.startswith(self.eos, end):  # of templates that end a turn where the next one begins
+            end += len(self.eos)
+        elif not tail or not run.closes or (self._is_call(run.last_words) and self.unended()):
+            gap = text[end:limit]
+            mark = self.special.match(text, end + len(gap) - len(gap.lstrip()), limit)
+            if mark is not None and mark[0] != self.bos:
+                end = mark.end()
+        return content_end, end
+
+    def _is_call(self, number: int) -> bool:
+        return self.rendering.words[number].key in (CALL_NAME, CALL_ARGUMENTS)
+
+    def _tail(self, run: Run, limit: int) -> tuple[int, bool]:
+        """Characters behind the words that belong to the message, and whether they are written alike when nothing
+        follows it. `limit`: where the words of the next message begin."""
+        messages, words, text = self.rendering.conversation.messages, self.rendering.words, self.text
+        following = run.following
+        role = None if following is None else messages[words[following.number].message]["role"]
+        key = ("tool_calls" in messages[run.message], run.closes, role)
+        begin = limit if following is None else _begin(words[following.number].before, limit, text)
+        if key in self._headers:
+            header, exact = self._headers[key]
+            for end in (begin, limit):
+                if text.endswith(header, run.end, end):
+                    return end - len(header) - run.end, exact
+        gap = text[run.end : begin]
+        alone = self._written_alone(run)
+        exact = gap.startswith(alone)
+        length = len(alone) if exact else self._common(gap, alone)
+        self._headers.setdefault(key, (gap[length:], exact))
+        return length, exact
+
+    def _written_alone(self, run: Run) -> str:
+        """What the template writes behind the words when no message follows."""
+        beginning = self.rendering.beginning(run.message + 1)
+        if beginning is None:
+            raise self.rendering.hidden(run.message)
+        text, places = beginning
+        at = next((n for n, place in enumerate(places) if place.number == run.last_words), None)
+        if at is None:
+            raise self.rendering.hidden(run.message)
+        return text[places[at].end : places[at + 1].start if at + 1 < len(places) else len(text)]
+
+    def _common(self, gap: str, alone: str) -> int:
+        """The beginning of `gap` that is written whether or not messages follow; whole special tokens only."""
+        common = _common_marks(gap, alone, self.special)
+        if not gap[:common].strip() and self.special.match(alone.lstrip()):
+            # The last turn ends in a marker of its own (gpt-oss): then so do the others.
+            first = self.special.match(gap, len(gap) - len(gap.lstrip()))
+            common = first.end() if first else common
+        return common
+
+    # ---- without words -----------------------------------------------------------------------------------------------
+
+    def _by_beginnings(self, index: int) -> Span:
+        """The span of a message of which no words are marked: it has none, or marks change what the template writes."""
+        rendering, text = self.rendering, self.text
+        prompt = rendering.beginning(index, generation_prompt=True) if index else None
+        until = rendering.beginning(index + 1)
+        if prompt is None or until is None or not text.startswith(prompt[0]) or not text.startswith(until[0]):
+            raise rendering.hidden(index)
+        start, end = len(prompt[0]), len(until[0].rstrip())
+        if start > end or last_words(rendering.conversation.messages[index]) not in text[start:end]:
+            raise rendering.hidden(index)
+        return Span(start, end, end)
+
+
+def generation_spans(rendering: Rendering) -> tuple[list[Span] | None, tuple[int, str] | None]:
+    """What the template marks by `{% generation %}`; None where that cannot be used, with a message's index and what is
+    wrong with the marks there, or None where only some answers are learnt and which marks are theirs is not told."""
+    messages, learnt = rendering.conversation.messages, rendering.conversation.learnt
+    ranges = sorted((start, end) for start, end in rendering.generation or () if start < end)
+    for place in rendering.places:
+        message = rendering.words[place.number].message
+        if messages[message]["role"] != "assistant" and any(start <= place.start < end for start, end in ranges):
+            return None, (message, "within")
+    assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(ranges) == len(assistants):
+        ranges = [ranges[assistants.index(i)] for i in learnt]
+    elif list(learnt) != assistants:
+        return None, None
+    marked = "\0".join(rendering.text[start:end] for start, end in ranges)
+    position = 0
+    for index in learnt:
+        words = last_words(messages[index])
+        position = marked.find(words, position)
+        if position < 0:
+            return None, (index, "not within")
+        position += len(words)
+    return [Span(start, end, end) for start, end in ranges], None
+
+
+def ends_by_next_turn(rendering: Rendering, special: re.Pattern[str]) -> bool:
+    """Whether a template writes nothing behind the answer of (question, answer, question) but the next turn's mark.
+
+    Such a mark is another one than stands behind a question; an end of all turns is the same.
+    """
+    alone = rendering.beginning(2)
+    ends = {rendering.words[place.number].message: place.end for place in rendering.places}
+    if alone is None or not {0, 1} <= ends.keys() or len(alone[1]) != 2:
+        return False
+    gap = rendering.text[ends[1] :]
+    marks = [special.search(rendering.text, ends[message]) for message in (0, 1)]
+    if gap[: _common_marks(gap, alone[0][alone[1][1].end :], special)].strip() or None in marks:
+        return False
+    return marks[0][0] != marks[1][0]
+
+
+def _common_marks(a: str, b: str, special: re.Pattern[str]) -> int:
+    """The length of the beginning that both share, without a part of a special token."""
+    common = common_prefix(a, b)
+    for token in special.finditer(a):
+        if token.start() < common < token.end():  # two markers that begin alike
+            common = token.start()
+    return common
+
+
+def last_words(message: dict) -> str:
+    """The end of what a message says: templates may trim it, and leave reasoning out or put it elsewhere."""
+    return message["content"].split("</think>")[-1].strip()[-20:]
+
+
+def _begin(before: str, start: int, text: str) -> int:
+    """Where words begin that have this white space before them, if it stands in the rendering."""
+    return start - len(before) if text.endswith(before, 0, start) else start

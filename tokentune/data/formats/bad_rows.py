@@ -1,0 +1,86 @@
+"""Rows that cannot be used: all are counted, the first are named, and `--bad_rows` says whether the run goes on."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from tokentune.errors import UserError
+from tokentune.sources import first_line
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5
+LONGEST = 200  # characters of one of them in a list
+
+BadRowPolicy = Literal["stop", "skip"]
+
+
+class BadRows:
+    """The bad rows of one data set.
+
+    Args:
+        policy: "stop" or "skip".
+        skippable: whether the user could have said "skip".
+    """
+
+    def __init__(
+        self, policy: BadRowPolicy, count: int = 0, first: Sequence[str] = (), *, skippable: bool = True
+    ) -> None:
+        self.policy, self.skippable = policy, skippable
+        self.count, self.first = count, list(first)
+        self.rows: set[int] = set()  # of a table of all rows, those that are known to be bad
+
+    def add(self, error: UserError, row: int | None = None) -> None:
+        """Counts a row that is wrong in this way."""
+        self.count += 1
+        self.rows |= set() if row is None else {row}
+        if len(self.first) < NAMED:
+            self.first.append(str(error))
+
+    @contextmanager
+    def catch(self, where: str) -> Iterator[None]:
+        """Counts what goes wrong with the row at this place within the block.
+
+        Raises:
+            UserError: one that does not begin with the place, and so is about more than the row.
+        """
+        try:
+            yield
+        except UserError as error:
+            if not str(error).startswith(where):
+                raise
+            self.add(error)
+
+    def refuse(self, where: str, read: int) -> None:
+        """To be called when all rows are read.
+
+        Args:
+            where: the data set.
+            read: rows that there are, the bad ones among them.
+
+        Raises:
+            UserError: there are bad rows, and the policy is to stop, or no row is a good one.
+        """
+        if self.count and (self.policy == "stop" or self.count >= read):
+            raise UserError(self.first[0] if self.count == 1 else f"{self._told(where, read)}.\n{self._cure(read)}")
+
+    def settle(self, where: str, read: int) -> None:
+        """`refuse`, or a warning of the rows that are left out."""
+        self.refuse(where, read)
+        if self.count:
+            logger.warning("%s. --bad_rows skip: they are left out", self._told(where, read))
+
+    def _told(self, where: str, read: int) -> str:
+        named = [first_line(UserError(text)).rstrip(".") for text in self.first]
+        common, _, _ = named[0].partition(", ")
+        if all(text.startswith(f"{common}, ") for text in named):  # the file's name once, not in front of each row
+            where, named = common, [text.removeprefix(f"{common}, ") for text in named]
+        named = [text if len(text) <= LONGEST else f"{text[:LONGEST]}..." for text in named]
+        more = "" if self.count <= NAMED else f", the first {NAMED}"
+        return f"{where}: {self.count:,} of {read:,} rows are bad{more}: {'; '.join(named)}"
+
+    def _cure(self, read: int) -> str:
+        if self.count >= read or not self.skippable:
+            return "Repair them."
+        return "Repair them, or leave them out with --bad_rows skip."

@@ -1,0 +1,341 @@
+"""Which files of a folder are the data set that is asked for: its splits and configurations, never joined by guess.
+
+What is there is told, in this order, by what `save_to_disk` writes, by the `configs:` in a README.md (as the hub's data
+sets have it), and by names: `train.jsonl`, `data/train_sft-00000-of-00001.parquet`, `main/test.csv`.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import yaml
+from datasets.data_files import FILES_TO_IGNORE, resolve_pattern, sanitize_patterns
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCardData
+
+from tokentune.data.formats.record_files import kind_of_file, stem_of
+from tokentune.errors import UserError
+from tokentune.sources import COMPRESSIONS, KINDS, first_line, listed
+
+logger = logging.getLogger(__name__)
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+CHOICES = {role: f"--{which}dataset" for role, which in (("train", ""), ("validation", "eval_"), ("test", "test_"))}
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")  # as `datasets` names the files of one split
+NUMBERS = re.compile(r"(?:(?<![a-z])(?:part|shard|chunk|file|of)(?![a-z])|[-_. ()\d])+$", re.IGNORECASE)
+# Parameters of a README's configuration that change nothing about which rows its files hold.
+CARD_PARAMETERS = {"data_files", "data_dir", "default", "description", "version", "features"}
+DOCUMENTS = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog)\b|.*\.(md|py|ya?ml|toml|cff|bib|png|jpe?g|svg|pdf)$"
+)
+
+Splits = dict[str | None, list[Path]]  # name -> files, or the folder of a saved data set; None: no name tells one
+Catalogue = dict[str, Splits]  # configuration -> its splits; "": the folder itself
+
+
+class Found(NamedTuple):
+    """The files of the split, or the folder of a saved data set."""
+
+    files: list[Path]
+    saved: Path | None = None
+
+
+def find_files(folder: Path, flag: str, *, role: str, split: str | None = None, config: str | None = None) -> Found:
+    """The files that are asked for; those that are not read are named in the log.
+
+    They are sorted, so that rows, and with them every seeded draw, keep their order on any file system.
+
+    Args:
+        flag: that named the folder.
+        role: "train", "validation" or "test": which split is meant where `split` is None.
+        split, config: asked for by name; None: there has to be one that is meant.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    where = f"{flag} {folder}"
+    catalogue, default = _catalogue(folder, where)
+    wanted = split or role
+    splits = _chosen_config(catalogue, where, role, config or default, wanted)
+    files = _chosen_split(splits, where, role, split)
+    if any(is_saved(file) for file in files):
+        if len(files) > 1:
+            raise UserError(f"{where}: holds several saved data sets ({_paths(files, folder)}). Name one of them.")
+        return Found([], files[0])
+    _check_kinds(files, folder, where)
+    _tell_unread(folder, where, files, catalogue)
+    return Found(files)
+
+
+def tells_split(name_or_path: str, role: str) -> bool:
+    """Whether a folder names this split; a file does not, and of a hub data set loading it tells."""
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        return False
+    if is_saved(folder) or _card_configs(folder, str(folder)):
+        catalogue, _ = _catalogue(folder, str(folder))
+    else:  # files of any kind: images too
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        catalogue = _labelled({path: (stem_of(path), path.relative_to(folder).parts[:-1]) for path in files})
+    return any(_base(name) == role for splits in catalogue.values() for name in splits if name is not None)
+
+
+def subfolder_of_split(folder: Path, where: str, role: str, split: str | None) -> Path | None:
+    """The one of a folder's subfolders that is asked for, or of several that `datasets` would join.
+
+    None: none is asked for, and joining is not in question.
+
+    Raises:
+        UserError: there is no such one, or several are meant.
+    """
+    named = {path.name: [path] for path in sorted(folder.iterdir()) if path.is_dir() and _base(path.name)}
+    if split is None and len([name for name in named if _base(name) == role]) < 2:
+        return None
+    return _chosen_split(named or {None: [folder]}, where, role, split)[0]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _catalogue(folder: Path, where: str) -> tuple[Catalogue, str | None]:
+    """What the folder holds, and the name of its default configuration, if a README tells one."""
+    if is_saved(folder):
+        return {"": _saved_splits(folder, where)}, None
+    cards = _card_configs(folder, where)
+    catalogue = {name: _card_splits(folder, name, card, where) for name, card in cards.items()}
+    if not cards:
+        catalogue = _told_by_names(folder)
+    if not any(catalogue.values()):
+        raise UserError(f"{where}: no {', '.join(KINDS)} file in this folder.")
+    return catalogue, cards.get_default_config_name() if cards else None
+
+
+def _saved_splits(folder: Path, where: str) -> Splits:
+    if (folder / "state.json").is_file():
+        return {None: [folder]}
+    try:
+        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {str(name): [folder / str(name)] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: its dataset_dict.json names no splits: {first_line(error)}.") from error
+
+
+def _card_configs(folder: Path, where: str) -> MetadataConfigs:
+    """The `configs:` in the head of the folder's README.md; empty where there are none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return MetadataConfigs()
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    if head is None or not re.search(r"^configs\s*:", head[1], re.MULTILINE):
+        return MetadataConfigs()
+    try:
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(configs=yaml.safe_load(head[1])["configs"]))
+        configs.get_default_config_name()
+        return configs
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{where}: the configs in its README.md cannot be read: {first_line(error)}") from error
+
+
+def _card_splits(folder: Path, name: str, card: dict[str, Any], where: str) -> Splits:
+    if unread := [parameter for parameter in card if parameter not in CARD_PARAMETERS]:
+        raise UserError(
+            f"{where}: its README.md reads the configuration {name!r} with {listed(unread)}, which is not done here. "
+            "Give the files themselves."
+        )
+    folder = folder / card.get("data_dir", ".")
+    if "data_files" not in card:
+        configs = _told_by_names(folder)
+        return configs[""] if len(configs) == 1 and "" in configs else {}
+    splits: Splits = {}
+    for split, patterns in sanitize_patterns(card["data_files"]).items():
+        found: dict[Path, None] = {}
+        for pattern in patterns:
+            if "://" in pattern:
+                raise UserError(f"{where}: its README.md names a file elsewhere ({pattern:.80}). Download it first.")
+            try:
+                matching = map(Path, resolve_pattern(pattern, str(folder.absolute())))
+            except FileNotFoundError:  # a copy of some of the data: what is not there cannot be chosen
+                continue
+            at = folder.absolute()
+            found |= {folder / path.relative_to(at) if path.is_relative_to(at) else path: None for path in matching}
+        if found:
+            splits[split] = list(found)
+    return splits
+
+
+def _told_by_names(folder: Path) -> Catalogue:
+    paths = {path: path.name if path.is_dir() else stem_of(path) for path in _data_paths(folder)}
+    return _labelled({path: (stem, path.relative_to(folder).parts[:-1]) for path, stem in paths.items()})
+
+
+def _labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> Catalogue:
+    """Files, given with their stem and the folders around them, by what these tell."""
+    # Where one sharded name tells a split, all of them are splits: "unsupervised-00000-of-00001" too.
+    sharded = any((match := SHARD.match(stem)) and _base(match[1]) for stem, _ in paths.values())
+    catalogue: Catalogue = {}
+    for path, (stem, folders) in paths.items():
+        shard = SHARD.match(stem)
+        split, around = (shard[1] if shard and sharded else _split_told(stem)), list(folders)
+        for part in [] if split is not None else reversed(folders):
+            if (split := _split_told(part)) is not None:
+                around.remove(part)
+                break
+        around = [part for part in around if part.lower() != "data" and _unnumbered(part)]
+        catalogue.setdefault("/".join(around), {}).setdefault(split, []).append(path)
+    return catalogue
+
+
+def check_one_configuration(urls: Iterable[str], where: str) -> None:
+    """Refuses files of a hub data set whose folders are configurations: without a README's word they would be joined.
+
+    Args:
+        urls: of the files of one split: hf://datasets/owner/name@revision/folder/file.
+    """
+    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in urls}
+    configs = [c for c in _labelled({url: (stem_of(p), p.parts[:-1]) for url, p in paths.items()}) if c]
+    if len(configs) > 1:
+        raise UserError(
+            f"{where}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
+            "Download it (hf download), and give the folder of one."
+        )
+
+
+def _data_paths(folder: Path) -> list[Path]:
+    """Data files, and the folders of saved data sets, whose own files are left out. Hidden ones are not looked at."""
+    saved = {path.parent for path in folder.rglob("state.json") if (path.parent / "dataset_info.json").is_file()}
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        inside = any(parent in saved for parent in path.parents)
+        if path in saved or (kind_of_file(path) and path.is_file() and path.name not in FILES_TO_IGNORE and not inside):
+            paths += [] if hidden else [path]
+    return paths
+
+
+def _split_told(text: str) -> str | None:
+    """The split in a file's or folder's name: from its word to the end, without numbers ("train_sft", "train")."""
+    for match in reversed(list(re.finditer("[a-z]+", text.lower()))):
+        if any(match[0] in words for words in SPLIT_WORDS.values()):
+            return _unnumbered(text[match.start() :])
+    return None
+
+
+def _unnumbered(text: str) -> str:
+    """A name without what counts files: "train" of "train_part-01"."""
+    match = NUMBERS.search(text)
+    return text[: match.start()] if match and any(c.isdigit() for c in match[0]) else text
+
+
+def _base(name: str) -> str | None:
+    """What a split's name says that it is for: "train", "validation" or "test"; None: nothing."""
+    words = re.findall("[a-z]+", name.lower())
+    return next((base for word in reversed(words) for base, known in SPLIT_WORDS.items() if word in known), None)
+
+
+# ---- what is meant ---------------------------------------------------------------------------------------------------
+
+
+def _chosen_config(catalogue: Catalogue, where: str, role: str, config: str | None, wanted: str) -> Splits:
+    config_flag = f"{CHOICES[role]}_config"
+    names = [name for name in catalogue if name]
+    if config is not None:
+        if config in catalogue:
+            return catalogue[config]
+        there = f"only {', '.join(sorted(names))}" if names else f"nor any other: leave {config_flag} out"
+        raise UserError(f"{where}: no configuration {config!r}, {there}.")
+    having = [name for name, splits in catalogue.items() if _fitting(splits, wanted) or list(splits) == [None]]
+    if len(having) == 1 or len(catalogue) == 1:
+        return catalogue[having[0] if having else next(iter(catalogue))]
+    if len(having) == 2 and "" in having and all(list(catalogue[name]) == [None] for name in having):
+        # Files, and more of them in one folder below.
+        return {None: sorted(path for name in having for path in catalogue[name][None])}
+    if not having:
+        there = dict.fromkeys(split for splits in catalogue.values() for split in splits if split is not None)
+        raise _no_split(where, role, wanted, [*there])
+    named = ", ".join(sorted(name or "(the folder itself)" for name in having))
+    raise UserError(
+        f"{where}: holds several configurations: {named}. Choose one with {config_flag}, or name folders of them."
+    )
+
+
+def _fitting(splits: Splits, wanted: str) -> list[str]:
+    """The splits that are meant by a name: the one of that name, or all that are for the same."""
+    if wanted in splits:
+        return [wanted]
+    return [name for name in splits if name is not None and wanted in SPLIT_WORDS and _base(name) == wanted]
+
+
+def _chosen_split(splits: Splits, where: str, role: str, split: str | None) -> list[Path]:
+    split_flag, wanted = f"{CHOICES[role]}_split", split or role
+    if list(splits) == [None]:
+        if split is not None:
+            raise UserError(f"{where}: tells no splits, so there is no {split!r}: leave {split_flag} out.")
+        return splits[None]
+    there = [name for name in splits if name is not None]
+    fitting = _fitting(splits, wanted)
+    if len(fitting) == 1:
+        return splits[fitting[0]]
+    if not fitting:
+        raise _no_split(where, role, wanted, there)
+    raise UserError(
+        f"{where}: holds several splits for {wanted}: {', '.join(sorted(fitting))}. Choose one with {split_flag}; "
+        f"there are {', '.join(there)}."
+    )
+
+
+def _no_split(where: str, role: str, wanted: str, there: list[str]) -> UserError:
+    only = f"only {', '.join(there)}" if there else "nor any other"
+    return UserError(f"{where}: no split {wanted!r}, {only}. Choose one with {CHOICES[role]}_split, or name a file.")
+
+
+def _check_kinds(files: list[Path], folder: Path, where: str) -> None:
+    """Refuses the same rows in two kinds of file, as far as names tell."""
+    named: dict[Path, Path] = {}
+    for file in files:
+        stem = stem_of(file)
+        shard = SHARD.match(stem)
+        around = file.parent.parent if file.parent.name == "data" else file.parent
+        other = named.setdefault(around / (shard[1] if shard else stem), file)
+        if other.name.removeprefix(stem_of(other)).lower() != file.name.removeprefix(stem).lower():
+            raise UserError(
+                f"{where}: {_paths([other, file], folder)} have one name, and may hold the same rows twice. "
+                "Name one of them."
+            )
+
+
+# ---- what is not read ------------------------------------------------------------------------------------------------
+
+
+def _tell_unread(folder: Path, where: str, files: list[Path], catalogue: Catalogue) -> None:
+    known = {path for splits in catalogue.values() for paths in splits.values() for path in paths}
+    others = sorted(known - set(files))
+    if others:
+        logger.info("%s: not read, as they are of other splits or configurations: %s", where, _paths(others, folder))
+    unknown = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        inside = any(up in known for up in path.parents)
+        document = path.name in FILES_TO_IGNORE or DOCUMENTS.match(path.name.lower())
+        if path.is_file() and not (hidden or inside or document or path in known):
+            unknown.append(path)
+    if unknown:
+        read = f"{', '.join(KINDS)}, the first three also with {', '.join(COMPRESSIONS)}"
+        logger.warning("%s: not read: %s (what is read: %s)", where, _paths(unknown, folder), read)
+
+
+def _paths(paths: Iterable[Path], folder: Path) -> str:
+    return listed([str(p.relative_to(folder) if p.is_relative_to(folder) else p) for p in paths], most=8)

@@ -1,0 +1,239 @@
+"""The rows of one file or table, one after another: JSON, JSON Lines, CSV and Parquet, and tables of `datasets`.
+
+As in `data/formats/json_files.py`, a row that is wrong while the file can be read on is yielded as the `UserError` of
+it.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, IterableDataset
+
+from tokentune.data.formats.json_files import (
+    MOST_LINE_BYTES,
+    name_twice,
+    parse_json,
+    read_json,
+    read_json_lines,
+    text_lines,
+)
+from tokentune.errors import UserError
+from tokentune.sources import COMPRESSIONS, DATA_SUFFIXES, KINDS, first_line
+
+ROWS_AT_ONCE = 1000
+Rows = Iterator[dict[str, Any] | UserError]
+
+
+def kind_of_file(path: Path) -> str | None:
+    """The one of `sources.KINDS` that a file's name tells, compressed or not; None for a file that is not read."""
+    ending = path.name[len(stem_of(path)) :].lower()
+    return next((kind for kind in KINDS if kind in (ending, ending[: ending.rfind(".")])), None)
+
+
+def stem_of(path: PurePath) -> str:
+    """A file's name without the endings that tell its kind."""
+    ends = [suffix for suffix in DATA_SUFFIXES if path.name.lower().endswith(suffix)]
+    return path.name[: -len(ends[0])] if ends else path.name
+
+
+def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
+    """The rows of a file; of a Parquet file only the given columns are read.
+
+    Raises:
+        UserError: an unknown kind of file, or one that cannot be read.
+    """
+    kind = _known_kind(path, flag)
+    with readable(path, flag):
+        if kind == ".parquet":
+            yield from _rows_of_parquet(path, columns)
+        else:
+            yield from {".json": read_json, ".jsonl": read_json_lines, ".csv": _rows_of_csv}[kind](path)
+
+
+def columns_of_file(path: Path, flag: str) -> list[str] | None:
+    """The names of a file's columns; None for JSON, whose rows have names of their own.
+
+    Raises:
+        UserError: as `rows_of_file`.
+    """
+    kind = _known_kind(path, flag)
+    with readable(path, flag):
+        if kind == ".parquet":
+            return parquet_schema(path).names
+        return [name for name in next(_csv_records(path))[1] if name] if kind == ".csv" else None
+
+
+@contextmanager
+def readable(path: Path, flag: str) -> Iterator[None]:
+    """Turns a file that cannot be read into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror or first_line(error)}.") from error
+
+
+def _known_kind(path: Path, flag: str) -> str:
+    kind = kind_of_file(path)
+    if kind is None:
+        compressed = "" if path.suffix.lower() not in COMPRESSIONS else f" (compressed: {', '.join(KINDS[:-1])} alone)"
+        raise UserError(f"{flag} {path}: unknown file type; {', '.join(KINDS)} can be read{compressed}.")
+    return kind
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def _rows_of_csv(path: Path) -> Rows:
+    """Every cell is text, as it stands: an answer "42", "NA" or "None" too. Only an empty one is missing."""
+    records = _csv_records(path)
+    _, names = next(records)
+    for line, cells in records:
+        if len(cells) > len(names):
+            yield UserError(f"{path}, line {line}: has {len(cells)} cells, and the header {len(names)} names.")
+            continue
+        cells += [""] * (len(names) - len(cells))
+        yield {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of the header and of every row. A column without a name is nobody's."""
+    csv.field_size_limit(MOST_LINE_BYTES)
+    # Old programs end lines with a carriage return alone; within quotes the pieces are joined again.
+    pieces = (piece for _, line in text_lines(path) for piece in re.split(r"(?<=\r)(?!\n)", line))
+    reader = csv.reader(pieces, strict=True)
+    names = None
+    try:
+        for cells in reader:
+            if not cells or (len(cells) == 1 and cells[0].isspace()):
+                continue
+            if names is None:
+                names = cells
+                if twice := name_twice(name for name in names if name):
+                    raise UserError(f"{path}: {twice} in the header. Rename or remove one of the columns.")
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {first_line(error)}.") from error
+    if names is None:
+        raise UserError(f"{path}: the file is empty.")
+
+
+# ---- Arrow -----------------------------------------------------------------------------------------------------------
+
+
+def parquet_schema(path: Path) -> pyarrow.Schema:
+    """The columns of a Parquet file with their types.
+
+    Raises:
+        UserError: no Parquet file, or a name that occurs twice.
+    """
+    with _valid_parquet(path):
+        schema = pyarrow.parquet.read_schema(path)
+    if twice := name_twice(schema.names):
+        raise UserError(f"{path}: {twice} among its columns. Rename or remove one of them.")
+    return schema
+
+
+@contextmanager
+def _valid_parquet(path: Path) -> Iterator[None]:
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty.")
+    try:
+        yield
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: not a valid Parquet file: {first_line(error)}") from error
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    """These columns of a Parquet file, as a table. Raises UserError."""
+    with _valid_parquet(path):
+        return pyarrow.parquet.read_table(path, columns=list(columns))
+
+
+def _rows_of_parquet(path: Path, columns: Sequence[str] | None) -> Rows:
+    names = parquet_schema(path).names
+    with _valid_parquet(path), pyarrow.parquet.ParquetFile(path) as file:
+        chosen = names if columns is None else [name for name in names if name in columns]
+        if not chosen:
+            yield from ({} for _ in range(file.metadata.num_rows))
+            return
+        first = 1
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=chosen):
+            yield from _rows_of_arrow(pyarrow.Table.from_batches([batch]), str(path), first)
+            first += len(batch)
+
+
+def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | None, where: str) -> Rows:
+    """The rows of a table of `datasets`, of which only the given columns are converted.
+
+    Raises:
+        UserError: a value that cannot be converted; a stream that breaks off.
+    """
+    names = table.column_names  # None: a streamed table that does not know them before its first row
+    if columns is not None and names is not None:
+        chosen = [name for name in names if name in columns]
+        if not chosen and isinstance(table, Dataset):  # a table without columns has no rows
+            yield from ({} for _ in range(len(table)))
+            return
+        table = table.select_columns(chosen)
+    try:
+        if isinstance(table, Dataset):
+            first = 1
+            for batch in table.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+                yield from _rows_of_arrow(batch, where, first)
+                first += len(batch)
+            return
+        shapes = {} if table.features is None else _shapes(table.features.arrow_schema)
+        for row in table:  # `datasets` has parsed its Json columns
+            yield {name: _cleaned(value, shapes.get(name), parsed=True) for name, value in row.items()}
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError, RuntimeError) as error:
+        raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
+
+
+def _rows_of_arrow(table: pyarrow.Table, where: str, first: int) -> Rows:
+    shapes = _shapes(table.schema)
+    for number, row in enumerate(table.to_pylist(), start=first):
+        try:
+            yield {name: _cleaned(value, shapes[name]) for name, value in row.items()}
+        except ValueError as error:
+            yield UserError(f"{where}, row {number}: a value of type JSON cannot be read: {first_line(error)}.")
+
+
+_JSON = "json"
+
+
+def _shapes(schema: pyarrow.Schema) -> dict[str, Any]:
+    return {field.name: _shape(field.type) for field in schema}
+
+
+def _shape(kind: pyarrow.DataType) -> Any:
+    """Where below a type JSON is: `_JSON` itself, {field: shape}, [shape of the items], or None for nowhere."""
+    if isinstance(kind, pyarrow.JsonType):
+        return _JSON
+    if pyarrow.types.is_struct(kind):
+        shapes = {field.name: _shape(field.type) for field in kind}
+        return shapes if any(shapes.values()) else None
+    item = _shape(kind.value_type) if hasattr(kind, "value_type") else None
+    return None if item is None else [item]
+
+
+def _cleaned(value: Any, shape: Any, *, parsed: bool = False) -> Any:
+    """The value as a JSON Lines file would hold it.
+
+    Arrow gives every struct of a column the same keys, null where it had none: those are left out again. Of JSON, which
+    Arrow keeps as text, nulls are meant.
+    """
+    if shape is _JSON:
+        return value if parsed or value is None else parse_json(value)
+    if isinstance(value, Mapping):
+        shapes = shape or {}
+        return {k: _cleaned(v, shapes.get(k), parsed=parsed) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        item = shape[0] if shape else None
+        return [_cleaned(inner, item, parsed=parsed) for inner in value]
+    return value

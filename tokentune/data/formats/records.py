@@ -1,0 +1,260 @@
+"""Reading data sets: from the hub, and local JSON, JSON Lines, CSV and Parquet files or folders of them.
+
+`open_source` finds a data set, and `RecordSource` reads its rows one after another: each stands for itself, nested
+values stay as the file has them, and memory holds a few rows at a time. `load_records` makes one table of them, whose
+columns have one type each.
+
+Local files are read here instead of by `datasets.load_dataset`, whose errors tell no line or row number, which reads
+a `.json` array and JSON Lines by guessing, and which leaves a copy of every file in a cache.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import (
+    Dataset,
+    IterableDataset,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
+from huggingface_hub import DatasetCard
+from huggingface_hub.errors import EntryNotFoundError
+
+from tokentune.data.formats.bad_rows import BadRows
+from tokentune.data.formats.dataset_layout import CHOICES, check_one_configuration, find_files
+from tokentune.data.formats.record_files import (
+    Rows,
+    columns_of_file,
+    kind_of_file,
+    rows_of_file,
+    rows_of_table,
+)
+from tokentune.data.formats.record_tables import table_of_files
+from tokentune.errors import UserError
+from tokentune.sources import first_line, hub_error, is_local_path, listed
+
+logger = logging.getLogger(__name__)
+
+TEXT_COLUMNS = ("instruction", "input", "output")  # of instruction data
+# Parts of Open-Platypus that the released training leaves out: text by other models, and LeetCode solutions.
+DROPPED_SOURCES = ("airoboros", "leetcode_ne")
+Placed = tuple[str, dict[str, Any] | UserError]  # ("file, row 3", the row or what is wrong with it)
+
+
+@dataclass(frozen=True)
+class RecordSource:
+    """One data set of the command line, opened: files, or a table of the `datasets` library.
+
+    Iterating reads it from its beginning, whenever that is done.
+    """
+
+    name: str
+    flag: str
+    files: tuple[Path, ...] = ()
+    table: Dataset | IterableDataset | None = None
+
+    @property
+    def where(self) -> str:
+        """For messages about the whole of it."""
+        return f"{self.flag} {self.name}"
+
+    @property
+    def read_from(self) -> str:
+        """For the log: the files that are read."""
+        if self.table is not None:
+            return "" if self.table.split is None else f" of the split {self.table.split}"
+        names = listed([file.name for file in self.files], most=4)
+        count = len(self.files)
+        return "" if str(self.files[0]) == self.name else f" of {count:,} file{'s' * (count > 1)} ({names})"
+
+    def columns(self) -> list[str] | None:
+        """The names of its columns; None where every row has names of its own (JSON)."""
+        return columns_of_file(self.files[0], self.flag) if self.table is None else self.table.column_names
+
+    def peek(self, columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """The names of its columns, those of the first good row in JSON, and of that row the given columns.
+
+        Raises:
+            UserError: it cannot be read, or holds no rows.
+        """
+        names, bad = self.columns(), BadRows("stop")
+        for _, row in self.rows(columns):
+            if isinstance(row, UserError):
+                bad.add(row)
+            else:
+                return list(row) if names is None else names, row
+        bad.settle(self.where, bad.count)
+        raise UserError(f"{self.where}: holds no rows to train on.")
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Placed]:
+        """("file, row 3", row) for every row, in order: the row itself, or what is wrong with it.
+
+        Args:
+            columns: to be read, where the others can be left alone (tables and Parquet files).
+
+        Raises:
+            UserError: the rest cannot be read.
+        """
+        if self.table is not None:
+            yield from _placed(rows_of_table(self.table, columns, self.where), self.name)
+        for file in self.files:
+            yield from _placed(rows_of_file(file, columns, self.flag), str(file))
+
+    def fingerprint(self) -> str:
+        """Changes when the content does: a hash of all files' bytes, and of what `datasets` made of tables."""
+        digest, files = hashlib.sha256(), list(self.files)
+        if isinstance(self.table, Dataset):
+            files += [Path(file["filename"]) for file in self.table.cache_files]
+        for file in files:
+            with open(file, "rb") as opened:
+                content = hashlib.file_digest(opened, "sha256")
+            digest.update(f"{kind_of_file(file)} {content.hexdigest()}\n".encode())
+        if isinstance(self.table, Dataset):
+            digest.update(self.table._fingerprint.encode())
+        return digest.hexdigest()
+
+
+def _placed(rows: Rows, name: str) -> Iterator[Placed]:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def open_source(
+    name: str,
+    *,
+    flag: str,
+    role: str = "train",
+    split: str | None = None,
+    config: str | None = None,
+    streaming: bool = False,
+) -> RecordSource:
+    """Finds a data set; of the hub's, downloads it, or with `streaming` only looks at it.
+
+    Args:
+        name: a hub id; a .json (array of objects, {"data": [...]}, or JSON Lines), .jsonl, .csv or .parquet file, the
+            first three perhaps compressed; a folder of such files; a folder written by `save_to_disk`.
+        flag: the flag that named it, for error messages.
+        role: "train", "validation" or "test": the split that is meant where none is named. A single file is read whole.
+        split, config: that are named.
+
+    Raises:
+        UserError: not found, unreachable or gated; no file of a known type, no such split, or several.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        if is_local_path(name):
+            raise UserError(f"{flag} {name}: no such file or folder. Check the path (now in {Path.cwd()}).")
+        return RecordSource(
+            name, flag, table=load_from_hub(name, flag, role, split or role, config, streaming=streaming)
+        )
+    if path.is_dir():
+        found = find_files(path, flag, role=role, split=split, config=config)
+        if found.saved is not None:
+            return RecordSource(name, flag, table=_load_saved(found.saved, flag))
+        return RecordSource(name, flag, files=tuple(found.files))
+    for asked, what in ((split, "split"), (config, "config")):
+        if asked is not None:
+            asking = f"{CHOICES[role]}_{what} {asked}"
+            raise UserError(f"{flag} {name}: is a single file, which is read whole: leave {asking} out.")
+    return RecordSource(name, flag, files=(path,))
+
+
+def load_from_hub(
+    name: str, flag: str, role: str, split: str, config: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """A hub data set's split, downloaded, or with `streaming` read from there while it is iterated over.
+
+    Raises:
+        UserError: not found, gated or unreachable; no such split or configuration, or several; needs its own code.
+    """
+    options = {"streaming": True} if streaming else {}
+    try:
+        if config is None:
+            _check_hub_files(name, flag, split)
+        return load_dataset(name, *([] if config is None else [config]), split=split, **options)
+    except OSError as error:  # not found, gated, offline and unreachable are all OSErrors here
+        raise hub_error(name, error, flag) from error
+    except (ValueError, RuntimeError, DatasetsError) as error:  # no such split, several configurations, a script
+        # `datasets` lists what is there in the second line.
+        said = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        what = next((what for what in ("config", "split") if what in said.lower()), None)
+        cure = "" if what is None else f" Choose one with {CHOICES[role]}_{what}."
+        raise UserError(f"{flag} {name}: the hub's data set cannot be read: {said:.300}{cure}") from error
+
+
+def _check_hub_files(name: str, flag: str, split: str) -> None:
+    """Refuses folders of configurations that `datasets` would join where no README tells them apart."""
+    try:
+        files = load_dataset_builder(name).config.data_files or {}
+        if DatasetCard.load(name).data.get("configs"):
+            return
+    except EntryNotFoundError:  # no README
+        pass
+    except (OSError, ValueError, RuntimeError, DatasetsError):  # what is the matter is said when it is loaded
+        return
+    check_one_configuration(map(str, files.get(split, [])), f"{flag} {name}")
+
+
+def _load_saved(folder: Path, flag: str) -> Dataset:
+    try:
+        return load_from_disk(folder)
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"{flag} {folder}: not a saved data set after all: {first_line(error)}") from error
+
+
+# ---- tables of all rows ----------------------------------------------------------------------------------------------
+
+
+def load_records(
+    name_or_path: str,
+    *,
+    flag: str = "--dataset_name_or_path",
+    role: str = "train",
+    split: str | None = None,
+    config: str | None = None,
+    text_columns: Sequence[str] = TEXT_COLUMNS,
+    bad: BadRows | None = None,
+) -> Dataset:
+    """Reads a data set with all its columns.
+
+    Args:
+        name_or_path, flag, role, split, config: as `open_source` takes them.
+        text_columns: stay text where a CSV file has them ("42" is no number there).
+        bad: takes the rows that cannot be read, in whose place the table has rows without any value; None: they are
+            refused.
+
+    Raises:
+        UserError: as `open_source`; malformed content (with file and line or row); no rows.
+    """
+    source = open_source(name_or_path, flag=flag, role=role, split=split, config=config)
+    refused = BadRows("stop") if bad is None else bad
+    dataset = source.table if source.table is not None else table_of_files(source.files, flag, text_columns, refused)
+    if bad is None or refused.count >= len(dataset):
+        refused.settle(source.where, max(refused.count, len(dataset)))
+    if len(dataset) == 0:
+        raise UserError(f"{source.where}: holds no rows to train on.")
+    logger.info("%s: %s rows%s", source.where, f"{len(dataset):,}", source.read_from)
+    return dataset
+
+
+def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
+    """Checks that the data set has the columns.
+
+    Args:
+        where: what holds them (a flag and its value, a file), to start the message with.
+
+    Raises:
+        UserError: names the missing columns and those that are there.
+    """
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise UserError(
+            f"{where}: no column {', '.join(map(repr, missing))}. It has {listed(dataset.column_names)}; "
+            "rename the columns that hold these texts."
+        )

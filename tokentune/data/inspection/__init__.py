@@ -1,0 +1,1 @@
+"""What encoded rows hold, looked at before a run: counts, checks, previews."""

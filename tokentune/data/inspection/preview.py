@@ -1,0 +1,249 @@
+"""`--preview`: some examples with their tokens marked by role, and what the data holds, before anything is trained.
+
+    python -u ./tokentune/finetune.py ... --preview 3
+
+On a terminal roles are colours; elsewhere, and under NO_COLOR, lines of marks below the text. The selection shown is
+that of the first epoch.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+from transformers import PreTrainedTokenizerBase
+
+from tokentune.data.collators import CausalCollator
+from tokentune.data.inspection.checks import Findings, look_at
+from tokentune.data.inspection.table import data_table
+from tokentune.data.inspection.token_text import spelled, visible
+from tokentune.errors import UserError
+from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.settings.finetune import FinetuneArguments
+
+if TYPE_CHECKING:
+    from tokentune.data.instruction_data import InstructionData
+
+PROMPT_TOKENS, ANSWER_TOKENS = 160, 300  # shown of a prompt or answer of more than half as many again
+DOCUMENTS = 4  # shown of one packed row
+WIDTH = 110  # columns where there is no terminal
+THEME = Theme(
+    {
+        "prompt": "grey62",
+        "supervised": "green3",
+        "learnt": "bold grey3 on green3",
+        "selected": "bold underline",
+        "special": "bold italic",
+        "left_out": "italic yellow",
+    }
+)
+MARKS = {"loss": {"supervised": "-", "learnt": "="}, "selected": {"selected": "^"}}
+GUTTER = "{:>8} │ "
+
+
+@dataclass
+class Document:
+    """One row of the data as training sees it: per token its id, and what it is.
+
+    Attributes:
+        row: its number, from 0.
+        supervised: has a label.
+        learnt: its loss counts, because it is supervised and the token before it selected, or all tokens are.
+        selected: keeps gradients; none without --tokentune.
+    """
+
+    row: int
+    ids: list[int]
+    supervised: np.ndarray
+    learnt: np.ndarray
+    selected: np.ndarray
+
+    def __str__(self) -> str:
+        text = f"row {self.row + 1:,}: {len(self.ids):,} tokens, {self.supervised.sum():,} supervised"
+        if self.selected.any():
+            text += f", {self.selected.sum():,} selected, {self.learnt.sum():,} selected and supervised"
+        return text
+
+
+def show_preview(
+    data: "InstructionData",
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: FinetuneArguments,
+    vocab_size: int,
+    console: Console | None = None,
+) -> None:
+    """Prints `arguments.run.preview` examples, a table of counts, and what the checks warn of.
+
+    Args:
+        data, vocab_size: as of `data_checks.check_data`.
+        console: where to; None: stdout.
+
+    Raises:
+        UserError: in the end, where training would be refused.
+    """
+    console = console or _stdout()
+    findings = look_at(data, tokenizer, arguments, vocab_size)
+    with console.use_theme(THEME):
+        selection = arguments.selection
+        _print_legend(console, tokentune=selection.tokentune and not selection.scored)
+        if selection.tokentune and selection.scored:
+            console.print(f"Which of them are selected, the model's scores decide (--selection {selection.selection}).")
+        for title, documents, room in _examples(findings, arguments):
+            console.print()
+            console.rule(Text(title, style="bold"), align="left", style="grey62")
+            for document in documents:
+                if arguments.data.packing:
+                    console.print(Text(f"— {document}", style="bold"))
+                text = marked(document, tokenizer)
+                if len(document.ids) == arguments.data.max_length:
+                    text.append(" [--max_length]", "left_out")
+                _print_text(console, text)
+            if room:
+                _print_text(console, Text(f"[room for {room:,} tokens more]", "left_out"))
+        console.print()
+        console.print(data_table(findings, data, arguments, tokenizer))
+        console.print()
+        for warning in findings.warnings:
+            console.print(Text(f"warning: {warning}", style="yellow"))
+    if findings.refusals:
+        raise UserError(findings.refusals[0])
+
+
+def _stdout() -> Console:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # the texts may hold what the terminal's encoding has not
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def _in_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _print_legend(console: Console, *, tokentune: bool) -> None:
+    roles = [("prompt", "prompt", "read, carries no loss")]
+    if tokentune:
+        roles += [
+            (
+                "supervised",
+                "supervised",
+                "an answer's token; no loss in this draw, as the token before it is not selected",
+            ),
+            ("learnt", "selected and supervised", "its loss counts, as the token before it is selected"),
+            ("selected", "selected", "keeps gradients, whatever else it is"),
+        ]
+    else:
+        roles.append(("supervised", "supervised", "an answer's token: carries loss"))
+    roles.append(("special", "<special>", "a token of its own; ⏎ is a line break, ⇥ a tab"))
+    marks = MARKS["loss"] | MARKS["selected"]
+    table = Table.grid(padding=(0, 2))
+    for style, name, meaning in roles:
+        mark = [] if _in_colour(console) else [marks.get(style, "")]
+        table.add_row(*mark, Text.assemble((name, style)), meaning)
+    console.print(table)
+
+
+def _examples(findings: Findings, arguments: FinetuneArguments) -> Iterator[tuple[str, list[Document], int]]:
+    """Rows spread over the data, or packed rows: title, documents, tokens that they leave room for."""
+    rows, bins = findings.rows, findings.bins
+    number = len(rows if bins is None else bins)
+    count = min(arguments.run.preview, number)
+    for example in range(count):
+        row = (2 * example + 1) * number // (2 * count)
+        if bins is None:
+            document = _document(rows, row, arguments)
+            yield f"example {example + 1} of {count}, {document}", [document], 0
+            continue
+        tokens, hidden = int(findings.train.lengths[bins[row]].sum()), len(bins[row]) - DOCUMENTS
+        title = f"example {example + 1} of {count}, packed row {row + 1:,} of {number:,}: {tokens:,} tokens"
+        title += f" (the last {hidden} of its {len(bins[row])} documents are not shown)" if hidden > 0 else ""
+        shown = [_document(rows, document, arguments) for document in bins[row][:DOCUMENTS]]
+        yield title, shown, arguments.data.max_length - tokens
+
+
+def _document(rows: Sequence[dict[str, Any]], row: int, arguments: FinetuneArguments) -> Document:
+    item, selection = rows[row], arguments.selection
+    supervised = np.array(item["labels"]) != IGNORED_LABEL
+    supervised[:1] = False  # nothing predicts it
+    if not selection.tokentune or selection.scored:
+        return Document(row, list(item["input_ids"]), supervised, supervised, np.zeros_like(supervised))
+    collate = CausalCollator(0, prefix_length=selection.selected, strategy=selection.selection)
+    batch = collate([item])
+    selected = np.zeros_like(supervised)
+    selected[batch["selected_positions"][0]] = True
+    learnt = supervised & np.roll(selected, 1)  # the first token is never supervised
+    return Document(row, list(item["input_ids"]), supervised, learnt, selected)
+
+
+def marked(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The text of a document, its roles as styles of `THEME`. The middle of long prompts and answers is left out."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    pieces, first = [], 0  # of each piece: text, tokens, roles
+    for text, count in spelled(document.ids, tokenizer):
+        tokens = slice(first, first + count)
+        roles = {name for name in ("supervised", "learnt", "selected") if getattr(document, name)[tokens].any()}
+        roles |= {"special"} if document.ids[first] in special else set()
+        pieces.append((visible(text) or "∅", count, roles))
+        first += count
+    whole = Text()
+    for supervised, run in _runs(pieces):
+        limit, kind = (ANSWER_TOKENS, "answer") if supervised else (PROMPT_TOKENS, "prompt")
+        for text, _, roles in _shortened(run, limit, kind):
+            start = len(whole)
+            whole.append(text)
+            loss = "learnt" if "learnt" in roles and document.selected.any() else "supervised"
+            styles = [name for name in ("special", "selected", "left_out") if name in roles]
+            for style in [loss if supervised else "prompt", *styles] if "left_out" not in roles else styles:
+                whole.stylize(style, start)
+    return whole
+
+
+Piece = tuple[str, int, set[str]]
+
+
+def _runs(pieces: list[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
+    """Consecutive pieces that are all supervised, or none of them: answers and prompts."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and ("supervised" in piece[2]) != ("supervised" in run[-1][2]):
+            yield "supervised" in run[-1][2], run
+            run = []
+        run.append(piece)
+    if run:
+        yield "supervised" in run[-1][2], run
+
+
+def _shortened(run: list[Piece], limit: int, kind: str) -> list[Piece]:
+    """The beginning and the end of a run of more than `limit` tokens, with a note between."""
+    if len(run) <= limit or sum(count for _, count, _ in run) <= 1.5 * limit:
+        return run
+    half = limit // 2
+    left_out = sum(count for _, count, _ in run[half:-half])
+    return [*run[:half], (f" [… {left_out:,} tokens of the {kind} left out …] ", 0, {"left_out"}), *run[-half:]]
+
+
+def _print_text(console: Console, text: Text) -> None:
+    if _in_colour(console):
+        console.print(text, overflow="fold")
+        return
+    for line in text.wrap(console, console.width - len(GUTTER.format("")), overflow="fold"):
+        console.print(Text(GUTTER.format("") + line.plain), soft_wrap=True)
+        for name, marks in MARKS.items():
+            below = mark_line(line, marks)
+            if below:
+                console.print(Text(GUTTER.format(name) + below), soft_wrap=True)
+
+
+def mark_line(line: Text, marks: dict[str, str]) -> str:
+    """What stands below a line: the mark of each character's style, as wide as the character."""
+    below = [" "] * len(line.plain)
+    for span in line.spans:
+        if span.style in marks:
+            below[span.start : span.end] = [marks[span.style]] * (span.end - span.start)
+    return "".join(mark * cell_len(character) for mark, character in zip(below, line.plain, strict=True)).rstrip()

@@ -1,0 +1,1 @@
+"""The rows of classify.py: texts, words or images with labels."""

@@ -1,0 +1,120 @@
+"""Images to be classified: folders of them, and the pixels that a model takes.
+
+Nothing but Pillow reads a file; a model's own image processor resizes and scales.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from tokentune.data.formats.dataset_layout import subfolder_of_split
+from tokentune.errors import UserError
+from tokentune.models.pretrained import LOADING_ERRORS, MODEL_FLAG
+from tokentune.sources import first_line, loading_error
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def holds_images(name_or_path: str | None) -> bool:
+    """Whether a data set's name is a folder with image files at or below it."""
+    folder = Path(name_or_path or "").expanduser()
+    if not name_or_path or not folder.is_dir():
+        return False
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
+
+
+def load_image_folder(folder: str, *, flag: str, role: str, split: str | None = None) -> Dataset:
+    """The images of a folder with one subfolder per class, perhaps below one per split (train/cat/1.png).
+
+    Read by datasets' `imagefolder`, whose `metadata.csv` works too. In a folder that tells no split, all images.
+
+    Args:
+        role: "train", "validation" or "test": the split that is meant where none is named.
+        split: the name of a subfolder.
+
+    Raises:
+        UserError: no such split, or several; nothing that can be read.
+    """
+    below = subfolder_of_split(Path(folder).expanduser(), f"{flag} {folder}", role, split)
+    try:
+        splits = load_dataset("imagefolder", data_dir=str((below or Path(folder).expanduser()).resolve()))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"{flag} {folder}: cannot be read as a folder of images: {first_line(error)}") from error
+    if below is None and role in splits:
+        return splits[role]
+    if list(splits) != ["train"]:
+        raise UserError(f"{flag} {folder}: no split {role!r}, only {', '.join(splits)}.")
+    return splits["train"]
+
+
+def load_image_processor(
+    name: str, config: PreTrainedConfig, *, from_scratch: bool, trust_remote_code: bool = False
+) -> Any:
+    """What makes a model's pixels of an image; with `from_scratch`, the model type's own where the folder has none.
+
+    Raises:
+        UserError: none is there, or it needs a package that is not installed.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
+        if not from_scratch or not isinstance(size, int) or type(config) not in IMAGE_PROCESSOR_MAPPING:
+            raise loading_error(name, error, MODEL_FLAG) from error
+        kind = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
+        return kind(size={"height": size, "width": size}, image_mean=[0.5] * channels, image_std=[0.5] * channels)
+
+
+class ImageRows(torch.utils.data.Dataset):
+    """Images as pixels, read when asked for: "pixel_values" (channels, height, width) and "labels"."""
+
+    def __init__(
+        self, images: Any, numbers: Sequence[int | float] | None, processor: Any, channels: int, where: str
+    ) -> None:
+        """
+        Args:
+            images: a column of undecoded images: `datasets.Image(decode=False)`.
+            numbers: the labels; None for images to predict (their label is then 0).
+            channels: 1 or 3.
+            where: how messages begin.
+        """
+        self.images, self.numbers, self.processor, self.where = images, numbers, processor, where
+        self.mode = "L" if channels == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        stored = self.images[row]
+        image = open_image(stored, self.where)
+        try:
+            # Cameras store pixels as the sensor lay, and how they are to be turned.
+            image = ImageOps.exif_transpose(image).convert(self.mode)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _unreadable(stored, self.where, error) from error
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": 0 if self.numbers is None else self.numbers[row]}
+
+
+def open_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
+    """A stored image, its header read. `where`: how a message begins. Raises UserError: Pillow cannot read it."""
+    try:
+        if stored.get("bytes") is not None:
+            return Image.open(BytesIO(stored["bytes"]))
+        return Image.open(stored["path"])
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unreadable(stored, where, error) from error
+
+
+def _unreadable(stored: dict[str, Any] | None, where: str, error: BaseException) -> UserError:
+    path = (stored or {}).get("path")
+    reason = "no image" if stored is None else first_line(error)
+    return UserError(f"{where}: the image{f' {path}' if path else ''} cannot be read: {reason}. Repair or remove it.")

@@ -1,0 +1,146 @@
+"""All data of a classification: read, checked, encoded; and what the model's configuration has to say of it.
+
+load_processing -> load_data -> configured
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from datasets import Image as ImageFeature
+from transformers import PreTrainedConfig
+
+from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words
+from tokentune.data.labelled.images import ImageRows, load_image_processor, open_image
+from tokentune.data.labelled.labels import Labels, encoded_label, find_labels, find_token_labels
+from tokentune.data.labelled.rows import Columns, Split, describe, find_columns, read_split, some_rows
+from tokentune.data.prompts import ensure_pad_token
+from tokentune.errors import UserError
+from tokentune.models.pretrained import check_weights, load_tokenizer
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.sources import listed
+
+logger = logging.getLogger(__name__)
+_NEEDS_PREFIX_SPACE = ("roberta", "deberta", "gpt2", "bloom", "longformer", "modernbert")  # to be given single words
+
+
+@dataclass
+class ClassificationData:
+    """The rows to learn from, to evaluate on and to predict, and what their labels mean."""
+
+    train: Encoded
+    validation: Encoded
+    test: Encoded | None
+    labels: Labels
+
+
+def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig) -> Any:
+    """The tokenizer, with a pad token, or the image processor.
+
+    Raises:
+        UserError: none could be read, the weights are missing, or `--max_length` is more than the model takes.
+    """
+    model = arguments.model
+    if not model.from_scratch:
+        hint = "--from_scratch trains random ones"
+        check_weights(model.model_name_or_path, hint=hint, allow_pickle=model.allow_pickle)
+    trusted = {"trust_remote_code": model.trust_remote_code}
+    if arguments.task.task_type == "image":
+        return load_image_processor(model.model_name_or_path, config, from_scratch=model.from_scratch, **trusted)
+    words = arguments.task.task_type == "token" and config.model_type in _NEEDS_PREFIX_SPACE
+    options = {"add_prefix_space": True} if words else {}
+    tokenizer = load_tokenizer(model.model_name_or_path, **trusted, **options)
+    tokenizer.padding_side = "right"
+    text = config.get_text_config()
+    ensure_pad_token(tokenizer, text.vocab_size)
+    positions = getattr(text, "max_position_embeddings", None) or arguments.data.max_length
+    most = min(positions, tokenizer.model_max_length)
+    if arguments.data.max_length > most:
+        raise UserError(
+            f"--max_length {arguments.data.max_length}: {model.model_name_or_path} takes at most {most} tokens."
+        )
+    return tokenizer
+
+
+def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, processing: Any) -> ClassificationData:
+    """Reads, checks and encodes all splits.
+
+    Raises:
+        UserError: whatever is wrong with them, with the file, the row and the column.
+    """
+    train, validation, test = (read_split(arguments, split) for split in ("train", "validation", "test"))
+    columns = find_columns(arguments, train)
+    task_type = arguments.task.task_type
+    if task_type == "token":
+        labels = find_token_labels(train.rows, columns.label, train.where)
+    else:
+        labels = find_labels(train.rows, columns.label, train.where, task=arguments.task.glue)
+    logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), describe(labels))
+    train = some_rows(train, arguments.data.max_train_rows)
+    if task_type == "image":
+        encode = partial(encode_image_rows, processing=processing, channels=getattr(config, "num_channels", 3))
+    else:
+        encoder = encode_texts if task_type == "text" else encode_words
+        encode = partial(encoder, tokenizer=processing, max_length=arguments.data.max_length)
+    encoded: list[Encoded | None] = []
+    for split, needed in ((train, labels), (validation, labels), (test, None)):
+        if split is None:
+            encoded.append(None)
+            continue
+        check_columns(split, columns, labelled=needed is not None)
+        encoded.append(encode(split, columns, needed))
+        logger.info("%s: %s", split.where, encoded[-1].report)
+    train, validation, test = encoded
+    if task_type != "image":  # rows of one length in a batch: less padding, and no score depends on the order
+        validation.rows.sort(key=lambda row: len(row["input_ids"]))
+    return ClassificationData(train, validation, test, labels)
+
+
+def check_columns(split: Split, columns: Columns, *, labelled: bool) -> None:
+    """Raises UserError where a split lacks a column of the training data's."""
+    needed: Sequence[str] = (*columns.inputs, columns.label) if labelled else columns.inputs
+    missing = [column for column in needed if column not in split.rows.column_names]
+    if missing:
+        raise UserError(
+            f"{split.where}: no column {', '.join(map(repr, missing))}, which the training data has. It has "
+            f"{listed(split.rows.column_names)}."
+        )
+
+
+def encode_image_rows(
+    split: Split, columns: Columns, labels: Labels | None, *, processing: Any, channels: int
+) -> Encoded:
+    """Images to rows of pixels and labels. `labels` None: to predict."""
+    (column,) = columns.inputs
+    if not isinstance(split.rows.features[column], ImageFeature):
+        raise UserError(f"{split.where}: {column!r} holds no images but {split.rows.features[column]}.")
+    split.rows = split.rows.cast_column(column, ImageFeature(decode=False))
+    good, numbers = [], []
+    for row, values in split.good_rows(columns.inputs if labels is None else (column, columns.label)):
+        where = split.place(row)
+        with split.bad.catch(where):
+            open_image(values[column], where)
+            numbers += [] if labels is None else [encoded_label(labels, values[columns.label], columns.label, where)]
+            good.append(row)
+    split.bad.settle(split.where, len(split.rows))
+    images = ImageRows(split.rows.select(good)[column], numbers or None, processing, channels, split.where)
+    return Encoded(images, RowReport(rows=len(images), labels=len(numbers)))
+
+
+def configured(config: PreTrainedConfig, labels: Labels, processing: Any) -> PreTrainedConfig:
+    """A copy of the configuration that has the head's classes with their names, or one number to predict."""
+    config = copy.deepcopy(config)
+    config.num_labels = labels.outputs
+    if labels.is_regression:
+        config.problem_type = "regression"
+    else:
+        config.id2label = dict(enumerate(labels.names))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+        config.problem_type = "single_label_classification"
+    pad = getattr(processing, "pad_token_id", None)
+    if pad is not None and config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = pad  # a decoder's head looks for the last token in front of padding
+    return config

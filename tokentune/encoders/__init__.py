@@ -1,1 +1,0 @@
-"""What `classify.py` has beside the rest: labels, tasks, images, scores."""

@@ -1,0 +1,202 @@
+"""What `diagnose.py` leaves: `diagnosis.json`, a table, and warnings of the method's failure signs.
+
+The JSON's schema, version 1. Norms are in nats per token per unit of weight; a *ratio* is a norm over the full
+gradient's, 1 its size; null: not defined (the full gradient is zero there).
+
+    schema_version           1
+    finished                 UTC time, ISO 8601
+    settings                 {flag: value}, every flag of diagnose.py
+    model                    {class, parameters, trainable_parameters, base_dtype}
+    data                     {rows (compared), row_numbers (in the training data, from 0), tokens (real ones),
+                             supervised_tokens (targets), micro_batch_size (sequences)}
+    full                     the gradient of all tokens: {loss (nats per token), norm, saved_bytes (kept for the
+                             backward pass by the first micro-batch), seconds, row_variance (T of
+                             `gradients/draw_statistics.py`, norm squared), noise_scale (rows: T / |g|^2 without what T
+                             adds to |g|^2; null where nothing is left)}
+    results                  [one for each strategy, correction and proportion]:
+        strategy, correction, proportion   as they were asked for
+        draws                int
+        selected_tokens, supervised_selected   mean of the draws: tokens with gradients, those of them with a loss
+        supervised_share     of the selected tokens
+        loss                 {mean, standard_error} of what was differentiated, nats per token
+        saved_bytes          of the first draw's first micro-batch
+        saved_ratio          saved_bytes / full.saved_bytes
+        seconds              of a draw's forward and backward passes, mean (noisy: other work on the machine counts)
+        whole                figures of all weights, as below, and effective_batch: rows of full training that are as
+                             noisy as one row of this (a share; formula in `gradients/draw_statistics.py`)
+        by_layer             [{layer (from 0), figures}]
+        by_kind              [{kind (of module; "adapter of ..." with LoRA), figures}]
+    warnings                 [{sign, strategy, correction, proportion, message}]
+    device                   {type, name, count}: GPU, or the CPU with its threads
+    versions                 {tokentune, python, and each library}
+
+Figures, of the weights of a part:
+
+    full_norm                norm of the full gradient
+    cosine                   {mean, standard_error} over draws: of one draw to the full gradient, -1 to 1
+    relative_error           {mean, standard_error} over draws: norm of their difference, a ratio
+    variance                 of one draw, summed over the weights, over |g|^2
+    mean_of_draws            cosine, relative_norm and bias_raw (ratios: norms of mean, and of mean - full) as the mean
+                             came out of these draws; cosine_corrected (an estimate: may pass 1),
+                             relative_norm_corrected and bias, freed from what few draws leave of the variance;
+                             bias_squared, the square before it is cut off at 0
+"""
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tokentune.reports.summary import device_facts, library_versions
+from tokentune.sampling.strategies import find_strategy
+from tokentune.settings.diagnose import DiagnoseArguments, Setting
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+LEAST_PROPORTION = 0.1
+LEAST_SUPERVISED = 0.5
+ALL_TARGETS = 0.95  # of the targets are as good as all
+LEAST_SAVING = 0.5  # of what a proportion could save at most
+LEAST_COSINE = 0.8
+LEAST_CORRECTED = 0.2
+
+
+def build_report(
+    arguments: DiagnoseArguments,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    full: dict[str, Any],
+    results: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The report, as the schema above has it. Args: the parts of that name."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": arguments.settings(),
+        "model": model,
+        "data": data,
+        "full": full,
+        "results": results,
+        "warnings": [warning for result in results for warning in failure_signs(result, data["supervised_tokens"])],
+        "device": device_facts(),
+        "versions": library_versions(),
+    }
+
+
+# --- failure signs ----------------------------------------------------------------------------------------------------
+
+
+def failure_signs(result: dict[str, Any], targets: int) -> list[dict[str, Any]]:
+    """What the paper warns of, and what else makes a selection a poor one, with what helps.
+
+    `targets`: how many tokens have a loss, selected or not.
+    """
+    proportion, share, ratio = result["proportion"], result["supervised_share"], result["saved_ratio"]
+    cosine = result["whole"]["mean_of_draws"]["cosine_corrected"]
+    signs = {}
+    if proportion < LEAST_PROPORTION:
+        signs["proportion"] = (
+            f"below {LEAST_PROPORTION:.0%} of the tokens the results of the paper's models fall off: select more"
+        )
+    if share < LEAST_SUPERVISED:
+        cure = "compare --strategies supervised"
+        if result["supervised_selected"] >= ALL_TARGETS * targets:
+            cure = "all that have one are selected, and a smaller proportion would do"
+        signs["no_loss"] = (
+            f"{1 - share:.0%} of the selected tokens carry no loss, and learn through others' attention alone: {cure}"
+        )
+    if 1 - ratio < LEAST_SAVING * (1 - proportion):
+        signs["memory"] = (
+            f"a step keeps {ratio:.0%} of full training's bytes, less than half of what {proportion:g} of the tokens "
+            "could save: the rest's keys and values, or what does not depend on tokens, outweigh it. Compare "
+            "estimate.py, or add --gradient_checkpointing"
+        )
+    if cosine is not None and cosine < LEAST_COSINE:
+        # Below that share a corrected gradient's variance is many times the other's.
+        corrects = result["correction"] < 1 and proportion >= LEAST_CORRECTED and find_strategy(result["strategy"]).even
+        cure = "--corrections 1, or a larger proportion" if corrects else "a larger proportion"
+        signs["direction"] = (
+            f"the mean over draws has another direction than the full gradient (cosine {cosine:.2f}), which no larger "
+            f"batch mends: try {cure}"
+        )
+    setting = {name: result[name] for name in Setting._fields}
+    return [{"sign": sign} | setting | {"message": message} for sign, message in signs.items()]
+
+
+def say_warnings(warnings: Sequence[dict[str, Any]]) -> None:
+    """One line for each sign, with the first of its messages and how many settings it holds for."""
+    for sign in dict.fromkeys(warning["sign"] for warning in warnings):
+        first, *others = [warning for warning in warnings if warning["sign"] == sign]
+        setting = Setting(*(first[name] for name in Setting._fields))
+        more = f" (and {len(others)} more, in the JSON)" if others else ""
+        logger.warning("%s: %s%s", setting, first["message"], more)
+
+
+# --- table ------------------------------------------------------------------------------------------------------------
+
+
+COLUMNS = ("one draw: cosine", "error", "mean: cosine", "norm", "bias", "variance", "effective batch", "bytes", "loss")
+
+
+def print_table(report: dict[str, Any], console: Console | None = None) -> None:
+    """The results on stdout, one line for each setting, and what the columns mean."""
+    data, full = report["data"], report["full"]
+    table = Table(
+        title=f"{report['settings']['model_name_or_path']}: {data['rows']} rows, {data['tokens']:,} tokens, "
+        f"{data['supervised_tokens']:,} of them with a loss; {report['results'][0]['draws']} draws",
+        title_justify="left",
+        title_style="bold",
+    )
+    for name in ("strategy", "correction", "proportion"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    previous = None
+    for result in report["results"]:
+        kind = result["strategy"], result["correction"]
+        if previous not in (None, kind):
+            table.add_section()
+        shown = (result["strategy"], f"{result['correction']:g}") if kind != previous else ("", "")
+        table.add_row(*shown, f"{result['proportion']:g}", *cells(result))
+        previous = kind
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=200)  # a line of a log is not broken
+    console.print(table)
+    noise = full["noise_scale"]
+    said = "cannot be told from so few rows" if noise is None else f"{noise:,.1f} rows"
+    console.print(
+        "Against the full gradient, in its size: one draw (± standard error); the mean of all draws and its bias, "
+        "freed from the variance that it still holds. Effective batch: rows of full training as noisy as one row.\n"
+        "Bytes: kept for the backward pass, of full training's. Loss: the share of selected tokens that have one. "
+        f"Noise scale of full training: {said}.",
+        soft_wrap=True,
+    )
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A result's figures, as the table shows them under `COLUMNS`."""
+    whole = result["whole"]
+    mean = whole["mean_of_draws"]
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    def with_error(figure: dict[str, float | None]) -> str:
+        return "-" if figure["mean"] is None else f"{figure['mean']:.3f} ± {figure['standard_error']:.3f}"
+
+    return [
+        with_error(whole["cosine"]),
+        with_error(whole["relative_error"]),
+        number(mean["cosine_corrected"]),
+        number(mean["relative_norm_corrected"]),
+        number(mean["bias"]),
+        number(whole["variance"]),
+        number(whole["effective_batch"]),
+        f"{result['saved_ratio']:.0%}",
+        f"{result['supervised_share']:.0%}",
+    ]

@@ -1,0 +1,1 @@
+"""What a run takes of memory: estimated before, tried before training, reported after it."""

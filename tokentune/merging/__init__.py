@@ -1,1 +1,0 @@
-"""What `merge.py` is made of."""

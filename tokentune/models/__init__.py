@@ -1,0 +1,1 @@
+"""Checkpoints, adapters and tasks: from a name to a model that can be trained. Nothing about data."""

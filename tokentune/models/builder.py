@@ -1,0 +1,266 @@
+"""The model of a run, as its flags say: precision, weights, adapters, selective layers."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from tokentune import UnsupportedModelError, apply_tokentune
+from tokentune.core.fsdp import made_whole
+from tokentune.core.patching import reference_of
+from tokentune.core.scoring_pass import LookOptions
+from tokentune.errors import UserError
+from tokentune.models.adapters import add_adapters, say_adapters
+from tokentune.models.pretrained import (
+    NO_WEIGHTS,
+    check_quantization,
+    check_weights,
+    checkpoint_dtype,
+    load_base_model,
+    load_config,
+    resolve_base_dtype,
+)
+from tokentune.models.tasks import CAUSAL_LM, Head
+from tokentune.sampling.strategies import find_strategy
+from tokentune.settings.finetune import Arguments
+from tokentune.settings.flags import require
+from tokentune.sources import loading_error
+from tokentune.training.optimizers import check_projected_layers
+
+logger = logging.getLogger(__name__)
+_REFERENCE = "--selection_reference_model"
+
+
+def base_dtype(arguments: Arguments, config: PreTrainedConfig) -> torch.dtype:
+    """The type that the base's weights are held in while training."""
+    return resolve_base_dtype(
+        arguments.model.base_dtype,
+        adapters=arguments.adapters.lora,
+        quantized=arguments.adapters.qlora,
+        bf16=arguments.model.bf16,
+        fp16=arguments.model.fp16,
+        model_config=config,
+    )
+
+
+def saved_as(arguments: Arguments, config: PreTrainedConfig, dtype: torch.dtype) -> torch.dtype:
+    """The type that a fully trained model is saved in: as it was held where --base_dtype says, else as it came."""
+    return checkpoint_dtype(config) if arguments.model.base_dtype == "auto" else dtype
+
+
+def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head = CAUSAL_LM) -> nn.Module:
+    """Refuses what cannot be adapted or patched, tried on a model without weights (torch's meta device), returned.
+
+    Raises:
+        UserError: no model with this head, no such layers to adapt, or layers that TokenTune cannot serve.
+    """
+    name, attention = arguments.model.model_name_or_path, arguments.model.attn_implementation
+    try:
+        with torch.device("meta"), made_whole():
+            skeleton = head.auto_class.from_config(
+                config, attn_implementation=attention, trust_remote_code=arguments.model.trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        if attention is not None and "ttention" in str(error):
+            raise UserError(f"--attn_implementation {attention}: {error}") from error
+        raise loading_error(name, error, "--model_name_or_path") from error
+    if arguments.model.use_liger_kernel:
+        check_kernels(config)
+    check_projected_layers(skeleton, arguments.optimization.optim)
+    skeleton = adapt_and_patch(skeleton, arguments, head)
+    check_reference(arguments, config)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and arguments.data.max_length > positions:
+        logger.warning(
+            "--max_length %d is more than the %d positions of %s", arguments.data.max_length, positions, name
+        )
+    return skeleton
+
+
+def check_kernels(config: PreTrainedConfig) -> None:
+    """Refuses a model that Liger has no kernels for, which it would leave as it is without a word."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
+        raise UserError(f"--use_liger_kernel: Liger has no kernels for {config.model_type}; it has some for {known}")
+
+
+def prepare_model(
+    arguments: Arguments,
+    dtype: torch.dtype,
+    head: Head = CAUSAL_LM,
+    config: PreTrainedConfig | None = None,
+    *,
+    from_scratch: bool = False,
+) -> nn.Module:
+    """The base with its weights, adapted and patched as the flags say.
+
+    Args:
+        dtype: how the base's weights are held.
+        head: what the model ends in.
+        config: instead of the checkpoint's own.
+        from_scratch: random weights for `config`, none read.
+    """
+    trusted = arguments.model.trust_remote_code
+    if from_scratch:
+        model = head.auto_class.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        return _told(adapt_and_patch(model, arguments, head), arguments)
+    spread = arguments.model.model_parallel and torch.cuda.device_count() > 1
+    autocast = torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
+    model = load_base_model(
+        arguments.model.model_name_or_path,
+        dtype=dtype,
+        quantize_4bit=arguments.adapters.qlora,
+        device_map="auto" if spread else None,
+        compute_dtype=autocast or dtype,
+        head=head,
+        config=config,
+        attn_implementation=arguments.model.attn_implementation,
+        trust_remote_code=trusted,
+        allow_pickle=arguments.model.allow_pickle,
+    )
+    reference = load_reference(arguments, dtype) if needs_reference(arguments) else None
+    return _told(adapt_and_patch(model, arguments, head, reference), arguments)
+
+
+def _told(model: nn.Module, arguments: Arguments) -> nn.Module:
+    """The model itself; the log says which of its modules got adapters."""
+    if arguments.adapters.lora:
+        say_adapters(model, arguments.adapters.lora_dropout, arguments.adapters.lora_target_modules)
+    return model
+
+
+def adapt_and_patch(
+    model: nn.Module, arguments: Arguments, head: Head = CAUSAL_LM, reference: PreTrainedModel | None = None
+) -> nn.Module:
+    """Adds the adapters and the selective layers that the flags ask for; UserError where the model has no place.
+
+    `reference` is what the strategy compares losses with, where it does.
+    """
+    adapters = arguments.adapters
+    if adapters.lora:
+        model = add_adapters(
+            model,
+            r=adapters.lora_r,
+            alpha=adapters.lora_alpha,
+            dropout=adapters.lora_dropout,
+            target_modules=adapters.lora_target_modules,
+            quantized=adapters.qlora,
+            head=head,
+        )
+    if arguments.selection.tokentune:
+        make_selective(model, arguments, reference)
+    if arguments.memory.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrainedModel | None = None) -> nn.Module:
+    """Adds the selective layers that the flags ask for; once more, with other flags, changes their settings."""
+    selection = arguments.selection
+    options = {}
+    if selection.looks:
+        _check_look(arguments, model)
+        if selection.scored:  # the model then draws, by what it saw
+            options["prefix_length"] = selection.selected
+            options["strategy"] = selection.selection
+        reference = reference_of(model) if reference is None else reference
+        options["look"] = LookOptions(selection.selection_draw, selection.selection_layers, reference)
+    # ZeRO-3 gathers the head's weights in each of its calls, on all processes; of chunks they have different numbers.
+    chunked = {"auto": False if is_deepspeed_zero3_enabled() else None, "on": True, "off": False}
+    with unsupported_models_refused(), made_whole():
+        return apply_tokentune(
+            model,
+            verify=not selection.skip_verification,
+            checkpoint_rest=arguments.memory.checkpoint_rest,
+            offload_kv=arguments.memory.offload_kv,
+            chunked_loss=chunked[arguments.memory.chunked_loss],
+            gradient_correction=selection.gradient_correction,
+            **options,
+        )
+
+
+def _check_look(arguments: Arguments, model: nn.Module) -> None:
+    """Refuses flags that a pass over all tokens cannot follow, with this model."""
+    layers, rest = arguments.selection.selection_layers, arguments.memory.checkpoint_rest
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    depth = core.config.get_text_config().num_hidden_layers
+    require(
+        layers is None or layers < depth,
+        f"--selection_layers {layers}: the model has {depth}; leave it out to look through all of them",
+    )
+    require(
+        layers is None or not arguments.selection.selection_pass,
+        f"--selection_pass looks through all layers, --selection_layers {layers} through some: give one of them",
+    )
+    require(
+        layers is not None or not (arguments.memory.gradient_checkpointing and rest in ("hidden_states", "segments")),
+        f"--checkpoint_rest {rest} keeps hidden states of tokens that are not selected, and a pass over all tokens "
+        "leaves their keys and values alone: take keys_values, or auto",
+    )
+
+
+def needs_reference(arguments: Arguments) -> bool:
+    """Whether the strategy compares losses with those of a second model."""
+    selection = arguments.selection
+    return selection.looks and "excess_loss" in find_strategy(selection.selection).needs
+
+
+def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
+    """Refuses a reference model that is missing, has no weights or another vocabulary; UserError."""
+    name = arguments.selection.selection_reference_model
+    if not needs_reference(arguments):
+        return
+    require(
+        name is not None,
+        f"--selection {arguments.selection.selection} takes the loss of a reference model off: add {_REFERENCE}",
+    )
+    reference = load_config(name, flag=_REFERENCE)
+    check_quantization(reference, name, qlora=False, flag=_REFERENCE)
+    other = reference.get_text_config().vocab_size
+    own = config.get_text_config().vocab_size
+    require(
+        own == other,
+        f"{_REFERENCE} {name} has a vocabulary of {other:,} tokens, the model one of {own:,}: losses "
+        "can be compared on the same tokens alone",
+    )
+    check_weights(name, hint=NO_WEIGHTS, flag=_REFERENCE, allow_pickle=arguments.model.allow_pickle)
+
+
+def load_reference(arguments: Arguments, dtype: torch.dtype) -> PreTrainedModel:
+    """The model whose losses are taken off, frozen."""
+    reference = load_base_model(
+        arguments.selection.selection_reference_model,
+        dtype=dtype,
+        quantize_4bit=False,
+        flag=_REFERENCE,
+        attn_implementation=arguments.model.attn_implementation,
+        allow_pickle=arguments.model.allow_pickle,
+    )
+    return reference.requires_grad_(False).eval()
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Turns gradient checkpointing on; UserError where the model has none."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        core.activation_checkpointing_enable()
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing: {type(core).__name__} does not support it") from error
+    if hasattr(core, "_require_grads_hook"):
+        # Gradients of the embeddings' output, which transformers asks for on behalf of reentrant checkpointing.
+        core.disable_input_require_grads()
+
+
+@contextmanager
+def unsupported_models_refused() -> Iterator[None]:
+    """Turns a refusal of the selective layers, at patch time or in a forward pass, into a UserError."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UserError(f"--tokentune cannot serve this model exactly: {error}") from error

@@ -1,0 +1,1 @@
+"""From a base and its adapters to one checkpoint. Nothing that trains."""

@@ -1,0 +1,354 @@
+"""Everything between a model's name and its weights in memory: config, tokenizer, precision, checkpoint.
+
+The main path is `load_config` -> `resolve_base_dtype` -> `load_base_model`. Whatever a user can get wrong on the way
+(a folder that is not there, a gated repository, a damaged file) ends in a `UserError` that names the flag and the cure.
+
+Nothing that comes with a model is executed: no Python code of its repository unless `trust_remote_code`; weights are
+read from safetensors, or with `allow_pickle` from pickle files too, of which torch takes the tensors alone.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from tokentune.errors import UserError
+from tokentune.models.tasks import CAUSAL_LM, Head, head_modules, head_weights
+from tokentune.sampling.schedule import Schedule
+from tokentune.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
+
+logger = logging.get_logger(__name__)
+
+MODEL_FLAG = "--model_name_or_path"
+# What transformers, safetensors and the hub's client raise for input that cannot be read.
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError)
+NO_WEIGHTS = "give a folder that has them"
+
+
+def run_folder_name(
+    model: str,
+    dataset: str | Sequence[str],
+    *,
+    lora: bool,
+    qlora: bool,
+    tokentune: bool,
+    prefix_length: int | float | Schedule,
+    task: str | None = None,
+) -> str:
+    """The run's folder, as the released scripts name it: `<model>-<data set>[-lora][-qlora][-tokentune-<selected>]`.
+
+    A hub id keeps its owner (`/` becomes `-`); of a local path only the last component counts, without a data file's
+    suffix. Several data sets are joined by `+`. An integer `prefix_length` prints as `16`, a proportion as `0.3`,
+    a schedule as `0.1-0.5`. `qlora` implies adapters. What is learnt from the data, where that can be several things,
+    follows the data set's name: `task`.
+    """
+
+    def short(name: str) -> str:
+        if not is_local_path(name):
+            return name.replace("/", "-")
+        last = os.path.basename(os.path.abspath(name))
+        return next((last.removesuffix(suffix) for suffix in DATA_SUFFIXES if last.endswith(suffix)), last)
+
+    parts = [short(model), "+".join(short(name) for name in ([dataset] if isinstance(dataset, str) else dataset))]
+    parts += [task] if task is not None else []
+    parts += ["lora"] if lora or qlora else []
+    parts += ["qlora"] if qlora else []
+    parts += [f"tokentune-{prefix_length}"] if tokentune else []
+    return "-".join(parts)
+
+
+# ------------------------------------------------------------------------------------------- config, tokenizer, weights
+
+
+def load_config(
+    name_or_path: str, *, flag: str = MODEL_FLAG, head: Head = CAUSAL_LM, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The configuration of a model that can have the head, without any weight.
+
+    Raises:
+        UserError: unknown folder or hub id, gated, unreachable, a `config.json` that cannot be used, or one of
+            another kind of model, or of one that brings its own code, unless `trust_remote_code`.
+    """
+    check_model_folder(name_or_path, flag)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise loading_error(name_or_path, error, flag) from error
+    own_code = trust_remote_code and head.auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in head.models and not own_code:
+        raise UserError(f"{flag} {name_or_path}: a {config.model_type} model is not {head.description}.")
+    return config
+
+
+def check_quantization(config: PreTrainedConfig, name: str, *, qlora: bool, flag: str = MODEL_FLAG) -> None:
+    """Refuses weights that come quantised, UserError, unless they are those of bitsandbytes' 4 bits, with `qlora`.
+
+    Loaded as if they were none, 8-bit ones pass for numbers that lack their scales.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return
+    known = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = known.get("quant_method") or "bitsandbytes"  # which did not say so at first
+    if method == "bitsandbytes" and known.get("load_in_4bit"):
+        if not qlora:
+            cure = " Add --qlora, or give" if flag == MODEL_FLAG else " Give"
+            raise UserError(f"{flag} {name}: its weights are in 4 bits (bitsandbytes).{cure} the unquantised model.")
+        return
+    raise UserError(
+        f"{flag} {name}: its weights are quantised already ({method}), in a way that is not trained on here. Give the "
+        "unquantised model; --qlora turns that into 4 bits by itself."
+    )
+
+
+def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow_pickle: bool = False) -> None:
+    """Refuses a local model folder without weights that may be read. `hint`: what to do without them."""
+    folder = Path(name_or_path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickles:
+        raise UserError(f"{flag} {name_or_path}: this folder holds no weights (*.safetensors); {hint}.")
+    if not allow_pickle:
+        raise UserError(f"{flag} {name_or_path}: {_only_pickle(pickles[0].name, flag)}")
+
+
+def _only_pickle(file: str, flag: str) -> str:
+    cure = " or give --allow_pickle, which reads tensors alone" if flag.endswith("model_name_or_path") else ""
+    return f"its weights are a pickle file ({file}), which could run code. Take them as safetensors{cure}."
+
+
+def load_tokenizer(
+    name_or_path: str, *, flag: str = MODEL_FLAG, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's or adapter's folder, or of a hub id. A missing pad token is the collation's matter.
+
+    Args:
+        options: of the tokenizer's class.
+
+    Raises:
+        UserError: unknown folder or hub id, gated, unreachable, no tokenizer in it, or one that brings its own code.
+    """
+    if is_local_path(name_or_path) and not os.path.isdir(name_or_path):
+        raise UserError(f"{flag} {name_or_path}: no such folder.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+    except LOADING_ERRORS as error:
+        if "trust_remote_code" in str(error) or not os.path.isdir(name_or_path):
+            raise loading_error(name_or_path, error, flag) from error
+        tokenizer = None
+    # Some classes build an empty vocabulary, with special tokens at most, where their files are missing.
+    if tokenizer is None or tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise UserError(
+            f"{flag} {name_or_path}: no tokenizer could be read from it. "
+            "It needs tokenizer.json or tokenizer.model, and tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_base_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    quantize_4bit: bool,
+    device_map: str | dict | None = None,
+    compute_dtype: torch.dtype | None = None,
+    flag: str = MODEL_FLAG,
+    head: Head = CAUSAL_LM,
+    config: PreTrainedConfig | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    check_new: Callable[[list[str]], None] | None = None,
+) -> PreTrainedModel:
+    """A model with every weight read from the checkpoint, but for those of a head that is learnt from the start.
+
+    Such a head's weights that the checkpoint lacks, or has for other classes, are random, and said in the log.
+
+    Args:
+        name_or_path: local folder or hub id.
+        dtype: how the weights are held; with `quantize_4bit`, those that stay unquantised.
+        quantize_4bit: NF4 with double quantisation (QLoRA's, Dettmers et al. 2023, section 3) for all linear layers
+            but the output head.
+        device_map: e.g. "auto", to spread the layers over the visible GPUs. None leaves the model on the CPU, for
+            the Trainer to move; a quantised one is made on the current GPU where there is one.
+        compute_dtype: of the 4-bit layers' matrix products; default `dtype`.
+        head: what it ends in.
+        config: instead of the checkpoint's own (other classes, say).
+        attn_implementation: of the attention's kernels, as in transformers; None: the model's own.
+        trust_remote_code: run the code that comes with the model.
+        allow_pickle: where there are no safetensors, read the tensors (and nothing else) of pytorch_model.bin.
+        check_new: is told which weights of the head are random, instead of the log, and may refuse them.
+
+    Raises:
+        UserError: it cannot be found or read, is not a model with this head, its files lack weights or hold others,
+            or it does not fit the GPUs.
+    """
+    own = config or load_config(name_or_path, flag=flag, head=head, trust_remote_code=trust_remote_code)
+    check_quantization(own, name_or_path, qlora=quantize_4bit, flag=flag)
+    # Without safetensors on the hub, transformers would have a service of the hub convert the weights, and use those.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    quantization = None
+    if quantize_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype or dtype,
+            llm_int8_skip_modules=_new_modules(name_or_path, head, config, flag, trust_remote_code),
+        )
+    try:
+        model, report = head.auto_class.from_pretrained(
+            name_or_path,
+            **({} if config is None else {"config": config}),
+            attn_implementation=attn_implementation,
+            dtype=dtype,
+            device_map=device_map,
+            quantization_config=quantization,
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
+            # Both are only warned about by default, and the weights in question left random: see _check_complete.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except LOADING_ERRORS as error:
+        if "no file named" in str(error):
+            check_weights(name_or_path, hint=NO_WEIGHTS, flag=flag, allow_pickle=allow_pickle)
+        if "use_safetensors" in str(error):
+            raise UserError(f"{flag} {name_or_path}: {_only_pickle('pytorch_model.bin', flag)}") from error
+        raise loading_error(name_or_path, error, flag) from error
+    except (*PICKLE_ERRORS, RuntimeError) as error:
+        if not isinstance(error, PICKLE_ERRORS) and "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(
+            f"{flag} {name_or_path}: its pickle file is damaged, or holds more than tensors; nothing in it was run. "
+            "Take the weights as safetensors."
+        ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{flag} {name_or_path}: this repository holds an adapter, not a full model. Give its base.")
+    _check_complete(report, name_or_path, flag, head, model, check_new or _say_new)
+    _check_placement(getattr(model, "hf_device_map", None) or {}, name_or_path, flag)
+    _repair_generation_config(model)
+    return model
+
+
+def _new_modules(name: str, head: Head, config: PreTrainedConfig | None, flag: str, trust: bool) -> list[str] | None:
+    """The modules of a head that is learnt from the start, which 4 bits cannot be; None: transformers' own choice."""
+    if not head.is_new:
+        return None
+    config = config or load_config(name, flag=flag, head=head, trust_remote_code=trust)
+    with torch.device("meta"):
+        return head_modules(head.auto_class.from_config(config, trust_remote_code=trust))
+
+
+def _say_new(weights: list[str]) -> None:
+    logger.info("weights that are learnt from the start: %s", ", ".join(weights))
+
+
+def _check_complete(
+    report: dict, name: str, flag: str, head: Head, model: PreTrainedModel, check_new: Callable[[list[str]], None]
+) -> None:
+    """Refuses a checkpoint that left weights at their random initial values, other than those of a new head."""
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if head.is_new:
+        new = head_weights(model, [*missing, *(key for key, *_ in mismatched)])
+        missing = [key for key in missing if key not in new]
+        mismatched = [entry for entry in mismatched if entry[0] not in new]
+        if new:
+            check_new(new)
+    if missing:
+        raise UserError(
+            f"{flag} {name}: {len(missing)} weights that its config.json asks for are not in its files "
+            f"(the first: {missing[0]}). It is incomplete, or not a checkpoint of {head.description}."
+        )
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        raise UserError(
+            f"{flag} {name}: {len(mismatched)} weights do not have the shape that its config.json asks for "
+            f"(the first: {key}, {tuple(stored)} instead of {tuple(wanted)})."
+        )
+
+
+def _check_placement(device_map: dict, name: str, flag: str) -> None:
+    """Refuses a device map that put a part on the CPU or disk beside GPUs: it would train at a crawl, or not at all."""
+    places = {str(place) for place in device_map.values()}
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        raise UserError(
+            f"{flag} {name}: does not fit the memory of the visible GPUs. "
+            "Hold it in 16 bits (--base_dtype bfloat16) or 4 bits (--qlora), or take more GPUs."
+        )
+
+
+def _repair_generation_config(model: PreTrainedModel) -> None:
+    """Sets `do_sample` where a published generation config has sampling settings without it.
+
+    transformers only warns when it loads such a config, but refuses to save it once the Trainer has touched it: the
+    run would be lost at its very end.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        logger.warning("the generation config has sampling settings without do_sample: do_sample=True is set")
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The type that the checkpoint's weights are stored in; float32, as in transformers, where it does not say."""
+    dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def resolve_base_dtype(
+    base_dtype: str, *, adapters: bool, quantized: bool, bf16: bool, fp16: bool, model_config: PreTrainedConfig
+) -> torch.dtype:
+    """How the base's weights are held: `base_dtype` as given, or for "auto":
+
+    | | |
+    |---|---|
+    | all weights trained | float32 masters: 16-bit weights round small updates away (at a learning rate of 4e-5 about half of them do not move) |
+    | adapters, `bf16` | bfloat16: autocast would round to it anyway, and float16 weights beside bfloat16 products make float32 activations |
+    | adapters, `fp16` | float16, but a bfloat16 checkpoint as it is: its activations may exceed float16's range |
+    | adapters, neither | the checkpoint's type; bfloat16 for float16, whose gradients vanish without the loss scaling of `fp16` |
+
+    A quantised base is one with adapters; then this is the type of what stays unquantised.
+
+    Raises:
+        UserError: float16 for weights that are trained.
+    """  # noqa: E501 (a table's row is one line)
+    adapters = adapters or quantized
+    if base_dtype == "float16" and not adapters:
+        raise UserError(
+            "--base_dtype float16: weights that are trained cannot be held in float16 (their updates vanish or turn "
+            "to NaN). Leave --base_dtype out; --fp16 alone computes in float16 over float32 weights."
+        )
+    if base_dtype != "auto":
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[base_dtype]
+    stored = checkpoint_dtype(model_config)
+    if not adapters:
+        return torch.float32
+    if bf16:
+        return torch.bfloat16
+    if fp16:
+        return torch.bfloat16 if stored is torch.bfloat16 else torch.float16
+    return torch.bfloat16 if stored is torch.float16 else stored

@@ -1,0 +1,42 @@
+"""The types that weights and buffers are saved in: not one for all, as transformers keeps some in float32."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from tokentune.core.fsdp import made_whole, own_class
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """The weights and buffers that transformers holds in float32 in a model of this class whose type is `dtype`.
+
+    Biases of routers, whose differences 16 bits round away, above all. By the same rules as its `from_pretrained`.
+    """
+    if dtype is torch.float32:
+        return set()
+    with torch.device("meta"), made_whole():
+        skeleton = own_class(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    pattern = build_glob_alternation(list(model._get_dtype_plan(dtype)))[0]
+    return {
+        name
+        for name, tensor in _named_tensors(skeleton)
+        if tensor.is_floating_point() and (tensor.dtype is torch.float32 or (pattern.pattern and pattern.search(name)))
+    }
+
+
+def hold_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Turns a model into another type, in place, but for what transformers keeps in float32 in one of that type."""
+    kept = kept_in_float32(model, dtype)
+    held = {name: tensor.data for name, tensor in _named_tensors(model) if name in kept}
+    model.to(dtype)
+    for name, tensor in _named_tensors(model):
+        if name in held:
+            tensor.data = held[name]
+
+
+def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

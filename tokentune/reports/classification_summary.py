@@ -1,0 +1,176 @@
+"""What a run of `classify.py` leaves besides its weights.
+
+Each seed's `training_summary.json` is that of `finetune.py` (`reports/summary.py`) with these differences and
+additions:
+
+    data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels,
+                             unwritten_labels}, test null without test data; tokens of images are not counted here
+    tokens                   trained on, over all epochs and processes: {processed, selected, labels (that could be
+                             learnt from: of rows, or words; null where a run that selects tokens ended within an epoch
+                             and its order of rows cannot be had again), selected_labels (that were learnt from)}
+    share_of_labels_trained  selected_labels / labels, or null
+    loss, validation_loss    nats per label; of a number to predict, squared error
+    evaluations              [{step, epoch, loss and every score}], each by the full forward pass without a selection
+    metric                   the score that chose the best checkpoint
+    best                     {step, score, metrics}: the checkpoint that was kept
+    seconds_per_step         median over the optimizer steps; logging, evaluating and saving left out
+
+`classification_summary.json` in the run's top folder, schema version 1, over all seeds:
+
+    task, metric, classes    the task's name or type; the metric of `score`; the classes' names, null for a number
+    method                   {tokentune, prefix_length, selection, lora}: prefix_length and selection null without it
+    seeds                    [{seed, score, metrics, seconds_per_step, saved_for_backward_bytes, peak_memory_bytes,
+                             train_rows, steps, best_step, share_of_labels_trained, folder}]
+    mean, standard_deviation of the scores (sample deviation, n - 1; null for one seed)
+    settings, device, versions
+"""
+
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from tokentune.data.labelled.encoding import Encoded
+from tokentune.data.labelled.labels import Labels
+from tokentune.reports.summary import device_facts, library_versions, run_facts, write_summary
+from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.training.checkpoints.run_folder import PREDICTIONS_NAME, SCORES_NAME
+from tokentune.training.nan_batch import sampler_of
+from tokentune.training.scores import LOWER_IS_BETTER
+from tokentune.training.trainer import SelectiveTrainer
+
+SCHEMA_VERSION = 1
+
+
+def seed_summary(
+    trainer: SelectiveTrainer,
+    arguments: ClassificationArguments,
+    splits: dict[str, Encoded | None],
+    model_facts: dict[str, Any],
+    metric: str,
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """The summary of one seed's finished training, as above.
+
+    Args:
+        splits: "train", "validation" and "test".
+        model_facts: as `summary.build_summary`.
+        metric: of the score.
+    """
+    counts = trainer.tokens
+    labels = labels_seen(trainer, arguments, splits["train"])
+    epochs = {entry["step"]: entry["epoch"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    evaluations = [{"step": step, "epoch": epochs[step]} | figures for step, figures in trainer.evaluations]
+    best = (min if metric in LOWER_IS_BETTER else max)(evaluations, key=lambda entry: entry[metric])
+    figures = {name: value for name, value in best.items() if name not in ("step", "epoch")}
+    return run_facts(trainer, arguments, model_facts, wall_seconds) | {
+        "data": {name: None if split is None else asdict(split.report) for name, split in splits.items()},
+        "tokens": {
+            "processed": counts["processed"],
+            "selected": counts["selected"],
+            "labels": labels,
+            "selected_labels": counts["selected_supervised"],
+        },
+        "share_of_labels_trained": counts["selected_supervised"] / labels if labels else None,
+        "evaluations": evaluations,
+        "metric": metric,
+        "best": {"step": best["step"], "score": best[metric], "metrics": figures},
+        "seconds_per_step": statistics.median(trainer.step_seconds),
+    }
+
+
+def labels_seen(trainer: SelectiveTrainer, arguments: ClassificationArguments, train: Encoded) -> int | None:
+    """The labels of all batches, learnt from or not; None: unknown. To be called on every process."""
+    if arguments.task.task_type != "token" or not arguments.selection.tokentune:
+        return trainer.tokens["selected_supervised"]  # every label is learnt from: the pooled token is always selected
+    epochs = trainer.state.epoch
+    if epochs == int(epochs):
+        return train.report.labels * int(epochs)
+    loader = trainer.get_train_dataloader()
+    sampler = sampler_of(loader)
+    if not hasattr(sampler, "set_epoch"):  # grouped by length: drawn from the process's random numbers
+        return None
+    seen = 0
+    for epoch in range(math.ceil(epochs)):
+        sampler.set_epoch(epoch)
+        batches = round(len(loader) * min(1.0, epochs - epoch))
+        for numbers in itertools.islice(loader.batch_sampler, batches):
+            seen += sum(sum(label != IGNORED_LABEL for label in train.rows[number]["labels"]) for number in numbers)
+    return sum(gather_object([seen]))
+
+
+def scores_over_seeds(
+    summaries: list[dict[str, Any]], arguments: ClassificationArguments, labels: Labels
+) -> dict[str, Any]:
+    """`classification_summary.json`, from the seeds' summaries."""
+    selection = arguments.selection
+    seeds = [
+        {
+            "seed": summary["seed"],
+            "score": summary["best"]["score"],
+            "metrics": summary["best"]["metrics"],
+            "seconds_per_step": summary["seconds_per_step"],
+            "saved_for_backward_bytes": summary["saved_for_backward_bytes"],
+            "peak_memory_bytes": summary["peak_memory_bytes"],
+            "train_rows": summary["data"]["train"]["rows"],
+            "steps": summary["optimizer_steps"],
+            "best_step": summary["best"]["step"],
+            "share_of_labels_trained": summary["share_of_labels_trained"],
+            "folder": summary["run_folder"],
+        }
+        for summary in summaries
+    ]
+    scores = [entry["score"] for entry in seeds]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": arguments.task.name,
+        "metric": summaries[0]["metric"],
+        "classes": list(labels.names) or None,
+        "method": {
+            "tokentune": selection.tokentune,
+            "prefix_length": selection.selected if selection.tokentune else None,
+            "selection": selection.selection if selection.tokentune else None,
+            "lora": arguments.adapters.lora,
+        },
+        "seeds": seeds,
+        "mean": statistics.fmean(scores),
+        "standard_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+        "settings": arguments.settings(),
+        "device": device_facts(),
+        "versions": library_versions(),
+    }
+
+
+def write_scores(scores: dict[str, Any], run_folder: Path) -> Path:
+    """Writes `classification_summary.json`, whole or not at all."""
+    return write_summary(scores, run_folder, SCORES_NAME)
+
+
+def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> Path:
+    """Writes `predictions.jsonl`, one row of the test data a line, whole or not at all."""
+    path = run_folder / PREDICTIONS_NAME
+    unfinished = path.with_suffix(".jsonl.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
+    os.replace(unfinished, path)
+    return path
+
+
+def said(scores: dict[str, Any]) -> str:
+    """One line for the log: every seed's score, their mean and deviation, and what share of labels was learnt from."""
+    each = ", ".join(f"{entry['score']:.4f} (seed {entry['seed']})" for entry in scores["seeds"])
+    parts = [f"{scores['task']} {scores['metric']}: {each}"]
+    if scores["standard_deviation"] is not None:
+        parts.append(f"mean {scores['mean']:.4f}, standard deviation {scores['standard_deviation']:.4f}")
+    shares = [entry["share_of_labels_trained"] for entry in scores["seeds"]]
+    if None not in shares and (share := statistics.fmean(shares)) < 1:
+        parts.append(f"{share:.1%} of the labels were learnt from")
+    return "; ".join(parts)

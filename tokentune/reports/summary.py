@@ -1,0 +1,277 @@
+"""What a run leaves besides its weights: `training_summary.json` and `training_curves.png`.
+
+The summary's schema, version 1 (memory in bytes, times in seconds, losses in nats per token; null: not measured):
+
+    schema_version           1
+    finished                 UTC time, ISO 8601
+    run_folder               path
+    seed                     int
+    settings                 {flag: value}, every flag of finetune.py
+    model                    {class, parameters, trainable_parameters, base_dtype, saved_dtype}
+    data                     {train (rows as often as an epoch has them; null where streamed), validation (null without
+                             such data)}: each {rows, dropped_rows (nothing to learn), dropped_long_rows, cut_rows,
+                             cut_ends (rows that lost the end of an answer), tokens, supervised_tokens}
+    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out, bad}], one for each data set
+    optimizer_steps          int
+    micro_batch_size         sequences per forward pass and process
+    saved_step               the optimizer step that the weights are from: the last one, or with
+                             --load_best_model_at_end the one with the lowest validation loss
+    stopped_early            whether --early_stopping_patience ended it
+    tokens                   trained on, over all epochs and processes: {processed (real tokens, padding left out),
+                             supervised (null for a run that ended within an epoch), selected (those with gradients),
+                             selected_supervised}
+    loss                     {first (of step 1), last (mean since the log entry before it)}
+    validation_loss          {base (before training), final (of saved_step), best: {step, loss}, steps: [{step, loss}]},
+                             or null
+    peak_memory_bytes        GPU: the allocator's, summed over the GPUs, of training alone (loading and evaluation are
+                             left out); CPU: the process's highest resident memory since it began
+    saved_for_backward_bytes unique storages that autograd kept after the first micro-batch's forward pass, parameters
+                             left out
+    tokens_per_second        processed tokens / training_seconds
+    training_seconds         from the first step's beginning to the last one's end, evaluation left out
+    wall_seconds             of the whole command
+    log                      [{step, epoch, loss (mean since the entry before), learning_rate, grad_norm (before
+                             clipping, of the last step), tokens_per_second, memory_allocated_bytes,
+                             memory_reserved_bytes, memory_peak_bytes}], one for each log entry; of steps compared by
+                             --diagnose_steps also gradient_cosine (selective to full gradient, before clipping) and
+                             gradient_relative_error (norm of their difference / norm of the full one); where a pass
+                             over all tokens comes first also loss_all_tokens (the mean over all supervised tokens,
+                             selected or not, since the entry before)
+    device                   {type, name, count}: GPUs, or the CPU with its threads
+    versions                 {tokentune, python, and each library}
+"""
+
+import json
+import logging
+import math
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokentune
+from tokentune.core.saved_bytes import BYTES_IN_GIB
+from tokentune.data.encoding import EncodingReport
+from tokentune.data.instruction_data import InstructionData
+from tokentune.settings.finetune import Arguments
+from tokentune.training.checkpoints.run_folder import CURVES_NAME, SUMMARY_NAME
+from tokentune.training.checkpoints.saving import write_whole
+from tokentune.training.diagnosing import COSINE, RELATIVE_ERROR
+from tokentune.training.trainer import SelectiveTrainer
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
+
+
+def build_summary(
+    trainer: SelectiveTrainer,
+    arguments: Arguments,
+    data: InstructionData,
+    model_facts: dict[str, Any],
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """The summary of a finished run, as the schema above has it.
+
+    Args:
+        trainer: after `train()`.
+        data: what was learnt from and evaluated on.
+        model_facts: the schema's `model`.
+        wall_seconds: since the command began.
+    """
+    counts = trainer.tokens
+    of_an_epoch, epochs = data.train_report, trainer.state.epoch
+    known = of_an_epoch is not None and epochs == int(epochs)
+    supervised = of_an_epoch.supervised_tokens * int(epochs) if known else None
+    return run_facts(trainer, arguments, model_facts, wall_seconds) | {
+        "data": {"train": _report(data.train_report), "validation": _report(data.validation_report)},
+        "sources": [asdict(source) for source in data.sources],
+        "tokens": {"processed": counts["processed"], "supervised": supervised}
+        | {name: counts[name] for name in ("selected", "selected_supervised")},
+    }
+
+
+def run_facts(
+    trainer: SelectiveTrainer, arguments: Arguments, model_facts: dict[str, Any], wall_seconds: float
+) -> dict[str, Any]:
+    """What any command's summary holds, as the schema above has it: all but `data` and `tokens`."""
+    entries = [_log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
+    counts, seconds = trainer.tokens, trainer.training_seconds
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run_folder": trainer.args.output_dir,
+        "seed": arguments.optimization.seed,
+        "settings": arguments.settings(),
+        "model": model_facts,
+        "data": None,
+        "optimizer_steps": trainer.state.global_step,
+        "micro_batch_size": trainer.args.per_device_train_batch_size,
+        "saved_step": trainer.saved_step,
+        "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+        "tokens": None,
+        "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]},
+        "validation_loss": _validation(trainer.validation_losses, trainer.saved_step),
+        "peak_memory_bytes": entries[-1]["memory_peak_bytes"],
+        "saved_for_backward_bytes": trainer.saved_for_backward_bytes,
+        "tokens_per_second": counts["processed"] / seconds,
+        "training_seconds": seconds,
+        "wall_seconds": wall_seconds,
+        "log": entries,
+        "device": device_facts(),
+        "versions": library_versions(),
+    }
+
+
+def _report(report: EncodingReport | None) -> dict[str, int] | None:
+    return None if report is None else asdict(report)
+
+
+def warn_without_gain(summary: dict[str, Any]) -> None:
+    """Says so where what is saved is no better on the validation data than the model was before training."""
+    losses = summary["validation_loss"]
+    if losses is not None and losses["final"] >= losses["base"]:
+        logger.warning(
+            "the validation loss did not fall: %.4f before training, %.4f of what is saved (step %d)",
+            *(losses["base"], losses["final"], summary["saved_step"]),
+        )
+
+
+def _log_entry(entry: dict[str, float]) -> dict[str, float]:
+    names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
+    kept = {name: entry.get(name) for name in names}
+    # A number of bytes over 2**30 is exact in float64, so the product is the number of bytes again.
+    kinds = ("allocated", "reserved", "peak")
+    kept |= {name: entry[name] for name in (COSINE, RELATIVE_ERROR, "loss_all_tokens") if name in entry}
+    return kept | {f"memory_{kind}_bytes": int(entry[f"memory_{kind}_gib"] * BYTES_IN_GIB) for kind in kinds}
+
+
+def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, Any] | None:
+    if not losses:
+        return None
+    steps = [{"step": step, "loss": loss} for step, loss in losses]
+    final = dict(losses).get(saved_step, losses[-1][1])
+    return {"base": losses[0][1], "final": final, "best": min(steps, key=lambda at: at["loss"]), "steps": steps}
+
+
+def device_facts() -> dict[str, Any]:
+    """Type, name and count of what the run computed on."""
+    if torch.cuda.is_available():
+        return {"type": "cuda", "name": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        return {"type": accelerator.type, "name": platform.machine(), "count": torch.accelerator.device_count()}
+    return {"type": "cpu", "name": cpu_name(), "count": torch.get_num_threads()}
+
+
+def cpu_name() -> str:
+    """The processor's model; its architecture where the system does not tell (only Linux has /proc)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries a run depends on; null where one is not installed."""
+    versions: dict[str, str | None] = {"tokentune": tokentune.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:
+    """Writes `training_summary.json` whole or not at all; a number that JSON has no word for (nan) becomes null."""
+    path = run_folder / name
+    write_whole(path, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "nats per token") -> Path:
+    """Draws `training_curves.png` from a summary: losses, learning rate, memory, gradient norm over the steps.
+
+    And how the selective gradient relates to the full one, where that was compared.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed, nor looked for
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    log = summary["log"]
+    steps = [entry["step"] for entry in log]
+    marker = "o" if len(steps) <= 30 else None
+    rows = 3 if any(COSINE in entry for entry in log) else 2
+    figure, panels = pyplot.subplots(rows, 2, figsize=(11, 3.75 * rows), sharex=True)
+    (loss, rate), (memory, norm) = panels[:2]
+    loss.plot(steps, [entry["loss"] for entry in log], marker=marker, markersize=3, label="training")
+    if "loss_all_tokens" in log[0]:
+        of_all = [entry["loss_all_tokens"] for entry in log]
+        loss.plot(steps, of_all, marker=marker, markersize=3, label="training, all supervised tokens")
+    if summary["validation_loss"] is not None:
+        points = summary["validation_loss"]["steps"]
+        xs, ys = [point["step"] for point in points], [point["loss"] for point in points]
+        loss.plot(xs, ys, marker="s", markersize=5, label="validation (all tokens)")
+    rate.plot(steps, [entry["learning_rate"] for entry in log], marker=marker, markersize=3, color="tab:green")
+    # On the CPU there is no allocator to tell reserved from allocated: both are the resident memory.
+    on_cpu = summary["device"]["type"] == "cpu"
+    kinds = ("peak", "allocated") if on_cpu else ("peak", "reserved", "allocated")
+    for name, style in zip(kinds, ("-", "--", ":"), strict=False):
+        sizes = [entry[f"memory_{name}_bytes"] / BYTES_IN_GIB for entry in log]
+        label = "now" if on_cpu and name == "allocated" else name
+        memory.plot(steps, sizes, style, marker=marker, markersize=3, label=label)
+    norm.plot(steps, [entry["grad_norm"] for entry in log], marker=marker, markersize=3, color="tab:purple")
+
+    titles = {
+        loss: ("Loss", loss_unit),
+        rate: ("Learning rate", "learning rate"),
+        memory: ("Resident memory of the process" if on_cpu else "GPU memory", "GiB"),
+        norm: ("Gradient norm, before clipping", "L2 norm"),
+    }
+    for axes, name in zip(panels[2:].flat, (COSINE, RELATIVE_ERROR), strict=False):
+        titles[axes] = _draw_compared(axes, log, name)
+    for axes, (title, unit) in titles.items():
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelbottom=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[-1]:
+        axes.set_xlabel("optimizer step")
+    memory.set_ylim(0, 1.15 * max(line.get_ydata().max() for line in memory.get_lines()))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    loss.legend()
+    memory.legend()
+    figure.suptitle(Path(summary["run_folder"]).name, fontsize=12)
+    figure.tight_layout()
+    path = run_folder / CURVES_NAME
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _draw_compared(axes: Any, log: list[dict[str, float]], name: str) -> tuple[str, str]:
+    """Draws how the selective gradient relates to the full one, at the steps where it was looked at; returns titles."""
+    points = [(entry["step"], entry[name]) for entry in log if name in entry]
+    axes.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3, color="tab:red")
+    axes.axhline(0.0, color="0.6", linewidth=0.8)
+    texts = {COSINE: ("Selective to full gradient", "cosine"), RELATIVE_ERROR: ("Their difference", "/ full norm")}
+    return texts[name]

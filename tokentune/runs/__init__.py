@@ -1,1 +1,0 @@
-"""A run from its settings to its end: trainer parts, checkpoints, resuming, records of it."""

@@ -1,0 +1,247 @@
+"""Which token positions keep gradients: the draw, and the labels that remain.
+
+A strategy (`sampling/strategies.py`) says how much it wants each token. What holds for every strategy is here: how many
+tokens a row selects, that a row with supervised tokens selects one, what is selected always, and what fills up shorter
+rows.
+
+Legend: B sequences, S tokens of the padded batch, K selected positions per sequence. A *target position* is one whose
+output has a loss: the token before a supervised one in a causal model, the supervised one itself otherwise.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokentune.sampling.schedule import Schedule
+from tokentune.sampling.strategies import DRAWS, Tokens, answer_of, find_strategy
+from tokentune.sampling.weighted_draw import wide_dtype
+
+REFERENCE = "reference"  # the strategy that counts as the released code did
+IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
+
+
+def parse_prefix_length(text: str) -> int | float | Schedule:
+    """Reads `--prefix_length`: `16` is a count of tokens, `0.3` a proportion of each sequence, `1.0` all of it.
+
+    `0.1:0.5` and `16:64` go from one to the other over the run.
+
+    Raises:
+        ValueError: neither a count of at least 1 nor a proportion above 0 and at most 1, nor two of the same kind.
+    """
+    if ":" in text:
+        start, _, end = text.partition(":")
+        both = _parse_size(start), _parse_size(end)
+        if type(both[0]) is not type(both[1]):
+            raise ValueError("a schedule goes from one proportion to another (0.1:0.5), or from a number to another")
+        return Schedule(*both)
+    return _parse_size(text)
+
+
+def _parse_size(text: str) -> int | float:
+    try:
+        value = int(text)
+    except ValueError:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+    if isinstance(value, int) and value >= 1:
+        return value
+    if isinstance(value, float) and 0.0 < value <= 1.0:  # NaN fails both comparisons
+        return value
+    raise ValueError(
+        f"{text!r} is neither a number of tokens (16, at least 1) nor a proportion of the sequence "
+        "(0.3, above 0.0 and at most 1.0)"
+    )
+
+
+def selected_count(prefix_length: int | float, length: int) -> int:
+    """K of one sequence of `length` real tokens: min(number, length), or max(1, round(proportion * length)).
+
+    Halves round up (Python's `round` would send 0.5 * 5 and 0.5 * 7 in opposite directions). 0 for an empty sequence.
+    """
+    count = max(1, int(prefix_length * length + 0.5)) if isinstance(prefix_length, float) else prefix_length
+    return min(count, length)
+
+
+def _reference_count(prefix_length: int | float, length: int) -> int:
+    """K of one sequence in the released code's draw: first and last token, and the others from positions 1 .. n-3."""
+    others = int(prefix_length * max(length - 2, 0)) if isinstance(prefix_length, float) else prefix_length
+    return min(length, 2 + min(others, max(length - 3, 0)))
+
+
+def counts_of_rows(prefix_length: int | float, lengths: Tensor, strategy: str) -> Tensor:
+    """`selected_count` or `_reference_count` of every row, on the rows' device: lengths (B,) -> counts (B,)."""
+    # float64, so that a product rounds as it does in Python; MPS has none, and may be one off on an exact half.
+    wide = wide_dtype(lengths.device)
+    proportion = isinstance(prefix_length, float)
+    if strategy == REFERENCE:
+        between = (lengths - 3).clamp(min=0)
+        others = (prefix_length * (lengths - 2).clamp(min=0).to(wide)).long() if proportion else prefix_length
+        others = torch.minimum(others, between) if proportion else between.clamp(max=prefix_length)
+        return torch.minimum(lengths, 2 + others)
+    if not proportion:
+        return lengths.clamp(max=prefix_length)
+    counts = (prefix_length * lengths.to(wide) + 0.5).long().clamp(min=1)
+    return torch.minimum(counts, lengths)
+
+
+def target_mask(labels: Tensor, *, causal: bool) -> Tensor:
+    """Positions whose output has a loss.
+
+    Args:
+        labels: (B, S) int64, -100 where no loss.
+        causal: the output at position t predicts the label at t + 1; otherwise the label at t.
+
+    Returns:
+        (B, S) bool.
+    """
+    supervised = labels != IGNORED_LABEL
+    if not causal:
+        return supervised
+    return torch.cat([supervised[:, 1:], torch.zeros_like(supervised[:, :1])], dim=1)
+
+
+def _in_order(priority: Tensor, uniform: Tensor, real: Tensor) -> Tensor:
+    """Each token's rank within its row, 0 for the highest priority: ties by `uniform`, padding last. All (B, S)."""
+    order = uniform.argsort(dim=-1, descending=True, stable=True)
+    for key in (priority, real.to(torch.uint8)):
+        order = order.gather(1, key.gather(1, order).argsort(dim=-1, descending=True, stable=True))
+    return order.argsort(dim=-1)
+
+
+def select_tokens(
+    attention_mask: Tensor,
+    prefix_length: int | float,
+    *,
+    targets: Tensor | None = None,
+    always: Tensor | None = None,
+    preferred: Tensor | None = None,
+    strategy: str = "random",
+    generator: torch.Generator | None = None,
+    scores: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    token_scores: dict[str, Tensor] | None = None,
+    draw: str = "proportional",
+) -> tuple[Tensor, Tensor | None]:
+    """Draws the positions that keep gradients, and what the loss at each of them counts.
+
+    Each row takes its own count of its own real tokens. K is the batch's common size, and shorter rows are filled up
+    to it with padding positions, which attention masks and which carry no loss. K is the count of the longest row
+    where `attention_mask` is on the CPU, and that of a row of S tokens elsewhere, where looking at the lengths would
+    stop the host until the device has caught up.
+
+    Args:
+        attention_mask: (B, S), 1 at real tokens; padding may stand on either side.
+        prefix_length: an int is a count of tokens, a float a proportion of each row's real tokens.
+        targets: (B, S) bool, the target positions (`target_mask`). A row that has any gets at least one of them.
+        always: (B, S) bool, real positions that are selected in any case (an encoder's pooled token). Where a row's
+            count has no room for these and a target, these win.
+        preferred: (B, S) bool, the targets that "supervised" selects before the others.
+        strategy: a name that `find_strategy` knows. "reference" has counts of its own and promises no target.
+        generator: draws the scores, on the device of `attention_mask`.
+        scores: (B, S), uniform in [0, 1), instead of `generator`: the draw depends on nothing else.
+        input_ids, labels: (B, S), for strategies that look at them.
+        token_scores: (B, S) each, by name, those that the strategy needs.
+        draw: what these do, one of `strategies.DRAWS`.
+
+    Returns:
+        positions (B, K) int64: distinct, ascending in each row. weights (B, K) float32, None where the strategy knows
+        no probabilities: 1 / probability at selected targets (at all selected real tokens where `targets` is None), 1
+        where they are selected always, 0 elsewhere. A sum of losses with these weights has the expectation of the sum
+        over all targets. So that it stays that, a target that is there only because the row's draw held none weighs 0.
+
+    Raises:
+        ValueError: unknown strategy or draw, scores missing.
+        StrategyError: a ValueError too; the strategy's answer is of the wrong shape, or NaN.
+    """
+    registered = find_strategy(strategy)
+    if draw not in DRAWS:
+        raise ValueError(f"unknown draw {draw!r}: one of {', '.join(DRAWS)}")
+    if missing := set(registered.needs) - set(token_scores or {}):
+        raise ValueError(f"strategy {strategy!r} needs scores of a pass over all tokens: {', '.join(sorted(missing))}")
+    real = attention_mask.bool()  # (B, S)
+    lengths = real.sum(-1)  # (B,)
+    if scores is None:
+        scores = torch.rand(real.shape, generator=generator, device=real.device, dtype=torch.float32)
+    targets = None if targets is None else targets & real
+    always = None if always is None else always.bool() & real
+
+    longest = int(lengths.max()) if real.device.type == "cpu" else real.shape[1]
+    count = _reference_count if strategy == REFERENCE else selected_count
+    k = max(1, count(prefix_length, longest))  # 1 in a batch of nothing but padding, whose shapes then stay usable
+    counts = counts_of_rows(prefix_length, lengths, strategy).clamp(max=k)  # (B,)
+    seen = Tokens(real, scores, counts, input_ids, labels, targets, preferred, always, token_scores or {}, draw)
+    priority, probability = answer_of(registered, seen)
+
+    counts = counts.unsqueeze(-1)  # (B, 1)
+    place = _in_order(priority, scores, real)  # (B, S), 0 = first
+    tokens = real.shape[1]
+    forced = torch.zeros_like(real)
+    if targets is not None and strategy != REFERENCE:
+        # The first target goes to the front of its row. A draw that holds any target holds this one already, so only
+        # draws that missed all targets change: theirs replaces the last one drawn.
+        at = place.masked_fill(~targets, tokens)
+        front = (at == at.amin(-1, keepdim=True)) & targets
+        forced = front & (place >= counts)
+        place = place - tokens * front
+    if always is not None:
+        place = place - 2 * tokens * always
+    rank = place.argsort(dim=-1).argsort(dim=-1)
+    # There is always enough padding to fill a row of n real tokens. The count c grows by at most 1 per token, so with
+    # m <= S tokens in the row that K comes from, K - c(n) = c(m) - c(n) <= m - n <= S - n, the row's padding.
+    padding_rank = (~real).cumsum(-1) - 1
+    chosen = torch.where(real, rank < counts, padding_rank < k - counts)  # (B, S), K true in each row
+    # A stable sort leaves the chosen positions ascending; nonzero() would synchronise.
+    positions = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :k]  # (B, K)
+    if probability is None:
+        return positions, None
+    if always is not None:
+        probability = probability.masked_fill(always, 1.0)
+    counting = (real if targets is None else targets) & (probability > 0) & ~forced
+    weights = torch.where(counting, 1 / probability.where(counting, torch.ones_like(probability)), 0.0)
+    return positions, weights.gather(1, positions).float()
+
+
+def select_positions(attention_mask: Tensor, prefix_length: int | float, **options: Any) -> Tensor:
+    """The positions of `select_tokens`, (B, K), for whoever has no use for the weights."""
+    return select_tokens(attention_mask, prefix_length, **options)[0]
+
+
+def mask_unselected_labels(labels: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
+    """Labels that leave a loss at the selected target positions alone, so that counting labels counts loss terms.
+
+    Args:
+        labels: (B, S) int64, -100 where no loss.
+        positions: (B, K) int64, the selected positions.
+        causal: as in `target_mask`.
+
+    Returns:
+        (B, S) int64; `labels` itself is left as it is.
+    """
+    selected = torch.zeros_like(labels, dtype=torch.bool).scatter(1, positions, True)  # (B, S)
+    if causal:  # the label at t + 1 belongs to the output at t; the label at 0 to none
+        selected = torch.cat([torch.zeros_like(selected[:, :1]), selected[:, :-1]], dim=1)
+    return labels.masked_fill(~selected, IGNORED_LABEL)
+
+
+def draw_scores(seeds: Sequence[int], length: int) -> Tensor:
+    """Uniform scores for `select_positions` that depend on nothing but the row's own seed.
+
+    One generator per row: a row keeps its draw whatever batch, batch size or worker it comes in, and however far it is
+    padded on the right (the first scores of a longer row are those of a shorter one). NumPy's, because a torch CPU
+    generator uses 32 bits of its seed.
+
+    Args:
+        seeds: B seeds, each in [0, 2**64).
+        length: S, tokens of the padded batch.
+
+    Returns:
+        (B, S) float64 in [0, 1), on the CPU.
+    """
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))

@@ -1,0 +1,311 @@
+"""How tokens are chosen: the strategies of `--selection`, one function each, and a place for your own.
+
+    B sequences, S tokens of the padded batch, K selected positions per sequence
+
+A strategy looks at a batch's `Tokens` and says how much it wants each of them: a priority (B, S), the highest of each
+row's real tokens win. What every draw needs (a row's own count, padding, a supervised token where there is one) is
+`sampling/sampler.py`'s affair, so that a strategy of one's own is five lines:
+
+    from tokentune.sampling.strategies import Tokens, strategy
+
+    @strategy("rare")
+    def rare(tokens: Tokens):
+        return tokens.input_ids + tokens.uniform   # tokenizers give rare pieces high numbers
+
+for `--selection rare.py:rare`, or under its name wherever the file was imported.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from tokentune.errors import UserError
+from tokentune.sampling.weighted_draw import (
+    inclusion_probabilities,
+    mixed_scores,
+    one_number_per_row,
+    systematic_draw,
+    wide_dtype,
+    with_a_target,
+)
+
+SCORES = ("loss", "excess_loss", "gradient", "attention")  # what a strategy may need
+DRAWS = ("proportional", "top")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a strategy sees of a batch. All tensors are on one device.
+
+    Attributes:
+        real: (B, S) bool, False at padding.
+        uniform: (B, S) in [0, 1), each row's own random numbers, the same under the same seed.
+        counts: (B,) how many positions each row will get.
+        input_ids: (B, S) int64; None for images.
+        labels: (B, S) int64, -100 where no loss; (B,) classes; None where there are none.
+        targets: (B, S) bool, positions whose output has a loss; None where losses have no position.
+        preferred: (B, S) bool, the targets that matter most (words inside of entities); None: all alike.
+        always: (B, S) bool, real positions that are selected whatever the strategy says; None: none.
+        scores: (B, S) float32 by name, as far as the strategy `needs` them: of each position's output ("loss",
+            "excess_loss", "gradient", 0 where there is no target), or of the token itself ("attention").
+        draw: what scores do, one of `DRAWS`: "proportional" draws at random with these weights and says with which
+            probability, "top" takes the highest.
+    """
+
+    real: Tensor
+    uniform: Tensor
+    counts: Tensor
+    input_ids: Tensor | None = None
+    labels: Tensor | None = None
+    targets: Tensor | None = None
+    preferred: Tensor | None = None
+    always: Tensor | None = None
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    draw: str = "proportional"
+
+
+class Choice(NamedTuple):
+    """A strategy's answer where each position's probability of being selected is known."""
+
+    priority: Tensor  # (B, S)
+    probability: Tensor  # (B, S) in [0, 1]: a loss counts 1 / probability, so that the draws' mean is the whole loss
+
+
+Strategy = Callable[[Tokens], Tensor | Choice]
+
+
+class Registered(NamedTuple):
+    name: str
+    choose: Strategy
+    needs: tuple[str, ...] = ()  # scores that a forward pass over all tokens has to make first
+    even: bool = False  # whether every token of a row has the same probability
+
+    @property
+    def about(self) -> str:
+        """The first sentence of its docstring, for the help."""
+        return (self.choose.__doc__ or "").strip().split(".\n")[0].split("\n\n")[0].rstrip(".")
+
+
+REGISTRY: dict[str, Registered] = {}
+_SECOND_NAMES = ("labelled",)
+
+
+def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> Callable[[Strategy], Strategy]:
+    """Registers a function under a name.
+
+    Args:
+        name: for `--selection`.
+        needs: of `SCORES`; see `Tokens.scores`.
+        even: that every token of a row is selected with the same probability, as the gradient's correction assumes.
+
+    Raises:
+        ValueError: an unknown score, or a name that another module's strategy has.
+    """
+    if unknown := [score for score in needs if score not in SCORES]:
+        raise ValueError(f"strategy {name!r} needs {', '.join(unknown)}: there are {', '.join(SCORES)}")
+
+    def register(choose: Strategy) -> Strategy:
+        if name in REGISTRY and REGISTRY[name].choose.__module__ != choose.__module__:
+            raise ValueError(f"there is a strategy {name!r} already: give yours another name")
+        REGISTRY[name] = Registered(name, choose, tuple(needs), even)
+        return choose
+
+    return register
+
+
+def find_strategy(name: str) -> Registered:
+    """The strategy of that name, or the function of `path/file.py:function`, whose file is run.
+
+    Raises:
+        ValueError: there is none; the message names the nearest, and all. Of a file: what is wrong with it.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if ":" in name or name.endswith(".py"):
+        from tokentune.sampling.user_strategies import load_strategy  # which imports this module
+
+        return load_strategy(name)
+    close = difflib.get_close_matches(name, REGISTRY, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    known = ", ".join(known for known in REGISTRY if known not in _SECOND_NAMES)
+    raise ValueError(f"{name}: there is no such strategy.{hint} Known are {known}; your own: file.py:function")
+
+
+class StrategyError(UserError, ValueError):
+    """What a strategy answered that is no answer."""
+
+
+def answer_of(registered: Registered, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    """A strategy's priorities (B, S), and its probabilities (B, S) where it knows them.
+
+    Raises:
+        StrategyError: of another shape, NaN, or no probabilities. On an accelerator the values are not looked at, for
+            which the host would have to wait.
+    """
+    answer = registered.choose(tokens)
+    parts = {"priorities": answer}
+    if isinstance(answer, Choice):
+        parts = {"priorities": answer.priority, "probabilities": answer.probability}
+    for what, part in parts.items():
+        if not isinstance(part, Tensor) or part.shape != tokens.real.shape or part.is_complex():
+            got = f"a tensor of {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            sought = f"{what} of its tokens, a tensor of {tuple(tokens.real.shape)}"
+            raise StrategyError(f"--selection {registered.name}: must return {sought}, not {got}")
+        if part.device.type != "cpu" or is_fake(part):
+            continue
+        if bool((part.isnan() & tokens.real).any()):
+            raise StrategyError(f"--selection {registered.name}: its {what} hold NaN")
+        if what == "probabilities" and bool((((part < 0) | (part > 1 + 1e-6)) & tokens.real).any()):
+            raise StrategyError(f"--selection {registered.name}: its probabilities are not all between 0 and 1")
+    priority = parts["priorities"]
+    return priority.to(torch.uint8) if priority.dtype == torch.bool else priority, parts.get("probabilities")
+
+
+def strategy_names(*, scored: bool | None = None) -> list[str]:
+    """The names registered; with `scored` those that need scores, or those that do not."""
+    return [entry.name for entry in REGISTRY.values() if scored is None or bool(entry.needs) == scored]
+
+
+def names_and_meanings(*, scored: bool) -> str:
+    """For a flag's help: each name, and in brackets what it does."""
+    names = (name for name in strategy_names(scored=scored) if name not in _SECOND_NAMES)
+    return ", ".join(f"{name} ({REGISTRY[name].about})" for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------ without scores
+
+
+@strategy("random", even=True)
+def _random(tokens: Tokens) -> Tensor:
+    """uniformly without replacement, the paper's way"""  # arXiv 2501.18824, section "Token Selection"
+    return tokens.uniform
+
+
+@strategy("reference")
+def _reference(tokens: Tokens) -> Tensor:
+    """as the authors' released code did: the first and the last token, never the last but one"""
+    order = tokens.real.cumsum(-1) - 1  # (B, S): 0 at the row's first real token
+    last = tokens.real.sum(-1, keepdim=True) - 1
+    priority = tokens.uniform.masked_fill(tokens.real & (order == last - 1), -0.5)
+    return priority + 2.0 * (tokens.real & ((order == 0) | (order == last)))
+
+
+@strategy("supervised")
+def _supervised(tokens: Tokens) -> Tensor:
+    """tokens with a loss first, of these words inside of entities, then others at random"""
+    if tokens.targets is None:
+        return tokens.uniform
+    preferred = torch.zeros_like(tokens.targets) if tokens.preferred is None else tokens.targets & tokens.preferred
+    return tokens.uniform + tokens.targets + preferred
+
+
+strategy("labelled")(_supervised)
+
+
+@strategy("stratified", even=True)
+def _stratified(tokens: Tokens) -> Tensor:
+    """evenly over the sequence: one token of each of as many parts as there are to be tokens"""
+    # The row is closed to a ring, turned at random and cut into `count` parts of floor or ceil(n / count) tokens. As
+    # every turn is equally likely, every token is in a part of each size equally often: its probability is count / n.
+    lengths = tokens.real.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+    turn = (one_number_per_row(tokens.uniform, tokens.real) * lengths).long()
+    place = (tokens.real.cumsum(-1) - 1 + turn) % lengths  # (B, S)
+    part = place * tokens.counts.unsqueeze(-1) // lengths
+    # Ranks, not the numbers themselves, two of which may be equal in float32.
+    rank = tokens.uniform.argsort(dim=-1, stable=True).argsort(dim=-1).masked_fill(~tokens.real, -1)
+    best = torch.full_like(rank, -1).scatter_reduce(1, part, rank, "amax")
+    return (rank == best.gather(1, part)) + tokens.uniform
+
+
+@strategy("contiguous")
+def _contiguous(tokens: Tokens) -> Tensor:
+    """a random window, of those that hold a token with a loss where there is one"""
+    real, counts = tokens.real, tokens.counts.unsqueeze(-1)  # (B, S), (B, 1)
+    order = real.cumsum(-1) - 1
+    starts = real & (order + counts <= real.sum(-1, keepdim=True))  # where a window of the row's count begins
+    if tokens.targets is not None:
+        targets = (tokens.targets & real).long()
+        until = targets.cumsum(-1)
+        ends = (torch.arange(real.shape[1], device=real.device) + counts - 1).clamp(0, real.shape[1] - 1)
+        holding = starts & (until.gather(1, ends) - until + targets > 0)
+        starts = torch.where(holding.any(-1, keepdim=True), holding, starts)
+    start = order.gather(1, tokens.uniform.masked_fill(~starts, -1.0).argmax(-1, keepdim=True))  # (B, 1)
+    return (order >= start) & (order < start + counts)
+
+
+# --------------------------------------------------------------------------------------------------------- with scores
+
+
+def _by_score(tokens: Tokens, scores: Tensor, candidates: Tensor) -> Tensor | Choice:
+    """The highest scores of the candidates, or a draw in proportion to them; then other tokens at random."""
+    scores = scores.nan_to_num(nan=0.0)  # a loss that is no number is training's affair, which stops at it
+    if tokens.draw == "top":
+        return scores.masked_fill(~candidates, -torch.inf)
+    always = torch.zeros_like(tokens.real) if tokens.always is None else tokens.always & tokens.real
+    targets = candidates if tokens.targets is None else tokens.targets & candidates
+    free = (tokens.counts - always.sum(-1)).clamp(min=0)
+    probability = inclusion_probabilities(mixed_scores(scores, candidates & ~always), free)
+    held = (always & targets).any(-1, keepdim=True)  # rows that have a target anyway
+    probability = with_a_target(probability, targets & ~held)
+    start = one_number_per_row(tokens.uniform, tokens.real)
+    chosen = systematic_draw(probability, tokens.uniform, start, targets)
+    return Choice(chosen + tokens.uniform, probability.masked_fill(always, 1.0))
+
+
+def _of_targets(tokens: Tokens, name: str) -> Tensor | Choice:
+    return _by_score(
+        tokens, tokens.scores[name], tokens.real if tokens.targets is None else tokens.real & tokens.targets
+    )
+
+
+@strategy("loss", needs=("loss",))
+def _loss(tokens: Tokens) -> Tensor | Choice:
+    """the token's loss"""
+    return _of_targets(tokens, "loss")
+
+
+@strategy("excess_loss", needs=("excess_loss",))
+def _excess_loss(tokens: Tokens) -> Tensor | Choice:
+    """its excess over that of --selection_reference_model"""
+    # As Rho-1 does (Lin et al., arXiv 2404.07965); what is below the reference counts as 0 in a draw.
+    return _of_targets(tokens, "excess_loss")
+
+
+@strategy("gradient", needs=("gradient",))
+def _gradient(tokens: Tokens) -> Tensor | Choice:
+    """the norm of the gradient at its output"""
+    return _of_targets(tokens, "gradient")
+
+
+@strategy("attention", needs=("attention",))
+def _attention(tokens: Tokens) -> Tensor | Choice:
+    """the attention that it receives"""
+    return _by_score(tokens, tokens.scores["attention"], tokens.real)
+
+
+@strategy("tokenseek", needs=("attention", "gradient"))
+def _tokenseek(tokens: Tokens) -> Tensor | Choice:
+    """the last two, blended as TokenSeek does"""
+    # Zeng et al., arXiv 2601.19739: log(attention received) + min-max normalised gradient, both weights 1 by default.
+    # A draw takes what the score is above the row's lowest, as probabilities have to be positive.
+    score = tokenseek_score(tokens.scores["attention"], tokens.scores["gradient"], tokens.real)
+    lowest = score.masked_fill(~tokens.real, torch.inf).amin(-1, keepdim=True)
+    return _by_score(tokens, score if tokens.draw == "top" else score - lowest, tokens.real)
+
+
+def tokenseek_score(attention: Tensor, gradient: Tensor, real: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """alpha * log(attention) + beta * (gradient - min) / (max - min), min and max of the row's real tokens: (B, S).
+
+    TokenSeek's gradient is the sum of the components before the last layer; here it is the norm at the model's output.
+    """
+    dtype = wide_dtype(attention.device)
+    gradient = gradient.to(dtype)
+    low = gradient.masked_fill(~real, torch.inf).amin(-1, keepdim=True)
+    high = gradient.masked_fill(~real, -torch.inf).amax(-1, keepdim=True)
+    spread = (high - low).where(high > low, torch.ones_like(high))
+    return alpha * attention.to(dtype).clamp(min=1e-12).log() + beta * ((gradient - low) / spread).masked_fill(~real, 0)

@@ -1,0 +1,239 @@
+"""Every flag of `classify.py`: the groups of `settings/finetune.py`, with defaults for encoders, and what a task adds.
+
+python ./tokentune/classify.py --help
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from tokentune.sampling.strategies import names_and_meanings
+from tokentune.settings.data import RowsArguments
+from tokentune.settings.finetune import Arguments
+from tokentune.settings.flags import flag, require
+from tokentune.settings.glue import HUB_ID, TASKS, GlueTask
+from tokentune.settings.model import AdapterArguments, ModelArguments, SelectionArguments
+from tokentune.settings.run import OptimizationArguments, OutputArguments
+
+logger = logging.getLogger(__name__)
+_CAUSAL_ALONE = (
+    "selection_pass",
+    "selection_draw",
+    "selection_layers",
+    "selection_reference_model",
+    "gradient_correction",
+    "diagnose_steps",
+)
+
+
+@dataclass
+class EncoderArguments(ModelArguments):
+    """Which model, and how its weights are held."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "hub id or local folder of an encoder (BERT, RoBERTa, ModernBERT, ViT, ...), with or without "
+                          "a classification head: a missing one is new"}
+    )  # fmt: skip
+    from_scratch: bool = flag(
+        False, "random weights for the model's config.json: nothing pretrained is read (its tokenizer or image "
+               "processor is)"
+    )  # fmt: skip
+
+
+@dataclass
+class TaskArguments:
+    """What is predicted."""
+
+    _argument_group_name = "task"
+    task_type: Literal["text", "token", "image"] = flag(
+        "text", "what gets a label: a text or a pair of texts, each word of a text, an image"
+    )
+    task_name: str | None = flag(None, f"a GLUE task, for its columns, classes and metric: {', '.join(TASKS)}")
+    text_columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "one or two columns of text (token: the one of words; image: the one of images); by default "
+                          "GLUE's names, then the only ones there are"},
+    )  # fmt: skip
+    label_column: str | None = flag(
+        None, "column of classes (whole numbers or texts) or of a number to predict (with a fraction); by default "
+              "label or labels (token: also ner_tags, tags)"
+    )  # fmt: skip
+    metric_for_best_model: str | None = flag(
+        None, "which validation figure chooses the checkpoint that is kept: accuracy, f1, matthews_correlation, "
+              "pearson, spearman, mean_squared_error, precision, recall, loss; by default the task's own"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.task_name is not None:
+            require(
+                self.task_name in TASKS, f"--task_name {self.task_name}: no GLUE task; choose from {', '.join(TASKS)}"
+            )
+            require(
+                self.task_type == "text",
+                f"--task_name {self.task_name} classifies texts: it does not go with --task_type {self.task_type}",
+            )
+        most = 2 if self.task_type == "text" else 1
+        require(
+            len(self.text_columns) <= most,
+            f"--text_columns {' '.join(self.text_columns)}: --task_type {self.task_type} takes at most {most}",
+        )
+
+    @property
+    def glue(self) -> GlueTask | None:
+        """The GLUE task that is named, if any."""
+        return TASKS[self.task_name] if self.task_name is not None else None
+
+    @property
+    def name(self) -> str:
+        """The task in a run's name and report."""
+        return self.task_name or self.task_type
+
+
+@dataclass
+class LabelledRowsArguments(RowsArguments):
+    """Which rows are learnt from, evaluated on and predicted."""
+
+    dataset_name_or_path: str | None = flag(
+        None, "hub id, or local .json, .jsonl, .csv or .parquet file or folder (image: also a folder with one "
+              f"subfolder of images per class); with --task_name by default {HUB_ID} on the hub"
+    )  # fmt: skip
+    max_length: int = flag(128, "tokens per sequence; longer ones are cut at the end (a pair: the longer text)")
+    eval_dataset_name_or_path: str | None = flag(
+        None, "validation data, as the training data; by default that data set's validation split"
+    )
+    eval_steps: int | None = flag(None, "optimizer steps between evaluations; by default one after each epoch")
+    test_dataset_name_or_path: str | None = flag(
+        None, "data, with or without labels, whose predictions by the best checkpoint are written to predictions.jsonl"
+    )
+    test_dataset_split: str | None = flag(None, "as --dataset_split, of the test data")
+    test_dataset_config: str | None = flag(None, "as --dataset_config, of the test data")
+    group_by_length: bool = flag(
+        False, "batches of texts of about one length: less padding, in an order that is a little less random"
+    )
+    max_train_rows: int | None = flag(
+        None, "learn from so many rows of the training data, drawn once and the same for every seed"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_train_rows is not None:
+            require(self.max_train_rows >= 2, f"--max_train_rows {self.max_train_rows}: must be 2 or more")
+
+
+@dataclass
+class LabelledSelectionArguments(SelectionArguments):
+    """TokenTune itself: gradients for a subset of the tokens."""
+
+    selection: str = flag(
+        "random",
+        f"how they are chosen: {names_and_meanings(scored=False)}; or by a function of your own, file.py:function. "
+        "labelled is another name of supervised, for --task_type token alone",
+        metavar="NAME",
+    )
+
+    def __post_init__(self) -> None:
+        for name in _CAUSAL_ALONE:
+            require(
+                getattr(self, name) == self.__dataclass_fields__[name].default,
+                f"--{name} is for causal language models (finetune.py): leave it out",
+            )
+        super().__post_init__()
+        require(
+            self.schedule is None,
+            f"--prefix_length {self.prefix_length}: a size that changes over the run is for causal language models "
+            "(finetune.py): give one size",
+        )
+
+    def _check_scores(self, needs: tuple[str, ...]) -> None:
+        require(
+            not needs,
+            f"--selection {self.selection} is for causal language models (finetune.py): it needs the "
+            f"{' and '.join(needs)} of each token; take one without scores",
+        )
+
+
+@dataclass
+class EncoderAdapterArguments(AdapterArguments):
+    """LoRA; a new head is trained whole."""
+
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "names of the linear layers that get adapters, or all-linear"},
+    )
+
+
+@dataclass
+class EncoderOptimizationArguments(OptimizationArguments):
+    """How the weights move."""
+
+    global_batch_size: int = flag(32, "sequences per optimizer step, over all devices")
+    num_epochs: int = flag(3, "passes over the data")
+    learning_rate: float = flag(2e-5, "peak learning rate (with adapters, or from scratch: try 5e-4)")
+    warmup_steps: float = flag(
+        0.1, "optimizer steps over which the learning rate rises from 0 to its peak; below 1, a share of all steps"
+    )
+    lr_scheduler_type: str = flag(
+        "linear", OptimizationArguments.__dataclass_fields__["lr_scheduler_type"].metadata["help"]
+    )
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata={"help": "train once with each of these seeds, into seed-1/, seed-2/, ..., and report mean and "
+                          "standard deviation; by default --seed alone"},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(all(seed >= 0 for seed in self.seeds), f"--seeds {self.seeds}: must be 0 or more")
+        require(len(set(self.seeds)) == len(self.seeds), f"--seeds {self.seeds}: one seed occurs twice")
+
+
+@dataclass
+class BestOutputArguments(OutputArguments):
+    """What is written, where and how often."""
+
+    save_steps: int = flag(50000, "optimizer steps between checkpoints, beside the best one's, which is always kept")
+    save_total_limit: int = flag(1, "checkpoints to keep; older ones are deleted, but for the best")
+
+
+@dataclass
+class ClassificationArguments(Arguments):
+    """A whole command line of `classify.py`."""
+
+    prog: ClassVar[str] = "classify.py"
+    description: ClassVar[str] = "Fine-tune an encoder to classify texts, words or images."
+    model: EncoderArguments
+    data: LabelledRowsArguments
+    selection: LabelledSelectionArguments
+    adapters: EncoderAdapterArguments
+    optimization: EncoderOptimizationArguments
+    output: BestOutputArguments
+    task: TaskArguments
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.data.dataset_name_or_path is not None or self.task.task_name is not None,
+            "no data: give --dataset_name_or_path, or --task_name for a GLUE task from the hub",
+        )
+        require(
+            self.selection.selection not in ("labelled", "supervised") or self.task.task_type == "token",
+            f"--selection {self.selection.selection} needs a label for each word: it does not go with --task_type "
+            f"{self.task.task_type}",
+        )
+        require(
+            not (self.data.group_by_length and self.task.task_type == "image"),
+            "--group_by_length orders texts: it does not go with --task_type image, whose images are of one size",
+        )
+        require(
+            not (self.model.from_scratch and self.adapters.lora),
+            "--from_scratch with --lora would train adapters over random weights: leave one of them out",
+        )
+        require(
+            not self.model.use_liger_kernel,
+            "--use_liger_kernel: Liger has kernels for causal language models, none for encoders; leave it out",
+        )
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the runs, one after the other."""
+        return self.optimization.seeds or [self.optimization.seed]

@@ -1,0 +1,182 @@
+"""Every flag of `diagnose.py`: those of `finetune.py` that a gradient depends on, and what is to be compared.
+
+python ./tokentune/diagnose.py --help
+"""
+
+import copy
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from tokentune.errors import UserError
+from tokentune.sampling.strategies import find_strategy
+from tokentune.settings.data import DataArguments
+from tokentune.settings.finetune import FinetuneArguments
+from tokentune.settings.flags import flag, process_count, require
+from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
+from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
+
+
+def fixed(group: type, **values: Any) -> type:
+    """A group of flags in which these are no flags any more, but hold these values."""
+    kinds = {name: attribute.type for name, attribute in group.__dataclass_fields__.items()}
+    changed = make_dataclass(
+        group.__name__,
+        [
+            (name, kinds[name], field(default_factory=lambda value=value: value, init=False))
+            for name, value in values.items()
+        ],
+        bases=(group,),
+    )
+    # Without a flag the group has nothing to be described in the help.
+    changed.__doc__ = "" if len(values) == len(kinds) else group.__doc__
+    return changed
+
+
+def all_fixed(group: type, keep: tuple[str, ...] = (), **values: Any) -> type:
+    """A group of flags of which `keep` are left; the others hold these values, or their defaults."""
+    fields = group.__dataclass_fields__.items()
+    defaults = {n: f.default_factory() if callable(f.default_factory) else f.default for n, f in fields}
+    return fixed(group, **{name: values.get(name, value) for name, value in defaults.items() if name not in keep})
+
+
+@dataclass
+class DiagnosisArguments:
+    """What is compared with the gradient over all tokens."""
+
+    _argument_group_name = "diagnosis"
+    proportions: list[float] = field(
+        default_factory=lambda: [0.1, 0.2, 0.3, 0.5],
+        metadata={"help": "of each row's tokens that are selected, one or several"},
+    )
+    strategies: list[str] = field(
+        default_factory=list,
+        metadata={"help": "how they are chosen, one or several of --selection's; by default that one alone"},
+    )
+    corrections: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "--gradient_correction, one or several: 0 is the paper's method, 1 full correction"},
+    )
+    rows: int = flag(32, "training rows that the gradients are taken over, chosen by --seed")
+    draws: int = flag(24, "selections that are drawn for each proportion, strategy and correction")
+    micro_batch_size: int = flag(8, "sequences per forward pass: memory is that of training with as many")
+    output: str = flag("diagnosis.json", "JSON file to write, over an older one too", metavar="FILE")
+    figure: str | None = flag(None, "folder to draw the results in, as two PNG files", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        for value in self.proportions:
+            require(0 < value <= 1, f"--proportions {value}: must be above 0 and at most 1")
+        for value in self.corrections:
+            require(0 <= value <= 1, f"--corrections {value}: must lie between 0 (the paper's method) and 1 (full)")
+        for name in ("proportions", "strategies", "corrections"):
+            values = getattr(self, name)
+            twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+            require(twice is None, f"--{name}: {twice} occurs twice")
+        for name in ("rows", "draws"):
+            value = getattr(self, name)
+            require(value >= 2, f"--{name} {value}: a variance takes at least 2")
+        require(self.micro_batch_size >= 1, f"--micro_batch_size {self.micro_batch_size}: must be 1 or more")
+        output = Path(self.output).expanduser()
+        require(self.output != "" and not output.is_dir(), f"--output {self.output or 'is empty'}: give a JSON file")
+        require(output.resolve().parent.is_dir(), f"--output {self.output}: there is no such folder")
+        if self.figure is not None:
+            folder = Path(self.figure).expanduser()
+            require(self.figure != "", "--figure is empty: give a folder")
+            require(folder.is_dir() or not folder.exists(), f"--figure {self.figure} is a file: give a folder")
+
+
+class Setting(NamedTuple):
+    """One way to select, of those that are compared."""
+
+    strategy: str
+    correction: float
+    proportion: float
+
+    def __str__(self) -> str:
+        corrected = f", correction {self.correction:g}" if self.correction else ""
+        return f"{self.strategy}{corrected}, {self.proportion:g}"
+
+
+class ComparedSelection(
+    fixed(SelectionArguments, tokentune=True, prefix_length="0.3", gradient_correction=0.0, diagnose_steps=None)
+):
+    """TokenTune itself; what is said of scores is for those of --strategies that have some."""
+
+    def __post_init__(self) -> None:
+        self.selected, self.schedule = 0.3, None  # the rest is checked with each strategy: `with_setting`
+
+
+@dataclass
+class DiagnoseArguments(FinetuneArguments):
+    """A whole command line of `diagnose.py`."""
+
+    prog: ClassVar[str] = "diagnose.py"
+    description: ClassVar[str] = "How good the selective gradient is, for a model and its data."
+    model: fixed(ModelArguments, fp16=False, fp16_opt_level="O1", model_parallel=False)
+    data: fixed(
+        DataArguments,
+        num_workers=0,
+        packing=False,
+        streaming=False,
+        eval_dataset_name_or_path=None,
+        eval_fraction=None,
+        eval_steps=None,
+    )
+    selection: ComparedSelection
+    memory: fixed(MemoryArguments, report_memory=False, memory_snapshot=None)
+    adapters: AdapterArguments
+    optimization: all_fixed(OptimizationArguments, keep=("seed",), global_batch_size=1)
+    output: all_fixed(OutputArguments, report_to=[])
+    run: all_fixed(RunArguments)
+    diagnosis: DiagnosisArguments
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(process_count() == 1, "diagnose.py runs as one process: start it with python, not with a launcher")
+        for setting in self.compared:
+            self.with_setting(setting)  # for the checks of its flags
+
+    @property
+    def strategies(self) -> list[str]:
+        """Those that are compared."""
+        return self.diagnosis.strategies or [self.selection.selection]
+
+    @property
+    def compared(self) -> list[Setting]:
+        """All ways to select that are compared, proportions changing first."""
+        asked = self.diagnosis
+        return [
+            Setting(strategy, correction, proportion)
+            for strategy in self.strategies
+            for correction in asked.corrections
+            for proportion in asked.proportions
+        ]
+
+    def with_setting(self, setting: Setting) -> "DiagnoseArguments":
+        """The command line of a run that selects in this way. Raises UserError where there is none."""
+        changed = copy.deepcopy(self)
+        selection = changed.selection
+        selection.selection, selection.gradient_correction = setting.strategy, setting.correction
+        selection.prefix_length = str(float(setting.proportion))
+        # What another strategy takes is no mistake beside this one.
+        needed = {need for strategy in self.strategies for need in needs_of(strategy)}
+        own = needs_of(setting.strategy)
+        if needed and not own:
+            selection.selection_draw, selection.selection_layers = "proportional", None
+        if "excess_loss" in needed and "excess_loss" not in own:
+            selection.selection_reference_model = None
+        try:
+            SelectionArguments.__post_init__(selection)
+        except UserError as error:
+            if setting.strategy == self.selection.selection:
+                raise
+            raise UserError(str(error).replace("--selection ", "--strategies ", 1)) from None
+        return changed
+
+
+def needs_of(strategy: str) -> tuple[str, ...]:
+    """The scores that a strategy needs; none where there is no such strategy, which its check will say."""
+    try:
+        return find_strategy(strategy).needs
+    except ValueError:
+        return ()

@@ -1,0 +1,178 @@
+"""Flags: how the weights move, and what is written where and how often."""
+
+import logging
+from dataclasses import dataclass, field
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
+
+from tokentune.settings.flags import flag, log_without_effect, process_count, require
+
+logger = logging.getLogger(__name__)
+
+# The schedules that need no options beyond warm-up and length; the others of transformers would fail after loading.
+SCHEDULES = (
+    *("cosine", "linear", "constant", "constant_with_warmup"),
+    *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
+)
+
+
+@dataclass
+class OptimizationArguments:
+    """How the weights move."""
+
+    _argument_group_name = "optimization"
+    global_batch_size: int = flag(128, "sequences per optimizer step, over all devices")
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches per optimizer step; a micro-batch holds global batch / accumulation / devices sequences"
+    )
+    num_epochs: int = flag(1, "passes over the data")
+    max_steps: int | None = flag(None, "end after so many optimizer steps, whatever --num_epochs says")
+    learning_rate: float = flag(1.5e-4, "peak learning rate")
+    weight_decay: float = flag(0.01, "decoupled weight decay")
+    warmup_steps: int = flag(3000, "optimizer steps over which the learning rate rises from 0 to its peak")
+    lr_scheduler_type: str = flag("cosine", f"what it does afterwards: {', '.join(SCHEDULES)}")
+    optim: str = flag(
+        "adamw_torch",
+        "any optimizer of the Hugging Face Trainer; galore_* and apollo_* project the linear layers of all layers, "
+        "*_layerwise implies --optim_in_backward",
+    )
+    optim_args: str | None = flag(
+        None, "its options, name=value,name=value, as in the Trainer: rank=64,scale=0.25", metavar="NAME=VALUE,..."
+    )
+    optim_in_backward: bool = flag(
+        False,
+        "apply each gradient in the backward pass, as soon as it is complete, and free it: there is never more than "
+        "one; takes --max_grad_norm 0 and no accumulation",
+    )
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this common norm; 0: not")
+    seed: int = flag(42, "of the order of the data, the selection, dropout and the adapters' first values")
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} {value}: must be 1 or more")
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed"):
+            require(0 <= getattr(self, name) < float("inf"), f"--{name} {getattr(self, name)}: must be 0 or more")
+        require(self.learning_rate > 0, "--learning_rate 0: nothing would be learnt")
+        require(
+            self.lr_scheduler_type in SCHEDULES,
+            f"--lr_scheduler_type {self.lr_scheduler_type}: choose from {', '.join(SCHEDULES)}",
+        )
+        optimizers = [name.value for name in OptimizerNames]
+        require(
+            self.optim in optimizers,
+            f"--optim {self.optim}: the Trainer has no such optimizer; it has {', '.join(optimizers)}",
+        )
+        self._check_in_backward()
+        share = self.gradient_accumulation_steps * process_count()
+        require(
+            self.global_batch_size % share == 0,
+            f"--gradient_accumulation_steps {self.gradient_accumulation_steps} x {process_count()} process(es) does "
+            f"not divide --global_batch_size {self.global_batch_size}: micro-batches must be of one size",
+        )
+
+    def _check_in_backward(self) -> None:
+        """Each gradient is gone before the next one exists: nothing can look at several."""
+        if self.optim.endswith("_layerwise"):
+            flag, self.optim_in_backward = f"--optim {self.optim}", True
+        elif "lomo" in self.optim:
+            flag = f"--optim {self.optim}"
+            require(not self.optim_in_backward, f"{flag} works in the backward pass anyway: drop --optim_in_backward")
+        elif self.optim_in_backward:
+            flag = "--optim_in_backward"
+        else:
+            return
+        require(
+            self.gradient_accumulation_steps == 1,
+            f"{flag} applies each gradient at once and cannot add up --gradient_accumulation_steps "
+            f"{self.gradient_accumulation_steps} micro-batches: take 1, with a smaller --global_batch_size",
+        )
+        require(
+            self.max_grad_norm == 0,
+            f"{flag} cannot clip gradients by their common norm, which it never sees: add --max_grad_norm 0",
+        )
+        require(process_count() == 1, f"{flag} cannot average gradients over processes: run one process")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass and process."""
+        return self.global_batch_size // self.gradient_accumulation_steps // process_count()
+
+
+@dataclass
+class OutputArguments:
+    """What is written, where and how often."""
+
+    _argument_group_name = "output"
+    model_save_path: str = flag("./models/", "where the run's folder is made; its name tells model, data and method")
+    overwrite_output_dir: bool = flag(False, "replace the run that the run's folder already holds")
+    save_steps: int = flag(50000, "optimizer steps between checkpoints")
+    save_total_limit: int = flag(10, "checkpoints to keep; older ones are deleted")
+    logging_steps: int = flag(1000, "optimizer steps between log lines; the first and the last step always get one")
+    logging_dir: str | None = flag(None, "folder for the TensorBoard files; default: runs/ in the run's folder")
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": f"where the log goes: none, or any of {', '.join(INTEGRATION_TO_CALLBACK)}"},
+    )
+    print_run_folder: bool = flag(False, "print the path of the run's folder, do nothing else")
+
+    def __post_init__(self) -> None:
+        require(self.model_save_path != "", "--model_save_path is empty: give a folder")
+        for name in ("save_steps", "save_total_limit", "logging_steps"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
+        if self.report_to == ["none"]:
+            self.report_to = []
+        require("none" not in self.report_to, f"--report_to {' '.join(self.report_to)}: none, or the others")
+        available = get_available_reporting_integrations()
+        for name in self.report_to:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            require(name in INTEGRATION_TO_CALLBACK, f"--report_to {name}: choose none, or from {known}")
+            require(
+                name in available,
+                f"--report_to {name}: the package is not installed; `pip install {name}`, or --report_to none",
+            )
+        if self.logging_dir is not None and "tensorboard" not in self.report_to:
+            logger.warning("--logging_dir has no effect without --report_to tensorboard")
+
+
+@dataclass
+class RunArguments:
+    """How a run begins, is watched and ends."""
+
+    _argument_group_name = "run"
+    preview: int | None = field(
+        default=None,
+        metadata={"help": "print so many examples (5 where no number is given) with their tokens coloured by role, and "
+                          "what the data holds, and stop", "nargs": "?", "const": 5},
+    )  # fmt: skip
+    dry_run: bool = flag(False, "do everything but the training steps: read, check, build, and say what would be done")
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "go on where a checkpoint was written: its folder, or last (also where nothing is given) for "
+                          "the newest good one of the run's folder, from the beginning where there is none yet",
+                  "nargs": "?", "const": "last"},
+    )  # fmt: skip
+    early_stopping_patience: int | None = flag(
+        None, "stop after so many evaluations in a row without a lower validation loss"
+    )
+    load_best_model_at_end: bool = flag(
+        False, "save the weights with the lowest validation loss, not the last ones; every evaluation may save"
+    )
+    auto_micro_batch: bool = flag(
+        False, "find the largest micro-batch that fits, by trying; the global batch, and so the result, stays"
+    )
+    skip_memory_probe: bool = flag(False, "do not try the longest batch before training")
+    push_to_hub: str | None = field(
+        default=None,
+        metadata={"help": "afterwards, upload the run's folder without its checkpoints to the hub, into a private "
+                          "repository: owner/name, or by itself the folder's name", "nargs": "?", "const": ""},
+    )  # fmt: skip
+    hub_public: bool = flag(False, "... into a public one, where it is new")
+
+    def __post_init__(self) -> None:
+        for name in ("preview", "early_stopping_patience"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} {value}: must be 1 or more")
+        if self.push_to_hub is None:
+            log_without_effect(self, ("hub_public",), "--push_to_hub")

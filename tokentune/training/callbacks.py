@@ -1,0 +1,145 @@
+"""What happens between the Trainer's steps: the epoch's draws, the last step, and what the user sees."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallback
+
+from tokentune.core.saved_bytes import gib
+from tokentune.data.collators import SeededRows
+
+logger = logging.getLogger(__name__)
+
+
+class DrawsOfTheEpoch(TrainerCallback):
+    """Tells the rows which epoch begins, so that each epoch draws other tokens.
+
+    The Trainer calls this before it makes the epoch's iterator, so workers start with the right epoch. Accelerate's
+    loader passes the epoch on to a data set in a plain run only, not behind its sharding sampler.
+    """
+
+    def __init__(self, rows: SeededRows) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.set_epoch(int(state.epoch or 0))  # a fraction inside an epoch, after resuming there
+
+
+class StepTimes(TrainerCallback):
+    """Measures every optimizer step: its micro-batches and its update. Seconds, appended to the given list."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+class SaveEvery(TrainerCallback):
+    """Saves every `save_steps` steps where the strategy of saving is another one ("best")."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or state.global_step % args.save_steps == 0
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """The Trainer's, whose last step is logged like any last step. Its patience is kept in checkpoints."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        pass  # the Trainer's own warns that the last weights are not the best, which another flag is for
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience and state.global_step < state.max_steps:
+            control.should_log = True
+            logger.info(
+                "stopped early, after step %d of %d: %d evaluations in a row without a lower validation loss than %.4f",
+                *(state.global_step, state.max_steps, self.early_stopping_patience_counter, state.best_metric),
+            )
+
+
+class LastStep(TrainerCallback):
+    """What the last step does: it is logged and evaluated, and saves no checkpoint beside the model itself."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_on_start or args.eval_strategy == IntervalStrategy.STEPS
+            control.should_save = state.global_step % args.save_steps == 0
+
+
+class Progress(TrainerCallback):
+    """On a terminal a bar with loss and memory; elsewhere one line per log entry."""
+
+    def __init__(self, memory_figures: Callable[[], dict[str, int]], *, epochs: bool = True) -> None:
+        self.memory_figures = memory_figures
+        self.epochs = epochs
+        self.bar: tqdm | None = None
+        self.losses: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and sys.stdout.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stdout)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self._show_figures()
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        for key, name in (("loss", "loss"), ("eval_loss", "validation")):
+            if key in logs:
+                self.losses[name] = f"{logs[key]:.4f}"
+        if self.bar is not None:
+            self._show_figures()
+            self.bar.refresh()
+        elif line := log_line(logs, state.global_step, state.max_steps, epochs=self.epochs):
+            print(line, flush=True)
+
+    def _show_figures(self) -> None:
+        figures = {name.removesuffix("_bytes"): gib(size) for name, size in self.memory_figures().items()}
+        self.bar.set_postfix(self.losses | figures, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def log_line(logs: dict[str, float], step: int, total: int, *, epochs: bool = True) -> str | None:
+    """One log entry as a line of text; None for entries that hold no loss (the Trainer's closing totals).
+
+    Args:
+        epochs: whether it is known how many steps one has; not of a stream.
+    """
+    head = f"step {step}/{total}"
+    if "eval_loss" in logs:
+        figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        figures.pop("runtime", None)
+        return f"{head}  validation " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    if "loss" not in logs:
+        return None
+    # Without an accelerator what is allocated is what the process holds, imports and all.
+    names = {"allocated": "allocated", "reserved": "reserved", "peak": "peak"}
+    names = names if torch.accelerator.is_available() else {"resident": "allocated", "peak": "peak"}
+    memory = ", ".join(f"{shown} {logs[f'memory_{name}_gib']:.2f}" for shown, name in names.items())
+    head = f"{head}  epoch {logs['epoch']:.2f}" if epochs else head
+    compared = ""
+    if "gradient_cosine" in logs:
+        compared = f"  to full: cosine {logs['gradient_cosine']:.3f}, error {logs['gradient_relative_error']:.3f}"
+    of_all = f" (all tokens {logs['loss_all_tokens']:.4f})" if "loss_all_tokens" in logs else ""
+    return (
+        f"{head}  loss {logs['loss']:.4f}{of_all}  learning rate {logs['learning_rate']:.2e}  "
+        f"gradient norm {logs['grad_norm']:.3f}{compared}  "
+        f"{logs['tokens_per_second']:.0f} tokens/s  memory GiB: {memory}"
+    )

@@ -1,0 +1,86 @@
+"""One run at a time in a folder: a lock that ends with its process, however that ends.
+
+The lock is the kernel's, on a file beside the run's folder (`.<folder>.lock`), not the file itself: after a SIGKILL
+the file stays and locks nothing. POSIX record locks (fcntl.lockf) belong to the process that took them, where flock's
+are inherited by data loader workers, which may outlive it for seconds. They are dropped when their process closes any
+descriptor of the file; that is why it does not lie in the run's folder, whose files are read and uploaded.
+"""
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tokentune.errors import UserError
+from tokentune.posix import fcntl
+from tokentune.training.checkpoints.run_folder import check_writable
+
+
+@contextmanager
+def locked(run_folder: Path) -> Iterator[None]:
+    """Holds the lock of a run's folder, which need not exist. Of a launcher's processes only the first one does.
+
+    Raises:
+        UserError: another run holds it, named by process and host, or the folder cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    check_writable(run_folder)
+    parent = run_folder.absolute().parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    path = parent / f".{run_folder.name}.lock"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(path, run_folder)
+    except OSError as error:
+        _remove_empty(made)
+        raise UserError(f"{path}: cannot be locked: {error.strerror}. Give another --model_save_path.") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still locked: whoever waits for it looks whether it is still there
+        os.close(descriptor)
+        _remove_empty(made)
+
+
+def _take(path: Path, run_folder: Path) -> int:
+    """An open descriptor of the locked file. Raises UserError where another process has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held = error.errno in (errno.EACCES, errno.EAGAIN)
+            owner = _owner(os.pread(descriptor, 4096, 0))
+            os.close(descriptor)
+            if not held:
+                raise
+            raise UserError(
+                f"another run is writing to {run_folder}: {owner}.\n"
+                "Wait for it, end it, or give another --model_save_path."
+            ) from None
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)  # a run that just ended removed the file between our opening and our locking it
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    return descriptor
+
+
+def _owner(text: bytes) -> str:
+    try:
+        known = json.loads(text)
+        return f"process {known['process']} on {known['host']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock and has not written its name yet
+        return "a process that began just now"
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

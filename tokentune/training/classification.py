@@ -1,0 +1,230 @@
+"""Training of an encoder's head: the loss of a whole accumulation window, the validation scores, the predictions.
+
+Legend: B rows in a micro-batch, S tokens, K selected tokens, C classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader, Dataset
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
+
+from tokentune.core.layers import transformer_layers
+from tokentune.core.model_sampling import pad_token
+from tokentune.core.patching import profile_of
+from tokentune.core.selective_layer import Rows
+from tokentune.data.collators import ClassificationCollator, EncoderDraw, SeededRows, stack_images
+from tokentune.data.labelled.labels import Labels
+from tokentune.errors import UnsupportedModelError
+from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.training.callbacks import SaveEvery
+from tokentune.training.scores import LOWER_IS_BETTER, scorer
+from tokentune.training.trainer import SelectiveTrainer, watched
+from tokentune.training.trainer_arguments import build_training_arguments
+
+
+def classification_settings(arguments: ClassificationArguments, run_folder: Path, metric: str) -> TrainingArguments:
+    """The Trainer's settings for one seed: evaluated after each epoch or every --eval_steps; the best is kept."""
+    every = arguments.data.eval_steps
+    return build_training_arguments(
+        arguments,
+        run_folder,
+        eval_strategy="epoch" if every is None else "steps",
+        eval_on_start=False,
+        save_strategy="best",
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        train_sampling_strategy="group_by_length" if arguments.data.group_by_length else "random",
+        greater_is_better=metric not in LOWER_IS_BETTER,
+    )
+
+
+def window_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The head's loss, summed over the labels and divided by their number in the whole accumulation window.
+
+    Not the model's own: several encoders' heads (BERT's) average each micro-batch, whatever number is given to them,
+    which the Trainer takes for a sum.
+
+    Args:
+        outputs: with `logits` (B, C), (B, K, C) or (B, S, C).
+        labels: class numbers (B,), (B, K) or (B, S), -100 where there is none; or numbers to predict (B,), floats.
+        num_items_in_batch: of labels in the window; None: in this batch.
+    """
+    logits = outputs.logits.float()
+    if labels.is_floating_point():
+        total, count = mse_loss(logits.squeeze(-1), labels.float(), reduction="sum"), labels.numel()
+    else:
+        flat = labels.flatten()
+        total = cross_entropy(logits.flatten(0, -2), flat, ignore_index=IGNORED_LABEL, reduction="sum")
+        count = (flat != IGNORED_LABEL).sum().clamp(min=1)
+    return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+
+# ---- validation and predictions --------------------------------------------------------------------------------------
+
+
+class Scores:
+    """The trainer's `Evaluation`: loss per label, and the task's scores, over all rows."""
+
+    def __init__(self, task_type: str, labels: Labels) -> None:
+        self.labels = labels
+        self.score = scorer(task_type, labels)
+
+    def __call__(self, trainer: SelectiveTrainer, loader: DataLoader) -> dict[str, float]:
+        rows = []  # of (predicted, true, loss, labels): few bytes each, where logits would be many
+        for batch in loader:
+            true = batch.pop("labels")
+            logits = trainer.model(**batch).logits.float()
+            rows += zip(_predicted(logits, self.labels, true), _known(true), *_losses(logits, true), strict=True)
+        predicted, true, losses, counts = zip(*gather_object(rows), strict=True)
+        scores = self.score(predicted, true, self.labels)
+        return {"loss": sum(losses) / sum(counts)} | scores
+
+
+def _predicted(logits: Tensor, labels: Labels, true: Tensor) -> list[Any]:
+    """Per row: a number, a class, or the classes of the tokens that have a label."""
+    if labels.is_regression:
+        return logits.squeeze(-1).tolist()
+    classes = logits.argmax(-1)
+    return (
+        [c[t != IGNORED_LABEL].tolist() for c, t in zip(classes, true, strict=True)]
+        if true.ndim == 2
+        else (classes.tolist())
+    )
+
+
+def _known(true: Tensor) -> list[Any]:
+    return [row[row != IGNORED_LABEL].tolist() for row in true] if true.ndim == 2 else true.tolist()
+
+
+def _losses(logits: Tensor, true: Tensor) -> tuple[list[float], list[int]]:
+    """Per row: the sum of its labels' losses, and their number."""
+    if true.is_floating_point():
+        return mse_loss(logits.squeeze(-1), true, reduction="none").tolist(), [1] * len(true)
+    if true.ndim == 1:
+        return cross_entropy(logits, true, reduction="none").tolist(), [1] * len(true)
+    losses = cross_entropy(logits.transpose(1, 2), true, ignore_index=IGNORED_LABEL, reduction="none")
+    return losses.sum(1).tolist(), (true != IGNORED_LABEL).sum(1).tolist()
+
+
+@torch.no_grad()
+def predict(trainer: SelectiveTrainer, rows: Sequence[dict[str, Any]], labels: Labels) -> Iterator[dict[str, Any]]:
+    """For each row "prediction": a class's name with its "probability", a number, or a name for each word.
+
+    Every process predicts all rows; a word behind --max_length has no prediction (None).
+    """
+    trainer.model.eval()
+    size = trainer.args.eval_batch_size
+    number = 0
+    for start in range(0, len(rows), size):
+        part = [dict(rows[row]) for row in range(start, min(start + size, len(rows)))]
+        words = [item.pop("word_positions", None) for item in part]
+        batch = {name: value.to(trainer.args.device) for name, value in trainer.eval_collator(part).items()}
+        batch.pop("labels", None)
+        with trainer.accelerator.autocast():
+            logits = trainer.model(**batch).logits.float()
+        for scores, positions in zip(logits.cpu(), words, strict=True):
+            number += 1
+            yield {"row": number} | _prediction(scores, positions, labels)
+
+
+def _prediction(logits: Tensor, positions: list[int | None] | None, labels: Labels) -> dict[str, Any]:
+    if labels.is_regression:
+        return {"prediction": logits.item()}
+    if positions is not None:
+        best = logits.argmax(-1).tolist()
+        return {"prediction": [None if p is None else labels.names[best[p]] for p in positions]}
+    probabilities = logits.softmax(-1)
+    best = int(probabilities.argmax())
+    return {"prediction": labels.names[best], "probability": round(float(probabilities[best]), 6)}
+
+
+# ---- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def build_classification_trainer(
+    model: nn.Module,
+    settings: TrainingArguments,
+    train_rows: SeededRows,
+    eval_rows: Sequence[dict[str, Any]] | Dataset,
+    processing: Any,
+    arguments: ClassificationArguments,
+    labels: Labels,
+) -> SelectiveTrainer:
+    """The trainer of one seed, ready for `train()`. Creates the run's folder (the Trainer does).
+
+    Args:
+        model: with its adapters, and patched where `--tokentune` is given.
+        processing: the tokenizer or image processor, saved beside the model.
+    """
+    task_type = arguments.task.task_type
+    pad = {
+        "text": lambda: DataCollatorWithPadding(processing),
+        "token": lambda: DataCollatorForTokenClassification(processing),
+        "image": lambda: stack_images,
+    }[task_type]()
+    tokens = tokens_per_image(model, train_rows.rows[0]["pixel_values"]) if task_type == "image" else 1
+    trainer = SelectiveTrainer(
+        model=model,
+        args=settings,
+        data_collator=ClassificationCollator(pad, draw_of(model, arguments, labels), tokens),
+        eval_collator=ClassificationCollator(pad, None, tokens),
+        evaluation=Scores(task_type, labels),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processing,
+        compute_loss_func=window_loss,
+        callbacks=[SaveEvery()],
+    )
+    return watched(trainer, train_rows, arguments)
+
+
+def draw_of(model: nn.Module, arguments: ClassificationArguments, labels: Labels) -> EncoderDraw | None:
+    """How the selection is drawn for a patched model; None without --tokentune."""
+    selection = arguments.selection
+    if not selection.tokentune:
+        return None
+    profile = profile_of(model)
+    return EncoderDraw(
+        prefix_length=selection.selected,
+        strategy=selection.selection,
+        pooling=profile.pooling,
+        pad_token_id=pad_token(model.get_base_model() if hasattr(model, "get_base_model") else model),
+        first_always=arguments.task.task_type == "image",
+        in_place=profile.rows is Rows.ALL,
+        outside=labels.outside,
+    )
+
+
+@torch.no_grad()
+def tokens_per_image(model: nn.Module, pixels: Tensor | np.ndarray) -> int:
+    """Tokens that the first layer gets for an image (channels, height, width): patches, class token, registers.
+
+    1, the image itself, for a model without transformer layers (trained without a selection).
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        first = transformer_layers(inner).layers[0]
+    except UnsupportedModelError:
+        return 1
+    lengths = []
+    handle = first.register_forward_pre_hook(
+        lambda layer, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    was_training = model.training
+    try:
+        weight = next(inner.parameters())
+        model.eval()(pixel_values=torch.as_tensor(pixels)[None].to(weight.device, weight.dtype))
+    finally:
+        handle.remove()
+        model.train(was_training)
+    return lengths[0]

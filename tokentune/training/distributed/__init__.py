@@ -1,0 +1,1 @@
+"""Several processes: engines, peers that end together, interruptions."""

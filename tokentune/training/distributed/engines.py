@@ -1,0 +1,235 @@
+"""Several processes: which engine a launcher asked for, what of the flags it cannot serve, and equal work for all.
+
+    accelerate launch --config_file scripts/launch/fsdp2.yaml ./tokentune/finetune.py ...
+    torchrun --nproc_per_node 8 ./tokentune/finetune.py ...
+
+The engines are others' (torch's DistributedDataParallel and `fully_shard`, DeepSpeed), set up by accelerate and the
+Trainer. A run has to be the same on any number of processes, and two things are needed for it. The loss is divided by
+the targets of all processes (the Trainer's `average_tokens_across_devices`, its default). And every row counts once:
+where a loader would fill the last batch up with rows that were there already, `EvenSampler` puts rows without targets.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+
+from tokentune.data.collators import CausalCollator, ClassificationCollator, SeededRows
+from tokentune.data.packing import PackedCollator, PackedRows
+from tokentune.errors import UserError
+from tokentune.settings.flags import process_count, require
+
+if TYPE_CHECKING:
+    from tokentune.settings.finetune import Arguments
+
+logger = logging.getLogger(__name__)
+
+DDP, FSDP, DEEPSPEED = "DistributedDataParallel", "FSDP", "DeepSpeed"
+# Tried. Others look at whole matrices, have kernels of their own, or make their states before the weights are split.
+ON_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+
+
+# ------------------------------------------------------------------------------------------------ what was asked for
+
+
+def engine() -> str | None:
+    """The engine that the launcher's environment asks for: `DDP`, `FSDP`, `DEEPSPEED`; None in a plain run.
+
+    `accelerate launch` hands its configuration down in these variables.
+    """
+    if _on("ACCELERATE_USE_DEEPSPEED"):
+        return DEEPSPEED
+    if _on("ACCELERATE_USE_FSDP"):
+        return FSDP
+    return DDP if process_count() > 1 else None
+
+
+def has_accelerators() -> bool:
+    """Whether this machine has GPUs or the like."""
+    return torch.accelerator.is_available()
+
+
+def check_engine(arguments: "Arguments") -> None:
+    """Refuses flags that the launcher's engine cannot serve, before anything is read.
+
+    Raises:
+        UserError: with the reason, and what to take instead.
+    """
+    chosen = engine()
+    if chosen is None:
+        return
+    require(
+        not arguments.model.model_parallel,
+        f"--model_parallel spreads one process's layers over the GPUs, and {chosen} gives each process a GPU of its "
+        "own: leave one of them out (FSDP splits a large model: LAUNCH=fsdp2)",
+    )
+    require(
+        not _on("ACCELERATE_USE_PARALLELISM_CONFIG"),
+        "the launcher's parallelism_config (tensor, context or sequence parallelism) splits the tokens or heads that "
+        "one selection is drawn for and attends over, which is not supported: take FSDP or DDP",
+    )
+    if chosen == FSDP:
+        _check_fsdp(arguments)
+    elif chosen == DEEPSPEED:
+        _check_deepspeed(arguments)
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Refuses a checkpoint that FSDP or DeepSpeed wrote in parts where another engine goes on, and the other way round.
+
+    The number of processes may be another one, but for DeepSpeed.
+    """
+    names = [path.name for path in checkpoint.iterdir()]
+    known = ((FSDP, "pytorch_model_fsdp"), (DEEPSPEED, "global_step"))
+    wrote = next((of for of, start in known if any(name.startswith(start) for name in names)), None)
+    chosen = engine() if engine() in (FSDP, DEEPSPEED) else None
+    if wrote != chosen:
+        by = f"by {wrote}" if wrote else f"without {chosen}"
+        now = f"with {chosen}" if wrote is None else f"without {'it' if chosen is None else wrote}"
+        raise UserError(
+            f"{checkpoint} was written {by}, and cannot be gone on from {now}: launch the run as it was launched"
+            + (", on any number of processes" if wrote != DEEPSPEED else "")
+        )
+    parts = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    require(
+        wrote != DEEPSPEED or parts == process_count(),
+        f"{checkpoint} was written by {parts} processes of DeepSpeed, which cannot go on from it with "
+        f"{process_count()}: launch as many, or take FSDP (LAUNCH=fsdp2) from the start",
+    )
+
+
+def _check_fsdp(arguments: "Arguments") -> None:
+    require(
+        has_accelerators(),
+        "FSDP needs accelerators: without any, accelerate passes over it in silence. Take torchrun, or "
+        "LAUNCH=ddp, on CPUs",
+    )
+    require(
+        arguments.prog == "finetune.py",
+        f"{arguments.prog} has not been made to run with FSDP, and its encoders fit one GPU: take DDP (LAUNCH=ddp)",
+    )
+    require(
+        os.environ.get("FSDP_VERSION", "1") == "2",
+        "FSDP 1 flattens the weights of a layer, which the selective layers and adapters cannot take: set "
+        "fsdp_version: 2 in the launcher's configuration (scripts/launch/fsdp2.yaml)",
+    )
+    require(
+        not _on("FSDP_ACTIVATION_CHECKPOINTING"),
+        "fsdp_activation_checkpointing wraps whole layers, and would compute the tokens that are not selected twice: "
+        "take it out of the launcher's configuration, and give --gradient_checkpointing",
+    )
+    require(
+        os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP",
+        "FSDP has to split the model by its transformer layers: set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in "
+        "the launcher's configuration",
+    )
+    require(
+        not arguments.adapters.qlora,
+        "--qlora: FSDP would leave the 4-bit weights whole on every GPU, and split the adapters alone. Take DDP "
+        "(LAUNCH=ddp), which does as much, or --lora with FSDP",
+    )
+    optim = arguments.optimization.optim
+    require(
+        optim in ON_SHARDED_WEIGHTS,
+        f"--optim {optim} has not been shown to work on weights that FSDP has split: take one of "
+        f"{', '.join(ON_SHARDED_WEIGHTS)}",
+    )
+
+
+def _check_deepspeed(arguments: "Arguments") -> None:
+    require(
+        has_accelerators(),
+        "DeepSpeed needs accelerators: without any, accelerate passes over it, and each process would train by itself. "
+        "Take torchrun, or LAUNCH=ddp, on CPUs",
+    )
+    require(
+        arguments.prog == "finetune.py",
+        f"{arguments.prog} has not been made to run with DeepSpeed, and its encoders fit one GPU: take DDP "
+        "(LAUNCH=ddp)",
+    )
+    in_parts = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
+    require(
+        not (in_parts and arguments.adapters.qlora),
+        "--qlora with DeepSpeed ZeRO-3 has not been shown to work: take DDP (LAUNCH=ddp), or --lora",
+    )
+    require(
+        not (in_parts and arguments.selection.tokentune and arguments.memory.chunked_loss == "on"),
+        "--chunked_loss on with DeepSpeed ZeRO-3: each call of the output head is one of all processes, which have "
+        "different numbers of chunks and would wait for each other for ever. Leave it out, or take FSDP (LAUNCH=fsdp2)",
+    )
+    logger.warning(
+        "DeepSpeed was tested on CPUs alone, with AdamW in float32: compare the first steps with DDP or FSDP before a "
+        "long run"
+    )
+
+
+def _on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+# ------------------------------------------------------------------------------------------------------- equal shares
+
+
+class EvenSampler(Sampler):
+    """The order of a run in one process, and behind it None's, up to the same number of full batches per process.
+
+    A None stands for a row without targets (`collators.SeededRows`): its loss is 0. accelerate would begin the rows
+    again, some of which would then count twice in the last step of the epoch.
+    """
+
+    def __init__(self, rows: int, seed: int, together: int) -> None:
+        """`together`: rows of one micro-batch of all processes."""
+        self.order = SeedableRandomSampler(range(rows), data_seed=seed)
+        self.blanks = -rows % together
+
+    def __iter__(self) -> Iterator[int | None]:
+        yield from self.order
+        yield from [None] * self.blanks
+
+    def __len__(self) -> int:
+        return len(self.order) + self.blanks
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
+def even_sampler(trainer: Trainer) -> EvenSampler | None:
+    """The training order of several processes; None in one, and where a row without targets would count."""
+    rows, settings, collator = trainer.train_dataset, trainer.args, trainer.data_collator
+    if settings.world_size == 1 or not isinstance(rows, SeededRows | PackedRows):
+        return None
+    by_target = trainer.model_accepts_loss_kwargs and isinstance(collator, CausalCollator | PackedCollator)
+    if isinstance(collator, ClassificationCollator):
+        by_target = trainer.compute_loss_func is not None and not isinstance(rows.rows[0]["labels"], float)
+    if not by_target:
+        if len(rows) % (trainer._train_batch_size * settings.world_size):
+            logger.warning("the last batch of an epoch is filled up with its first rows, which then count twice")
+        return None
+    return EvenSampler(len(rows), settings.data_seed, trainer._train_batch_size * settings.world_size)
+
+
+def as_often_as_others(loader: DataLoader, rows: Any, collate: Any) -> Iterator[dict[str, Tensor]]:
+    """The batches of a loader that gives each row to one process; then some without targets, up to the others' number.
+
+    Where the weights are split, each forward pass is one of all processes: one that stops early leaves the others
+    waiting for ever.
+
+    Args:
+        loader: of `rows`, of this process's share.
+        collate: makes a batch of rows, "labels" (B, S) among it.
+    """
+    rounds, batch = -(-len(rows) // loader.total_batch_size), None
+    for batch in loader:
+        yield batch
+        rounds -= 1
+    for _ in range(rounds):
+        if batch is None:
+            batch = {name: tensor.to(loader.device) for name, tensor in collate([rows[0]]).items()}
+        yield {**batch, "labels": torch.full_like(batch["labels"], -100)}

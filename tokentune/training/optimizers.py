@@ -1,0 +1,118 @@
+"""`--optim`: any optimizer of the Hugging Face Trainer, and what some of them ask for.
+
+GaLore and APOLLO project the gradients of weight matrices to a low rank. The matrices are, unless `--optim_args` says
+otherwise, all linear layers inside of the transformer layers: attention and MLP, not embeddings and head.
+"""
+
+import logging
+import re
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+
+from tokentune.errors import UserError
+from tokentune.training.optimizer_in_backward import OptimizerInBackward
+
+logger = logging.getLogger(__name__)
+
+LOW_RANK = ("galore", "apollo")
+LAYERWISE = "_layerwise"  # the Trainer's ending for GaLore and APOLLO in the backward pass
+TARGET_MODULES = r".*\.\d+\..*"  # by full name: whatever stands inside of a numbered layer
+# By the beginning of a name: the package that holds it. The Trainer's own messages name forks, or none at all.
+PACKAGES = {
+    "galore": "galore-torch",
+    "apollo": "apollo-torch",
+    "lomo": "lomo-optim",
+    "adalomo": "lomo-optim",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "torch-optimi",
+    "schedule_free": "schedulefree",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+}
+
+
+def is_low_rank(optim: str) -> bool:
+    return optim.startswith(LOW_RANK)
+
+
+def check_projected_layers(model: nn.Module, optim: str) -> None:
+    """Refuses GaLore and APOLLO, UserError, for a model without anything that they could project."""
+    if is_low_rank(optim) and not any(
+        isinstance(module, nn.Linear) and re.fullmatch(TARGET_MODULES, name) for name, module in model.named_modules()
+    ):
+        raise UserError(f"--optim {optim}: {type(model).__name__} has no linear layers (nn.Linear) in its layers")
+
+
+def check_optimizer(settings: TrainingArguments) -> None:
+    """Refuses an optimizer that cannot be had here: one step of it is tried, on one small layer.
+
+    Raises:
+        UserError: with the package to install, or what is wrong with its options or with this device.
+    """
+    name = settings.optim.value
+    given = f"--optim {name}" + (f" --optim_args {settings.optim_args}" if settings.optim_args else "")
+    try:
+        _try_a_step(settings)
+    except Exception as error:  # each package has its own
+        package = next((package for start, package in PACKAGES.items() if name.startswith(start)), None)
+        if package is not None and (isinstance(error, ImportError) or "install" in str(error)):
+            raise UserError(f"--optim {name}: its package is missing; `pip install {package}`") from error
+        raise UserError(f"{given} cannot be used here: {type(error).__name__}: {error}") from error
+
+
+def _try_a_step(settings: TrainingArguments) -> None:
+    with torch.random.fork_rng():
+        optimizer, weight = _on_one_layer(settings)
+        if hasattr(optimizer, "train"):  # schedule-free ones have modes
+            optimizer.train()
+        if not hasattr(optimizer, "fused_backward"):  # LOMO's, which have no other step than the backward pass
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+
+
+def _on_one_layer(settings: TrainingArguments) -> tuple[Optimizer, nn.Parameter]:
+    linear = nn.Linear(128, 128, device=settings.device)  # 8-bit states begin at 4,096 numbers
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"linear": linear})])})
+    build, options = Trainer.get_optimizer_cls_and_kwargs(settings, model)
+    if settings.optim_args:
+        without = Trainer.get_optimizer_cls_and_kwargs(replace(settings, optim_args=None), model)
+        if str((build, options)) == str(without):
+            name = settings.optim.value
+            logger.warning("--optim_args %s changes nothing: --optim %s has no such options", settings.optim_args, name)
+    groups = options.pop("params", None) or options.pop("model", None) or list(model.parameters())
+    return build(groups, **options), linear.weight
+
+
+def state_classes(optim: str) -> list[type]:
+    """The classes, besides tensors and numbers, of what an optimizer keeps: they hold such alone."""
+    if optim.startswith("galore"):
+        from galore_torch.galore_projector import GaLoreProjector
+
+        return [GaLoreProjector]
+    if optim.startswith("apollo"):
+        from apollo_torch.random_projector import GradientProjector
+        from apollo_torch.svd_projector import GaLoreProjector
+
+        return [GradientProjector, GaLoreProjector]
+    return []
+
+
+def in_backward(build: Any, options: dict[str, Any], model: nn.Module) -> tuple[type, dict[str, Any]]:
+    """The Trainer's optimizer class and options, made over for one optimizer per parameter."""
+    if options.get("optim_bits") == 8:
+        # Embeddings keep 32-bit states, as in the Trainer. Its way, bitsandbytes' global table, goes by a parameter's
+        # number in its optimizer, which is 0 for every one here.
+        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        build = partial(_build_wide_for, {id(weight) for weight in embeddings}, build)
+    return OptimizerInBackward, options | {"build": build}
+
+
+def _build_wide_for(wide: set[int], build: Any, groups: list[dict[str, Any]], **options: Any) -> Optimizer:
+    (parameter,) = groups[0]["params"]
+    return build(groups, **(options | {"optim_bits": 32 if id(parameter) in wide else 8}))

@@ -1,0 +1,62 @@
+"""What `--report_to` names: TensorBoard, Weights & Biases, Trackio, MLflow and the Trainer's others, kept from harm.
+
+A tracker that cannot begin ends the run in a sentence, before its first step. One that fails later (its server is gone,
+its disk full) is left out from there on, with a warning: hours of training are worth more than their log, and
+`training_summary.json` has the figures in any case.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from tokentune.errors import UserError
+from tokentune.sources import first_line
+
+logger = logging.getLogger(__name__)
+
+EVENTS = ("on_log", "on_evaluate", "on_predict", "on_save", "on_step_end", "on_epoch_end", "on_push_begin")
+
+
+def keep_trackers_from_harm(trainer: Trainer) -> None:
+    """Guards the trainer's own callbacks of trackers, each by itself."""
+    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback) in names:
+            _guard(callback, names[type(callback)])
+
+
+def _guard(callback: Any, name: str) -> None:
+    lost: list[str] = []
+
+    def guarded(event: str, method: Callable) -> Callable:
+        @functools.wraps(method)
+        def call(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if lost:
+                return None
+            try:
+                return method(args, state, control, **kwargs)
+            except UserError:
+                raise
+            except Exception as error:
+                if event == "on_train_begin":
+                    raise UserError(
+                        f"--report_to {name}: cannot begin: {first_line(error)}\n"
+                        f"Log in to it, let it work offline, or take --report_to none."
+                    ) from error
+                lost.append(event)
+                logger.warning(
+                    "--report_to %s failed at step %d (%s): the run goes on without it",
+                    name,
+                    state.global_step,
+                    first_line(error),
+                )
+                return None
+
+        return call
+
+    for event in ("on_train_begin", *EVENTS, "on_train_end"):
+        setattr(callback, event, guarded(event, getattr(callback, event)))

@@ -1,0 +1,101 @@
+"""The Hugging Face Trainer's settings for a command line, and the number of steps that they make."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from tokentune.errors import UserError
+from tokentune.settings.finetune import Arguments
+from tokentune.training.distributed.engines import FSDP, engine
+from tokentune.training.optimizers import LAYERWISE, TARGET_MODULES, check_optimizer, is_low_rank
+
+# Of Liger's kernels: its fused loss replaces the model's forward and sees (B, S) rows and labels; `core/loss.py` takes
+# the loss of the selected rows in chunks itself. Norms, rotary embeddings and MLPs act on each token alone.
+BESIDE_TOKENTUNE = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+
+
+def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: Any) -> TrainingArguments:
+    """The Trainer's settings for a command line. Writes nothing.
+
+    Args:
+        changes: settings that a command has otherwise.
+
+    Raises:
+        UserError: an optimizer whose package or options are missing, a precision that the device cannot do.
+    """
+    optimization, output, data = arguments.optimization, arguments.output, arguments.data
+    try:
+        settings = dict(
+            output_dir=str(run_folder),
+            per_device_train_batch_size=optimization.micro_batch_size,
+            per_device_eval_batch_size=optimization.micro_batch_size,
+            gradient_accumulation_steps=optimization.gradient_accumulation_steps,
+            num_train_epochs=optimization.num_epochs,
+            max_steps=optimization.max_steps or -1,
+            learning_rate=optimization.learning_rate,
+            weight_decay=optimization.weight_decay,
+            warmup_steps=optimization.warmup_steps,
+            lr_scheduler_type=optimization.lr_scheduler_type,
+            use_liger_kernel=arguments.model.use_liger_kernel,
+            liger_kernel_config=BESIDE_TOKENTUNE if arguments.selection.tokentune else None,
+            optim=optimization.optim.removesuffix(LAYERWISE),
+            optim_args=optimization.optim_args,
+            optim_target_modules=TARGET_MODULES if is_low_rank(optimization.optim) else None,
+            max_grad_norm=optimization.max_grad_norm,
+            seed=optimization.seed,
+            data_seed=optimization.seed,
+            bf16=arguments.model.bf16,
+            fp16=arguments.model.fp16,
+            use_cpu=not torch.accelerator.is_available(),
+            dataloader_num_workers=data.num_workers,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            remove_unused_columns=False,  # the collator reads `draw_seed`, which the model does not take
+            eval_strategy="no" if data.eval_steps is None else "steps",
+            eval_steps=data.eval_steps,
+            eval_on_start=bool(data.eval_dataset_name_or_path or getattr(data, "eval_fraction", None)),
+            prediction_loss_only=True,
+            save_steps=output.save_steps,
+            save_total_limit=output.save_total_limit,
+            logging_steps=output.logging_steps,
+            logging_first_step=True,
+            # The filter looks at every loss on the host, which would make it wait for the GPU; and it hides the
+            # failure that `SelectiveTrainer` stops at.
+            logging_nan_inf_filter=False,
+            report_to=output.report_to or "none",
+            run_name=run_folder.name,  # what trackers call the run
+            disable_tqdm=True,
+        )
+        accelerator: dict[str, Any] = {}
+        if engine() == FSDP:  # whose gradients would otherwise stay whole on every device until the last micro-batch
+            accelerator["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+        if getattr(data, "streaming", False):  # every process reads the stream and takes its share of each batch
+            accelerator["dispatch_batches"] = False
+        if accelerator:
+            settings["accelerator_config"] = accelerator
+        settings = TrainingArguments(**(settings | _best_weights(arguments) | changes))
+    except (ValueError, ImportError) as error:  # what is left after the flags' own checks: precision and devices
+        raise UserError(f"this machine cannot train with these flags: {error}") from error
+    check_optimizer(settings)
+    # A plain run that sees several GPUs would be wrapped in nn.DataParallel, whose replicas call the original's layers.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
+
+
+def _best_weights(arguments: Arguments) -> dict[str, Any]:
+    """What early stopping and keeping the best weights take; nothing for a command that has no such flags."""
+    run = getattr(arguments, "run", None)
+    if run is None or not (run.early_stopping_patience or run.load_best_model_at_end):
+        return {}
+    watched = {"metric_for_best_model": "loss", "greater_is_better": False}
+    return watched | ({"load_best_model_at_end": True, "save_strategy": "best"} if run.load_best_model_at_end else {})
+
+
+def update_count(rows: int, settings: TrainingArguments) -> int:
+    """Optimizer steps of the whole run over `rows` sequences; an epoch's last one may be smaller."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    micro_batches = math.ceil(rows / (settings.per_device_train_batch_size * settings.world_size))
+    return math.ceil(micro_batches / settings.gradient_accumulation_steps) * int(settings.num_train_epochs)

@@ -1,0 +1,146 @@
+"""A look is compared with its definition before it is trusted, on the tiny copy that `verify/verification.py` makes.
+
+The definition is plain autograd: scores come from the whole logits (B, S, V) and the whole attention weights
+(B, H, S, S) of the unmodified model, whose layers behind the last one looked through are replaced by identities; the
+step on kept keys and values has to give what `verification.definition_of_the_method` gives for the same positions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from tokentune.core.attention import eager_function
+from tokentune.core.layers import attention_modules, transformer_layers
+from tokentune.core.scoring_pass import LookOptions, look
+from tokentune.errors import UnsupportedModelError
+from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels
+from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
+from tokentune.verify.verification import SELECTED, Profile, _agree, _step, _Trial, _trial, definition_of_the_method
+
+_WEIGHTS = "tokentune_weights"
+_OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of two losses
+
+
+def verify_look(model: PreTrainedModel, profile: Profile, options: LookOptions, needs: tuple[str, ...]) -> None:
+    """Compares looks at a tiny copy of a causal `model`, and a step after one, with their definitions.
+
+    Raises:
+        UnsupportedModelError: with the place and the size of the first mismatch, and what works without a look.
+    """
+    try:
+        with undisturbed():
+            tiny = tiny_copy(model)
+            layers = None if options.layers is None else min(options.layers, len(transformer_layers(tiny).layers) - 1)
+            for side in ("right", "left"):
+                trial = _trial(tiny, side)
+                # Padding in front of a row sees no real token, whatever stands in its place.
+                before_real = F.pad(trial.batch["attention_mask"][:, :-1], (1, 0)) == 0
+                trial.batch["labels"] = trial.batch["labels"].masked_fill(before_real, IGNORED_LABEL)
+                _compare_scores(trial, layers, needs)
+                if layers is None:
+                    _compare_step(trial, profile)
+    except UnsupportedModelError as error:
+        cure = "" if options.layers else "look through its first layers alone (--selection_layers), or "
+        raise UnsupportedModelError(
+            f"a look at all tokens does not serve {type(model).__name__}: {error}; {cure}take a strategy without scores"
+        ) from error
+    except Exception as error:  # whatever a family's own code raises where it is looked at
+        raise UnsupportedModelError(
+            f"a look at all tokens fails in {type(model).__name__}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _compare_scores(trial: _Trial, layers: int | None, needs: tuple[str, ...]) -> None:
+    tiny, batch = trial.tiny, trial.batch
+    wanted = tuple(name for name in _OF_ITSELF if name in needs)
+    with Float64():
+        found = look(tiny, transformer_layers(tiny), batch, LookOptions(layers=layers), wanted).scores
+    defined = _scores(tiny, batch, layers, "attention" in wanted)
+    for name in found:
+        _agree(found[name], defined[name], f"{trial.side} padding, {name} of tokens")
+
+
+def _scores(tiny: PreTrainedModel, batch: dict[str, Tensor], layers: int | None, attention: bool) -> dict[str, Tensor]:
+    """(B, S) by name, of the unmodified model."""
+    stack = transformer_layers(tiny)
+    handles, hidden, scores = [], [], {}
+    for layer in stack.layers[layers:] if layers else ():
+        handles.append(layer.register_forward_hook(_identity, with_kwargs=True))
+    handles.append(tiny.get_output_embeddings().register_forward_pre_hook(lambda head, args: hidden.append(args[0])))
+    try:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with Float64(), _weights_noted(tiny, stack.layers[(layers or 0) - 1], attention) as noted:
+            logits = tiny(**inputs).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    targets = F.pad(batch["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED_LABEL)
+    scores["loss"] = losses.detach()
+    scores["gradient"] = torch.autograd.grad(losses.sum(), hidden[0])[0].norm(dim=-1)
+    if attention:
+        real = batch["attention_mask"]
+        scores["attention"] = (noted[0] * real[:, None, :, None]).mean(1).sum(1) * real
+    return scores
+
+
+def _identity(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def _weights_noted(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Within it, the attention weights (B, H, S, S) of a layer are noted, as its own file's eager function has them."""
+    noted: list[Tensor] = []
+    configs = [(config, config._attn_implementation) for config in transformer_layers(tiny).configs] if wanted else []
+    watched = attention_modules(layer)[0]
+
+    def attention(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        output, weights = eager_function(module)(module, *args, **options)
+        if module is watched:
+            noted.append(weights.detach())
+        return output, weights
+
+    AttentionInterface.register(_WEIGHTS, attention)
+    AttentionMaskInterface.register(_WEIGHTS, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    try:
+        for config, _ in configs:
+            config._attn_implementation_internal = _WEIGHTS
+        yield noted
+    finally:
+        for config, own in configs:
+            config._attn_implementation_internal = own
+
+
+def _compare_step(trial: _Trial, profile: Profile) -> None:
+    """The gradients of a step that a look and a random draw came before, with those of the definition."""
+    from tokentune.core.patching import (  # which verifies in its turn
+        Settings,
+        install_hooks,
+        last_draw,
+        remove_tokentune,
+    )
+
+    tiny = trial.tiny
+    install_hooks(tiny)
+    settings = Settings(SELECTED, "random", profile, transformer_layers(tiny), chunked_loss=False, look=LookOptions())
+    tiny._tokentune = settings
+    try:
+        _, found = _step(tiny, trial.batch, trial.positions)
+        positions = last_draw(tiny).positions
+    finally:
+        remove_tokentune(tiny)
+    labels = mask_unselected_labels(trial.batch["labels"], positions, causal=True)
+    with definition_of_the_method(tiny, positions):
+        _, defined = _step(tiny, trial.batch | {"labels": labels}, positions)
+    scale = max(gradient.abs().max() for gradient in defined.values())
+    for name, gradient in defined.items():
+        what = f"{trial.side} padding, gradient of {name} after a look"
+        _agree(found[name], gradient, what, 1e-3 * scale)

@@ -1,0 +1,248 @@
+"""A small model that computes as a large one does, and a quiet place to try it in.
+
+Same class and head, same options and every kind of layer; few layers, heads, experts and words. Whatever acts at some
+distance in the sequence (windows, chunks, scales that change with the position) is brought down to a few tokens, so
+that a short batch reaches it.
+"""
+
+import copy
+import random
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tokentune.core.layers import transformer_layers
+from tokentune.errors import UnsupportedModelError
+
+MOST_PARAMETERS = 100_000_000  # beyond it a copy is not small: something in its configuration was not understood
+_MODEL_CODE = ("transformers.models.", "transformers.activations", "transformers_modules.")
+_HEADS = 4
+_HIDDEN = 80
+_MOST = {
+    "vocab_size": 97,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "intermediate_size_mlp": 48,
+    "ffn_dim": 48,
+    "n_inner": 48,
+    "hidden_dim": 48,
+    "q_lora_rank": 24,  # of latent attention; its head sizes stay
+    "kv_lora_rank": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    # Towers beside the language model, which text alone does not reach.
+    "depth": 2,
+    "out_hidden_size": 48,
+    "vision_layers": 2,
+    "encoder_layers": 2,
+}
+# Numbers of tokens: what happens beyond them has to happen within the short batch.
+_REACH = re.compile(
+    r"window(_size)?$|chunk_size$|block_size$|^local_attention$|floor_scale$|^original_max_position_embeddings$"
+)
+_MOST_REACH = 5
+_CHANCE = re.compile(r"drop|jitter")
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+
+class Float64(TorchFunctionMode):
+    """Turns casts to float32 inside a model's own code into casts to float64, so that no error hides in rounding."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within it, models are built and run on the CPU, seeded; random states, modes and messages outside stay as were.
+
+    Accelerators' generators are not touched: seeding them would wake up every device.
+    """
+    numbers, arrays, tensors = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    dtype, verbosity = torch.get_default_dtype(), transformers.logging.get_verbosity()
+    try:
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        transformers.logging.set_verbosity_error()
+        with (
+            warnings.catch_warnings(),
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(numbers)
+        numpy.random.set_state(arrays)
+        torch.set_rng_state(tensors)
+        torch.set_default_dtype(dtype)
+        transformers.logging.set_verbosity(verbosity)
+
+
+def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A float64 model of the same class, head and options with random weights, in training mode.
+
+    The given model's weights are not looked at: they may be on the meta device, quantized or adapted.
+    Raises UnsupportedModelError when some kind of layer is missing in the copy, or the copy is not small.
+    """
+    layers = transformer_layers(model).layers
+    config = tiny_config(model.config, _prefix_with_all(kinds_of(layer) for layer in layers))
+    vars(config).pop("quantization_config", None)
+    config._experts_implementation = "eager"  # the fused ones know no float64, and experts act on each token alone
+    own = implementation(model)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in type(model)._from_config(copy.deepcopy(config)).parameters())
+    name = type(model).__name__
+    if size > MOST_PARAMETERS:
+        raise UnsupportedModelError(f"no small copy of {name} can be made to verify it: {size:,} parameters are left")
+    with Float64():
+        tiny = type(model)._from_config(config, attn_implementation=own, dtype=torch.float64)
+    for module in tiny.modules():
+        if isinstance(module, nn.Dropout):  # some heads bring one that no setting of the configuration turns off
+            module.p = 0.0
+    _randomize(tiny)
+    present = {kind for layer in transformer_layers(tiny).layers for kind in kinds_of(layer)}
+    missing = sorted({kind for layer in layers for kind in kinds_of(layer)} - present)
+    if missing:
+        raise UnsupportedModelError(f"the small copy of {name} lacks a part of its layers: {missing[0]}")
+    return tiny.train()
+
+
+def _randomize(tiny: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            noise = torch.randn_like(parameter)
+            # Weights large enough for every path to matter, vectors (norms, biases) near what they were.
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else parameter + 0.1 * noise)
+
+
+def implementation(model: PreTrainedModel) -> str:
+    """The attention that stands for the model's own: its eager function, or fused attention for all others."""
+    return "eager" if transformer_layers(model).backbone.config._attn_implementation == "eager" else "sdpa"
+
+
+def kinds_of(layer: nn.Module) -> frozenset[str]:
+    """What distinguishes a layer from others of its model: the classes of its parts, with their switches.
+
+    A switch is an attribute that is true or false, a word, or absent (None). Numbers are sizes, which a copy changes.
+    Parts that are not model code (adapters, quantized projections) do not count.
+    """
+    kinds = set()
+    for module in layer.modules():
+        if not type(module).__module__.startswith(_MODEL_CODE):
+            continue
+        switches = []
+        for name, value in sorted(vars(module).items()):
+            if name.startswith("_") or name in ("training", "gradient_checkpointing"):
+                continue
+            if value is None or isinstance(value, bool | str):
+                switches.append(f"{name}={value}")
+        kinds.add(f"{type(module).__name__}({', '.join(switches)})")
+    return frozenset(kinds)
+
+
+def _prefix_with_all(kinds: Iterable[frozenset[str]]) -> int:
+    """How many layers from the first on hold every kind."""
+    seen, needed = set(), 0
+    for index, kind in enumerate(kinds):
+        if kind not in seen:
+            seen.add(kind)
+            needed = index + 1
+    return needed
+
+
+def tiny_config(config: PreTrainedConfig, layers: int = 0) -> PreTrainedConfig:
+    """A copy with few layers (at least `layers`), heads, experts and words; what changes the computation stays.
+
+    Head sizes are kept (rotary tables depend on them), as is whether heads are grouped; dropout is turned off.
+    """
+    config = copy.deepcopy(config)
+    subconfigs = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    for part in [config, *(part for part in subconfigs if isinstance(part, PreTrainedConfig))]:
+        _shrink(part, layers)
+    return config
+
+
+def _shrink(config: PreTrainedConfig, layers: int) -> None:
+    depth = getattr(config, "num_hidden_layers", None)
+    kept = None if depth is None else min(depth, max(3, layers, _prefix_with_all(_layer_types(config))))
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == depth:
+            setattr(config, name, type(value)(value[:kept]))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and _CHANCE.search(name):
+            setattr(config, name, type(value)(0))
+    if depth is not None:
+        config.num_hidden_layers = kept
+    heads = next((name for name in ("num_attention_heads", "num_heads") if getattr(config, name, None)), None)
+    if heads:
+        _shrink_heads(config, heads)
+    for name, size in _MOST.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(size, getattr(config, name)))
+    _shorten_reach(vars(config))
+    if any("dynamic" in kind for kind in _rope_types(getattr(config, "rope_parameters", None))):
+        config.max_position_embeddings = min(
+            config.max_position_embeddings, _MOST_REACH
+        )  # beyond it frequencies change
+    for name in _TOKEN_IDS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0)
+    if isinstance(getattr(config, "image_size", None), int) and isinstance(getattr(config, "patch_size", None), int):
+        config.image_size = 4 * config.patch_size
+
+
+def _layer_types(config: PreTrainedConfig) -> list[frozenset[str]]:
+    return [frozenset([kind]) for kind in getattr(config, "layer_types", None) or []]
+
+
+def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
+    """Four heads of the same size. The hidden size follows them, unless the model has it apart from them."""
+    tower = hasattr(config, "embed_dim") and not hasattr(config, "vocab_size")  # its hidden size is what it hands over
+    width = "embed_dim" if tower else "hidden_size"
+    if not getattr(config, width, None):
+        return
+    heads, groups = getattr(config, name), getattr(config, "num_key_value_heads", None)
+    head_size = getattr(config, "head_dim", None) or getattr(config, width) // heads
+    apart = getattr(config, "head_dim", None) is not None and head_size * heads != getattr(config, width)
+    setattr(config, name, _HEADS)
+    if groups is not None:
+        config.num_key_value_heads = _HEADS if groups == heads else 1 if groups == 1 else 2
+    setattr(config, width, _HIDDEN if apart else _HEADS * head_size)
+
+
+def _rope_types(parameters: Any) -> list[str]:
+    """Of a model's layers, which may have several."""
+    if not isinstance(parameters, dict):
+        return []
+    own = parameters.get("rope_type")
+    return [own] if isinstance(own, str) else [kind for part in parameters.values() for kind in _rope_types(part)]
+
+
+def _shorten_reach(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _shorten_reach(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and _REACH.search(name):
+            values[name] = min(value, type(value)(_MOST_REACH))
