@@ -1,4 +1,4 @@
-"""The model families that the README lists, each with a tiny configuration. `family_check.py` tries them."""
+"""The model families of docs/measurements.md, each with a tiny configuration. `family_check.py` tries them."""
 
 from dataclasses import dataclass, field
 from typing import Any

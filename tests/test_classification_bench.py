@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "bench"
 import classification
 import classification_steps
 import paraphrases
-import readme_tables
+import result_tables
 import score_by_selection
 from digits import write_digits, write_vit
 
@@ -241,8 +241,8 @@ def test_table_is_made_from_the_results(bench, monkeypatch):
          "time_ratio_to_full": time} for method, saved, time in costs
     ]  # fmt: skip
     report["steps"] = {"batch": 32, "length": 128, "rows": rows}
-    monkeypatch.setattr(readme_tables, "read", lambda name: report)
-    texts, others = readme_tables.classification_table().split("\n\n")
+    monkeypatch.setattr(result_tables, "read", lambda name: report)
+    texts, others = result_tables.classification_table().split("\n\n")
     full = next(run for run in report["runs"] if (run["task"], run["method"]) == ("rte", "full"))
     line = next(line for line in texts.splitlines() if line.startswith("| RTE"))
     assert line.split(" | ")[1] == f"{100 * full['mean']:.1f} ± 1.0"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
 import quality_by_strategy
 import quality_tables
-import readme_tables
+import result_tables
 import selection_quality
 import selection_quality_encoders as encoders
 from quality import comparison, experiments
@@ -264,13 +264,13 @@ def test_tables_and_picture_are_made_from_the_results(tmp_path: Path) -> None:
     (tmp_path / "quality.json").write_text(json.dumps(report))
     quality_by_strategy.draw(tmp_path / "quality.json", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    table = readme_tables.markdown(*quality_tables.strategies(report))
+    table = result_tables.markdown(*quality_tables.strategies(report))
     assert (
         "| all weights | **supervised** | 3.170 ± 0.090 (3) | -0.0300 ± 0.0058 | better | 1 MiB | 0.53 | 0.50 |"
         in table
     )
     assert "no training | 3.500" in table
-    assert "| random | 30% | 1 | 3.200 ± 0.200 (3) |" in readme_tables.markdown(*quality_tables.corrections(report))
+    assert "| random | 30% | 1 | 3.200 ± 0.200 (3) |" in result_tables.markdown(*quality_tables.corrections(report))
     more = [*RUNS, loss_row("supervised", 1, 3.0, 0.5)]
     rows = quality_tables.proportions({"runs": more, "comparison": comparison.compare(more, [])})[1]
     assert rows == [["all weights", "**supervised**", "3.170 ± 0.090 (3)", "3.000 (1)"]]

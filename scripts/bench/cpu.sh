@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Time and memory of a training step on the CPU, everything that the README says about them:
+# Time and memory of a training step on the CPU, everything that README and docs say about them:
 #     bash scripts/bench/cpu.sh
 #     bash scripts/bench/cpu.sh --suites table lowest     # some of it
 #     bash scripts/bench/cpu.sh --small --output /tmp/step.json     # tiny models, to try it out

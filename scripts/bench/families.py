@@ -1,4 +1,4 @@
-"""Which model families are served, how exactly, and what they save: the README's list of families.
+"""Which model families are served, how exactly, and what they save: the list in docs/measurements.md.
 
     python scripts/bench/families.py --output scripts/bench/results/families.json
 

@@ -1,4 +1,4 @@
-"""What each of several GPUs would hold and send, estimated: the README's table of 8B and 70B models.
+"""What each of several GPUs would hold and send, estimated: the table of 8B and 70B models in docs/multi-gpu.md.
 
     python scripts/bench/sharded_estimates.py --output scripts/bench/results/estimate_sharded.json
 

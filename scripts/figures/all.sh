@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's figures and tables, from the committed results:
+# The figures, and the tables of README and docs, from the committed results:
 #     bash scripts/figures/all.sh
 # PYTHON: python to run. Figures of runs and evaluations (loss_by_proportion.py, evaluation.py) read what you trained:
 # scripts/reproduce.sh draws them.
@@ -10,4 +10,4 @@ for figure in time_by_memory memory_by_proportion memory_by_length memory_breakd
     quality_by_strategy gradient_quality; do
     "$PYTHON" "$PROJECT_ROOT/scripts/figures/$figure.py"
 done
-"$PYTHON" "$PROJECT_ROOT/scripts/figures/readme_tables.py"
+"$PYTHON" "$PROJECT_ROOT/scripts/docs.py"

@@ -1,12 +1,11 @@
-"""The README's tables of `scripts/bench/selection_quality.py` and `selection_quality_encoders.py`: headers and rows.
+"""The tables of `scripts/bench/selection_quality.py` and `selection_quality_encoders.py`: headers and rows.
 
-Not a command: `readme_tables.py` fills them in.
+Not a command: `scripts/docs.py` puts them into the docs.
 """
 
 from typing import Any
 
-from tokentune.core.saved_bytes import BYTES_IN_MIB
-
+BYTES_IN_MIB = 2**20
 Table = tuple[list[str], list[list[str]]]
 MAIN_ARM, SHARE = "one epoch", 0.3
 TRAINED = {"full": "all weights", "lora": "LoRA"}
@@ -39,6 +38,22 @@ def strategies(report: dict[str, Any]) -> Table:
             rows.append([name, label, loss_of(row), *against_random(row), *costs(row)])
     header = ["trained", "tokens", "validation loss", "minus random's", "beyond two standard errors"]
     return [*header, "kept for backward", "work of a step", "time of a step"], rows
+
+
+def equal_cost(report: dict[str, Any]) -> Table:
+    """At 30 %: the usual strategies, beside full training in their time and bytes."""
+    methods = ("full", "full, equal time", "full, equal bytes and time", "random", "supervised", "gradient")
+    wanted = {(trained, method): None for trained in TRAINED for method in methods}
+    for row in report["comparison"]:
+        if row["arm"] == MAIN_ARM and row["proportion"] in (None, SHARE):
+            wanted[row["trained"], row["method"]] = row
+    names = BASELINES | {method: f"**TokenTune, `--selection {method}`**" for method in methods[3:]}
+    rows = []
+    for method in methods:
+        losses = [loss_of(wanted[trained, method]) for trained in TRAINED]
+        rows.append([names[method], *losses, costs(wanted["full", method])[0]])
+    losses = [f"validation loss, {name}" for name in TRAINED.values()]
+    return ["", *losses, "kept for backward, all weights"], rows
 
 
 def proportions(report: dict[str, Any]) -> Table:

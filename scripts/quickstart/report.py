@@ -46,7 +46,7 @@ def print_tables(results: Results, console: Console) -> None:
     table = Table(
         title=f"One training step: {sequences} x {length} tokens, {setting['proportion']:.0%} of them selected",
         title_justify="left",
-        caption=f"{SMALL} The README has a larger one. Shares are medians of steps side by side.",
+        caption=f"{SMALL} docs/measurements.md has a larger one. Shares are medians of steps side by side.",
         caption_justify="left",
     )
     for heading in ("method", "saved for backward", "of full", "time", "of full"):

@@ -99,7 +99,7 @@ class DrawStatistics:
         self._spread += before * (count - 1) / count
 
     def result(self, row_variance: float | None = None, rows: int | None = None) -> dict[str, Any]:
-        """All figures, as README and `gradients/report.py` describe them: of the whole, by layer and by kind.
+        """Figures that docs/selection.md and `gradients/report.py` describe: of the whole, by layer and by kind.
 
         Args:
             row_variance, rows: T and R, for the effective batch; None leaves it out.

@@ -1,30 +1,18 @@
-"""The README's tables, made from committed results and from the code.
+"""The tables of README and docs that are made from committed results, one function each.
 
-    python scripts/figures/readme_tables.py            # rewrites README.md
-    python scripts/figures/readme_tables.py --check    # says whether it is up to date (exit code 1: it is not)
-
-Each table stands between `<!-- table NAME -->` and `<!-- end -->`.
+Not a command: `scripts/docs.py` puts them in.
 """
 
-import argparse
-import dataclasses
 import json
-import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import quality_tables
+from quality_tables import BYTES_IN_MIB
 
-from tokentune.core.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
-from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.finetune import Arguments, FinetuneArguments
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "scripts" / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+BYTES_IN_GIB = 2**30
 METHOD_NAMES = {
     "full": "plain training",
     "checkpointing": "plain, gradient checkpointing",
@@ -43,28 +31,6 @@ TASK_NAMES = {
     "wnut17": "WNUT-17, entity F1",
     "digits": "digits, accuracy",
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if check and before != after:
-        sys.exit("README.md is not up to date: run python scripts/figures/readme_tables.py")
-    if not check:
-        readme.write_text(after, encoding="utf-8")
-
-
-def filled(text: str) -> str:
-    """The README's text with every table made anew."""
-
-    def table(match: re.Match) -> str:
-        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -162,6 +128,29 @@ def estimate_table() -> str:
         rows.append(row)
     columns = [f"{name}: {what}" for name in names.values() for what in ("kept for backward", "peak", "smallest card")]
     return markdown(["trained", "method", *columns], rows)
+
+
+def estimate_baselines_table() -> str:
+    """Peaks with checkpointing: whole logits; the loss in chunks, which is what all tokens selected comes to; 30 %."""
+    files = {
+        2048: ("estimate_llama_3_8b.json", "estimate_llama_3_8b_all_tokens_2048.json"),
+        8192: ("estimate_llama_3_8b_8192.json", "estimate_llama_3_8b_all_tokens_8192.json"),
+    }
+    rows = []
+    for weights in ("LoRA", "QLoRA"):
+        for length, (selected, all_tokens) in files.items():
+            reports = [
+                (selected, "gradient checkpointing"),
+                *((f, "TokenTune + checkpointing") for f in (all_tokens, selected)),
+            ]
+            rows.append([weights, f"{length:,}", *(peak_of(name, weights, method) for name, method in reports)])
+    header = ["trained", "tokens", "all logits at once", "all tokens, the loss in chunks", "**TokenTune, 30 %**"]
+    return markdown(header, rows)
+
+
+def peak_of(file: str, weights: str, method: str) -> str:
+    row = next(row for row in read(file)["rows"] if (row["weights"], row["method"]) == (weights, method))
+    return f"{row['bytes']['peak'] / BYTES_IN_GIB:.1f} GiB"
 
 
 def sharded_table() -> str:
@@ -267,38 +256,6 @@ def score_of(report: dict, task: str, method: str) -> str:
     return ""
 
 
-def flags_table() -> str:
-    return markdown(["flag", "default", "meaning"], flag_rows(FinetuneArguments))
-
-
-def classify_flags_table() -> str:
-    """The flags of `classify.py` that `finetune.py` has not, or has with another default or meaning."""
-    known = {tuple(row) for row in flag_rows(FinetuneArguments) if row[1]}
-    rows = [row for row in flag_rows(ClassificationArguments) if tuple(row) not in known]
-    empty = [n for n, row in enumerate(rows) if not row[1] and (n + 1 == len(rows) or not rows[n + 1][1])]
-    return markdown(["flag", "default", "meaning"], [row for n, row in enumerate(rows) if n not in empty])
-
-
-def flag_rows(command: type[Arguments]) -> list[list[str]]:
-    """A row for each flag, below one for each group, which has no default."""
-    rows = []
-    for group in dataclasses.fields(command):
-        rows.append([f"**{group.type._argument_group_name}**", "", ""])
-        for flag in dataclasses.fields(group.type):
-            rows.append([f"`--{flag.name}`", default_of(flag), flag.metadata["help"].replace("|", "\\|")])
-    return rows
-
-
-def default_of(flag: dataclasses.Field) -> str:
-    if flag.default_factory is not dataclasses.MISSING:
-        return " ".join(flag.default_factory()) or "-"
-    if flag.default is dataclasses.MISSING:
-        return "required"
-    if isinstance(flag.default, bool) or flag.default is None:
-        return "off" if flag.default is False else "-"
-    return Path(flag.default).name if str(flag.default).endswith(".json") else str(flag.default)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "lowest": lowest_table,
@@ -306,6 +263,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qlora": qlora_table,
     "bounds": bounds_table,
     "estimate": estimate_table,
+    "estimate_baselines": estimate_baselines_table,
     "sharded": sharded_table,
     "instruction_tuning": instruction_tuning_table,
     "merging": merging_table,
@@ -313,15 +271,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families_table,
     "classification": classification_table,
     "quality_strategies": lambda: markdown(*quality_tables.strategies(read("selection_quality.json"))),
+    "quality_equal_cost": lambda: markdown(*quality_tables.equal_cost(read("selection_quality.json"))),
     "quality_proportions": lambda: markdown(*quality_tables.proportions(read("selection_quality.json"))),
     "quality_corrections": lambda: markdown(*quality_tables.corrections(read("selection_quality.json"))),
     "gradient_quality": lambda: markdown(*quality_tables.gradients(read("gradient_quality.json"))),
     "quality_rates": lambda: markdown(*quality_tables.rates(read("selection_quality.json"))),
     "quality_encoders": lambda: markdown(*quality_tables.encoders(read("selection_quality_encoders.json"))),
     "quality_regularisation": lambda: markdown(*quality_tables.regularisation(read("selection_quality_encoders.json"))),
-    "flags": flags_table,
-    "classify_flags": classify_flags_table,
 }
-
-if __name__ == "__main__":
-    main()
