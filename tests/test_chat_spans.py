@@ -287,3 +287,58 @@ def test_an_answer_twice_is_refused() -> None:
     twice = "{% for m in messages %}{{ m.role + ':' + m.content + '|' + m.content + '<|im_end|>' }}{% endfor %}"
     with pytest.raises(UserError, match=r"row 1, message 2: the chat template rewrites"):
         learnt(twice, [user("a"), assistant("b")])
+
+
+# ---- tags in answers, names twice, results that say nothing ----------------------------------------------------------
+
+# The prompt closes the reasoning at once (Qwen 3.5's, not thinking).
+CLOSED = OPENING.replace("<think>\\n' }}", "<think>\\n\\n</think>\\n\\n' }}").replace(
+    "{{ '<think>\\n\\n</think>\\n\\n' }}", "{{ '<think>\\n' + (m.reasoning or '') + '\\n</think>\\n\\n' }}"
+)
+
+
+@pytest.mark.parametrize("template", [OPENING, CLOSED])
+def test_tags_in_an_answer_are_no_reasoning(template: str) -> None:
+    chat = [user("a"), assistant("Use <b>bold</b> here."), user("b"), assistant("c")]
+    assert learnt(template, chat)[0] == "Use <b>bold</b> here.<|im_end|>"
+    chat = [user("a"), assistant("<i>vector<int></i>"), user("b"), assistant("c")]
+    assert learnt(template, chat)[0] == "<i>vector<int></i><|im_end|>"
+
+
+def test_reasoning_under_a_prompt_that_closes_it() -> None:
+    chat = [user("a"), assistant("b"), user("c"), assistant("d <b>e</b>", reasoning="hm")]
+    assert learnt(CLOSED, chat) == ["b<|im_end|>", "<think>\nhm\n</think>\n\nd <b>e</b><|im_end|>"]
+    chat[-1] = assistant("<think>hm</think>d")
+    assert learnt(CLOSED.replace("loop.index0 > ns.last", "false"), chat)[1] == "<think>hm</think>d<|im_end|>"
+
+
+def test_reasoning_that_stands_otherwise_than_the_prompt_opens_it() -> None:
+    chat = [user("a"), assistant("<think>hm</think>b <b>c</b>")]
+    assert learnt(OPENING.replace("loop.index0 > ns.last", "false"), chat) == ["hm</think>b <b>c</b><|im_end|>"]
+
+
+# Calls name their function at the beginning and once more; results say whose they are.
+NAMED_TWICE = """{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|start|>functions.' + m.name + ' to=assistant:' + m.content + '<|end|>' }}
+{%- else %}{{ '<|start|>' + m.role }}{%- for c in m.tool_calls or [] %}{% set f = c.function %}
+{{- ' to=' + f.name + ':<call name="' + f.name + '">' + f.arguments | tojson + '<|call|>' }}
+{%- else %}{{ ':' + m.content + '<|end|>' }}{%- endfor %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("arguments", [{}, {"n": 3}, {"city": "Rome"}])
+def test_a_call_that_is_named_twice(arguments: dict) -> None:
+    chat = [user("a"), assistant(tool_calls=[call(**arguments)]), tool("b"), assistant("c")]
+    written = str(arguments).replace("'", '"')
+    assert learnt(NAMED_TWICE, chat) == [f' to=weather:<call name="weather">{written}<|call|>', ":c<|end|>"]
+
+
+def test_an_answer_to_a_result_that_says_nothing_begins_where_the_others_do() -> None:
+    named = NAMED_TWICE.replace(
+        "functions.' + m.name", "functions.' + messages[loop.index0 - 1].tool_calls[0].function.name"
+    )
+    for template in (NAMED_TWICE, named):
+        chat = [user("a"), assistant(tool_calls=[call(city="Rome")]), tool(""), assistant("c")]
+        chat += [user("d"), assistant(tool_calls=[call("sun", city="Oslo")]), tool(" "), assistant("e")]
+        texts = learnt(template, chat)
+        assert [texts[1], texts[3]] == [":c<|end|>", ":e<|end|>"]
