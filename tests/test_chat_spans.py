@@ -342,3 +342,35 @@ def test_an_answer_to_a_result_that_says_nothing_begins_where_the_others_do() ->
         chat += [user("d"), assistant(tool_calls=[call("sun", city="Oslo")]), tool(" "), assistant("e")]
         texts = learnt(template, chat)
         assert [texts[1], texts[3]] == [":c<|end|>", ":e<|end|>"]
+
+
+def test_answers_of_white_space_or_tags_alone_under_a_template_without_a_generation_prompt() -> None:
+    plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    for text in ("", " ", "<b></b>"):
+        chat = [user("a"), assistant(text), user("b"), assistant("c")]
+        assert learnt(plain, chat) == [f"{text}<|im_end|>", "c<|im_end|>"]
+
+
+# ---- marks of the template's own -------------------------------------------------------------------------------------
+
+MARKED = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role != 'assistant' %}{{ m.content + '<|im_end|>' }}{% else %}
+{%- if m.reasoning %}{% generation %}{{ m.reasoning }}{% endgeneration %}{{ '|' }}{% endif %}
+{%- if m.content %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}
+{%- for c in m.tool_calls or [] %}{{ '<|call>' + c.function | tojson }}{% endfor %}{{ '<|im_end|>' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_calls_that_marks_leave_out_are_found_without_them() -> None:
+    for before in ("", "Weather of sun: weather."):
+        chat = [user("a"), assistant(before, tool_calls=[call()]), tool("b"), assistant("The weather is sun.")]
+        called = f'{before}<|call>{{"name": "weather", "arguments": {{}}}}<|im_end|>'
+        assert learnt(MARKED, chat) == [called, "The weather is sun.<|im_end|>"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_marks_of_which_one_answer_has_two_and_another_none(first: bool) -> None:
+    thoughtful, silent = assistant("b", reasoning="hm"), assistant("")
+    answers = [thoughtful | {"weight": 0}, silent] if first else [silent | {"weight": 0}, thoughtful]
+    expected = ["<|im_end|>"] if first else ["hm|b<|im_end|>"]
+    assert learnt(MARKED, [user("a"), answers[0], user("c"), answers[1]]) == expected

@@ -313,10 +313,19 @@ def generation_spans(rendering: Rendering) -> tuple[list[Span] | None, tuple[int
         if messages[message]["role"] != "assistant" and any(start <= place.start < end for start, end in ranges):
             return None, (message, "within")
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(ranges) == len(assistants):
+    if list(learnt) != assistants:
+        if len(ranges) != len(assistants):
+            return None, None
+        for index, (start, end) in zip(assistants, ranges, strict=True):
+            spoken = {rendering.words[p.number].message for p in rendering.places if start <= p.start < end}
+            if spoken - {index}:  # one answer has several marks, another none
+                return None, None
         ranges = [ranges[assistants.index(i)] for i in learnt]
-    elif list(learnt) != assistants:
-        return None, None
+    first = {place.number: place.start for place in reversed(rendering.places)}
+    for number, start in first.items():
+        message, key = rendering.words[number].message, rendering.words[number].key
+        if key == CALL_NAME and message in learnt and not any(begin <= start < end for begin, end in ranges):
+            return None, (message, "not within")
     marked = "\0".join(rendering.text[start:end] for start, end in ranges)
     position = 0
     for index in learnt:
