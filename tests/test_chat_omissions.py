@@ -17,6 +17,7 @@ FEW_ROLES = """{%- for m in messages %}{% if m.role in ('user', 'assistant') or 
 STRIPPING = FEW_ROLES.replace("+ m.content +", "+ m.content.split('</think>')[-1] +")
 CALLS_ONLY = FEW_ROLES.replace("m.content +", "('@' + m.tool_calls[0].function.name if m.tool_calls else m.content) +")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + FEW_ROLES
+TOOLS_GIVEN = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 Q, A = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Four."}
 
 
@@ -144,3 +145,15 @@ def test_a_template_without_a_system_role_names_the_cure() -> None:
 
 def test_developer_messages_go_in_front_of_the_user_s_too() -> None:
     assert notes(FEW_ROLES, [{"role": "developer", "content": "x"}, Q, A], system_in_user=True) == []
+
+
+@pytest.mark.parametrize("place", ["question", "answer", "tools", "another call"])
+def test_a_call_that_is_left_out_is_refused_though_its_name_stands_elsewhere(place: str) -> None:
+    template = CALLS_ONLY if place == "another call" else "{{ tools | tojson if tools }}" + FEW_ROLES
+    calling = {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"id": "c2"}]}
+    chat = [Q | {"content": "weather?"} if place == "question" else Q, calling, Q, A]
+    chat += [Q, A | {"content": "The weather."}] if place == "answer" else []
+    encode = ChatEncoder(chat_tokenizer(template))
+    tools = TOOLS_GIVEN if place == "tools" else None
+    with pytest.raises(UserError, match=r"row 1, message 2: the chat template leaves its call of 'weather' out"):
+        encode(openai_conversation(chat, tools, "row 1"), "row 1")

@@ -287,3 +287,90 @@ def test_an_answer_twice_is_refused() -> None:
     twice = "{% for m in messages %}{{ m.role + ':' + m.content + '|' + m.content + '<|im_end|>' }}{% endfor %}"
     with pytest.raises(UserError, match=r"row 1, message 2: the chat template rewrites"):
         learnt(twice, [user("a"), assistant("b")])
+
+
+# ---- tags in answers, names twice, results that say nothing ----------------------------------------------------------
+
+# The prompt closes the reasoning at once (Qwen 3.5's, not thinking).
+CLOSED = OPENING.replace("<think>\\n' }}", "<think>\\n\\n</think>\\n\\n' }}").replace(
+    "{{ '<think>\\n\\n</think>\\n\\n' }}", "{{ '<think>\\n' + (m.reasoning or '') + '\\n</think>\\n\\n' }}"
+)
+
+
+@pytest.mark.parametrize("template", [OPENING, CLOSED])
+def test_tags_in_an_answer_are_no_reasoning(template: str) -> None:
+    chat = [user("a"), assistant("Use <b>bold</b> here."), user("b"), assistant("c")]
+    assert learnt(template, chat)[0] == "Use <b>bold</b> here.<|im_end|>"
+    chat = [user("a"), assistant("<i>vector<int></i>"), user("b"), assistant("c")]
+    assert learnt(template, chat)[0] == "<i>vector<int></i><|im_end|>"
+
+
+def test_reasoning_under_a_prompt_that_closes_it() -> None:
+    chat = [user("a"), assistant("b"), user("c"), assistant("d <b>e</b>", reasoning="hm")]
+    assert learnt(CLOSED, chat) == ["b<|im_end|>", "<think>\nhm\n</think>\n\nd <b>e</b><|im_end|>"]
+    chat[-1] = assistant("<think>hm</think>d")
+    assert learnt(CLOSED.replace("loop.index0 > ns.last", "false"), chat)[1] == "<think>hm</think>d<|im_end|>"
+
+
+def test_reasoning_that_stands_otherwise_than_the_prompt_opens_it() -> None:
+    chat = [user("a"), assistant("<think>hm</think>b <b>c</b>")]
+    assert learnt(OPENING.replace("loop.index0 > ns.last", "false"), chat) == ["hm</think>b <b>c</b><|im_end|>"]
+
+
+# Calls name their function at the beginning and once more; results say whose they are.
+NAMED_TWICE = """{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|start|>functions.' + m.name + ' to=assistant:' + m.content + '<|end|>' }}
+{%- else %}{{ '<|start|>' + m.role }}{%- for c in m.tool_calls or [] %}{% set f = c.function %}
+{{- ' to=' + f.name + ':<call name="' + f.name + '">' + f.arguments | tojson + '<|call|>' }}
+{%- else %}{{ ':' + m.content + '<|end|>' }}{%- endfor %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("arguments", [{}, {"n": 3}, {"city": "Rome"}])
+def test_a_call_that_is_named_twice(arguments: dict) -> None:
+    chat = [user("a"), assistant(tool_calls=[call(**arguments)]), tool("b"), assistant("c")]
+    written = str(arguments).replace("'", '"')
+    assert learnt(NAMED_TWICE, chat) == [f' to=weather:<call name="weather">{written}<|call|>', ":c<|end|>"]
+
+
+def test_an_answer_to_a_result_that_says_nothing_begins_where_the_others_do() -> None:
+    named = NAMED_TWICE.replace(
+        "functions.' + m.name", "functions.' + messages[loop.index0 - 1].tool_calls[0].function.name"
+    )
+    for template in (NAMED_TWICE, named):
+        chat = [user("a"), assistant(tool_calls=[call(city="Rome")]), tool(""), assistant("c")]
+        chat += [user("d"), assistant(tool_calls=[call("sun", city="Oslo")]), tool(" "), assistant("e")]
+        texts = learnt(template, chat)
+        assert [texts[1], texts[3]] == [":c<|end|>", ":e<|end|>"]
+
+
+def test_answers_of_white_space_or_tags_alone_under_a_template_without_a_generation_prompt() -> None:
+    plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    for text in ("", " ", "<b></b>"):
+        chat = [user("a"), assistant(text), user("b"), assistant("c")]
+        assert learnt(plain, chat) == [f"{text}<|im_end|>", "c<|im_end|>"]
+
+
+# ---- marks of the template's own -------------------------------------------------------------------------------------
+
+MARKED = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role != 'assistant' %}{{ m.content + '<|im_end|>' }}{% else %}
+{%- if m.reasoning %}{% generation %}{{ m.reasoning }}{% endgeneration %}{{ '|' }}{% endif %}
+{%- if m.content %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}
+{%- for c in m.tool_calls or [] %}{{ '<|call>' + c.function | tojson }}{% endfor %}{{ '<|im_end|>' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_calls_that_marks_leave_out_are_found_without_them() -> None:
+    for before in ("", "Weather of sun: weather."):
+        chat = [user("a"), assistant(before, tool_calls=[call()]), tool("b"), assistant("The weather is sun.")]
+        called = f'{before}<|call>{{"name": "weather", "arguments": {{}}}}<|im_end|>'
+        assert learnt(MARKED, chat) == [called, "The weather is sun.<|im_end|>"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_marks_of_which_one_answer_has_two_and_another_none(first: bool) -> None:
+    thoughtful, silent = assistant("b", reasoning="hm"), assistant("")
+    answers = [thoughtful | {"weight": 0}, silent] if first else [silent | {"weight": 0}, thoughtful]
+    expected = ["<|im_end|>"] if first else ["hm|b<|im_end|>"]
+    assert learnt(MARKED, [user("a"), answers[0], user("c"), answers[1]]) == expected

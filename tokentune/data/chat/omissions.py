@@ -83,8 +83,9 @@ def _refuse_unlearnable(rendering: Rendering, index: int, left_out: list[Words],
     keys = {words.key for words in left_out}
     calls = message.get("tool_calls", [])
     if CALL_NAME in keys:
-        missing = next(call for call in calls if call.get("function", call)["name"] not in rendering.text)
-        refuse_call(missing, where)
+        # Its name may stand elsewhere: in the tools, in what somebody says, in another call.
+        absent = [call for call in calls if call.get("function", call)["name"] not in rendering.text]
+        refuse_call((absent or calls)[0], where)
     if not calls and any(words.key == "content" and words.last for words in left_out):
         raise rendering.hidden(index)
     if nothing and "content" not in keys:

@@ -81,9 +81,9 @@ class MarkedMessages:
         marked = {key: self._marked(message[key], index, key) for key in TEXTS if isinstance(message.get(key), str)}
         if calls and message.get("tool_calls"):
             marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
-        if empty and len(self.words) == begun and message["role"] == "assistant" and not message["content"]:
+        if empty and len(self.words) == begun and message["role"] == "assistant":  # nothing, white space or tags alone
             self.words.append(Words(index, "content", "", "", True))
-            marked["content"] = self._between_marks("")
+            marked["content"] = self._between_marks(message["content"])
         return message | marked
 
     def _between_marks(self, core: str) -> str:

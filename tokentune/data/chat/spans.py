@@ -50,7 +50,6 @@ class Run(NamedTuple):
         last_words: number of the last ones.
         opens, closes: the message's first and last run.
         calls: the first words are those of a call.
-        answer: where the text behind all reasoning begins; None where there is none.
     """
 
     message: int
@@ -63,7 +62,6 @@ class Run(NamedTuple):
     opens: bool
     closes: bool
     calls: bool
-    answer: int | None
 
 
 class SpanFinder:
@@ -125,8 +123,9 @@ class SpanFinder:
 
     def _all_runs(self) -> list[Run]:
         words, text = self.rendering.words, self.text
-        places, seen = [], set()
+        places, seen, preceding, before = [], set(), {}, None
         for place in self.rendering.places:
+            preceding[place], before = before, place
             message, key = words[place.number].message, words[place.number].key
             if place.number in seen and self.rendering.conversation.messages[message]["role"] == "assistant":
                 # A call's name may come again in its result's header; an answer that comes twice has no one place.
@@ -138,24 +137,18 @@ class SpanFinder:
         of_message = [words[group[0].number].message for group in grouped]
         first = {message: n for n, message in reversed(list(enumerate(of_message)))}
         last = {message: n for n, message in enumerate(of_message)}
-        answers = {
-            words[place.number].message: _begin(words[place.number].before, place.start, text)
-            for place in places
-            if words[place.number].key == "content" and words[place.number].last
-        }
         return [
             Run(
                 message=message,
                 begin=_begin(words[group[0].number].before, group[0].start, text),
                 start=group[0].start,
                 end=group[-1].end,
-                previous=grouped[n - 1][-1] if n else None,
+                previous=preceding[group[0]],
                 following=grouped[n + 1][0] if n + 1 < len(grouped) else None,
                 last_words=group[-1].number,
                 opens=first[message] == n,
                 closes=last[message] == n,
                 calls=self._is_call(group[0].number),
-                answer=answers.get(message),
             )
             for n, (message, group) in enumerate(zip(of_message, grouped, strict=True))
         ]
@@ -171,12 +164,14 @@ class SpanFinder:
         if start is not None and (is_prompt or not self.text[start : run.start].strip()):
             return start
         opened = REASONING_OPENED.search(header) if is_prompt else None
-        if not run.calls:
-            return run.begin if opened is None or run.answer is None else run.answer
-        if opened is not None:  # a call that the template writes without the reasoning which the prompt opens
-            start = self._behind(header[: opened.start()], run)
-            return self._behind_answer_header(run) if start is None else EMPTY_REASONING.match(self.text, start).end()
-        return self._behind_answer_header(run)
+        start = None if opened is None else self._behind(header[: opened.start()], run)
+        behind = None if start is None else EMPTY_REASONING.match(self.text, start).end()
+        if run.calls:  # perhaps one that the template writes without the reasoning which the prompt opens
+            return self._behind_answer_header(run) if behind is None else behind
+        if behind is not None and "/" in opened[0] and self.text[behind : run.start].strip():
+            return start  # an answer that reasons, where the prompt has closed the reasoning
+        tag = "" if opened is None else opened[0].strip()
+        return run.begin + len(tag) * self.text.startswith(tag, run.begin)
 
     def _behind(self, header: str, run: Run) -> int | None:
         """Where the header ends that stands between the words before this run and the run; None where it does not."""
@@ -204,7 +199,10 @@ class SpanFinder:
         asked = messages[run.message - 1]
         before = None if run.previous is None else words[run.previous.number]
         spoke = None if before is None else (messages[before.message]["role"], before.key)
-        key = (asked["role"], "tool_calls" in asked, spoke)
+        # Of messages between that have no words, no place tells what the template writes of each.
+        silent = [n for n in range(before.message + 1 if before else 0, run.message) if n not in self._runs]
+        written = tuple((messages[n]["role"], messages[n]["content"], str(messages[n].get("name"))) for n in silent)
+        key = (asked["role"], "tool_calls" in asked, spoke, written)
         if key not in self._prompts:
             self._prompts[key] = None
             with_prompt = self.rendering.beginning(run.message, generation_prompt=True)
@@ -277,7 +275,9 @@ class SpanFinder:
         at = next((n for n, place in enumerate(places) if place.number == run.last_words), None)
         if at is None:
             raise self.rendering.hidden(run.message)
-        return text[places[at].end : places[at + 1].start if at + 1 < len(places) else len(text)]
+        known = {place.number for place in places[: at + 1]}  # a call's name may be written twice
+        other = next((place for place in places[at + 1 :] if place.number not in known), None)
+        return text[places[at].end : len(text) if other is None else other.start]
 
     def _common(self, gap: str, alone: str) -> int:
         """The beginning of `gap` that is written whether or not messages follow; whole special tokens only."""
@@ -313,10 +313,19 @@ def generation_spans(rendering: Rendering) -> tuple[list[Span] | None, tuple[int
         if messages[message]["role"] != "assistant" and any(start <= place.start < end for start, end in ranges):
             return None, (message, "within")
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(ranges) == len(assistants):
+    if list(learnt) != assistants:
+        if len(ranges) != len(assistants):
+            return None, None
+        for index, (start, end) in zip(assistants, ranges, strict=True):
+            spoken = {rendering.words[p.number].message for p in rendering.places if start <= p.start < end}
+            if spoken - {index}:  # one answer has several marks, another none
+                return None, None
         ranges = [ranges[assistants.index(i)] for i in learnt]
-    elif list(learnt) != assistants:
-        return None, None
+    first = {place.number: place.start for place in reversed(rendering.places)}
+    for number, start in first.items():
+        message, key = rendering.words[number].message, rendering.words[number].key
+        if key == CALL_NAME and message in learnt and not any(begin <= start < end for begin, end in ranges):
+            return None, (message, "not within")
     marked = "\0".join(rendering.text[start:end] for start, end in ranges)
     position = 0
     for index in learnt:
