@@ -17,10 +17,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import docs
 from tokentune import estimate
+from tokentune.cli.arguments import parse_arguments
 from tokentune.sampling.sampler import select_positions
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
-from tokentune.settings.finetune import parse_arguments
 
 ROOT = docs.ROOT
 README, *PAGES = docs.PAGES
