@@ -1,6 +1,7 @@
 """The layers of the package: imports run downwards, no circle of any size, and the method needs few packages."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,11 @@ def test_contracts_of_the_layers() -> None:
     command = [sys.executable, "-c", code, "--no-cache"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("name", ["patching", "data.chat_templates", "data.conversations"])
+def test_old_paths_work_and_say_where_to_go(name: str) -> None:
+    sys.modules.pop(f"tokentune.{name}", None)
+    with pytest.warns(DeprecationWarning, match=f"tokentune.{name} is now tokentune"):
+        module = importlib.import_module(f"tokentune.{name}")
+    assert all(hasattr(module, public) for public in module.__all__)
