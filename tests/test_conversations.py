@@ -45,6 +45,32 @@ def test_what_is_learnt() -> None:
     assert all("weight" not in message for message in openai(chat).messages)
 
 
+@pytest.mark.parametrize("key", ["train", "training", "loss"])
+def test_answers_that_are_not_to_be_trained_on_are_context(key: str) -> None:
+    chat = [USER, ASSISTANT | {key: False}, USER, ASSISTANT | {key: True}, USER | {key: False}, ASSISTANT]
+    assert openai(chat).learnt == (3, 5)
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: False}]
+    assert sharegpt(turns + turns[:1] + [{"from": "gpt", "value": "c", key: 0.7}]).learnt == (3,)
+
+
+def test_what_a_turn_of_sharegpt_s_form_holds_besides() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "reasoning_content": "hm", "id": 3}]
+    assert sharegpt(turns).messages[1] == {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    for name in ("Function_Call", "function_call "):
+        call = {"from": name, "value": '{"name": "f", "arguments": {}}'}
+        assert sharegpt([turns[0], call]).messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    with pytest.raises(UserError, match="row 7, message 2: has 'tool_calls', which"):
+        sharegpt([turns[0], {"from": "gpt", "value": "", "tool_calls": [{"name": "f"}]}])
+
+
+def test_calls_in_both_forms_at_once_are_refused() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    both = ASSISTANT | {"function_call": call, "tool_calls": [{"type": "function", "function": call | {"name": "g"}}]}
+    with pytest.raises(UserError, match="message 2: has 'function_call' and 'tool_calls'"):
+        openai([USER, both])
+    assert "tool_calls" in openai([USER, both | {"tool_calls": []}]).messages[1]
+
+
 def test_sharegpt_s_form() -> None:
     call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
     found = sharegpt([HUMAN, call, {"from": "observation", "value": "2"}, GPT], system="s")

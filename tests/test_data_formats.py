@@ -118,6 +118,7 @@ def test_a_column_that_a_later_row_alone_has(tmp_path: Path) -> None:
         ({"text": "whole", "system": "s"}, "'system'"),
         ({"text": "whole", "context": "c", "id": 5}, "'context'"),
         ({"messages": CHAT, "documents": [], "images": []}, "'documents', 'images'"),
+        ({"messages": CHAT, "System": "s", "Tools": []}, "'System', 'Tools'"),
     ],
 )
 def test_what_may_be_meant_is_named(row: dict, named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -142,6 +142,17 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     assert load_records(str(tmp_path))["instruction"][:] == list("abcdefgh")
 
 
+def test_the_columns_of_a_folder_are_those_of_all_its_files(tmp_path: Path) -> None:
+    for name, more in (("a", {}), ("b", {"system": ["s"]})):
+        pandas.DataFrame({"output": ["x"], **more}).to_parquet(tmp_path / f"{name}.parquet")
+        pandas.DataFrame({"output": ["x"], **more}).to_csv(tmp_path / f"{name}.csv", index=False)
+    for kind in ("csv", "parquet"):
+        files = tuple(sorted(tmp_path.glob(f"*.{kind}")))
+        assert records.RecordSource("name", "--flag", files).columns() == ["output", "system"]
+    write(tmp_path / "c.jsonl", '{"output": "x", "history": []}')
+    assert records.RecordSource("name", "--flag", (*files, tmp_path / "c.jsonl")).columns() is None
+
+
 def test_a_folder_of_different_kinds_of_files(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", json_lines(ROWS[1:2]))
     write(tmp_path / "a.json", json.dumps(ROWS[:1]))

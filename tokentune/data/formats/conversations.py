@@ -19,6 +19,8 @@ SPEAKERS = {
 SHAREGPT_ROLES = SPEAKERS | {
     **{"function_call": "assistant", "observation": "tool", "tool": "tool", "function_response": "tool"},
 }
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TRAINED = ("train", "training", "loss")  # true or false: axolotl's and ms-swift's word for OpenAI's "weight"
 OPENAI_ROLES = {role: role for role in ROLES} | SPEAKERS | {"function": "tool"}  # "function": its older form
 
 
@@ -33,7 +35,8 @@ class Conversation(NamedTuple):
 def openai_conversation(value: Any, tools: Any, where: str, *, learn_from: int = 0, system: Any = None) -> Conversation:
     """A conversation in OpenAI's form.
 
-    An assistant's message with "weight" 0 is context only, as in OpenAI's fine-tuning data.
+    An assistant's message with "weight" 0 is context only, as in OpenAI's fine-tuning data; so is one whose "train",
+    "training" or "loss" is false.
 
     Args:
         value: a list of messages, or its JSON text (a CSV cell).
@@ -128,6 +131,8 @@ def _openai_message(message: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: unknown role {message['role']!r:.40}; known are {', '.join(ROLES)}.")
     # Some templates write "None" for a key that is there without a value.
     kept = {key: value for key, value in message.items() if value is not None} | {"role": role}
+    if kept.get("function_call") and kept.get("tool_calls"):
+        raise UserError(f"{where}: has 'function_call' and 'tool_calls', which mean the same. Keep one of them.")
     if "function_call" in kept and not kept.get("tool_calls"):  # OpenAI's older form of one call
         kept["tool_calls"] = [{"type": "function", "function": kept.pop("function_call")}]
     if kept.get("refusal") and "content" not in kept:
@@ -183,9 +188,13 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: unknown speaker {speaker!r:.40}; known are {', '.join(SHAREGPT_ROLES)}.")
     text = text_of(turn["value"], f"{where}: 'value'")
     message = {"role": role, "content": text}
-    if turn.get("weight") is not None:
-        message["weight"] = turn["weight"]
-    if speaker.lower() != "function_call":
+    kept = ("weight", *TRAINED, *THOUGHTS)
+    message |= {key: turn[key] for key in kept if turn.get(key) is not None}
+    if turn.get("tool_calls"):
+        raise UserError(
+            f"{where}: has 'tool_calls', which turns of 'from' and 'value' have not: --data_format messages."
+        )
+    if speaker.strip().lower() != "function_call":
         return message
     calls = _parsed(text, f"{where}: a function_call's 'value'")
     calls = calls if isinstance(calls, list) else [calls]
@@ -209,6 +218,8 @@ def _conversation(messages: list[dict], tools: Any, where: str, learn_from: int)
 
 
 def _weight(message: dict, where: str) -> bool:
+    if any(message.get(key) is False for key in TRAINED):
+        return False
     weight = message.get("weight", 1)
     if weight not in (0, 1):
         raise UserError(f"{where}: 'weight' is {weight!r:.40}; it can be 0 (context only) or 1 (learnt).")

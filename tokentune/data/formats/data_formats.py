@@ -203,7 +203,8 @@ def recognised(source: RecordSource, requested: str, *, whole: bool) -> str:
     if (kind, requested) == ("alpaca", "auto") and _has_turns(source, first, whole=whole):
         kind = "alpaca_chat"
     doubtful = (*PERHAPS_MEANT, *MEANT) if kind == "text" else PERHAPS_MEANT
-    if unread := [name for name in doubtful if name in columns]:
+    spelt_otherwise = [name for name in columns if name not in MEANT and name.lower() in MEANT]
+    if unread := [*(name for name in doubtful if name in columns), *spelt_otherwise]:
         logger.warning("%s: not read: the columns %s", source.where, listed(unread))
     return kind
 

@@ -75,8 +75,11 @@ class RecordSource:
         return "" if str(self.files[0]) == self.name else f" of {count:,} file{'s' * (count > 1)} ({names})"
 
     def columns(self) -> list[str] | None:
-        """The names of its columns; None where every row has names of its own (JSON)."""
-        return columns_of_file(self.files[0], self.flag) if self.table is None else self.table.column_names
+        """The names of its columns, of all files; None where every row has names of its own (JSON)."""
+        if self.table is not None:
+            return self.table.column_names
+        of_files = [columns_of_file(file, self.flag) for file in self.files]
+        return None if None in of_files else list(dict.fromkeys(name for names in of_files for name in names))
 
     def peek(self, columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         """The names of its columns, those of the first good row in JSON, and of that row the given columns.
