@@ -1,8 +1,14 @@
 """Many records at a time: the same rows as one by one, in order, in any number of processes."""
 
+import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.chat_tokenizers import CHATML, chat_tokenizer, without_marks
@@ -82,6 +88,61 @@ def test_an_error_comes_at_its_item_s_turn() -> None:
     with pytest.raises(UserError, match="number 150"):
         done.extend(iter(found.__next__, None))
     assert done == list(range(150))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed_is_told(number: int) -> None:
+    def function(item: int) -> int:
+        if item == CHUNKS_HERE + 3:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        return item
+
+    with pytest.raises(UserError, match="--tokenize_workers: a process that tokenizes was killed"):
+        list(ordered_map(function, range(CHUNKS_HERE + 100), 2))
+
+
+def test_a_process_that_is_killed_within_its_result_is_told() -> None:
+    def die_when_the_length_is_written() -> None:
+        process = psutil.Process()
+        begun = process.io_counters().write_chars
+        while process.io_counters().write_chars == begun:
+            pass
+        process.kill()
+
+    def function(item: int) -> bytes:
+        if item != CHUNKS_HERE + 3:
+            return b""
+        threading.Thread(target=die_when_the_length_is_written).start()
+        return bytes(2**26)
+
+    found = ordered_map(function, range(CHUNKS_HERE + 100), 2)
+    with pytest.raises(UserError, match="a process that tokenizes was killed"):
+        for _ in found:
+            pass
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    def function(item: int) -> int:
+        if item >= CHUNKS_HERE:
+            (tmp_path / str(os.getpid())).touch()
+            time.sleep(0.2)
+        return item
+
+    def start() -> None:
+        for item in ordered_map(function, range(1000), 2):
+            if item == CHUNKS_HERE + 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    starter = multiprocessing.get_context("fork").Process(target=start)
+    starter.start()
+    starter.join(30)
+    processes = [int(path.name) for path in tmp_path.iterdir()]
+    assert starter.exitcode == -signal.SIGKILL and processes
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(process) and psutil.Process(process).status() != "zombie" for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_chunks_and_workers() -> None:

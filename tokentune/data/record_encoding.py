@@ -6,8 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -157,6 +161,7 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
 
     Raises:
         Exception: what `function` raises, at its item's turn.
+        UserError: a process died.
     """
     items = iter(items)
     yield from map(function, items if workers < 2 else islice(items, CHUNKS_HERE))
@@ -165,24 +170,50 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
         return
     # Copies of a process with the tokenizer's threads must not use them: their locks may be held for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with multiprocessing.get_context("fork").Pool(workers, _install, (function,)) as pool:
-        waiting = deque(pool.apply_async(_apply, (item,)) for item in first)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _install, (function, os.getpid()))
+    others = multiprocessing.active_children()
+    waiting = deque(pool.submit(_apply, item) for item in first)
+    processes = [process for process in multiprocessing.active_children() if process not in others]
+    try:
         for item in items:
-            waiting.append(pool.apply_async(_apply, (item,)))
+            waiting.append(pool.submit(_apply, item))
             if len(waiting) > 4 * workers:  # as many as keep all busy; all items at once may not fit into memory
-                yield waiting.popleft().get()
+                yield _result(waiting.popleft(), processes)
         while waiting:
-            yield waiting.popleft().get()
+            yield _result(waiting.popleft(), processes)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "--tokenize_workers: a process that tokenizes was killed, perhaps for want of memory. Take fewer of them."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future, processes: Sequence[multiprocessing.Process]) -> Any:
+    while not wait([future], timeout=1).done:
+        # One that died within its result leaves the pool waiting for the rest of it, until all have ended.
+        if not all(process.is_alive() for process in processes):
+            for process in processes:
+                process.kill()
+    return future.result()
 
 
 _function: Callable[[Any], Any] | None = None  # of a worker process
 
 
-def _install(function: Callable[[Any], Any]) -> None:
+def _install(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's matter, and ends these
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent was killed: it would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _apply(item: Any) -> Any:
