@@ -157,3 +157,9 @@ def test_a_call_that_is_left_out_is_refused_though_its_name_stands_elsewhere(pla
     tools = TOOLS_GIVEN if place == "tools" else None
     with pytest.raises(UserError, match=r"row 1, message 2: the chat template leaves its call of 'weather' out"):
         encode(openai_conversation(chat, tools, "row 1"), "row 1")
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_nothing_is_said_of_messages_that_say_nothing(text: str) -> None:
+    chat = [{"role": "developer", "content": text}, Q, A, {"role": "tool", "content": text}, A]
+    assert notes(FEW_ROLES, chat) == []

@@ -374,3 +374,10 @@ def test_marks_of_which_one_answer_has_two_and_another_none(first: bool) -> None
     answers = [thoughtful | {"weight": 0}, silent] if first else [silent | {"weight": 0}, thoughtful]
     expected = ["<|im_end|>"] if first else ["hm|b<|im_end|>"]
     assert learnt(MARKED, [user("a"), answers[0], user("c"), answers[1]]) == expected
+
+
+@pytest.mark.parametrize("result", ["", " ", "<b>"])
+def test_a_result_without_words_within_the_assistant_s_turn_is_not_learnt(result: str) -> None:
+    chat = [user("a"), assistant("See.", tool_calls=[call()]), tool(result), assistant("b")]
+    assert learnt(RESULTS_WITHIN, chat) == ["<|call>weather{}<call|><|response>", "See.<turn|>", "b<turn|>"]
+    assert learnt(RESULT_LINES, chat) == ["See.@weather{}", "b<|end|>"]

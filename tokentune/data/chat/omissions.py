@@ -48,6 +48,8 @@ def _of_message(rendering: Rendering, index: int, left_out: list[Words], written
     conversation, nothing = rendering.conversation, not written
     message = conversation.messages[index]
     if message["role"] != "assistant":
+        if not message["content"].strip():
+            return
         what = f"{'' if nothing else 'a part of '}messages of the role {message['role']!r}"
         cure = (
             "; --system_in_user puts them in front of the user's" if message["role"] in ("system", "developer") else ""

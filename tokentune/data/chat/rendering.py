@@ -14,14 +14,14 @@ Templates are rendered by transformers, in Jinja's immutable sandbox: they see p
 import json
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tokentune.data.formats.conversations import Conversation
+from tokentune.data.formats.conversations import ROLES, Conversation
 from tokentune.errors import UserError
 from tokentune.sources import first_line
 
@@ -69,19 +69,19 @@ class MarkedMessages:
 
     Args:
         calls: names and arguments of tool calls too.
-        empty: also the place of an answer that says nothing.
+        empty: roles of which messages without words have a place too.
     """
 
-    def __init__(self, messages: list[dict[str, Any]], *, calls: bool, empty: bool) -> None:
+    def __init__(self, messages: list[dict[str, Any]], *, calls: bool, empty: Collection[str]) -> None:
         self.words: list[Words] = []
         self.messages = [self._message(index, message, calls, empty) for index, message in enumerate(messages)]
 
-    def _message(self, index: int, message: dict[str, Any], calls: bool, empty: bool) -> dict[str, Any]:
+    def _message(self, index: int, message: dict[str, Any], calls: bool, empty: Collection[str]) -> dict[str, Any]:
         begun = len(self.words)
         marked = {key: self._marked(message[key], index, key) for key in TEXTS if isinstance(message.get(key), str)}
         if calls and message.get("tool_calls"):
             marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
-        if empty and len(self.words) == begun and message["role"] == "assistant":  # nothing, white space or tags alone
+        if message["role"] in empty and len(self.words) == begun:  # nothing, white space or tags alone
             self.words.append(Words(index, "content", "", "", True))
             marked["content"] = self._between_marks(message["content"])
         return message | marked
@@ -212,7 +212,8 @@ class Rendering:
     def _find_words(self) -> None:
         if ANY_MARK.search(self.text):
             return
-        for calls, empty in ((True, True), (True, False), (False, False)):
+        # Templates that look whether a text is empty write something else around marks: without these, then.
+        for calls, empty in ((True, ROLES), (True, ("assistant",)), (True, ()), (False, ())):
             marked = MarkedMessages(self.messages, calls=calls, empty=empty)
             try:
                 text, places, written = read_marks(self._render(marked.messages)[0])
