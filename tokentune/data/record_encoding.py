@@ -178,9 +178,9 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
         for item in items:
             waiting.append(pool.submit(_apply, item))
             if len(waiting) > 4 * workers:  # as many as keep all busy; all items at once may not fit into memory
-                yield _result(waiting.popleft(), processes)
+                yield _result(waiting.popleft(), pool, processes)
         while waiting:
-            yield _result(waiting.popleft(), processes)
+            yield _result(waiting.popleft(), pool, processes)
     except BrokenProcessPool as error:
         raise UserError(
             "--tokenize_workers: a process that tokenizes was killed, perhaps for want of memory. Take fewer of them."
@@ -189,12 +189,15 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
         pool.shutdown(cancel_futures=True)
 
 
-def _result(future: Future, processes: Sequence[multiprocessing.Process]) -> Any:
+def _result(future: Future, pool: ProcessPoolExecutor, processes: Sequence[multiprocessing.Process]) -> Any:
     while not wait([future], timeout=1).done:
-        # One that died within its result leaves the pool waiting for the rest of it, until all have ended.
+        # One that died within its result leaves the pool waiting for the rest of it, which comes from nobody once all
+        # have ended and this process has closed its own end of the pipe (which the pool offers no other way to do).
         if not all(process.is_alive() for process in processes):
             for process in processes:
                 process.kill()
+            pool._result_queue._writer.close()
+            wait([future])
     return future.result()
 
 
