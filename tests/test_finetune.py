@@ -194,9 +194,7 @@ def test_verification_can_be_skipped(
 ) -> None:
     verified = []
     real = tokentune.api.verified_profile
-    monkeypatch.setattr(
-        tokentune.core.patching, "verified_profile", lambda model: verified.append(model) or real(model)
-    )
+    monkeypatch.setattr(tokentune.api, "verified_profile", lambda model: verified.append(model) or real(model))
     run(tiny_llama_dir, alpaca_file, tmp_path, "--tokentune --prefix_length 0.3" + " --skip_verification" * skip)
     assert bool(verified) is not skip
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeConfig, GptOssConfig, LlamaConfig
 
-from tokentune.core import fsdp as split_weights
 from tokentune.models.merging.folding import dequantize
 from tokentune.models.pretrained import load_base_model
 from tokentune.models.saved_types import hold_in, kept_in_float32
+from tokentune.training import split_saving as split_weights
 from tokentune.training.trainer import save_result
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -23,8 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokentune.memory.estimate_table import Request
-
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,7 +34,7 @@ from tokentune.cli.arguments import parse_arguments, settings_in_file
 from tokentune.cli.command import run_command
 from tokentune.core.profile import Profile
 from tokentune.errors import UnsupportedModelError, UserError
-from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
+from tokentune.memory.estimate_table import Request, Row, fits_card, in_gib, print_table, settings_of
 from tokentune.memory.footprint import Footprint, measure, profile_of
 from tokentune.memory.micro_batch import last_that_fits
 from tokentune.memory.presets import PRESETS, load_subject
