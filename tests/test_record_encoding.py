@@ -103,9 +103,12 @@ def test_a_process_that_is_killed_is_told(number: int) -> None:
 
 
 def test_a_process_that_is_killed_within_its_result_is_told() -> None:
+    watching = threading.Event()
+
     def die_when_the_length_is_written() -> None:
         process = psutil.Process()
         begun = process.io_counters().write_chars
+        watching.set()
         while process.io_counters().write_chars == begun:
             pass
         process.kill()
@@ -113,7 +116,8 @@ def test_a_process_that_is_killed_within_its_result_is_told() -> None:
     def function(item: int) -> bytes:
         if item != CHUNKS_HERE + 3:
             return b""
-        threading.Thread(target=die_when_the_length_is_written).start()
+        threading.Thread(target=die_when_the_length_is_written, daemon=True).start()
+        watching.wait()
         return bytes(2**26)
 
     found = ordered_map(function, range(CHUNKS_HERE + 100), 2)
