@@ -306,3 +306,10 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
         parse_arguments(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"tokentune {tokentune.__version__}\n"
+
+
+def test_as_many_processes_that_tokenize_as_there_can_be() -> None:
+    required = ["--model_name_or_path", "a/b", "--dataset_name_or_path", "c/d"]
+    assert parse_arguments([*required, "--tokenize_workers", "1"]).data.tokenize_workers == 1
+    with pytest.raises(UserError, match="--tokenize_workers 0: must be 1 or more"):
+        parse_arguments([*required, "--tokenize_workers", "0"])

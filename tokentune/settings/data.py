@@ -112,6 +112,10 @@ class DataArguments(RowsArguments):
         self._check_weights()
         self._check_choices()
         self._check_streaming()
+        require(
+            self.tokenize_workers is None or self.tokenize_workers >= 1,
+            f"--tokenize_workers {self.tokenize_workers}: must be 1 or more",
+        )
         if self.eval_fraction is not None:
             fraction = f"--eval_fraction {self.eval_fraction}"
             require(0 < self.eval_fraction < 1, f"{fraction}: give a share between 0 and 1, such as 0.05")
