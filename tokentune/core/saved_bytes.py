@@ -33,17 +33,19 @@ class SavedForBackward:
         self.bytes = 0
         self.bytes_by: Counter[str] = Counter()
         self._kind = kind
-        self._seen = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        # Held, as all that counts: a buffer that the forward pass replaces (rotary frequencies that follow the length)
+        # would be freed, and its address given to a storage that then did not count.
+        self._alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+        self._seen = {_address(tensor) for tensor in self._alive}
         self._counted: dict[int, tuple[int, str | None]] = {}  # address -> its bytes and kind
         self._model = model
         self._watch: Any = None
-        self._alive: list[Tensor] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         if _address(tensor) not in self._seen:
             self._seen.add(_address(tensor))
-            self._alive.append(tensor.detach())  # a freed storage's address could be given to another tensor
+            self._alive.append(tensor.detach())
             self._count(tensor, 1)
         return tensor
 
