@@ -279,6 +279,11 @@ def _writes_python(messages: list[dict[str, Any]], text: str) -> bool:
     )
 
 
+def last_words(message: dict) -> str:
+    """The end of what a message says: templates may trim it, and leave reasoning out or put it elsewhere."""
+    return message["content"].split("</think>")[-1].strip()[-20:]
+
+
 def _line(error: Exception) -> str:
     """ ", line 3" of the template; "" where the error does not tell."""
     if isinstance(error, TemplateSyntaxError):

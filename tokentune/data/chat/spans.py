@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, Place, Rendering
+from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, Place, Rendering, last_words
 from tokentune.data.prompts import common_prefix
 
 # What opens, or opens and closes, an answer's reasoning at the end of a generation prompt.
@@ -303,40 +303,6 @@ class SpanFinder:
         return Span(start, end, end)
 
 
-def generation_spans(rendering: Rendering) -> tuple[list[Span] | None, tuple[int, str] | None]:
-    """What the template marks by `{% generation %}`; None where that cannot be used, with a message's index and what is
-    wrong with the marks there, or None where only some answers are learnt and which marks are theirs is not told."""
-    messages, learnt = rendering.conversation.messages, rendering.conversation.learnt
-    ranges = sorted((start, end) for start, end in rendering.generation or () if start < end)
-    for place in rendering.places:
-        message = rendering.words[place.number].message
-        if messages[message]["role"] != "assistant" and any(start <= place.start < end for start, end in ranges):
-            return None, (message, "within")
-    assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if list(learnt) != assistants:
-        if len(ranges) != len(assistants):
-            return None, None
-        for index, (start, end) in zip(assistants, ranges, strict=True):
-            spoken = {rendering.words[p.number].message for p in rendering.places if start <= p.start < end}
-            if spoken - {index}:  # one answer has several marks, another none
-                return None, None
-        ranges = [ranges[assistants.index(i)] for i in learnt]
-    first = {place.number: place.start for place in reversed(rendering.places)}
-    for number, start in first.items():
-        message, key = rendering.words[number].message, rendering.words[number].key
-        if key == CALL_NAME and message in learnt and not any(begin <= start < end for begin, end in ranges):
-            return None, (message, "not within")
-    marked = "\0".join(rendering.text[start:end] for start, end in ranges)
-    position = 0
-    for index in learnt:
-        words = last_words(messages[index])
-        position = marked.find(words, position)
-        if position < 0:
-            return None, (index, "not within")
-        position += len(words)
-    return [Span(start, end, end) for start, end in ranges], None
-
-
 def ends_by_next_turn(rendering: Rendering, special: re.Pattern[str]) -> bool:
     """Whether a template writes nothing behind the answer of (question, answer, question) but the next turn's mark.
 
@@ -360,11 +326,6 @@ def _common_marks(a: str, b: str, special: re.Pattern[str]) -> int:
         if token.start() < common < token.end():  # two markers that begin alike
             common = token.start()
     return common
-
-
-def last_words(message: dict) -> str:
-    """The end of what a message says: templates may trim it, and leave reasoning out or put it elsewhere."""
-    return message["content"].split("</think>")[-1].strip()[-20:]
 
 
 def _begin(before: str, start: int, text: str) -> int:

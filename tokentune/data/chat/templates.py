@@ -13,9 +13,10 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tokentune.data.chat.generation_marks import generation_spans
 from tokentune.data.chat.omissions import omissions, refuse_call
 from tokentune.data.chat.rendering import Rendering
-from tokentune.data.chat.spans import Span, SpanFinder, ends_by_next_turn, generation_spans
+from tokentune.data.chat.spans import Span, SpanFinder, ends_by_next_turn
 from tokentune.data.encoding import Notes, TokenRow, trimmed_offsets
 from tokentune.data.formats.conversations import Conversation, system_in_user
 from tokentune.errors import UserError
