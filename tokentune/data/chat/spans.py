@@ -16,6 +16,7 @@ A message's place holds exactly or is not found; then the row is refused, never 
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from tokentune.data.prompts import common_prefix
 REASONING_TAG = r"[<\[][/|]?(?:think|thought|reason)\w*[/|]?[>\]]"
 REASONING_OPENED = re.compile(rf"(?:{REASONING_TAG}\s*)+\Z", re.IGNORECASE)
 EMPTY_REASONING = re.compile(rf"(?:{REASONING_TAG}\s*{REASONING_TAG})?", re.IGNORECASE)
+
+PROBE = "\ue000"  # an answer of one private-use character
 
 
 class Span(NamedTuple):
@@ -83,10 +86,16 @@ class SpanFinder:
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
         self.text = rendering.text
         self._prompts: dict[tuple, tuple[str, bool] | None] = {}
-        self._headers: dict[tuple, tuple[str, bool]] = {}
+        self._call_starts: dict[tuple, int] = {}  # characters before a call that are not its own
+        self._headers: dict[tuple, list[tuple[list[str], bool]]] = {}
+        self._wordless: dict[tuple, tuple[int, int]] = {}
         self._repeated: set[int] = set()  # messages whose words stand in the rendering twice
+        self._again: list[Place] = []  # where words come again
+        self._with_words = {words.message for words in rendering.words}
         self._runs: dict[int, list[Run]] = {}
-        for run in self._all_runs():
+        self._first: dict[Place | None, Run] = {}  # by the first place of a run
+        for place, run in self._all_runs():
+            self._first[place] = run
             self._runs.setdefault(run.message, []).append(run)
 
     def spans(self) -> list[Span]:
@@ -121,7 +130,7 @@ class SpanFinder:
 
     # ---- words of messages, in the order of the rendering ------------------------------------------------------------
 
-    def _all_runs(self) -> list[Run]:
+    def _all_runs(self) -> list[tuple[Place, Run]]:
         words, text = self.rendering.words, self.text
         places, seen, preceding, before = [], set(), {}, None
         for place in self.rendering.places:
@@ -130,6 +139,7 @@ class SpanFinder:
             if place.number in seen and self.rendering.conversation.messages[message]["role"] == "assistant":
                 # A call's name may come again in its result's header; an answer that comes twice has no one place.
                 self._repeated |= {message} if key == "content" else set()
+                self._again.append(place)
                 continue
             seen.add(place.number)
             places.append(place)
@@ -138,17 +148,20 @@ class SpanFinder:
         first = {message: n for n, message in reversed(list(enumerate(of_message)))}
         last = {message: n for n, message in enumerate(of_message)}
         return [
-            Run(
-                message=message,
-                begin=_begin(words[group[0].number].before, group[0].start, text),
-                start=group[0].start,
-                end=group[-1].end,
-                previous=preceding[group[0]],
-                following=grouped[n + 1][0] if n + 1 < len(grouped) else None,
-                last_words=group[-1].number,
-                opens=first[message] == n,
-                closes=last[message] == n,
-                calls=self._is_call(group[0].number),
+            (
+                group[0],
+                Run(
+                    message=message,
+                    begin=_begin(words[group[0].number].before, group[0].start, text),
+                    start=group[0].start,
+                    end=group[-1].end,
+                    previous=preceding[group[0]],
+                    following=grouped[n + 1][0] if n + 1 < len(grouped) else None,
+                    last_words=group[-1].number,
+                    opens=first[message] == n,
+                    closes=last[message] == n,
+                    calls=self._is_call(group[0].number),
+                ),
             )
             for n, (message, group) in enumerate(zip(of_message, grouped, strict=True))
         ]
@@ -182,27 +195,29 @@ class SpanFinder:
 
     def _behind_answer_header(self, run: Run) -> int:
         """Where a call begins, of which only names and arguments are marked: where a text would, were it no call."""
-        text = self.rendering.beginning(run.message, answer="\ue000")
-        before = None if text is None or text[0].count("\ue000") != 1 else text[0].partition("\ue000")[0]
-        if before is not None:
-            places = [place for place in text[1] if place.end <= len(before)]
-            header = before[self._ends(places[-1] if places else None, before)[0] :]
-            start = self._behind(header, run)
-            if start is not None:
-                return start
-        raise self.rendering.hidden(run.message)
+        position = self._ends(run.previous)[0]
+        key = (*self._kind(run), self.text[position : run.start])
+        if key not in self._call_starts:
+            header = self._answer_header(run.message)
+            start = None if header is None else self._behind(header, run) if header else position
+            if start is None:
+                raise self.rendering.hidden(run.message)
+            self._call_starts[key] = start - position
+        return position + self._call_starts[key]
+
+    def _answer_header(self, index: int) -> str | None:
+        """What the template writes between the last words before a message and an answer of one character there."""
+        text = self.rendering.beginning(index, answer=PROBE)
+        if text is None or text[0].count(PROBE) != 1:
+            return None
+        before = text[0].partition(PROBE)[0]
+        places = [place for place in text[1] if place.end <= len(before)]
+        return before[self._ends(places[-1] if places else None, before)[0] :]
 
     def _prompt(self, run: Run) -> tuple[str, bool] | None:
         """What stands between the words before an answer and where the model begins to write, and whether it holds a
         generation prompt: of the first answer that follows words and a message of this kind."""
-        messages, words = self.rendering.conversation.messages, self.rendering.words
-        asked = messages[run.message - 1]
-        before = None if run.previous is None else words[run.previous.number]
-        spoke = None if before is None else (messages[before.message]["role"], before.key)
-        # Of messages between that have no words, no place tells what the template writes of each.
-        silent = [n for n in range(before.message + 1 if before else 0, run.message) if n not in self._runs]
-        written = tuple((messages[n]["role"], messages[n]["content"], str(messages[n].get("name"))) for n in silent)
-        key = (asked["role"], "tool_calls" in asked, spoke, written)
+        key = self._kind(run)
         if key not in self._prompts:
             self._prompts[key] = None
             with_prompt = self.rendering.beginning(run.message, generation_prompt=True)
@@ -212,6 +227,22 @@ class SpanFinder:
                 position = self._ends(places[-1] if places else None, text)[0]
                 self._prompts[key] = text[position:], without is None or text != without[0]
         return self._prompts[key]
+
+    def _kind(self, run: Run) -> tuple:
+        """What decides how the template leads over to an answer: the message and the words before it."""
+        messages, words = self.rendering.conversation.messages, self.rendering.words
+        asked = messages[run.message - 1]
+        before = None if run.previous is None else words[run.previous.number]
+        spoke = None if before is None else (messages[before.message]["role"], before.key)
+        # Of messages between that have no words, no place tells what the template writes of each.
+        silent = [n for n in range(before.message + 1 if before else 0, run.message) if n not in self._runs]
+        return asked["role"], "tool_calls" in asked, spoke, tuple(map(self._said, silent))
+
+    def _said(self, index: int) -> tuple[str, str | None, str]:
+        """Of a message without a place: its text where that could be written, None where the template leaves it out."""
+        message = self.rendering.conversation.messages[index]
+        left_out = index in self._with_words
+        return message["role"], None if left_out else message["content"], str(message.get("name"))
 
     def _ends(self, place: Place | None, text: str | None = None) -> list[int]:
         """Where the words end: with the white space that the message has after them, if that is there, and without."""
@@ -227,21 +258,41 @@ class SpanFinder:
         """Where what the message says ends, and where its turn does."""
         text, following = self.text, run.following
         limit = len(text) if following is None else following.start
+        answered = following is not None and self._role(following) == "assistant"
         if run.closes and following is None and run.message == len(self.rendering.messages) - 1:
             length, exact = limit - run.end, True
         else:
             length, exact = self._tail(run, limit)
+            limit = self._begins_at(following, limit)
+            length = min(length, limit - run.end)
         tail = text[run.end : run.end + length].rstrip()
         end = run.end + len(tail)
         content_end = end if exact else run.end
         if self.eos and text.startswith(self.eos, end):  # of templates that end a turn where the next one begins
             end += len(self.eos)
-        elif not tail or not run.closes or (self._is_call(run.last_words) and self.unended()):
+        elif self._ended_by_next_mark(run, answered, tail):
             gap = text[end:limit]
             mark = self.special.match(text, end + len(gap) - len(gap.lstrip()), limit)
             if mark is not None and mark[0] != self.bos:
                 end = mark.end()
         return content_end, end
+
+    def _begins_at(self, following: Place | None, limit: int) -> int:
+        """Where the next words' turn begins, if that is another answer: what the model writes for it is its own."""
+        run = self._first.get(following)
+        if run is None or not run.opens or self._role(following) != "assistant":
+            return limit
+        return self._start(run)
+
+    def _ended_by_next_mark(self, run: Run, answered: bool, tail: str) -> bool:
+        """Whether the special token behind the run is its end: the next turn's, or a tool's within the turn."""
+        if tail and run.closes:
+            return self._is_call(run.last_words) and self.unended()
+        # Between two answers, it opens the next one.
+        return not (answered and run.closes and not self._is_call(run.last_words)) or self.unended()
+
+    def _role(self, place: Place) -> str:
+        return self.rendering.conversation.messages[self.rendering.words[place.number].message]["role"]
 
     def _is_call(self, number: int) -> bool:
         return self.rendering.words[number].key in (CALL_NAME, CALL_ARGUMENTS)
@@ -249,22 +300,40 @@ class SpanFinder:
     def _tail(self, run: Run, limit: int) -> tuple[int, bool]:
         """Characters behind the words that belong to the message, and whether they are written alike when nothing
         follows it. `limit`: where the words of the next message begin."""
-        messages, words, text = self.rendering.conversation.messages, self.rendering.words, self.text
-        following = run.following
-        role = None if following is None else messages[words[following.number].message]["role"]
-        key = ("tool_calls" in messages[run.message], run.closes, role)
+        words, text, following = self.rendering.words, self.text, run.following
+        role = None if following is None else self._role(following)
+        key = ("tool_calls" in self.rendering.conversation.messages[run.message], run.closes, role)
         begin = limit if following is None else _begin(words[following.number].before, limit, text)
-        if key in self._headers:
-            header, exact = self._headers[key]
+        for pieces, exact in self._headers.setdefault(key, []):
             for end in (begin, limit):
+                header = self._header(pieces, run.end, end)
                 if text.endswith(header, run.end, end):
                     return end - len(header) - run.end, exact
         gap = text[run.end : begin]
         alone = self._written_alone(run)
         exact = gap.startswith(alone)
         length = len(alone) if exact else self._common(gap, alone)
-        self._headers.setdefault(key, (gap[length:], exact))
+        self._headers[key].append((self._pieces(run.end + length, begin), exact))
         return length, exact
+
+    def _names(self, start: int, end: int) -> list[Place]:
+        """The places of words that come again: the name of the call in its result's header."""
+        begun, ended = (bisect_left(self._again, position, key=lambda place: place.start) for position in (start, end))
+        return self._again[begun:ended]
+
+    def _pieces(self, start: int, end: int) -> list[str]:
+        """The text without the words that come again, cut there."""
+        pieces = []
+        for place in self._names(start, end):
+            pieces.append(self.text[start : place.start])
+            start = place.end
+        return [*pieces, self.text[start:end]]
+
+    def _header(self, pieces: list[str], start: int, end: int) -> str:
+        """The pieces around the last words that come again in this part of the rendering."""
+        names = self._names(start, end)[-(len(pieces) - 1) or end :]
+        filled = [self.text[place.start : place.end] for place in names]
+        return pieces[0] + "".join(name + piece for name, piece in zip(filled, pieces[1:], strict=False))
 
     def _written_alone(self, run: Run) -> str:
         """What the template writes behind the words when no message follows."""
@@ -292,15 +361,50 @@ class SpanFinder:
 
     def _by_beginnings(self, index: int) -> Span:
         """The span of a message of which no words are marked: it has none, or marks change what the template writes."""
+        around = self._around(index)
+        if around is None:
+            start, end = self._measured(index)
+            return Span(start, end, end)
+        position, key = around
+        if key not in self._wordless:
+            start, end = self._measured(index)
+            self._wordless[key] = start - position, end - position
+        start, end = (position + offset for offset in self._wordless[key])
+        return Span(start, end, end)
+
+    def _around(self, index: int) -> tuple[int, tuple] | None:
+        """Where the words before a message end; and what decides its place behind them, equal for equal stretches of
+        messages without words. None where words do not stand before and behind it in this order."""
+        messages = self.rendering.conversation.messages
+        first, last = index, index + 1
+        while first > 0 and first - 1 not in self._runs:
+            first -= 1
+        while last < len(messages) and last not in self._runs:
+            last += 1
+        if first == 0 or last == len(messages):
+            return None
+        begin, end = self._runs[first - 1][-1].end, self._runs[last][0].start
+        if begin > end:
+            return None
+        ends = [(messages[n]["role"], "tool_calls" in messages[n]) for n in (first - 1, last)]
+        return begin, (index - first, self.text[begin:end], *ends, *map(self._said, range(first, last)))
+
+    def _measured(self, index: int) -> tuple[int, int]:
+        """Where a message begins and ends, by the conversation up to it."""
         rendering, text = self.rendering, self.text
+        before = rendering.beginning(index) if index else None
         prompt = rendering.beginning(index, generation_prompt=True) if index else None
+        if prompt is not None and before is not None and prompt[0] == before[0]:
+            # No generation prompt: an answer of one character tells where the header ends.
+            probe = rendering.beginning(index, answer=PROBE)
+            prompt = None if probe is None or probe[0].count(PROBE) != 1 else probe[0].partition(PROBE)
         until = rendering.beginning(index + 1)
         if prompt is None or until is None or not text.startswith(prompt[0]) or not text.startswith(until[0]):
             raise rendering.hidden(index)
         start, end = len(prompt[0]), len(until[0].rstrip())
         if start > end or last_words(rendering.conversation.messages[index]) not in text[start:end]:
             raise rendering.hidden(index)
-        return Span(start, end, end)
+        return start, end
 
 
 def ends_by_next_turn(rendering: Rendering, special: re.Pattern[str]) -> bool:
