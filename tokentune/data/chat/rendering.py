@@ -155,14 +155,15 @@ class Rendering:
             self.template = tokenizer.get_chat_template(None, conversation.tools)
         except ValueError as error:
             raise UserError(f"the tokenizer's chat template cannot be used: {first_line(error)}") from error
-        marks = GENERATION_MARK.search(self.template) is not None
-        self.messages = conversation.messages
-        self.text, ranges = self._whole(marks)
-        self.generation = ranges if marks else None
-        self.words: list[Words] = []
-        self.places: list[Place] = []
-        self.written: set[int] | None = None
-        self._find_words()
+        try:
+            if self._read(parts=False):
+                return
+        except UserError:
+            if not self._read_as_parts():
+                raise
+        else:
+            if not self._read_as_parts():
+                self._read(parts=False)
 
     def beginning(
         self, messages: int, *, generation_prompt: bool = False, answer: str | None = None
@@ -188,6 +189,34 @@ class Rendering:
             "cannot be told from the rest. Give a template that marks the assistant's text with {% generation %} "
             "({% endgeneration %}): --chat_template."
         )
+
+    def _read(self, *, parts: bool) -> bool:
+        """Renders and marks the conversation. Whether the template writes any message's content, as far as marks tell.
+
+        Args:
+            parts: content is given as a list of parts, which some templates (of vision models) take alone.
+        """
+        self._parts = parts
+        self.messages = self.conversation.messages
+        marks = GENERATION_MARK.search(self.template) is not None
+        self.text, ranges = self._whole(marks)
+        self.generation = ranges if marks else None
+        self.words: list[Words] = []
+        self.places: list[Place] = []
+        self.written: set[int] | None = None
+        self._find_words()
+        content = {number for number, words in enumerate(self.words) if words.key == "content"}
+        return self.written is None or not content or bool(content & self.written)
+
+    def _read_as_parts(self) -> bool:
+        """Whether the template takes content in parts, and writes its text rather than the parts as JSON or Python."""
+        try:
+            written = self._read(parts=True) and self.written is not None
+        except UserError:
+            return False
+        parts = [message["content"][0] for message in _contents_as_parts(self.conversation.messages)]
+        forms = (form for part in parts for form in (str(part), json.dumps(part, ensure_ascii=False)))
+        return written and not any(form in self.text for form in forms)
 
     def _whole(self, marks: bool) -> tuple[str, list[tuple[int, int]]]:
         """With the arguments of calls as objects or as JSON text, whichever the template takes."""
@@ -228,7 +257,7 @@ class Rendering:
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
             texts, ranges = render_jinja_template(
-                conversations=[messages],
+                conversations=[_contents_as_parts(messages) if self._parts else messages],
                 tools=self.conversation.tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=marks,
@@ -247,6 +276,11 @@ def call_arguments(messages: list[dict[str, Any]]) -> list[Any]:
     """The arguments of all calls."""
     calls = (call.get("function", call) for message in messages for call in message.get("tool_calls", ()))
     return [call.get("arguments") for call in calls]
+
+
+def _contents_as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each text as a list of one part (OpenAI's form)."""
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def _calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
