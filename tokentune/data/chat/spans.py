@@ -258,19 +258,18 @@ class SpanFinder:
         """Where what the message says ends, and where its turn does."""
         text, following = self.text, run.following
         limit = len(text) if following is None else following.start
-        answered = following is not None and self._role(following) == "assistant"
         if run.closes and following is None and run.message == len(self.rendering.messages) - 1:
             length, exact = limit - run.end, True
         else:
             length, exact = self._tail(run, limit)
             limit = self._begins_at(following, limit)
-            length = min(length, limit - run.end)
+            length = max(min(length, limit - run.end), 0)
         tail = text[run.end : run.end + length].rstrip()
         end = run.end + len(tail)
         content_end = end if exact else run.end
         if self.eos and text.startswith(self.eos, end):  # of templates that end a turn where the next one begins
             end += len(self.eos)
-        elif self._ended_by_next_mark(run, answered, tail):
+        elif not tail or not run.closes or (self._is_call(run.last_words) and self.unended()):
             gap = text[end:limit]
             mark = self.special.match(text, end + len(gap) - len(gap.lstrip()), limit)
             if mark is not None and mark[0] != self.bos:
@@ -278,18 +277,23 @@ class SpanFinder:
         return content_end, end
 
     def _begins_at(self, following: Place | None, limit: int) -> int:
-        """Where the next words' turn begins, if that is another answer: what the model writes for it is its own."""
+        """Where the next words' turn begins, if that is another answer: neither what the model writes for it nor the
+        generation prompt before it ends this one."""
         run = self._first.get(following)
         if run is None or not run.opens or self._role(following) != "assistant":
             return limit
-        return self._start(run)
+        start, prompt = self._start(run), self._generation_prompt()
+        return start - len(prompt) * (self.text.endswith(prompt, 0, start) and not self.unended())
 
-    def _ended_by_next_mark(self, run: Run, answered: bool, tail: str) -> bool:
-        """Whether the special token behind the run is its end: the next turn's, or a tool's within the turn."""
-        if tail and run.closes:
-            return self._is_call(run.last_words) and self.unended()
-        # Between two answers, it opens the next one.
-        return not (answered and run.closes and not self._is_call(run.last_words)) or self.unended()
+    def _generation_prompt(self) -> str:
+        """What the generation prompt adds to the first message of a user."""
+        users = [n for n, message in enumerate(self.rendering.messages) if message["role"] == "user"]
+        if not users:
+            return ""
+        without = self.rendering.beginning(users[0] + 1)
+        prompt = self.rendering.beginning(users[0] + 1, generation_prompt=True)
+        added = prompt is not None and without is not None and prompt[0].startswith(without[0])
+        return prompt[0][len(without[0]) :] if added else ""
 
     def _role(self, place: Place) -> str:
         return self.rendering.conversation.messages[self.rendering.words[place.number].message]["role"]
