@@ -16,22 +16,20 @@ A message's place holds exactly or is not found; then the row is refused, never 
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from itertools import groupby
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, Place, Rendering, last_words
+from tokentune.data.chat.rendering import Place, Rendering
+from tokentune.data.chat.runs import Run, Runs, begin_with_space
+from tokentune.data.chat.wordless import PROBE, WordlessMessages
 from tokentune.data.prompts import common_prefix
 
 # What opens, or opens and closes, an answer's reasoning at the end of a generation prompt.
 REASONING_TAG = r"[<\[][/|]?(?:think|thought|reason)\w*[/|]?[>\]]"
 REASONING_OPENED = re.compile(rf"(?:{REASONING_TAG}\s*)+\Z", re.IGNORECASE)
 EMPTY_REASONING = re.compile(rf"(?:{REASONING_TAG}\s*{REASONING_TAG})?", re.IGNORECASE)
-
-PROBE = "\ue000"  # an answer of one private-use character
 
 
 class Span(NamedTuple):
@@ -40,31 +38,6 @@ class Span(NamedTuple):
     start: int
     content_end: int
     end: int
-
-
-class Run(NamedTuple):
-    """Words of one message with no other message's between them.
-
-    Attributes:
-        message: its index.
-        begin: first character, white space of the message included.
-        start, end: its words.
-        previous, following: the places before and behind them, of other messages; None at an end of the rendering.
-        last_words: number of the last ones.
-        opens, closes: the message's first and last run.
-        calls: the first words are those of a call.
-    """
-
-    message: int
-    begin: int
-    start: int
-    end: int
-    previous: Place | None
-    following: Place | None
-    last_words: int
-    opens: bool
-    closes: bool
-    calls: bool
 
 
 class SpanFinder:
@@ -88,15 +61,8 @@ class SpanFinder:
         self._prompts: dict[tuple, tuple[str, bool] | None] = {}
         self._call_starts: dict[tuple, int] = {}  # characters before a call that are not its own
         self._headers: dict[tuple, list[tuple[list[str], bool]]] = {}
-        self._wordless: dict[tuple, tuple[int, int]] = {}
-        self._repeated: set[int] = set()  # messages whose words stand in the rendering twice
-        self._again: list[Place] = []  # where words come again
-        self._with_words = {words.message for words in rendering.words}
-        self._runs: dict[int, list[Run]] = {}
-        self._first: dict[Place | None, Run] = {}  # by the first place of a run
-        for place, run in self._all_runs():
-            self._first[place] = run
-            self._runs.setdefault(run.message, []).append(run)
+        self.runs = Runs(rendering)
+        self._wordless = WordlessMessages(self.runs)
 
     def spans(self) -> list[Span]:
         """In order, apart from one another.
@@ -115,56 +81,19 @@ class SpanFinder:
 
     def _of_message(self, index: int) -> Iterator[Span]:
         rendering = self.rendering
-        if index in self._repeated:
+        if index in self.runs.repeated:
             raise rendering.hidden(index)
-        runs = self._runs.get(index)
+        runs = self.runs.of_message.get(index)
         if runs is None:
-            yield self._by_beginnings(index)
+            start, end = self._wordless.place(index)
+            yield Span(start, end, end)
             return
-        asked = self._runs.get(index - 1)
+        asked = self.runs.of_message.get(index - 1)
         if asked is not None and asked[0].start > runs[0].start:  # what is answered has to stand before the answer
             raise rendering.hidden(index)
         for run in runs:
             start = self._start(run)
             yield Span(start, *self._end(run))
-
-    # ---- words of messages, in the order of the rendering ------------------------------------------------------------
-
-    def _all_runs(self) -> list[tuple[Place, Run]]:
-        words, text = self.rendering.words, self.text
-        places, seen, preceding, before = [], set(), {}, None
-        for place in self.rendering.places:
-            preceding[place], before = before, place
-            message, key = words[place.number].message, words[place.number].key
-            if place.number in seen and self.rendering.conversation.messages[message]["role"] == "assistant":
-                # A call's name may come again in its result's header; an answer that comes twice has no one place.
-                self._repeated |= {message} if key == "content" else set()
-                self._again.append(place)
-                continue
-            seen.add(place.number)
-            places.append(place)
-        grouped = [list(group) for _, group in groupby(places, key=lambda place: words[place.number].message)]
-        of_message = [words[group[0].number].message for group in grouped]
-        first = {message: n for n, message in reversed(list(enumerate(of_message)))}
-        last = {message: n for n, message in enumerate(of_message)}
-        return [
-            (
-                group[0],
-                Run(
-                    message=message,
-                    begin=_begin(words[group[0].number].before, group[0].start, text),
-                    start=group[0].start,
-                    end=group[-1].end,
-                    previous=preceding[group[0]],
-                    following=grouped[n + 1][0] if n + 1 < len(grouped) else None,
-                    last_words=group[-1].number,
-                    opens=first[message] == n,
-                    closes=last[message] == n,
-                    calls=self._is_call(group[0].number),
-                ),
-            )
-            for n, (message, group) in enumerate(zip(of_message, grouped, strict=True))
-        ]
 
     # ---- where an answer begins --------------------------------------------------------------------------------------
 
@@ -235,14 +164,8 @@ class SpanFinder:
         before = None if run.previous is None else words[run.previous.number]
         spoke = None if before is None else (messages[before.message]["role"], before.key)
         # Of messages between that have no words, no place tells what the template writes of each.
-        silent = [n for n in range(before.message + 1 if before else 0, run.message) if n not in self._runs]
-        return asked["role"], "tool_calls" in asked, spoke, tuple(map(self._said, silent))
-
-    def _said(self, index: int) -> tuple[str, str | None, str]:
-        """Of a message without a place: its text where that could be written, None where the template leaves it out."""
-        message = self.rendering.conversation.messages[index]
-        left_out = index in self._with_words
-        return message["role"], None if left_out else message["content"], str(message.get("name"))
+        silent = [n for n in range(before.message + 1 if before else 0, run.message) if n not in self.runs.of_message]
+        return asked["role"], "tool_calls" in asked, spoke, tuple(map(self.runs.said, silent))
 
     def _ends(self, place: Place | None, text: str | None = None) -> list[int]:
         """Where the words end: with the white space that the message has after them, if that is there, and without."""
@@ -269,7 +192,7 @@ class SpanFinder:
         content_end = end if exact else run.end
         if self.eos and text.startswith(self.eos, end):  # of templates that end a turn where the next one begins
             end += len(self.eos)
-        elif not tail or not run.closes or (self._is_call(run.last_words) and self.unended()):
+        elif not tail or not run.closes or (self.runs.is_call(run.last_words) and self.unended()):
             gap = text[end:limit]
             mark = self.special.match(text, end + len(gap) - len(gap.lstrip()), limit)
             if mark is not None and mark[0] != self.bos:
@@ -279,8 +202,8 @@ class SpanFinder:
     def _begins_at(self, following: Place | None, limit: int) -> int:
         """Where the next words' turn begins, if that is another answer: neither what the model writes for it nor the
         generation prompt before it ends this one."""
-        run = self._first.get(following)
-        if run is None or not run.opens or self._role(following) != "assistant":
+        run = self.runs.first.get(following)
+        if run is None or not run.opens or self.runs.role(following) != "assistant":
             return limit
         start, prompt = self._start(run), self._generation_prompt()
         return start - len(prompt) * (self.text.endswith(prompt, 0, start) and not self.unended())
@@ -295,49 +218,24 @@ class SpanFinder:
         added = prompt is not None and without is not None and prompt[0].startswith(without[0])
         return prompt[0][len(without[0]) :] if added else ""
 
-    def _role(self, place: Place) -> str:
-        return self.rendering.conversation.messages[self.rendering.words[place.number].message]["role"]
-
-    def _is_call(self, number: int) -> bool:
-        return self.rendering.words[number].key in (CALL_NAME, CALL_ARGUMENTS)
-
     def _tail(self, run: Run, limit: int) -> tuple[int, bool]:
         """Characters behind the words that belong to the message, and whether they are written alike when nothing
         follows it. `limit`: where the words of the next message begin."""
         words, text, following = self.rendering.words, self.text, run.following
-        role = None if following is None else self._role(following)
+        role = None if following is None else self.runs.role(following)
         key = ("tool_calls" in self.rendering.conversation.messages[run.message], run.closes, role)
-        begin = limit if following is None else _begin(words[following.number].before, limit, text)
+        begin = limit if following is None else begin_with_space(words[following.number].before, limit, text)
         for pieces, exact in self._headers.setdefault(key, []):
             for end in (begin, limit):
-                header = self._header(pieces, run.end, end)
-                if text.endswith(header, run.end, end):
+                header = self.runs.header(pieces, run.end, end)
+                if header is not None and text.endswith(header, run.end, end):
                     return end - len(header) - run.end, exact
         gap = text[run.end : begin]
         alone = self._written_alone(run)
         exact = gap.startswith(alone)
         length = len(alone) if exact else self._common(gap, alone)
-        self._headers[key].append((self._pieces(run.end + length, begin), exact))
+        self._headers[key].append((self.runs.pieces(run.end + length, begin), exact))
         return length, exact
-
-    def _names(self, start: int, end: int) -> list[Place]:
-        """The places of words that come again: the name of the call in its result's header."""
-        begun, ended = (bisect_left(self._again, position, key=lambda place: place.start) for position in (start, end))
-        return self._again[begun:ended]
-
-    def _pieces(self, start: int, end: int) -> list[str]:
-        """The text without the words that come again, cut there."""
-        pieces = []
-        for place in self._names(start, end):
-            pieces.append(self.text[start : place.start])
-            start = place.end
-        return [*pieces, self.text[start:end]]
-
-    def _header(self, pieces: list[str], start: int, end: int) -> str:
-        """The pieces around the last words that come again in this part of the rendering."""
-        names = self._names(start, end)[-(len(pieces) - 1) or end :]
-        filled = [self.text[place.start : place.end] for place in names]
-        return pieces[0] + "".join(name + piece for name, piece in zip(filled, pieces[1:], strict=False))
 
     def _written_alone(self, run: Run) -> str:
         """What the template writes behind the words when no message follows."""
@@ -360,55 +258,6 @@ class SpanFinder:
             first = self.special.match(gap, len(gap) - len(gap.lstrip()))
             common = first.end() if first else common
         return common
-
-    # ---- without words -----------------------------------------------------------------------------------------------
-
-    def _by_beginnings(self, index: int) -> Span:
-        """The span of a message of which no words are marked: it has none, or marks change what the template writes."""
-        around = self._around(index)
-        if around is None:
-            start, end = self._measured(index)
-            return Span(start, end, end)
-        position, key = around
-        if key not in self._wordless:
-            start, end = self._measured(index)
-            self._wordless[key] = start - position, end - position
-        start, end = (position + offset for offset in self._wordless[key])
-        return Span(start, end, end)
-
-    def _around(self, index: int) -> tuple[int, tuple] | None:
-        """Where the words before a message end; and what decides its place behind them, equal for equal stretches of
-        messages without words. None where words do not stand before and behind it in this order."""
-        messages = self.rendering.conversation.messages
-        first, last = index, index + 1
-        while first > 0 and first - 1 not in self._runs:
-            first -= 1
-        while last < len(messages) and last not in self._runs:
-            last += 1
-        if first == 0 or last == len(messages):
-            return None
-        begin, end = self._runs[first - 1][-1].end, self._runs[last][0].start
-        if begin > end:
-            return None
-        ends = [(messages[n]["role"], "tool_calls" in messages[n]) for n in (first - 1, last)]
-        return begin, (index - first, self.text[begin:end], *ends, *map(self._said, range(first, last)))
-
-    def _measured(self, index: int) -> tuple[int, int]:
-        """Where a message begins and ends, by the conversation up to it."""
-        rendering, text = self.rendering, self.text
-        before = rendering.beginning(index) if index else None
-        prompt = rendering.beginning(index, generation_prompt=True) if index else None
-        if prompt is not None and before is not None and prompt[0] == before[0]:
-            # No generation prompt: an answer of one character tells where the header ends.
-            probe = rendering.beginning(index, answer=PROBE)
-            prompt = None if probe is None or probe[0].count(PROBE) != 1 else probe[0].partition(PROBE)
-        until = rendering.beginning(index + 1)
-        if prompt is None or until is None or not text.startswith(prompt[0]) or not text.startswith(until[0]):
-            raise rendering.hidden(index)
-        start, end = len(prompt[0]), len(until[0].rstrip())
-        if start > end or last_words(rendering.conversation.messages[index]) not in text[start:end]:
-            raise rendering.hidden(index)
-        return start, end
 
 
 def ends_by_next_turn(rendering: Rendering, special: re.Pattern[str]) -> bool:
@@ -434,8 +283,3 @@ def _common_marks(a: str, b: str, special: re.Pattern[str]) -> int:
         if token.start() < common < token.end():  # two markers that begin alike
             common = token.start()
     return common
-
-
-def _begin(before: str, start: int, text: str) -> int:
-    """Where words begin that have this white space before them, if it stands in the rendering."""
-    return start - len(before) if text.endswith(before, 0, start) else start
