@@ -1,5 +1,6 @@
 """Calls, results of tools, reasoning and ends of turns: what of them is learnt, in templates of several kinds."""
 
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -381,3 +382,119 @@ def test_a_result_without_words_within_the_assistant_s_turn_is_not_learnt(result
     chat = [user("a"), assistant("See.", tool_calls=[call()]), tool(result), assistant("b")]
     assert learnt(RESULTS_WITHIN, chat) == ["<|call>weather{}<call|><|response>", "See.<turn|>", "b<turn|>"]
     assert learnt(RESULT_LINES, chat) == ["See.@weather{}", "b<|end|>"]
+
+
+# ---- how much is rendered: published templates, whatever the turns are -----------------------------------------------
+
+PUBLISHED = [
+    "gemma4",
+    "gemma4_v3",
+    "gemma4_v5",
+    "diffusion_gemma",
+    "glm4moe",
+    "gptoss",
+    "qwen3_vl",
+    "llama3",
+    "smolvlm",
+]
+UNITS = {
+    "calls": lambda n: [assistant(tool_calls=[call(city=f"C{n}")]), tool(f"r{n}")],
+    "calls and texts": lambda n: [assistant(f"Step {n}.", tool_calls=[call(city=f"C{n}")]), tool(f"r{n}")],
+    "calls of many names": lambda n: [assistant(tool_calls=[call(f"f{n}", city="C")]), tool("r") | {"name": f"f{n}"}],
+    "empty answers": lambda n: [user(f"Q{n}"), assistant(f"A{n}" * (n % 2))],
+    "blank answers": lambda n: [user(f"Q{n}"), assistant(" "), user("x"), assistant(f"A{n}")],
+    "system messages": lambda n: [user(f"Q{n}"), {"role": "system", "content": f"S{n}"}, assistant(f"A{n}")],
+    "reasoning": lambda n: [user(f"Q{n}"), assistant(f"A{n}", reasoning_content=f"hm {n}")],
+}
+
+
+def published(name: str) -> str:
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    return (folder / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_are_rendered_as_often_for_long_chats(
+    name: str, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = []
+    render = chat_rendering.render_jinja_template
+    monkeypatch.setattr(
+        chat_rendering, "render_jinja_template", lambda **options: rendered.append(1) or render(**options)
+    )
+    counts = []
+    for length in (6, 20):
+        turns = [message for n in range(length) for message in UNITS[unit](n)]
+        rendered.clear()
+        with suppress(UserError):  # roles or calls that this template does not take
+            learnt(published(name), [user("Go."), assistant("Yes."), user("And?"), *turns])
+        counts.append(len(rendered))
+    assert counts[0] == counts[1] <= 24
+
+
+# ---- where one answer follows another within a turn ------------------------------------------------------------------
+
+
+def test_gemma_4_s_texts_beside_chained_calls() -> None:
+    steps = [[assistant(f"Step {n}.", tool_calls=[call(n=n)]), tool(f"r{n}")] for n in range(2)]
+    chat = [user("Go."), *steps[0], *steps[1], assistant("Done.")]
+    texts = learnt(published("gemma4_v5"), chat)
+    calls = [f"<|tool_call>call:weather{{n:{n}}}<tool_call|><|tool_response>" for n in range(2)]
+    assert texts == [calls[0], f"Step 0.{calls[1]}", "Step 1.Done.<turn|>"]
+
+
+def test_the_next_answer_s_header_is_no_end() -> None:
+    chat = [user("Go."), assistant("Wait.", tool_calls=[call(n=1)]), tool("r"), assistant("Done.")]
+    texts = learnt(published("diffusion_gemma"), chat)
+    assert texts == ["<|tool_call>call:weather{n:1}<tool_call|><|tool_response>", "Wait.", "Done.<turn|>"]
+
+
+# ---- texts that the template transforms ------------------------------------------------------------------------------
+
+CHANGED = "{% for m in messages %}{{ m.role + ': ' + m.content | FILTER + '<|im_end|>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("change", ["capitalize", "upper", "title", "length | string", "replace('b', 'c')", "trim"])
+@pytest.mark.parametrize("text", ["Hello", "B", "1", "a b"])
+def test_no_header_is_learnt_of_texts_that_are_transformed(change: str, text: str) -> None:
+    template = CHANGED.replace("m.content | FILTER", f"(m.content | {change})")
+    chat = [user("q"), assistant(text), user("r"), assistant(text)]
+    try:
+        texts = learnt(template, chat)
+    except UserError as error:
+        assert "rewrites the conversation" in str(error)
+    else:
+        assert len(texts) == 2 and not any("assistant" in said for said in texts)
+
+
+def test_a_transformed_text_that_stays_the_same_is_learnt_without_its_header() -> None:
+    template = CHANGED.replace("m.content | FILTER", "(m.content | capitalize)")
+    assert learnt(template, [user("q"), assistant("Hello")]) == ["Hello<|im_end|>"]
+
+
+# ---- content as a list of parts --------------------------------------------------------------------------------------
+
+PARTS = """{%- for m in messages %}{{ m.role + ':' }}{%- for part in m.content %}
+{%- if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_templates_that_take_parts_alone(indexed: bool) -> None:
+    template = PARTS.replace("{%- for part", "{% if m.content[0].type == 'image' %}?{% endif %}{%- for part")
+    chat = [user("a"), assistant("s <b>x</b> "), user(""), assistant(""), user("c"), assistant("d")]
+    expected = ["s <b>x</b> <|im_end|>", "<|im_end|>", "d<|im_end|>"]
+    assert learnt(template if indexed else PARTS, chat) == expected
+
+
+def test_parts_are_not_given_to_templates_that_write_them_out() -> None:
+    for form in ("m.content[0].type + m.content", "m.content | tojson if m.content is not string else ''"):
+        with pytest.raises(UserError):
+            learnt("{% for m in messages %}{{ " + form + " }}{% endfor %}", [user("a"), assistant("b")])
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "llava_next"])
+def test_published_templates_of_vision_models_take_texts(name: str) -> None:
+    texts = learnt(published(name), [user("a"), assistant("b c"), user("d"), assistant("e")])
+    assert [text.strip().removesuffix("<end_of_utterance>").removesuffix("</s>") for text in texts] == ["b c", "e"]
