@@ -161,12 +161,14 @@ class _Loader:
         """A data set that is read while training."""
         source = open_source(name, flag=TRAIN_FLAG, streaming=True, **chosen)
         kind = recognised(source, self.data.data_format, whole=False)
+        if (unread := FORMATS[kind].unread(source.columns()[0])) is not None:
+            logger.warning("%s: %s", source.where, unread)
         rows = source.rows(FORMATS[kind].columns)
         where, first = next((where, row) for where, row in rows if not isinstance(row, UserError))
         with suppress(*([UserError] if self.data.bad_rows == "skip" else [])):
             self.conversations |= not isinstance(FORMATS[kind].read(first, where, self.template), Answer)
         logger.info("%s: %s%s, read while training", source.where, kind, source.read_from)
-        return StreamedSource(source, kind)
+        return StreamedSource(source, kind, told=self.data.data_format == "auto")
 
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
         kind = recognised(source, self.data.data_format, whole=True)
@@ -175,7 +177,10 @@ class _Loader:
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
         read, left_out, conversations, bad, notes = 0, 0, False, BadRows(self.data.bad_rows), Notes()
         rows = tqdm(source.rows(FORMATS[kind].columns), desc="Tokenizing", unit=" rows", disable=None)
-        encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, fraction)
+        if (unread := FORMATS[kind].unread(source.columns()[0])) is not None:
+            notes.add(logging.WARNING, unread, source.where)
+        told = self.data.data_format == "auto"
+        encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, told=told, fraction=fraction)
         for chunk in ordered_map(encode, chunks(rows), worker_count(self.data.tokenize_workers)):
             for where, side, row in chunk.rows:
                 with bad.catch(where):

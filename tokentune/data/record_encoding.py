@@ -3,6 +3,7 @@ processes."""
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.encoding import Notes, TokenRow
-from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
+from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item, Record
 from tokentune.data.formats.records import DROPPED_SOURCES, Placed
 from tokentune.data.prompts import PromptTemplate, encode_answers
 from tokentune.errors import UserError
@@ -46,6 +47,15 @@ class RecordEncoder:
     ) -> None:
         self.tokenizer, self.add_eos_token, self.system_in_user = tokenizer, add_eos_token, system_in_user
         self._chat: ChatEncoder | None = None
+        self._notes = Notes()
+
+    def read(
+        self, record: Record, where: str, data_format: DataFormat, template: PromptTemplate, *, told: bool
+    ) -> Item:
+        """`DataFormat.read`, which notes the columns that are not read."""
+        if (unread := data_format.unread(record)) is not None:
+            self._notes.add(logging.WARNING, unread, where)
+        return data_format.read(record, where, template, told=told)
 
     def __call__(self, item: Item, where: str) -> TokenRow:
         """Uncut ids and labels. `where`: the row, for messages."""
@@ -71,9 +81,10 @@ class RecordEncoder:
 
     def take_notes(self) -> Notes:
         """What was noticed since this was last asked."""
-        if self._chat is None:
-            return Notes()
-        notes, self._chat.notes = self._chat.notes, Notes()
+        notes, self._notes = self._notes, Notes()
+        if self._chat is not None:
+            notes.update(self._chat.notes)
+            self._chat.notes = Notes()
         return notes
 
     def _answers(self, texts: list[Answer]) -> list[TokenRow | UserError]:
@@ -110,13 +121,21 @@ class ChunkEncoder:
     """Reads and encodes placed records, as `RecordSource.rows` yields them, for `ordered_map`.
 
     Args:
+        told: as of `DataFormat.read`.
         fraction: of the records, that is held out as "validation"; None: all are "train".
     """
 
     def __init__(
-        self, encoder: RecordEncoder, data_format: DataFormat, template: PromptTemplate, fraction: float | None
+        self,
+        encoder: RecordEncoder,
+        data_format: DataFormat,
+        template: PromptTemplate,
+        *,
+        told: bool,
+        fraction: float | None,
     ) -> None:
-        self.encoder, self.data_format, self.template, self.fraction = encoder, data_format, template, fraction
+        self.encoder, self.data_format, self.template = encoder, data_format, template
+        self.told, self.fraction = told, fraction
 
     def __call__(self, records: Sequence[Placed]) -> EncodedChunk:
         rows: list[tuple[str, str, TokenRow | UserError | None]] = []
@@ -128,7 +147,7 @@ class ChunkEncoder:
             if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
                 continue
             try:
-                item = self.data_format.read(record, where, self.template)
+                item = self.encoder.read(record, where, self.data_format, self.template, told=self.told)
             except UserError as error:
                 rows.append((where, "train", error))
                 continue

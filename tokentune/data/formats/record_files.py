@@ -43,17 +43,17 @@ def stem_of(path: PurePath) -> str:
 
 
 def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
-    """The rows of a file; of a Parquet file only the given columns are read.
+    """The rows of a file, but for JSON with the given columns alone.
 
     Raises:
         UserError: an unknown kind of file, or one that cannot be read.
     """
     kind = _known_kind(path, flag)
     with readable(path, flag):
-        if kind == ".parquet":
-            yield from _rows_of_parquet(path, columns)
+        if kind in (".parquet", ".csv"):
+            yield from {".parquet": _rows_of_parquet, ".csv": _rows_of_csv}[kind](path, columns)
         else:
-            yield from {".json": read_json, ".jsonl": read_json_lines, ".csv": _rows_of_csv}[kind](path)
+            yield from {".json": read_json, ".jsonl": read_json_lines}[kind](path)
 
 
 def columns_of_file(path: Path, flag: str) -> list[str] | None:
@@ -89,16 +89,17 @@ def _known_kind(path: Path, flag: str) -> str:
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_csv(path: Path) -> Rows:
+def _rows_of_csv(path: Path, columns: Sequence[str] | None) -> Rows:
     """Every cell is text, as it stands: an answer "42", "NA" or "None" too. Only an empty one is missing."""
     records = _csv_records(path)
     _, names = next(records)
+    read = {name for name in names if name and (columns is None or name in columns)}
     for line, cells in records:
         if len(cells) > len(names):
             yield UserError(f"{path}, line {line}: has {len(cells)} cells, and the header {len(names)} names.")
             continue
         cells += [""] * (len(names) - len(cells))
-        yield {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
+        yield {name: cell or None for name, cell in zip(names, cells, strict=True) if name in read}
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:

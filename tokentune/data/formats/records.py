@@ -74,25 +74,24 @@ class RecordSource:
         count = len(self.files)
         return "" if str(self.files[0]) == self.name else f" of {count:,} file{'s' * (count > 1)} ({names})"
 
-    def columns(self) -> list[str] | None:
-        """The names of its columns, of all files; None where every row has names of its own (JSON)."""
+    def columns(self) -> tuple[list[str], bool]:
+        """The names of its columns that are known before its rows are read, and whether these are all: not in JSON."""
         if self.table is not None:
-            return self.table.column_names
+            return self.table.column_names or [], self.table.column_names is not None
         of_files = [columns_of_file(file, self.flag) for file in self.files]
-        return None if None in of_files else list(dict.fromkeys(name for names in of_files for name in names))
+        return list(dict.fromkeys(name for names in of_files for name in names or ())), None not in of_files
 
     def peek(self, columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The names of its columns, those of the first good row in JSON, and of that row the given columns.
+        """The names of its columns, with those of the first good row, and of that row the given columns.
 
         Raises:
             UserError: it cannot be read, or holds no rows.
         """
-        names, bad = self.columns(), BadRows("stop")
+        (names, _), bad = self.columns(), BadRows("stop")
         for _, row in self.rows(columns):
-            if isinstance(row, UserError):
-                bad.add(row)
-            else:
-                return list(row) if names is None else names, row
+            if not isinstance(row, UserError):
+                return list(dict.fromkeys([*names, *row])), row
+            bad.add(row)
         bad.settle(self.where, bad.count)
         raise UserError(f"{self.where}: holds no rows to train on.")
 
@@ -100,7 +99,7 @@ class RecordSource:
         """("file, row 3", row) for every row, in order: the row itself, or what is wrong with it.
 
         Args:
-            columns: to be read, where the others can be left alone (tables and Parquet files).
+            columns: to be read, where the others can be left alone (all but JSON).
 
         Raises:
             UserError: the rest cannot be read.
