@@ -9,6 +9,7 @@ a `.json` array and JSON Lines by guessing, and which leaves a copy of every fil
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -205,6 +206,12 @@ def _check_hub_files(name: str, flag: str, split: str) -> None:
 
 def _load_saved(folder: Path, flag: str) -> Dataset:
     try:
+        named = [part["filename"] for part in json.loads((folder / "state.json").read_text())["_data_files"]]
+        if missing := [name for name in named if not (folder / name).is_file()]:
+            raise UserError(
+                f"{flag} {folder}: its state.json names data that is not there: {listed(missing)}. Copy or download "
+                "it, or save the data set again."
+            )
         return load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise UserError(f"{flag} {folder}: not a saved data set after all: {first_line(error)}") from error
