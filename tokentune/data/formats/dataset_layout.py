@@ -8,8 +8,8 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -18,19 +18,13 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from tokentune.data.formats.record_files import kind_of_file, stem_of
+from tokentune.data.formats.split_names import SHARD, SPLIT_WORDS, base_of, labelled
 from tokentune.errors import UserError
 from tokentune.sources import COMPRESSIONS, KINDS, first_line, listed
 
 logger = logging.getLogger(__name__)
 
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
 CHOICES = {role: f"--{which}dataset" for role, which in (("train", ""), ("validation", "eval_"), ("test", "test_"))}
-SHARD = re.compile(r"(.+?)-\d{5}-of-(\d{5})")  # as `datasets` names the files of one split
-NUMBERS = re.compile(r"(?:(?<![a-z])(?:part|shard|chunk|file|of)(?![a-z])|[-_. ()\d])+$", re.IGNORECASE)
 # Parameters of a README's configuration that change nothing about which rows its files hold.
 CARD_PARAMETERS = {"data_files", "data_dir", "default", "description", "version", "features"}
 DOCUMENTS = re.compile(
@@ -87,8 +81,8 @@ def tells_split(name_or_path: str, role: str) -> bool:
         catalogue, _ = _catalogue(folder, str(folder))
     else:  # files of any kind: images too
         files = [path for path in folder.rglob("*") if path.is_file()]
-        catalogue = _labelled({path: (stem_of(path), path.relative_to(folder).parts[:-1]) for path in files})
-    return any(_base(name) == role for splits in catalogue.values() for name in splits if name is not None)
+        catalogue = labelled({path: (stem_of(path), path.relative_to(folder).parts[:-1]) for path in files})
+    return any(base_of(name) == role for splits in catalogue.values() for name in splits if name is not None)
 
 
 def subfolder_of_split(folder: Path, where: str, role: str, split: str | None) -> Path | None:
@@ -99,8 +93,8 @@ def subfolder_of_split(folder: Path, where: str, role: str, split: str | None) -
     Raises:
         UserError: there is no such one, or several are meant.
     """
-    named = {path.name: [path] for path in sorted(folder.iterdir()) if path.is_dir() and _base(path.name)}
-    if split is None and len([name for name in named if _base(name) == role]) < 2:
+    named = {path.name: [path] for path in sorted(folder.iterdir()) if path.is_dir() and base_of(path.name)}
+    if split is None and len([name for name in named if base_of(name) == role]) < 2:
         return None
     return _chosen_split(named or {None: [folder]}, where, role, split)[0]
 
@@ -186,39 +180,7 @@ def _card_splits(folder: Path, name: str, card: dict[str, Any], where: str) -> S
 
 def _told_by_names(folder: Path) -> Catalogue:
     paths = {path: path.name if path.is_dir() else stem_of(path) for path in _data_paths(folder)}
-    return _labelled({path: (stem, path.relative_to(folder).parts[:-1]) for path, stem in paths.items()})
-
-
-def _labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> Catalogue:
-    """Files, given with their stem and the folders around them, by what these tell."""
-    # Where one sharded name tells a split, all of them are splits: "unsupervised-00000-of-00001" too.
-    sharded = any((match := SHARD.match(stem)) and _base(match[1]) for stem, _ in paths.values())
-    catalogue: Catalogue = {}
-    for path, (stem, folders) in paths.items():
-        shard = SHARD.match(stem)
-        split, around = (shard[1] if shard and sharded else _split_told(stem)), list(folders)
-        for part in [] if split is not None else reversed(folders):
-            if (split := _split_told(part)) is not None:
-                around.remove(part)
-                break
-        around = [part for part in around if part.lower() != "data" and _unnumbered(part)]
-        catalogue.setdefault("/".join(around), {}).setdefault(split, []).append(path)
-    return catalogue
-
-
-def check_one_configuration(urls: Iterable[str], where: str) -> None:
-    """Refuses files of a hub data set whose folders are configurations: without a README's word they would be joined.
-
-    Args:
-        urls: of the files of one split: hf://datasets/owner/name@revision/folder/file.
-    """
-    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in urls}
-    configs = [c for c in _labelled({url: (stem_of(p), p.parts[:-1]) for url, p in paths.items()}) if c]
-    if len(configs) > 1:
-        raise UserError(
-            f"{where}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
-            "Download it (hf download), and give the folder of one."
-        )
+    return labelled({path: (stem, path.relative_to(folder).parts[:-1]) for path, stem in paths.items()})
 
 
 def _data_paths(folder: Path) -> list[Path]:
@@ -231,26 +193,6 @@ def _data_paths(folder: Path) -> list[Path]:
         if path in saved or (kind_of_file(path) and path.is_file() and path.name not in FILES_TO_IGNORE and not inside):
             paths += [] if hidden else [path]
     return paths
-
-
-def _split_told(text: str) -> str | None:
-    """The split in a file's or folder's name: from its word to the end, without numbers ("train_sft", "train")."""
-    for match in reversed(list(re.finditer("[a-z]+", text.lower()))):
-        if any(match[0] in words for words in SPLIT_WORDS.values()):
-            return _unnumbered(text[match.start() :])
-    return None
-
-
-def _unnumbered(text: str) -> str:
-    """A name without what counts files: "train" of "train_part-01"."""
-    match = NUMBERS.search(text)
-    return text[: match.start()] if match and any(c.isdigit() for c in match[0]) else text
-
-
-def _base(name: str) -> str | None:
-    """What a split's name says that it is for: "train", "validation" or "test"; None: nothing."""
-    words = re.findall("[a-z]+", name.lower())
-    return next((base for word in reversed(words) for base, known in SPLIT_WORDS.items() if word in known), None)
 
 
 def _check_there(files: list[Path], folder: Path, where: str) -> None:
@@ -300,7 +242,7 @@ def _fitting(splits: Splits, wanted: str) -> list[str]:
     """The splits that are meant by a name: the one of that name, or all that are for the same."""
     if wanted in splits:
         return [wanted]
-    named = [name for name in splits if name is not None and wanted in SPLIT_WORDS and _base(name) == wanted]
+    named = [name for name in splits if name is not None and wanted in SPLIT_WORDS and base_of(name) == wanted]
     return [name for name in named if _present(splits[name])] or named
 
 

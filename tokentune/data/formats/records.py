@@ -29,7 +29,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from tokentune.data.formats.bad_rows import BadRows
-from tokentune.data.formats.dataset_layout import CHOICES, check_one_configuration, find_files
+from tokentune.data.formats.dataset_layout import CHOICES, find_files
 from tokentune.data.formats.record_files import (
     Rows,
     columns_of_file,
@@ -38,6 +38,7 @@ from tokentune.data.formats.record_files import (
     rows_of_table,
 )
 from tokentune.data.formats.record_tables import table_of_files
+from tokentune.data.formats.split_names import check_one_configuration
 from tokentune.errors import UserError
 from tokentune.sources import first_line, hub_error, is_local_path, listed
 
