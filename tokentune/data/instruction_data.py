@@ -22,7 +22,14 @@ from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
 from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource, open_source
 from tokentune.data.mixing import mixture_counts, mixture_rows
 from tokentune.data.prompts import PromptTemplate
-from tokentune.data.record_encoding import ChunkEncoder, RecordEncoder, chunks, ordered_map, worker_count
+from tokentune.data.record_encoding import (
+    ChunkEncoder,
+    RecordEncoder,
+    chunks,
+    killed_workers_told,
+    ordered_map,
+    worker_count,
+)
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError
@@ -181,16 +188,17 @@ class _Loader:
             notes.add(logging.WARNING, unread, source.where)
         told = self.data.data_format == "auto"
         encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, told=told, fraction=fraction)
-        for chunk in ordered_map(encode, chunks(rows), worker_count(self.data.tokenize_workers)):
-            for where, side, row in chunk.rows:
-                with bad.catch(where):
-                    if isinstance(row, UserError):
-                        raise row
-                    if (cut := limits[side](row)) is not None:
-                        tables[side].add(cut)
-            read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
-            conversations |= chunk.conversations
-            notes.update(chunk.notes)
+        with killed_workers_told():
+            for chunk in ordered_map(encode, chunks(rows), worker_count(self.data.tokenize_workers)):
+                for where, side, row in chunk.rows:
+                    with bad.catch(where):
+                        if isinstance(row, UserError):
+                            raise row
+                        if (cut := limits[side](row)) is not None:
+                            tables[side].add(cut)
+                read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
+                conversations |= chunk.conversations
+                notes.update(chunk.notes)
         bad.refuse(source.where, read)
         reports = {side: vars(limit.report) for side, limit in limits.items()}
         facts = {"format": kind, "left_out": left_out, "conversations": conversations, "reports": reports}

@@ -4,18 +4,15 @@ processes."""
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import threading
-import time
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.chat.templates import ChatEncoder
@@ -189,54 +186,48 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
         return
     # Copies of a process with the tokenizer's threads must not use them: their locks may be held for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _install, (function, os.getpid()))
-    others = multiprocessing.active_children()
-    waiting = deque(pool.submit(_apply, item) for item in first)
-    processes = [process for process in multiprocessing.active_children() if process not in others]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # as many processes as the user asked for
+        outcomes = iter(
+            DataLoader(
+                _Mapped(function),
+                sampler=chain(first, items),  # any items pass for the indices of a data set
+                batch_size=None,
+                collate_fn=lambda outcome: outcome,
+                num_workers=workers,
+                prefetch_factor=4,  # as many as keep all busy; all items at once may not fit into memory
+                multiprocessing_context="fork",
+                generator=torch.Generator(),  # the seeds of its processes are not drawn from this one's generator
+            )
+        )
+    with killed_workers_told():
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+            yield outcome
+
+
+@contextmanager
+def killed_workers_told() -> Iterator[None]:
+    """Also to be put around what is done with the outcomes of `ordered_map`: torch raises wherever its process is."""
     try:
-        for item in items:
-            waiting.append(pool.submit(_apply, item))
-            if len(waiting) > 4 * workers:  # as many as keep all busy; all items at once may not fit into memory
-                yield _result(waiting.popleft(), pool, processes)
-        while waiting:
-            yield _result(waiting.popleft(), pool, processes)
-    except BrokenProcessPool as error:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
         raise UserError(
             "--tokenize_workers: a process that tokenizes was killed, perhaps for want of memory. Take fewer of them."
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _result(future: Future, pool: ProcessPoolExecutor, processes: Sequence[multiprocessing.Process]) -> Any:
-    while not wait([future], timeout=1).done:
-        # One that died within its result leaves the pool waiting for the rest of it, which comes from nobody once all
-        # have ended and this process has closed its own end of the pipe (which the pool offers no other way to do).
-        if not all(process.is_alive() for process in processes):
-            for process in processes:
-                process.kill()
-            pool._result_queue._writer.close()
-            wait([future])
-    return future.result()
+class _Mapped(torch.utils.data.Dataset):
+    """A function as a data set; a `UserError` is handed on as it is, which torch would put a traceback around."""
 
+    def __init__(self, function: Callable[[Chunk], Outcome]) -> None:
+        self.function = function
 
-_function: Callable[[Any], Any] | None = None  # of a worker process
-
-
-def _install(function: Callable[[Any], Any], parent: int) -> None:
-    global _function
-    _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's matter, and ends these
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent was killed: it would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _apply(item: Any) -> Any:
-    return _function(item)
+    def __getitem__(self, item: Chunk) -> Outcome | UserError:
+        try:
+            return self.function(item)
+        except UserError as error:
+            return error
