@@ -15,10 +15,10 @@ import torch
 from tests.chat_tokenizers import CHATML, chat_tokenizer, without_marks
 from tokentune.data.formats.conversations import openai_conversation
 from tokentune.data.formats.data_formats import Answer
+from tokentune.data.formats.record_files import chunks
 from tokentune.data.record_encoding import (
     CHUNKS_HERE,
     RecordEncoder,
-    chunks,
     killed_workers_told,
     ordered_map,
     worker_count,
@@ -180,5 +180,5 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
 
 def test_chunks_and_workers() -> None:
     assert list(chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(chunks([])) == []
+    assert list(chunks([], 2)) == []
     assert worker_count(3) == 3 and 1 <= worker_count(None) <= 8

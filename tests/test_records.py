@@ -12,7 +12,8 @@ from datasets.exceptions import DatasetNotFoundError
 
 from tokentune.cli.command import run_command
 from tokentune.data.formats import records
-from tokentune.data.formats.records import load_records, open_source, require_columns
+from tokentune.data.formats.records import load_records, open_source
+from tokentune.data.labelled.rows import require_columns
 from tokentune.errors import UserError
 
 ROWS = [

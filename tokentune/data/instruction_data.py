@@ -19,13 +19,14 @@ from tokentune.data.chat.templates import load_chat_template
 from tokentune.data.encoding import EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
+from tokentune.data.formats.record_files import chunks
 from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource, open_source
 from tokentune.data.mixing import mixture_counts, mixture_rows
 from tokentune.data.prompts import PromptTemplate
 from tokentune.data.record_encoding import (
+    CHUNK,
     ChunkEncoder,
     RecordEncoder,
-    chunks,
     killed_workers_told,
     ordered_map,
     worker_count,
@@ -189,7 +190,7 @@ class _Loader:
         told = self.data.data_format == "auto"
         encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, told=told, fraction=fraction)
         with killed_workers_told():
-            for chunk in ordered_map(encode, chunks(rows), worker_count(self.data.tokenize_workers)):
+            for chunk in ordered_map(encode, chunks(rows, CHUNK), worker_count(self.data.tokenize_workers)):
                 for where, side, row in chunk.rows:
                     with bad.catch(where):
                         if isinstance(row, UserError):

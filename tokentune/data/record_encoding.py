@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,6 +21,7 @@ from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataForma
 from tokentune.data.formats.records import DROPPED_SOURCES, Placed
 from tokentune.data.prompts import PromptTemplate, encode_answers
 from tokentune.errors import UserError
+from tokentune.sources import error_chain
 
 CHUNK = 64  # rows that are tokenized together
 CHUNKS_HERE = 16  # that are tokenized in this process before others are started: small data is done sooner without them
@@ -157,12 +158,6 @@ class ChunkEncoder:
         return EncodedChunk(rows, len(records) - len(rows), conversations, self.encoder.take_notes())
 
 
-def chunks(items: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:
-    """Lists of so many items; the last may be shorter."""
-    items = iter(items)
-    return iter(lambda: list(islice(items, size)), [])
-
-
 def worker_count(asked: int | None) -> int:
     """Processes that tokenize: those asked for, or one for each core that this process may use."""
     return asked if asked is not None else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
@@ -212,8 +207,8 @@ def killed_workers_told() -> Iterator[None]:
     """Also to be put around what is done with the outcomes of `ordered_map`: torch raises wherever its process is."""
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, UserError) as error:
+        if not any(str(led_to_it).startswith("DataLoader worker") for led_to_it in error_chain(error)):
             raise
         raise UserError(
             "--tokenize_workers: a process that tokenizes was killed, perhaps for want of memory. Take fewer of them."

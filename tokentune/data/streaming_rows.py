@@ -154,7 +154,8 @@ class StreamedRows(torch.utils.data.IterableDataset):
         rng = random.Random(f"order {self.seed}")
         buffer: list[Drawn] = []
         characters = 0
-        for drawn in self._numbered():
+        for number, (source, (where, record)) in enumerate(self._mixed()):
+            drawn = Drawn(number, where, source, record)
             buffer.append(drawn)
             characters += _characters(drawn.record)
             while len(buffer) >= SHUFFLED_ROWS or characters > SHUFFLED_CHARACTERS:
@@ -163,10 +164,6 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 taken = buffer.pop()
                 characters -= _characters(taken.record)
                 yield taken
-
-    def _numbered(self) -> Iterator[Drawn]:
-        for number, (source, (where, record)) in enumerate(self._mixed()):
-            yield Drawn(number, where, source, record)
 
     def _mixed(self) -> Iterator[tuple[StreamedSource, Placed]]:
         if self.weights is None:
@@ -177,9 +174,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             yield next(endless[number])
 
 
-def _endless(
-    sources: Sequence[StreamedSource],
-) -> Iterator[tuple[StreamedSource, Placed]]:
+def _endless(sources: Sequence[StreamedSource]) -> Iterator[tuple[StreamedSource, Placed]]:
     """Their records, one source after another, again and again."""
     found = True
     while found:

@@ -251,20 +251,3 @@ def load_records(
         raise UserError(f"{source.where}: holds no rows to train on.")
     logger.info("%s: %s rows%s", source.where, f"{len(dataset):,}", source.read_from)
     return dataset
-
-
-def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
-    """Checks that the data set has the columns.
-
-    Args:
-        where: what holds them (a flag and its value, a file), to start the message with.
-
-    Raises:
-        UserError: names the missing columns and those that are there.
-    """
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        raise UserError(
-            f"{where}: no column {', '.join(map(repr, missing))}. It has {listed(dataset.column_names)}; "
-            "rename the columns that hold these texts."
-        )
