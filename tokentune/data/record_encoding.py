@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
@@ -115,6 +116,7 @@ class EncodedChunk(NamedTuple):
     notes: Notes
 
 
+@dataclass(frozen=True)
 class ChunkEncoder:
     """Reads and encodes placed records, as `RecordSource.rows` yields them, for `ordered_map`.
 
@@ -123,17 +125,11 @@ class ChunkEncoder:
         fraction: of the records, that is held out as "validation"; None: all are "train".
     """
 
-    def __init__(
-        self,
-        encoder: RecordEncoder,
-        data_format: DataFormat,
-        template: PromptTemplate,
-        *,
-        told: bool,
-        fraction: float | None,
-    ) -> None:
-        self.encoder, self.data_format, self.template = encoder, data_format, template
-        self.told, self.fraction = told, fraction
+    encoder: RecordEncoder
+    data_format: DataFormat
+    template: PromptTemplate
+    told: bool
+    fraction: float | None
 
     def __call__(self, records: Sequence[Placed]) -> EncodedChunk:
         rows: list[tuple[str, str, TokenRow | UserError | None]] = []
@@ -215,11 +211,11 @@ def killed_workers_told() -> Iterator[None]:
         ) from error
 
 
+@dataclass
 class _Mapped(torch.utils.data.Dataset):
     """A function as a data set; a `UserError` is handed on as it is, which torch would put a traceback around."""
 
-    def __init__(self, function: Callable[[Chunk], Outcome]) -> None:
-        self.function = function
+    function: Callable[[Chunk], Outcome]
 
     def __getitem__(self, item: Chunk) -> Outcome | UserError:
         try:

@@ -15,7 +15,6 @@ from tokentune.data.formats.dataset_layout import CHOICES, tells_split
 from tokentune.data.formats.record_files import rows_of_table
 from tokentune.data.formats.records import load_records
 from tokentune.data.labelled.images import holds_images, load_image_folder
-from tokentune.data.labelled.labels import Labels, shortened
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments, LabelledRowsArguments
 from tokentune.settings.glue import COLUMN_NAMES, HUB_ID
@@ -201,10 +200,3 @@ def _words(rows: Dataset, label: str) -> tuple[str, ...]:
 
 def _images(rows: Dataset, label: str) -> tuple[str, ...]:
     return tuple(name for name in IMAGE_COLUMNS if name in rows.features and name != label)[:1]
-
-
-def describe(labels: Labels) -> str:
-    """For the log: the classes, or that a number is predicted."""
-    if labels.is_regression:
-        return "a number is predicted (mean squared error)"
-    return f"{len(labels.names)} classes: {shortened(', '.join(labels.names))}"

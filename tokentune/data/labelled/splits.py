@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words
 from tokentune.data.labelled.images import ImageRows, load_image_processor, open_image
 from tokentune.data.labelled.labels import Labels, encoded_label, find_labels, find_token_labels
-from tokentune.data.labelled.rows import Columns, Split, describe, find_columns, read_split, require_columns, some_rows
+from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, require_columns, some_rows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.pretrained import check_weights, load_tokenizer
@@ -76,7 +76,7 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
         labels = find_token_labels(train.rows, columns.label, train.where)
     else:
         labels = find_labels(train.rows, columns.label, train.where, task=arguments.task.glue)
-    logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), describe(labels))
+    logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), labels)
     train = some_rows(train, arguments.data.max_train_rows)
     if task_type == "image":
         encode = partial(encode_image_rows, processing=processing, channels=getattr(config, "num_channels", 3))
