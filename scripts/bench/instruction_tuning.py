@@ -26,9 +26,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import CausalCollator
-from tokentune.data.formats.records import load_records
-from tokentune.data.prompts import PromptTemplate, encode_records, ensure_pad_token
+from tokentune.data.instruction_data import load_instruction_data
+from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
@@ -103,8 +104,9 @@ def validation_loss(model: nn.Module, options: argparse.Namespace) -> float:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     ensure_pad_token(tokenizer, model.config.vocab_size)
     template = PromptTemplate.load(ROOT / "tokentune" / "alpaca_template.json")
-    records = load_records(options.validation)
-    encoded, _ = encode_records(records, tokenizer, template, max_length=COMMON["max_length"], add_eos_token=False)
+    words = ["--model_name_or_path", options.model, "--dataset_name_or_path", options.validation]
+    arguments = parse_arguments([*words, "--max_length", str(COMMON["max_length"]), "--data_cache", "none"])
+    encoded = load_instruction_data(arguments, tokenizer, template).train
     loss_sum = tokens = 0.0
     with torch.no_grad():
         for batch in DataLoader(encoded, batch_size=8, collate_fn=CausalCollator(tokenizer.pad_token_id)):

@@ -25,10 +25,11 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when run as a file
 
 from tokentune import apply_tokentune
+from tokentune.cli.arguments import parse_arguments
 from tokentune.core.saved_bytes import SavedForBackward
 from tokentune.data.collators import CausalCollator, SeededRows
-from tokentune.data.formats.records import load_records
-from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records, ensure_pad_token
+from tokentune.data.instruction_data import load_instruction_data
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, ensure_pad_token
 from tokentune.models.adapters import add_adapters
 from tokentune.models.pretrained import load_base_model, load_tokenizer
 
@@ -50,10 +51,9 @@ def build_batches(arguments: argparse.Namespace) -> dict[str, dict[str, Tensor]]
     """One batch of the training data for each method, the same rows; with positions where the method selects."""
     tokenizer = load_tokenizer(arguments.model)
     pad_token_id = ensure_pad_token(tokenizer, None)
-    records = load_records(arguments.data).select(range(arguments.batch))
-    rows, _ = encode_records(
-        records, tokenizer, PromptTemplate.load(DEFAULT_TEMPLATE), max_length=96, add_eos_token=True
-    )
+    words = ["--model_name_or_path", arguments.model, "--dataset_name_or_path", arguments.data, "--add_eos_token"]
+    options = parse_arguments([*words, "--max_length", "96", "--data_cache", "none"])
+    rows = load_instruction_data(options, tokenizer, PromptTemplate.load(DEFAULT_TEMPLATE)).train
     examples = [SeededRows(rows, seed=0)[index] for index in range(arguments.batch)]
     whole = CausalCollator(pad_token_id)(examples)
     selected = CausalCollator(pad_token_id, arguments.proportion)(examples)

@@ -10,13 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_instruction_data import TEMPLATE, load
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokentune.core.patching
 from tokentune.cli.arguments import parse_arguments
-from tokentune.data.formats.records import load_records
-from tokentune.data.prompts import PromptTemplate, encode_records
 from tokentune.errors import UserError
 from tokentune.finetune import main
 from tokentune.models.pretrained import load_tokenizer
@@ -59,9 +58,8 @@ def lora_run(
     words = "--lora --tokentune --prefix_length 0.3 --num_epochs 2 --gradient_accumulation_steps 2 --save_steps 5 "
     words += f"--selection random --add_eos_token --eval_dataset_name_or_path {alpaca_file} --eval_steps 3"
     folder = run(tiny_llama_dir, alpaca_file, tmp_path_factory.mktemp("models"), words)
-    template = PromptTemplate.load(PROJECT / "tokentune" / "alpaca_template.json")
-    tokenizer = load_tokenizer(str(tiny_llama_dir))
-    rows, _ = encode_records(load_records(str(alpaca_file)), tokenizer, template, max_length=128, add_eos_token=True)
+    rows = load(str(alpaca_file), words="--max_length 128 --add_eos_token", template=TEMPLATE,
+                tokenizer=load_tokenizer(str(tiny_llama_dir))).train  # fmt: skip
     return folder, list(rows)
 
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from tokentune.data.chat import rendering as chat_rendering
 from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.formats.conversations import openai_conversation
-from tokentune.data.prompts import encode_answer
+from tokentune.data.prompts import encode_answers
 from tokentune.errors import UserError
 
 MARKERS = [
@@ -219,7 +219,7 @@ def test_white_space_that_special_tokens_take_decides_nothing(sides: dict[str, b
 
 def test_a_prompt_that_ends_with_such_a_token() -> None:
     tokenizer = greedy_encoder("{{ messages }}", rstrip=True).tokenizer
-    row = encode_answer("q<|ast|>", "\n b", tokenizer, add_eos_token=False)
+    (row,) = encode_answers([("q<|ast|>", "\n b")], tokenizer, add_eos_token=False)
     header = row.ids.index(tokenizer.convert_tokens_to_ids("<|ast|>"))
     assert row.labels[header] == -100 and row.labels[-1] == row.ids[-1]
 

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_instruction_data import TEMPLATE, load
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from tokentune.core.profile import Pooling
 from tokentune.data.collators import CausalCollator, ClassificationCollator, EncoderDraw, SeededRows, stack_images
-from tokentune.data.formats.records import load_records
 from tokentune.data.packing import PackedCollator
-from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records
 from tokentune.sampling.sampler import selected_count, target_mask
 from tokentune.sampling.strategies import REGISTRY, Choice, Tokens, strategy, strategy_names
 from tokentune.sampling.weighted_draw import inclusion_probabilities, systematic_draw
@@ -157,10 +156,9 @@ def test_reference_strategy_reaches_the_draw() -> None:
 
 def test_real_rows_have_a_supervised_token_in_every_draw(shared: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "llama-tiny")
-    dataset = load_records(str(shared / "data" / "alpaca_en.validation.jsonl"))
-    template = PromptTemplate.load(DEFAULT_TEMPLATE)
-    encoded, report = encode_records(dataset, tokenizer, template, max_length=256, add_eos_token=True)
-    data = SeededRows(encoded, seed=42)
+    name, words = str(shared / "data" / "alpaca_en.validation.jsonl"), "--max_length 256 --add_eos_token"
+    encoded = load(name, words=words, tokenizer=tokenizer, template=TEMPLATE)
+    report, data = encoded.train_report, SeededRows(encoded.train, seed=42)
     collator = CausalCollator(tokenizer.eos_token_id, prefix_length=0.05)
     batches = list(DataLoader(data, batch_size=16, collate_fn=collator))
     kept = torch.cat([(batch["labels"] != -100).sum(-1) for batch in batches])

@@ -2,18 +2,21 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
 from chat_tokenizers import TOOLS, chat_tokenizer
+from datasets import Dataset
 from test_instruction_data import CHAT, SHAREGPT, load, refused, write
 from test_streaming_rows import stream
 
 from tokentune.data.formats.data_formats import FORMATS
 from tokentune.data.prompts import PromptTemplate
 from tokentune.errors import UserError
+from tokentune.sources import listed
 
 TOKENIZER = chat_tokenizer(TOOLS)
 USER, ASSISTANT = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n"
@@ -125,6 +128,120 @@ def test_what_may_be_meant_is_named(row: dict, named: str, tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         load(write(tmp_path / "a.jsonl", [row]), tokenizer=TOKENIZER)
     assert f"not read: the columns {named}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "a", "completion": "b", "input": "i"}, ["input"]),
+        ({"instruction": "a", "output": "b", "documents": ["d"], " Input": "i"}, ["documents", " Input"]),
+        ({"messages": CHAT, "Context": "c"}, ["Context"]),
+        ({"text": "whole", "system": "s"}, ["system"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved", "mixed", "stream"])
+def test_what_a_later_row_alone_has_is_named(
+    row: dict, named: list[str], kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = {name: value for name, value in row.items() if name not in named}
+    rows = [plain] * 70 + [row]  # more than are tokenized together
+    path = tmp_path / ("a.jsonl" if kind == "stream" else f"a.{kind}")
+    if kind == "csv":
+        cells = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in r.items()} for r in rows]
+        pandas.DataFrame(cells).to_csv(path, index=False)
+    elif kind == "parquet":
+        pandas.DataFrame(rows).to_parquet(path)
+    elif kind == "saved":
+        Dataset.from_pandas(pandas.DataFrame(rows)).save_to_disk(path)
+    elif kind == "mixed":
+        path.mkdir()
+        write(path / "a.jsonl", rows[:70])
+        pandas.DataFrame(rows[70:]).to_parquet(path / "b.parquet")
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if kind != "json" else json.dumps(rows))
+    with caplog.at_level(logging.WARNING):
+        if kind == "stream":
+            list(zip(range(500), stream(str(path)), strict=False))
+        else:
+            load(str(path), tokenizer=TOKENIZER)
+    assert caplog.text.count(f"not read: the columns {listed(named)}") == 1
+    if kind in ("jsonl", "json", "stream"):
+        assert f"{path}, row 71: not read" in caplog.text
+
+
+def test_a_kept_warning_is_given_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = write(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": CHAT, "documents": ["d"]}])
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            load(name, words=f"--data_cache {tmp_path / 'cache'}", tokenizer=TOKENIZER)
+        assert f"{name}, row 2: not read: the columns 'documents'" in caplog.text
+    assert "tokens of an earlier run" in caplog.text
+
+
+def test_a_later_row_that_fits_another_format_too(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "messages": CHAT}]
+    name = write(tmp_path / "a.jsonl", rows)
+    told = f"{name}, row 2: its columns fit several formats (prompt_completion, messages)"
+    assert refused(name, tokenizer=TOKENIZER).startswith(told)
+    with pytest.raises(UserError, match=re.escape(told)):
+        list(zip(range(5), stream(name), strict=False))
+    assert len(load(name, words="--data_format prompt_completion", tokenizer=TOKENIZER).train) == 2
+    rows[1]["messages"] = None
+    assert len(load(write(tmp_path / "b.jsonl", rows), tokenizer=TOKENIZER).train) == 2
+
+
+# ---- messages as JSON text -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"prompt": [], "completion": CHAT},
+        {"messages": CHAT, "system": [{"type": "text", "text": "s"}]},
+        {"conversations": CHAT},
+        {"conversations": SHAREGPT, "tools": [FUNCTION]},
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_messages_in_a_cell_are_read_as_those_of_a_list(row: dict, suffix: str, tmp_path: Path) -> None:
+    expected = load(write(tmp_path / "a.jsonl", [row]), tokenizer=TOKENIZER)
+    cells, path = {name: json.dumps(value) for name, value in row.items()}, tmp_path / f"b.{suffix}"
+    if suffix == "csv":
+        pandas.DataFrame([cells]).to_csv(path, index=False)
+    elif suffix == "parquet":
+        pandas.DataFrame([cells]).to_parquet(path)
+    else:
+        write(path, [cells])
+    found = load(str(path), tokenizer=TOKENIZER)
+    assert found.train[:] == expected.train[:]
+    assert found.sources[0].data_format == expected.sources[0].data_format
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": json.dumps(CHAT[:1]), "completion": "ok"}, "must be both texts or both lists of messages"),
+        ({"prompt": "Hi", "completion": json.dumps(CHAT[1:])}, "must be both texts or both lists of messages"),
+        ({"prompt": str(CHAT[:1]), "completion": str(CHAT[1:])}, "'prompt' looks like messages, and is not JSON"),
+        ({"prompt": json.dumps(CHAT[0]), "completion": "ok"}, "'prompt' is {'role': 'user'"),
+        ({"messages": str(CHAT)}, "the conversation is text that is not JSON"),
+        ({"messages": json.dumps(CHAT), "system": "[{'type': 'text', 'text': 's'}]"}, "'system' is text that is not"),
+    ],
+)
+def test_messages_in_a_cell_that_cannot_be_read(row: dict, told: str, tmp_path: Path) -> None:
+    pandas.DataFrame([row]).to_csv(tmp_path / "a.csv", index=False)
+    assert told in refused(str(tmp_path / "a.csv"), tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "text", ["[INST] Hi", '[{"name": "Ann", "role": "actor"}]', '{"a": 1}', "[1, 2]", "[]", "{{x}}"]
+)
+def test_other_json_is_a_text(text: str, tmp_path: Path) -> None:
+    data = load(write(tmp_path / "a.jsonl", [{"prompt": text, "completion": text}]), tokenizer=TOKENIZER)
+    learnt = [label for label in data.train[0]["labels"] if label != -100]
+    assert TOKENIZER.decode(learnt) == text
 
 
 def test_rows_of_a_stream_are_of_the_first_one_s_form(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,13 +157,42 @@ def test_a_readme_s_default_and_what_it_joins(tmp_path: Path) -> None:
         ("  data_files: hf://datasets/a/b/c.csv\n", "names a file elsewhere"),
         ("  data_files:\n  - split: 5\n", "the configs in its README.md cannot be read"),
         ("  data_files: [\n", "the configs in its README.md cannot be read"),
-        ("  data_files: b-*.csv\n", "no .json, .jsonl, .csv, .parquet file"),
+        ("  data_files: b-*.csv\n", "its README.md names data that is not there: 'b-*.csv'. Copy or download it"),
+        ("  data_files:\n  - a.csv\n  - b.csv\n", "its README.md names data that is not there: 'b.csv'"),
+        ("  data_dir: below\n", "its README.md names data that is not there: 'below/*'"),
+        ("  data_dir: deep\n", "from deep, which holds folders of 'de', 'en'. Give one of them"),
     ],
 )
 def test_a_readme_that_asks_for_more(config: str, told: str, tmp_path: Path) -> None:
-    put(tmp_path, "a.csv")
+    put(tmp_path, "a.csv", "deep/de/a.csv", "deep/en/a.csv")
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n{config}---\n")
     assert told in refused(tmp_path)
+
+
+def test_a_copy_of_some_of_what_a_readme_names(tmp_path: Path) -> None:
+    """What is missing is named where it is asked for, and otherwise chosen by nobody."""
+    put(tmp_path, f"main/{shard('train')}")
+    (tmp_path / "README.md").write_text(CARD)
+    assert found(tmp_path) == [f"main/{shard('train')}"]
+    told = "its README.md names data that is not there: "
+    assert f"{told}'main/test-*'. Copy or download it" in refused(tmp_path, "test")
+    assert f"{told}'socratic/train-*'" in refused(tmp_path, config="socratic")
+    assert "no split 'validation', only train, test" in refused(tmp_path, "validation")
+    assert tells_split(str(tmp_path), "test")  # so that it is the missing file that is spoken of
+    put(tmp_path / "b", "train_sft.jsonl")
+    splits = "".join(f"  - split: train_{name}\n    path: train_{name}.jsonl\n" for name in ("gen", "sft"))
+    (tmp_path / "b" / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files:\n{splits}---\n")
+    assert found(tmp_path / "b") == ["train_sft.jsonl"]
+    assert f"{told}'train_gen.jsonl'" in refused(tmp_path / "b", split="train_gen")
+
+
+def test_missing_shards_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, f"data/{shard('train', 1, 3)}", f"data/{shard('train', 2, 3)}", f"data/{shard('test')}")
+    with caplog.at_level(logging.WARNING):
+        assert len(found(tmp_path)) == 2 and len(found(tmp_path, "test")) == 1
+    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+        "only 2 of the 3 files of 'train' are there"
+    ]
 
 
 def test_a_readme_that_says_nothing_of_files(tmp_path: Path) -> None:
@@ -184,6 +214,25 @@ def test_saved_data_sets_with_splits_of_any_name(tmp_path: Path) -> None:
     DatasetDict({"train": rows["train_gen"]}).save_to_disk(tmp_path / "several" / "socratic")
     assert "several configurations: main, socratic" in refused(tmp_path / "several")
     assert load_records(str(tmp_path / "several"), config="main").to_list() == [{"output": "train_sft"}]
+
+
+def test_saved_splits_that_are_missing(tmp_path: Path) -> None:
+    rows = {name: Dataset.from_list([{"output": name}]) for name in ("train", "test")}
+    DatasetDict(rows).save_to_disk(tmp_path)
+    (tmp_path / "train" / "state.json").unlink()
+    told = "its dataset_dict.json names a saved split that is not there: 'train'. Copy or download it, or correct"
+    assert told in refused(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    assert told in refused(tmp_path)
+    assert load_records(str(tmp_path), role="test").to_list() == [{"output": "test"}]
+    (file,) = (tmp_path / "test").glob("*.arrow")
+    file.unlink()
+    with pytest.raises(UserError) as error:
+        load_records(str(tmp_path), role="test")
+    assert str(error.value) == (
+        f"{FLAG} {tmp_path / 'test'}: its state.json names data that is not there: {file.name!r}. Copy or download it, "
+        "or save the data set again."
+    )
 
 
 def test_saved_data_sets_side_by_side(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import sentencepiece
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_instruction_data import load, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -18,16 +18,21 @@ from tokentune.data.prompts import (
     DEFAULT_TEMPLATE,
     PromptTemplate,
     _first_token_beyond,
-    encode_example,
-    encode_records,
+    encode_answers,
     ensure_pad_token,
 )
 from tokentune.errors import UserError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-WHOLE = {"max_length": 10_000, "add_eos_token": False}
 PYTHON_TOKENIZER = ByT5Tokenizer(extra_ids=0)
 TEMPLATE = PromptTemplate("Q {instruction} {input} A:", "Q {instruction} A:", "A:")
+
+
+def encode_example(
+    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool = False
+) -> dict[str, list[int]]:
+    (row,) = encode_answers([(prompt, answer)], tokenizer, add_eos_token=add_eos_token)
+    return {"input_ids": row.ids, "labels": row.labels}
 
 
 def byte_level_bpe() -> PreTrainedTokenizerFast:
@@ -84,7 +89,7 @@ def tokenizer(request: pytest.FixtureRequest, sentencepiece_file: Path) -> PreTr
 
 def check_boundary(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[str], list[str]]:
     """Supervised must be exactly the tokens that hold a byte of the answer; returns prompt's and answer's tokens."""
-    example = encode_example(prompt, answer, tokenizer, **WHOLE)
+    example = encode_example(prompt, answer, tokenizer)
     ids, labels = example["input_ids"], example["labels"]
     assert ids == tokenizer(prompt + answer)["input_ids"]
     start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
@@ -145,7 +150,7 @@ def test_a_token_across_the_boundary_is_supervised(tokenizer: PreTrainedTokenize
     _, after = check_boundary(tokenizer, "b a:", "Yes")
     assert ":Y" in after[0]
     alone = tokenizer("b a:")["input_ids"]  # the prompt, which ends otherwise: its length would mislead
-    assert alone[-1] not in encode_example("b a:", "Yes", tokenizer, **WHOLE)["input_ids"]
+    assert alone[-1] not in encode_example("b a:", "Yes", tokenizer)["input_ids"]
 
 
 def test_bytes_of_a_character_after_the_boundary_are_all_supervised(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -183,13 +188,13 @@ def test_special_tokens_of_a_tokenizer_without_offsets(sentencepiece_file: Path)
     _, after = check_boundary(PYTHON_TOKENIZER, "ab", "ba")
     assert after == ["b", "a", "</s>"]  # it ends every text so
     check_boundary(PYTHON_TOKENIZER, "ab", "")
-    empty = encode_example("ab", "", PYTHON_TOKENIZER, max_length=9, add_eos_token=True)
+    empty = encode_example("ab", "", PYTHON_TOKENIZER, add_eos_token=True)
     assert empty["labels"] == [-100, -100, PYTHON_TOKENIZER.eos_token_id]
 
 
 def test_a_tokenizer_that_hides_its_text_is_refused() -> None:
     with pytest.raises(UserError, match="no character offsets"):
-        encode_example("q ", "a", Shouting(), **WHOLE)
+        encode_example("q ", "a", Shouting())
 
 
 def test_real_llama_tokenizer_agrees_with_its_pieces(shared: Path) -> None:
@@ -207,7 +212,7 @@ def test_real_llama_tokenizer_agrees_with_its_pieces(shared: Path) -> None:
 
 def test_no_doubled_bos() -> None:
     tokenizer = byte_level_bpe()
-    example = encode_example("<s>ab", "b", tokenizer, **WHOLE)
+    example = encode_example("<s>ab", "b", tokenizer)
     assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == ["<s>", "ab", "b"]
     assert example["labels"][:2] == [-100, -100]
     assert example["labels"][2] == example["input_ids"][2]
@@ -215,7 +220,7 @@ def test_no_doubled_bos() -> None:
 
 def test_eos_once_and_supervised(tokenizer: PreTrainedTokenizerBase) -> None:
     eos = tokenizer.eos_token_id
-    options = {"max_length": 100, "add_eos_token": True}
+    options = {"add_eos_token": True}
     for answer in ("b", "b</s>"):
         example = encode_example("a a ", answer, tokenizer, **options)
         assert example["input_ids"].count(eos) == 1
@@ -223,31 +228,33 @@ def test_eos_once_and_supervised(tokenizer: PreTrainedTokenizerBase) -> None:
         assert example["labels"][-2] == example["input_ids"][-2]
     empty = encode_example("a a ", "", tokenizer, **options)
     assert [label for label in empty["labels"] if label != -100] == [eos]
-    assert eos not in encode_example("a a ", "b", tokenizer, **WHOLE)["input_ids"]
+    assert eos not in encode_example("a a ", "b", tokenizer)["input_ids"]
 
 
 def test_eos_that_the_tokenizer_does_not_have() -> None:
     tokenizer = byte_level_bpe()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="--add_eos_token"):
-        encode_example("a", "b", tokenizer, max_length=10, add_eos_token=True)
+        encode_example("a", "b", tokenizer, add_eos_token=True)
 
 
-@pytest.mark.parametrize("max_length", range(1, 8))
-def test_the_end_is_cut(max_length: int) -> None:
+@pytest.mark.parametrize("max_length", range(2, 8))
+def test_the_end_is_cut(max_length: int, tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()  # <s> a a | c b b </s>
-    whole = encode_example("aa", "cbb", tokenizer, max_length=100, add_eos_token=True)
-    cut = encode_example("aa", "cbb", tokenizer, max_length=max_length, add_eos_token=True)
+    whole = encode_example("aa", "cbb", tokenizer, add_eos_token=True)
     assert len(whole["input_ids"]) == 7
-    assert cut == {key: values[:max_length] for key, values in whole.items()}
+    name = write(tmp_path / "a.jsonl", [{"prompt": "aa", "completion": "cbb"}, {"prompt": "", "completion": "b"}])
+    cut = load(name, words=f"--add_eos_token --max_length {max_length}", tokenizer=tokenizer).train[0]
+    expected = whole if max_length > 3 else encode_example("", "b", tokenizer, add_eos_token=True)
+    assert cut == {key: values[:max_length] for key, values in expected.items()}
 
 
 def test_the_first_label_is_masked_even_without_a_prompt() -> None:
     tokenizer = byte_level_bpe()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # no BOS
-    example = encode_example("", "ba", tokenizer, **WHOLE)
+    example = encode_example("", "ba", tokenizer)
     assert example["labels"] == [-100, example["input_ids"][1]]
-    assert encode_example("", "", tokenizer, **WHOLE) == {"input_ids": [], "labels": []}
+    assert encode_example("", "", tokenizer) == {"input_ids": [], "labels": []}
 
 
 def test_texts_are_put_in_literally() -> None:
@@ -294,7 +301,7 @@ def test_bad_templates(tmp_path: Path, content: str | None, message: str) -> Non
     assert str(file) in str(error.value)
 
 
-def test_records_to_tokens_with_counts() -> None:
+def test_records_to_tokens_with_counts(tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     rows = [
         {"instruction": "aa", "input": "b", "output": "bb"},
@@ -302,12 +309,11 @@ def test_records_to_tokens_with_counts() -> None:
         {"instruction": "a" * 40, "input": "", "output": "b"},  # the answer is cut away
         {"instruction": "aa", "input": "", "output": ""},  # no answer
     ]
-    encoded, report = encode_records(Dataset.from_list(rows), tokenizer, TEMPLATE, max_length=20, add_eos_token=False)
+    data = load(write(tmp_path / "a.jsonl", rows), words="--max_length 20", tokenizer=tokenizer, template=TEMPLATE)
+    encoded, report = data.train, data.train_report
     assert encoded.column_names == ["input_ids", "labels"]
-    expected = [
-        encode_example("Q aa b A:", "bb", tokenizer, **WHOLE),
-        encode_example("Q aa A:", "b" * 30, tokenizer, max_length=20, add_eos_token=False),
-    ]
+    cut = {key: ids[:20] for key, ids in encode_example("Q aa A:", "b" * 30, tokenizer).items()}
+    expected = [encode_example("Q aa b A:", "bb", tokenizer), cut]
     assert list(encoded) == expected
     assert (report.rows, report.dropped_rows, report.cut_rows) == (2, 2, 1)
     assert report.tokens == sum(len(row["input_ids"]) for row in expected) == 12 + 20
@@ -316,32 +322,22 @@ def test_records_to_tokens_with_counts() -> None:
     assert "2 dropped" in str(report)
 
 
-def test_records_without_an_input_column_and_with_eos() -> None:
-    tokenizer = byte_level_bpe()
-    rows = Dataset.from_list([{"instruction": "aa", "output": "", "id": 1}])
-    encoded, report = encode_records(rows, tokenizer, TEMPLATE, max_length=20, add_eos_token=True)
-    assert encoded[0] == encode_example("Q aa A:", "", tokenizer, max_length=20, add_eos_token=True)
-    assert (report.rows, report.supervised_tokens) == (1, 1)
-
-
-def test_nothing_left_to_learn() -> None:
-    rows = Dataset.from_list([{"instruction": "a" * 40, "output": "b"}] * 3)
-    with pytest.raises(UserError, match=r"3 rows.*\n?.*--max_length 20"):
-        encode_records(rows, byte_level_bpe(), TEMPLATE, max_length=20, add_eos_token=False)
-
-
-def test_missing_column() -> None:
-    with pytest.raises(UserError, match="no column 'output'"):
-        encode_records(
-            Dataset.from_list([{"instruction": "a"}]), byte_level_bpe(), TEMPLATE, max_length=9, add_eos_token=False
-        )
+def test_an_empty_answer_is_its_end(tmp_path: Path) -> None:
+    tokenizer, name = byte_level_bpe(), write(tmp_path / "a.jsonl", [{"instruction": "aa", "output": "", "id": 1}])
+    data = load(name, words="--max_length 20 --add_eos_token", tokenizer=tokenizer, template=TEMPLATE)
+    assert data.train[0] == encode_example("Q aa A:", "", tokenizer, add_eos_token=True)
+    assert (data.train_report.rows, data.train_report.supervised_tokens) == (1, 1)
 
 
 def test_real_records(shared: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "llama-tiny")
     dataset = load_records(str(shared / "data" / "alpaca_en.validation.jsonl"))
     template = PromptTemplate.load(DEFAULT_TEMPLATE)
-    encoded, report = encode_records(dataset, tokenizer, template, max_length=256, add_eos_token=True)
+    words = "--max_length 256 --add_eos_token"
+    data = load(
+        str(shared / "data" / "alpaca_en.validation.jsonl"), words=words, tokenizer=tokenizer, template=template
+    )
+    encoded, report = data.train, data.train_report
     assert report.rows + report.dropped_rows == 99
     assert report.tokens == sum(map(len, encoded["input_ids"]))
     assert all(row["input_ids"][0] == tokenizer.bos_token_id != row["input_ids"][1] for row in encoded)

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from chat_tokenizers import CHATML, chat_tokenizer, without_marks
 
 from tokentune.data.formats.conversations import openai_conversation
 from tokentune.data.formats.data_formats import Answer
-from tokentune.data.record_encoding import CHUNKS_HERE, RecordEncoder, chunks, ordered_map, worker_count
+from tokentune.data.formats.record_files import chunks
+from tokentune.data.record_encoding import (
+    CHUNKS_HERE,
+    RecordEncoder,
+    killed_workers_told,
+    ordered_map,
+    worker_count,
+)
 from tokentune.errors import UserError
 
 
@@ -102,6 +110,27 @@ def test_a_process_that_is_killed_is_told(number: int) -> None:
         list(ordered_map(function, range(CHUNKS_HERE + 100), 2))
 
 
+def test_a_process_that_is_killed_while_outcomes_are_used() -> None:
+    def function(item: int) -> int:
+        if item == CHUNKS_HERE + 3:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    with pytest.raises(UserError, match="a process that tokenizes was killed"), killed_workers_told():
+        for item in ordered_map(function, range(CHUNKS_HERE + 100), 2):
+            if item == CHUNKS_HERE:
+                time.sleep(20)
+
+
+def test_the_seeds_of_processes_are_not_drawn_from_this_one_s_generator() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(ordered_map(abs, range(CHUNKS_HERE + 10), 2))
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_process_that_is_killed_within_its_result_is_told() -> None:
     watching = threading.Event()
 
@@ -151,5 +180,5 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
 
 def test_chunks_and_workers() -> None:
     assert list(chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(chunks([])) == []
+    assert list(chunks([], 2)) == []
     assert worker_count(3) == 3 and 1 <= worker_count(None) <= 8

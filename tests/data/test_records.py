@@ -12,7 +12,8 @@ from datasets.exceptions import DatasetNotFoundError
 
 from tokentune.cli.command import run_command
 from tokentune.data.formats import records
-from tokentune.data.formats.records import load_records, open_source, require_columns
+from tokentune.data.formats.records import load_records, open_source
+from tokentune.data.labelled.rows import require_columns
 from tokentune.errors import UserError
 
 ROWS = [
@@ -148,9 +149,10 @@ def test_the_columns_of_a_folder_are_those_of_all_its_files(tmp_path: Path) -> N
         pandas.DataFrame({"output": ["x"], **more}).to_csv(tmp_path / f"{name}.csv", index=False)
     for kind in ("csv", "parquet"):
         files = tuple(sorted(tmp_path.glob(f"*.{kind}")))
-        assert records.RecordSource("name", "--flag", files).columns() == ["output", "system"]
+        assert records.RecordSource("name", "--flag", files).columns() == (["output", "system"], True)
     write(tmp_path / "c.jsonl", '{"output": "x", "history": []}')
-    assert records.RecordSource("name", "--flag", (*files, tmp_path / "c.jsonl")).columns() is None
+    mixed = records.RecordSource("name", "--flag", (*files, tmp_path / "c.jsonl"))
+    assert mixed.columns() == (["output", "system"], False)
 
 
 def test_a_folder_of_different_kinds_of_files(tmp_path: Path) -> None:

@@ -19,10 +19,18 @@ from tokentune.data.chat.templates import load_chat_template
 from tokentune.data.encoding import EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
+from tokentune.data.formats.record_files import chunks
 from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource, open_source
 from tokentune.data.mixing import mixture_counts, mixture_rows
 from tokentune.data.prompts import PromptTemplate
-from tokentune.data.record_encoding import ChunkEncoder, RecordEncoder, chunks, ordered_map, worker_count
+from tokentune.data.record_encoding import (
+    CHUNK,
+    ChunkEncoder,
+    RecordEncoder,
+    killed_workers_told,
+    ordered_map,
+    worker_count,
+)
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError
@@ -161,12 +169,14 @@ class _Loader:
         """A data set that is read while training."""
         source = open_source(name, flag=TRAIN_FLAG, streaming=True, **chosen)
         kind = recognised(source, self.data.data_format, whole=False)
+        if (unread := FORMATS[kind].unread(source.columns()[0])) is not None:
+            logger.warning("%s: %s", source.where, unread)
         rows = source.rows(FORMATS[kind].columns)
         where, first = next((where, row) for where, row in rows if not isinstance(row, UserError))
         with suppress(*([UserError] if self.data.bad_rows == "skip" else [])):
             self.conversations |= not isinstance(FORMATS[kind].read(first, where, self.template), Answer)
         logger.info("%s: %s%s, read while training", source.where, kind, source.read_from)
-        return StreamedSource(source, kind)
+        return StreamedSource(source, kind, told=self.data.data_format == "auto")
 
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
         kind = recognised(source, self.data.data_format, whole=True)
@@ -175,17 +185,21 @@ class _Loader:
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
         read, left_out, conversations, bad, notes = 0, 0, False, BadRows(self.data.bad_rows), Notes()
         rows = tqdm(source.rows(FORMATS[kind].columns), desc="Tokenizing", unit=" rows", disable=None)
-        encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, fraction)
-        for chunk in ordered_map(encode, chunks(rows), worker_count(self.data.tokenize_workers)):
-            for where, side, row in chunk.rows:
-                with bad.catch(where):
-                    if isinstance(row, UserError):
-                        raise row
-                    if (cut := limits[side](row)) is not None:
-                        tables[side].add(cut)
-            read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
-            conversations |= chunk.conversations
-            notes.update(chunk.notes)
+        if (unread := FORMATS[kind].unread(source.columns()[0])) is not None:
+            notes.add(logging.WARNING, unread, source.where)
+        told = self.data.data_format == "auto"
+        encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, told=told, fraction=fraction)
+        with killed_workers_told():
+            for chunk in ordered_map(encode, chunks(rows, CHUNK), worker_count(self.data.tokenize_workers)):
+                for where, side, row in chunk.rows:
+                    with bad.catch(where):
+                        if isinstance(row, UserError):
+                            raise row
+                        if (cut := limits[side](row)) is not None:
+                            tables[side].add(cut)
+                read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
+                conversations |= chunk.conversations
+                notes.update(chunk.notes)
         bad.refuse(source.where, read)
         reports = {side: vars(limit.report) for side, limit in limits.items()}
         facts = {"format": kind, "left_out": left_out, "conversations": conversations, "reports": reports}

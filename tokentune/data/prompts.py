@@ -16,12 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.encoding import EncodingReport, LengthLimit, TableOfRows, TokenRow, trimmed_offsets
-from tokentune.data.formats.records import require_columns
+from tokentune.data.encoding import TokenRow, trimmed_offsets
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
 
@@ -74,35 +71,21 @@ class PromptTemplate:
         return re.sub(r"\{instruction\}|\{input\}", lambda place: texts[place[0]], template)
 
 
-def encode_example(
-    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int, add_eos_token: bool
-) -> dict[str, list[int]]:
-    """Tokenizes prompt and answer as one text.
+def encode_answers(
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool
+) -> list[TokenRow]:
+    """Prompts with their answers, each tokenized as one text, and all together.
 
     Args:
-        max_length: tokens; what is longer loses its end (an EOS too: a cut answer should not teach to stop there).
-        add_eos_token: ends the answer with the tokenizer's EOS, unless it ends so already.
+        add_eos_token: ends the answers with the tokenizer's EOS, unless they end so already.
 
     Returns:
-        "input_ids" and "labels", equally long. Labels are -100 for the prompt's tokens and the first token of all,
-        which nothing predicts. A token that holds the end of the prompt and the beginning of the answer is supervised.
+        Uncut rows. Labels are -100 for the prompt's tokens and the first token of all, which nothing predicts. A token
+        that holds the end of the prompt and the beginning of the answer is supervised.
 
     Raises:
         UserError: the tokenizer has no EOS to add, or can tell neither offsets nor the text that it encoded.
     """
-    row = encode_answer(prompt, answer, tokenizer, add_eos_token=add_eos_token)
-    return {"input_ids": row.ids[:max_length], "labels": row.labels[:max_length]}
-
-
-def encode_answer(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool) -> TokenRow:
-    """`encode_example`, uncut."""
-    return encode_answers([(prompt, answer)], tokenizer, add_eos_token=add_eos_token)[0]
-
-
-def encode_answers(
-    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool
-) -> list[TokenRow]:
-    """Prompts with their answers, tokenized together."""
     if getattr(tokenizer, "is_fast", False):
         found = _encode_fast(texts, tokenizer)
     else:
@@ -190,36 +173,6 @@ def _check_spelling(same: bool, text: str) -> None:
 def common_prefix(a: str, b: str) -> int:
     """The number of characters in which both begin alike."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def encode_records(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
-    *,
-    max_length: int,
-    add_eos_token: bool,
-) -> tuple[Dataset, EncodingReport]:
-    """Tokenizes every record; shows a progress bar on a terminal.
-
-    Args:
-        dataset: columns `instruction` and `output`, and `input` where there is one.
-
-    Returns:
-        The rows that have a supervised token, in order, with the columns "input_ids" and "labels"; and the counts.
-
-    Raises:
-        UserError: a column is missing, or no row has a supervised token left.
-    """
-    require_columns(dataset, ("instruction", "output"), "the data set")
-    limit, table = LengthLimit(max_length), TableOfRows()
-    for record in tqdm(dataset, desc="Tokenizing", disable=None):
-        prompt = template.prompt(record["instruction"], record.get("input"))
-        row = limit(encode_answer(prompt, record["output"], tokenizer, add_eos_token=add_eos_token))
-        if row is not None:
-            table.add(row)
-    limit.report.check(max_length)
-    return table.finish(), limit.report
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_vocab_size: int | None) -> int:

@@ -3,26 +3,26 @@ processes."""
 
 import hashlib
 import json
-import multiprocessing
+import logging
 import os
-import signal
-import threading
-import time
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import NamedTuple, TypeVar
 
+import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.encoding import Notes, TokenRow
-from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
+from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item, Record
 from tokentune.data.formats.records import DROPPED_SOURCES, Placed
 from tokentune.data.prompts import PromptTemplate, encode_answers
 from tokentune.errors import UserError
+from tokentune.sources import error_chain
 
 CHUNK = 64  # rows that are tokenized together
 CHUNKS_HERE = 16  # that are tokenized in this process before others are started: small data is done sooner without them
@@ -46,6 +46,15 @@ class RecordEncoder:
     ) -> None:
         self.tokenizer, self.add_eos_token, self.system_in_user = tokenizer, add_eos_token, system_in_user
         self._chat: ChatEncoder | None = None
+        self._notes = Notes()
+
+    def read(
+        self, record: Record, where: str, data_format: DataFormat, template: PromptTemplate, *, told: bool
+    ) -> Item:
+        """`DataFormat.read`, which notes the columns that are not read."""
+        if (unread := data_format.unread(record)) is not None:
+            self._notes.add(logging.WARNING, unread, where)
+        return data_format.read(record, where, template, told=told)
 
     def __call__(self, item: Item, where: str) -> TokenRow:
         """Uncut ids and labels. `where`: the row, for messages."""
@@ -71,9 +80,10 @@ class RecordEncoder:
 
     def take_notes(self) -> Notes:
         """What was noticed since this was last asked."""
-        if self._chat is None:
-            return Notes()
-        notes, self._chat.notes = self._chat.notes, Notes()
+        notes, self._notes = self._notes, Notes()
+        if self._chat is not None:
+            notes.update(self._chat.notes)
+            self._chat.notes = Notes()
         return notes
 
     def _answers(self, texts: list[Answer]) -> list[TokenRow | UserError]:
@@ -106,17 +116,20 @@ class EncodedChunk(NamedTuple):
     notes: Notes
 
 
+@dataclass(frozen=True)
 class ChunkEncoder:
     """Reads and encodes placed records, as `RecordSource.rows` yields them, for `ordered_map`.
 
     Args:
+        told: as of `DataFormat.read`.
         fraction: of the records, that is held out as "validation"; None: all are "train".
     """
 
-    def __init__(
-        self, encoder: RecordEncoder, data_format: DataFormat, template: PromptTemplate, fraction: float | None
-    ) -> None:
-        self.encoder, self.data_format, self.template, self.fraction = encoder, data_format, template, fraction
+    encoder: RecordEncoder
+    data_format: DataFormat
+    template: PromptTemplate
+    told: bool
+    fraction: float | None
 
     def __call__(self, records: Sequence[Placed]) -> EncodedChunk:
         rows: list[tuple[str, str, TokenRow | UserError | None]] = []
@@ -128,7 +141,7 @@ class ChunkEncoder:
             if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
                 continue
             try:
-                item = self.data_format.read(record, where, self.template)
+                item = self.encoder.read(record, where, self.data_format, self.template, told=self.told)
             except UserError as error:
                 rows.append((where, "train", error))
                 continue
@@ -139,12 +152,6 @@ class ChunkEncoder:
         rows = [(where, side, next(encoded) if row is None else row) for where, side, row in rows]
         conversations = any(not isinstance(item, Answer) for item, _ in items)
         return EncodedChunk(rows, len(records) - len(rows), conversations, self.encoder.take_notes())
-
-
-def chunks(items: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:
-    """Lists of so many items; the last may be shorter."""
-    items = iter(items)
-    return iter(lambda: list(islice(items, size)), [])
 
 
 def worker_count(asked: int | None) -> int:
@@ -170,54 +177,48 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
         return
     # Copies of a process with the tokenizer's threads must not use them: their locks may be held for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _install, (function, os.getpid()))
-    others = multiprocessing.active_children()
-    waiting = deque(pool.submit(_apply, item) for item in first)
-    processes = [process for process in multiprocessing.active_children() if process not in others]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # as many processes as the user asked for
+        outcomes = iter(
+            DataLoader(
+                _Mapped(function),
+                sampler=chain(first, items),  # any items pass for the indices of a data set
+                batch_size=None,
+                collate_fn=lambda outcome: outcome,
+                num_workers=workers,
+                prefetch_factor=4,  # as many as keep all busy; all items at once may not fit into memory
+                multiprocessing_context="fork",
+                generator=torch.Generator(),  # the seeds of its processes are not drawn from this one's generator
+            )
+        )
+    with killed_workers_told():
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+            yield outcome
+
+
+@contextmanager
+def killed_workers_told() -> Iterator[None]:
+    """Also to be put around what is done with the outcomes of `ordered_map`: torch raises wherever its process is."""
     try:
-        for item in items:
-            waiting.append(pool.submit(_apply, item))
-            if len(waiting) > 4 * workers:  # as many as keep all busy; all items at once may not fit into memory
-                yield _result(waiting.popleft(), pool, processes)
-        while waiting:
-            yield _result(waiting.popleft(), pool, processes)
-    except BrokenProcessPool as error:
+        yield
+    except (RuntimeError, UserError) as error:
+        if not any(str(led_to_it).startswith("DataLoader worker") for led_to_it in error_chain(error)):
+            raise
         raise UserError(
             "--tokenize_workers: a process that tokenizes was killed, perhaps for want of memory. Take fewer of them."
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _result(future: Future, pool: ProcessPoolExecutor, processes: Sequence[multiprocessing.Process]) -> Any:
-    while not wait([future], timeout=1).done:
-        # One that died within its result leaves the pool waiting for the rest of it, which comes from nobody once all
-        # have ended and this process has closed its own end of the pipe (which the pool offers no other way to do).
-        if not all(process.is_alive() for process in processes):
-            for process in processes:
-                process.kill()
-            pool._result_queue._writer.close()
-            wait([future])
-    return future.result()
+@dataclass
+class _Mapped(torch.utils.data.Dataset):
+    """A function as a data set; a `UserError` is handed on as it is, which torch would put a traceback around."""
 
+    function: Callable[[Chunk], Outcome]
 
-_function: Callable[[Any], Any] | None = None  # of a worker process
-
-
-def _install(function: Callable[[Any], Any], parent: int) -> None:
-    global _function
-    _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's matter, and ends these
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent was killed: it would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _apply(item: Any) -> Any:
-    return _function(item)
+    def __getitem__(self, item: Chunk) -> Outcome | UserError:
+        try:
+            return self.function(item)
+        except UserError as error:
+            return error

@@ -37,10 +37,11 @@ class WorkerError(UserError):
 
 
 class StreamedSource(NamedTuple):
-    """A data set and the name of its format."""
+    """A data set and the name of its format. `told`: as of `DataFormat.read`."""
 
     source: RecordSource
     data_format: str
+    told: bool
 
 
 class Drawn(NamedTuple):
@@ -48,7 +49,7 @@ class Drawn(NamedTuple):
 
     number: int
     where: str
-    data_format: str
+    source: StreamedSource
     record: dict[str, Any] | UserError
 
 
@@ -134,7 +135,9 @@ class StreamedRows(torch.utils.data.IterableDataset):
     def _encoded(self, drawn: Drawn) -> TokenRow:
         if isinstance(drawn.record, UserError):
             raise drawn.record
-        row = self.encoder(FORMATS[drawn.data_format].read(drawn.record, drawn.where, self.template), drawn.where)
+        data_format, told = FORMATS[drawn.source.data_format], drawn.source.told
+        item = self.encoder.read(drawn.record, drawn.where, data_format, self.template, told=told)
+        row = self.encoder(item, drawn.where)
         notes = self.encoder.take_notes()
         for sentence in self._noted & notes.found.keys():
             del notes.found[sentence]
@@ -151,7 +154,8 @@ class StreamedRows(torch.utils.data.IterableDataset):
         rng = random.Random(f"order {self.seed}")
         buffer: list[Drawn] = []
         characters = 0
-        for drawn in self._numbered():
+        for number, (source, (where, record)) in enumerate(self._mixed()):
+            drawn = Drawn(number, where, source, record)
             buffer.append(drawn)
             characters += _characters(drawn.record)
             while len(buffer) >= SHUFFLED_ROWS or characters > SHUFFLED_CHARACTERS:
@@ -160,10 +164,6 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 taken = buffer.pop()
                 characters -= _characters(taken.record)
                 yield taken
-
-    def _numbered(self) -> Iterator[Drawn]:
-        for number, (source, (where, record)) in enumerate(self._mixed()):
-            yield Drawn(number, where, source.data_format, record)
 
     def _mixed(self) -> Iterator[tuple[StreamedSource, Placed]]:
         if self.weights is None:
@@ -174,9 +174,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             yield next(endless[number])
 
 
-def _endless(
-    sources: Sequence[StreamedSource],
-) -> Iterator[tuple[StreamedSource, Placed]]:
+def _endless(sources: Sequence[StreamedSource]) -> Iterator[tuple[StreamedSource, Placed]]:
     """Their records, one source after another, again and again."""
     found = True
     while found:

@@ -103,19 +103,17 @@ def cached(folder: Path | None, key: str, build: Build, what: str, *, keep: bool
     """
     if folder is None:
         return build(None)
-    if (entry := _read(folder / key, what)) is not None:
+    if (entry := _open(folder / key)) is not None:
         logger.info("%s: tokens of an earlier run are used again (%s)", what, folder / key)
         return entry
-    if not keep:
-        return build(None)
-    try:
-        _write(folder, key, build)
-    except OSError as error:
-        logger.warning("--data_cache %s: cannot keep tokens there: %s", folder, error.strerror or first_line(error))
-    else:
-        if (entry := _read(folder / key, what)) is not None:
-            return entry
-    return build(None)
+    if (folder / key).exists():
+        logger.warning("%s: the tokens kept in %s are broken; made again", what, folder / key)
+    if keep:
+        try:
+            _write(folder, key, build)
+        except OSError as error:
+            logger.warning("--data_cache %s: cannot keep tokens there: %s", folder, error.strerror or first_line(error))
+    return (_open(folder / key) if keep else None) or build(None)
 
 
 def _write(folder: Path, key: str, build: Build) -> None:
@@ -140,18 +138,8 @@ def _write(folder: Path, key: str, build: Build) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _read(folder: Path, what: str) -> Entry | None:
-    """The entry; None where there is none, or, said in a warning, where it is broken."""
-    if not folder.exists():
-        return None
-    entry = _open(folder)
-    if entry is None:
-        logger.warning("%s: the tokens kept in %s are broken; made again", what, folder)
-    return entry
-
-
 def _open(folder: Path) -> Entry | None:
-    """The entry in a folder; None where its parts are not what was written."""
+    """The entry in a folder; None where there is none, or its parts are not what was written."""
     try:
         content = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
         for name, expected in content["sha256"].items():

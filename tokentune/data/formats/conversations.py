@@ -5,6 +5,7 @@ OpenAI's form with texts for content and parsed tool arguments (transformers' do
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ SHAREGPT_ROLES = SPEAKERS | {
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("train", "training", "loss")  # true or false: axolotl's and ms-swift's word for OpenAI's "weight"
 OPENAI_ROLES = {role: role for role in ROLES} | SPEAKERS | {"function": "tool"}  # "function": its older form
+SPOKEN = re.compile(
+    rf"""['"](role|from)['"]\s*:\s*['"]({"|".join(OPENAI_ROLES | SHAREGPT_ROLES)})['"]""", re.IGNORECASE
+)
 
 
 class Conversation(NamedTuple):
@@ -64,6 +68,10 @@ def _with_system(messages: list[dict[str, Any]], system: Any, where: str) -> lis
     if not system:
         return messages
     what = f"{where}: 'system'"
+    if isinstance(system, str) and re.match(
+        r"""\s*\[\s*\{\s*['"](type|text)['"]\s*:""", system
+    ):  # its parts in a CSV cell
+        system = json_value(system, what)
     first = {"role": "system", "content": _content(system, what) if isinstance(system, list) else text_of(system, what)}
     same = messages[0]["role"] == "system" and messages[0]["content"] == first["content"]
     return messages if same else [first, *messages]
@@ -102,22 +110,42 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
+def messages_in(value: Any, what: str) -> Any:
+    """The messages that a text holds as JSON (a CSV cell); every other value as it is, other JSON being a text too.
+
+    Raises:
+        UserError: the text is a list of messages, and not JSON: Python's own writing of it, as pandas leaves it in CSV.
+    """
+    if not isinstance(value, str) or not re.match(r"\s*[\[{]", value) or not SPOKEN.search(value):
+        return value
+    try:
+        parsed = parse_json(value)
+    except ValueError as error:
+        if re.match(r"\s*(\[\s*)?\{", value) is None:
+            return value
+        raise UserError(
+            f"{what} looks like messages, and is not JSON: {value!r:.60}. Write it with json.dumps."
+        ) from error
+    first = parsed[0] if isinstance(parsed, list) and parsed else parsed
+    return parsed if isinstance(first, Mapping) and ("role" in first or "from" in first) else value
+
+
+def json_value(value: Any, what: str) -> Any:
+    """The value, parsed where it is JSON as text. `what`: names it in the message. Raises UserError: it is no JSON."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UserError(f"{what} is text that is not JSON: {value!r:.60}.") from error
+
+
 def _list(value: Any, where: str) -> list:
-    if isinstance(value, str):
-        value = _parsed(value, f"{where}: the conversation")
+    value = json_value(value, f"{where}: the conversation")
     if not isinstance(value, Sequence):
         found = "is missing" if value is None else f"is a JSON {json_type(value)}"
         raise UserError(f"{where}: the conversation {found}; expected a list of messages.")
     if not value:
         raise UserError(f"{where}: the conversation is empty.")
     return list(value)
-
-
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{what} is text that is not JSON: {text!r:.60}.") from error
 
 
 def _openai_message(message: Any, where: str) -> dict[str, Any]:
@@ -167,7 +195,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     inner = dict(inner)
     if isinstance(inner.get("arguments"), str):  # "": a call without arguments
         text = inner["arguments"].strip()
-        inner["arguments"] = _parsed(text, f"{where}: a tool call's 'arguments'") if text else {}
+        inner["arguments"] = json_value(text, f"{where}: a tool call's 'arguments'") if text else {}
     return {**call, "type": "function", "function": inner} if "function" in call else inner
 
 
@@ -196,7 +224,7 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
         )
     if speaker.strip().lower() != "function_call":
         return message
-    calls = _parsed(text, f"{where}: a function_call's 'value'")
+    calls = json_value(text, f"{where}: a function_call's 'value'")
     calls = calls if isinstance(calls, list) else [calls]
     wrapped = [{"type": "function", "function": call} for call in calls]
     return message | {"content": "", "tool_calls": [_tool_call(call, where) for call in wrapped]}
@@ -204,7 +232,7 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
 
 def _conversation(messages: list[dict], tools: Any, where: str, learn_from: int) -> Conversation:
     if tools is not None:
-        tools = _parsed(tools, f"{where}: 'tools'") if isinstance(tools, str) and tools.strip() else tools or None
+        tools = json_value(tools, f"{where}: 'tools'") if isinstance(tools, str) and tools.strip() else tools or None
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise UserError(f"{where}: 'tools' is {tools!r:.60}, not a list of JSON schemas.")
     _check_encodable([messages, tools], where)

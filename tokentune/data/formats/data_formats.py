@@ -1,18 +1,22 @@
 """The formats of instruction data: told by columns, and how each record becomes a prompt with an answer or a chat."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tokentune.data.formats.conversations import Conversation, openai_conversation, sharegpt_conversation, text_of
-from tokentune.data.formats.json_files import parse_json
+from tokentune.data.formats.conversations import (
+    Conversation,
+    json_value,
+    messages_in,
+    openai_conversation,
+    sharegpt_conversation,
+    text_of,
+)
 from tokentune.data.formats.records import RecordSource
 from tokentune.data.prompts import PromptTemplate
 from tokentune.errors import UserError
 from tokentune.sources import listed
-
-logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
@@ -32,35 +36,53 @@ CHAT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS)
 # What a column of this name holds belongs to the row: a format reads it or refuses it.
 MEANT = (*CHAT_COLUMNS, "history")
 # As well, but the names are used for remarks on a row too: said to be left out.
-PERHAPS_MEANT = ("context", "documents", "chat_template_kwargs", "thinking", "reasoning", "reasoning_content")
+PERHAPS_MEANT = ("input", "context", "documents", "chat_template_kwargs", "thinking", "reasoning", "reasoning_content")
 PERHAPS_MEANT += ("images", "videos", "audios")
 SOURCE_COLUMN = "data_source"  # of Open-Platypus
+NAME_ONE = "name one with --data_format"
 
 
 @dataclass(frozen=True)
 class DataFormat:
     """A format: the columns it needs, those it reads where they are there, and its reader.
 
-    `parse` takes a record, the row's place for messages, and the template around instructions.
+    `parse` takes a record, the row's place for messages, and the template around instructions. `leaves_out`: columns of
+    `MEANT` that it has no use for.
     """
 
     needs: tuple[str, ...]
     may_have: tuple[str, ...]
     parse: Callable[[Record, str, PromptTemplate], Item]
     description: str
+    leaves_out: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All that have to be read of a row: also those that it may not have a value in."""
         return tuple({*self.needs, *self.may_have, *MEANT, SOURCE_COLUMN})
 
-    def read(self, record: Record, where: str, template: PromptTemplate) -> Item:
+    def unread(self, names: Iterable[str]) -> str | None:
+        """What to say of those columns that may be meant and are not read; None where there are none."""
+        read = {*self.needs, *self.may_have}
+        known = {*read, *MEANT, *PERHAPS_MEANT}
+        doubtful = {*PERHAPS_MEANT, *self.leaves_out} - read
+        # "Input" and " input" are read by nobody.
+        found = [n for n in names if n in doubtful or (n not in known and n.strip().lower() in known)]
+        return f"not read: the columns {listed(found)}" if found else None
+
+    def read(self, record: Record, where: str, template: PromptTemplate, *, told: bool = False) -> Item:
         """A row as what is learnt from it.
+
+        Args:
+            told: the format was told by the first row's columns, so that no other may fit a later row as well.
 
         Raises:
             UserError: it is malformed, or has something in a column of `MEANT` that the format has no place for.
         """
-        unread = [name for name in MEANT if name not in self.may_have and _filled(record.get(name))]
+        if told and len(fitting := _fitting([name for name, value in record.items() if value is not None])) > 1:
+            raise UserError(f"{where}: its columns fit several formats ({', '.join(fitting)}): {NAME_ONE}.")
+        placed = {*self.may_have, *self.leaves_out}
+        unread = [name for name in MEANT if name not in placed and _filled(record.get(name))]
         if unread and self is FORMATS["alpaca"]:
             raise UserError(
                 f"{where}: has {listed(unread)}, which the prompt template has no place for. --data_format alpaca_chat "
@@ -85,7 +107,7 @@ def _alpaca_chat(record: Record, where: str, template: PromptTemplate) -> Conver
     asked = [text_of(record.get("instruction"), f"{where}: 'instruction'")]
     asked += [text_of(record["input"], f"{where}: 'input'")] if record.get("input") is not None else []
     history = record.get("history") if _filled(record.get("history")) else []
-    history = _json(history, f"{where}: 'history'")
+    history = json_value(history, f"{where}: 'history'")
     turns = [text for pair in history for text in pair] if _is_pairs(history) else None
     if turns is None:
         raise UserError(f"{where}: 'history' is {history!r:.60}, not a list of pairs of a question and its answer.")
@@ -99,7 +121,9 @@ def _is_pairs(history: Any) -> bool:
 
 
 def _prompt_completion(record: Record, where: str, template: PromptTemplate) -> Item:
-    prompt, completion = record.get("prompt"), record.get("completion")
+    prompt, completion = (messages_in(record.get(name), f"{where}: {name!r}") for name in ("prompt", "completion"))
+    if isinstance(completion, list) and isinstance(prompt, str) and prompt.strip() == "[]":
+        prompt = []
     if isinstance(prompt, list) and isinstance(completion, list):
         # An empty prompt is a conversation that the assistant begins.
         tools, system = _tools(record, where), _system(record, where)
@@ -136,18 +160,10 @@ def _tools(record: Record, where: str) -> Any:
     tools = _only(record, TOOL_COLUMNS, where)
     if not _filled(record.get("functions")):
         return tools
-    functions = _json(tools, f"{where}: 'functions'")
+    functions = json_value(tools, f"{where}: 'functions'")
     if not isinstance(functions, list):
         raise UserError(f"{where}: 'functions' is {functions!r:.60}, not a list of JSON schemas.")
     return [{"type": "function", "function": function} for function in functions]
-
-
-def _json(value: Any, what: str) -> Any:
-    """The value, parsed where it is JSON as text."""
-    try:
-        return parse_json(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise UserError(f"{what} is text that is not JSON: {value!r:.60}.") from error
 
 
 def _only(record: Record, names: Sequence[str], where: str) -> Any:
@@ -185,7 +201,7 @@ FORMATS = {
     "sharegpt": DataFormat(
         ("conversations",), (*CHAT_COLUMNS, "messages"), _sharegpt, "sharegpt: 'conversations' (from, value)"
     ),
-    "text": DataFormat(("text",), MEANT, _text, "text: 'text'"),  # the whole of a row, whatever stands beside it
+    "text": DataFormat(("text",), (), _text, "text: 'text'", leaves_out=MEANT),  # the whole of a row
 }
 
 
@@ -202,17 +218,13 @@ def recognised(source: RecordSource, requested: str, *, whole: bool) -> str:
     kind = recognise(columns, first, requested, source.where)
     if (kind, requested) == ("alpaca", "auto") and _has_turns(source, first, whole=whole):
         kind = "alpaca_chat"
-    doubtful = (*PERHAPS_MEANT, *MEANT) if kind == "text" else PERHAPS_MEANT
-    spelt_otherwise = [name for name in columns if name not in MEANT and name.lower() in MEANT]
-    if unread := [*(name for name in doubtful if name in columns), *spelt_otherwise]:
-        logger.warning("%s: not read: the columns %s", source.where, listed(unread))
     return kind
 
 
 def _has_turns(source: RecordSource, first: Record, *, whole: bool) -> bool:
     turns = ("history", *SYSTEM_COLUMNS)
-    known = source.columns()
-    if known is not None and not set(turns) & set(known):
+    known, complete = source.columns()
+    if complete and not set(turns) & set(known):
         return False
     rows = (row for _, row in source.rows(turns)) if whole else [first]
     return any(isinstance(row, Mapping) and any(_filled(row.get(name)) for name in turns) for row in rows)
@@ -241,9 +253,7 @@ def recognise(columns: Sequence[str], first: Record, requested: str, where: str)
                 f"{where}: no column {', '.join(map(repr, missing))}, which --data_format {requested} needs. {has}."
             )
         return requested
-    fitting = [
-        name for name, kind in FORMATS.items() if name not in ("text", "alpaca_chat") and {*kind.needs} <= {*columns}
-    ]
+    fitting = _fitting(columns)
     if fitting == ["sharegpt"] and _has_roles(first.get("conversations")):
         return "messages"
     if len(fitting) == 1:
@@ -252,15 +262,20 @@ def recognise(columns: Sequence[str], first: Record, requested: str, where: str)
         return "text"
     known = "; ".join(kind.description for kind in FORMATS.values() if kind.description)
     if fitting:
-        raise UserError(
-            f"{where}: its columns fit several formats ({', '.join(fitting)}): name one with --data_format. {has}."
-        )
+        raise UserError(f"{where}: its columns fit several formats ({', '.join(fitting)}): {NAME_ONE}. {has}.")
     raise UserError(
         f"{where}: its columns fit no format. {has}.\nRename the columns that hold the texts. Formats and their "
         f"columns: {known}."
     )
 
 
+def _fitting(columns: Sequence[str]) -> list[str]:
+    """The formats that are told by such columns."""
+    return [n for n, kind in FORMATS.items() if n not in ("text", "alpaca_chat") and {*kind.needs} <= {*columns}]
+
+
 def _has_roles(conversation: Any) -> bool:
+    with suppress(UserError):
+        conversation = messages_in(conversation, "")
     turn = conversation[0] if isinstance(conversation, list) and conversation else None
     return isinstance(turn, Mapping) and "role" in turn and not {"from", "value"} & turn.keys()

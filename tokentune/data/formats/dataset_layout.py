@@ -7,8 +7,9 @@ sets have it), and by names: `train.jsonl`, `data/train_sft-00000-of-00001.parqu
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -17,26 +18,22 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from tokentune.data.formats.record_files import kind_of_file, stem_of
+from tokentune.data.formats.split_names import SHARD, SPLIT_WORDS, base_of, labelled
 from tokentune.errors import UserError
 from tokentune.sources import COMPRESSIONS, KINDS, first_line, listed
 
 logger = logging.getLogger(__name__)
 
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
 CHOICES = {role: f"--{which}dataset" for role, which in (("train", ""), ("validation", "eval_"), ("test", "test_"))}
-SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")  # as `datasets` names the files of one split
-NUMBERS = re.compile(r"(?:(?<![a-z])(?:part|shard|chunk|file|of)(?![a-z])|[-_. ()\d])+$", re.IGNORECASE)
 # Parameters of a README's configuration that change nothing about which rows its files hold.
 CARD_PARAMETERS = {"data_files", "data_dir", "default", "description", "version", "features"}
 DOCUMENTS = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog)\b|.*\.(md|py|ya?ml|toml|cff|bib|png|jpe?g|svg|pdf)$"
 )
 
-Splits = dict[str | None, list[Path]]  # name -> files, or the folder of a saved data set; None: no name tells one
+# name -> files, or the folder of a saved data set, which need not be there where a README tells them; None: no name
+# tells one
+Splits = dict[str | None, list[Path]]
 Catalogue = dict[str, Splits]  # configuration -> its splits; "": the folder itself
 
 
@@ -65,6 +62,7 @@ def find_files(folder: Path, flag: str, *, role: str, split: str | None = None, 
     wanted = split or role
     splits = _chosen_config(catalogue, where, role, config or default, wanted)
     files = _chosen_split(splits, where, role, split)
+    _check_there(files, folder, where)
     if any(is_saved(file) for file in files):
         if len(files) > 1:
             raise UserError(f"{where}: holds several saved data sets ({_paths(files, folder)}). Name one of them.")
@@ -83,8 +81,8 @@ def tells_split(name_or_path: str, role: str) -> bool:
         catalogue, _ = _catalogue(folder, str(folder))
     else:  # files of any kind: images too
         files = [path for path in folder.rglob("*") if path.is_file()]
-        catalogue = _labelled({path: (stem_of(path), path.relative_to(folder).parts[:-1]) for path in files})
-    return any(_base(name) == role for splits in catalogue.values() for name in splits if name is not None)
+        catalogue = labelled({path: (stem_of(path), path.relative_to(folder).parts[:-1]) for path in files})
+    return any(base_of(name) == role for splits in catalogue.values() for name in splits if name is not None)
 
 
 def subfolder_of_split(folder: Path, where: str, role: str, split: str | None) -> Path | None:
@@ -95,8 +93,8 @@ def subfolder_of_split(folder: Path, where: str, role: str, split: str | None) -
     Raises:
         UserError: there is no such one, or several are meant.
     """
-    named = {path.name: [path] for path in sorted(folder.iterdir()) if path.is_dir() and _base(path.name)}
-    if split is None and len([name for name in named if _base(name) == role]) < 2:
+    named = {path.name: [path] for path in sorted(folder.iterdir()) if path.is_dir() and base_of(path.name)}
+    if split is None and len([name for name in named if base_of(name) == role]) < 2:
         return None
     return _chosen_split(named or {None: [folder]}, where, role, split)[0]
 
@@ -157,8 +155,13 @@ def _card_splits(folder: Path, name: str, card: dict[str, Any], where: str) -> S
         )
     folder = folder / card.get("data_dir", ".")
     if "data_files" not in card:
-        configs = _told_by_names(folder)
-        return configs[""] if len(configs) == 1 and "" in configs else {}
+        configs = _told_by_names(folder) if folder.is_dir() else {}
+        if len(configs) > 1 or (configs and "" not in configs):
+            raise UserError(
+                f"{where}: its README.md reads the configuration {name!r} from {card.get('data_dir', 'this folder')}, "
+                f"which holds folders of {listed(sorted(configs))}. Give one of them."
+            )
+        return configs.get("", {None: [folder / "*"]} if "data_dir" in card else {})
     splits: Splits = {}
     for split, patterns in sanitize_patterns(card["data_files"]).items():
         found: dict[Path, None] = {}
@@ -167,50 +170,17 @@ def _card_splits(folder: Path, name: str, card: dict[str, Any], where: str) -> S
                 raise UserError(f"{where}: its README.md names a file elsewhere ({pattern:.80}). Download it first.")
             try:
                 matching = map(Path, resolve_pattern(pattern, str(folder.absolute())))
-            except FileNotFoundError:  # a copy of some of the data: what is not there cannot be chosen
-                continue
+            except FileNotFoundError:  # a copy of some of the data, where it matters only once it is chosen
+                matching = [folder.absolute() / pattern]
             at = folder.absolute()
             found |= {folder / path.relative_to(at) if path.is_relative_to(at) else path: None for path in matching}
-        if found:
-            splits[split] = list(found)
+        splits[split] = list(found)
     return splits
 
 
 def _told_by_names(folder: Path) -> Catalogue:
     paths = {path: path.name if path.is_dir() else stem_of(path) for path in _data_paths(folder)}
-    return _labelled({path: (stem, path.relative_to(folder).parts[:-1]) for path, stem in paths.items()})
-
-
-def _labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> Catalogue:
-    """Files, given with their stem and the folders around them, by what these tell."""
-    # Where one sharded name tells a split, all of them are splits: "unsupervised-00000-of-00001" too.
-    sharded = any((match := SHARD.match(stem)) and _base(match[1]) for stem, _ in paths.values())
-    catalogue: Catalogue = {}
-    for path, (stem, folders) in paths.items():
-        shard = SHARD.match(stem)
-        split, around = (shard[1] if shard and sharded else _split_told(stem)), list(folders)
-        for part in [] if split is not None else reversed(folders):
-            if (split := _split_told(part)) is not None:
-                around.remove(part)
-                break
-        around = [part for part in around if part.lower() != "data" and _unnumbered(part)]
-        catalogue.setdefault("/".join(around), {}).setdefault(split, []).append(path)
-    return catalogue
-
-
-def check_one_configuration(urls: Iterable[str], where: str) -> None:
-    """Refuses files of a hub data set whose folders are configurations: without a README's word they would be joined.
-
-    Args:
-        urls: of the files of one split: hf://datasets/owner/name@revision/folder/file.
-    """
-    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in urls}
-    configs = [c for c in _labelled({url: (stem_of(p), p.parts[:-1]) for url, p in paths.items()}) if c]
-    if len(configs) > 1:
-        raise UserError(
-            f"{where}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
-            "Download it (hf download), and give the folder of one."
-        )
+    return labelled({path: (stem, path.relative_to(folder).parts[:-1]) for path, stem in paths.items()})
 
 
 def _data_paths(folder: Path) -> list[Path]:
@@ -225,24 +195,20 @@ def _data_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def _split_told(text: str) -> str | None:
-    """The split in a file's or folder's name: from its word to the end, without numbers ("train_sft", "train")."""
-    for match in reversed(list(re.finditer("[a-z]+", text.lower()))):
-        if any(match[0] in words for words in SPLIT_WORDS.values()):
-            return _unnumbered(text[match.start() :])
-    return None
-
-
-def _unnumbered(text: str) -> str:
-    """A name without what counts files: "train" of "train_part-01"."""
-    match = NUMBERS.search(text)
-    return text[: match.start()] if match and any(c.isdigit() for c in match[0]) else text
-
-
-def _base(name: str) -> str | None:
-    """What a split's name says that it is for: "train", "validation" or "test"; None: nothing."""
-    words = re.findall("[a-z]+", name.lower())
-    return next((base for word in reversed(words) for base, known in SPLIT_WORDS.items() if word in known), None)
+def _check_there(files: list[Path], folder: Path, where: str) -> None:
+    """Refuses a split of which the folder's own list names what is not there, and tells of missing shards."""
+    saved = (folder / "dataset_dict.json").is_file()
+    missing = [file for file in files if not (is_saved(file) if saved else file.exists())]
+    if missing:
+        teller, what = ("dataset_dict.json", "a saved split") if saved else ("README.md", "data")
+        raise UserError(
+            f"{where}: its {teller} names {what} that is not there: {_paths(missing, folder)}. Copy or download it, or "
+            f"correct {teller}."
+        )
+    shards = Counter((file.parent, *match.groups()) for file in files if (match := SHARD.match(stem_of(file))))
+    for (_, name, total), count in shards.items():
+        if count < int(total):
+            logger.warning("%s: only %d of the %d files of %r are there", where, count, int(total), name)
 
 
 # ---- what is meant ---------------------------------------------------------------------------------------------------
@@ -256,7 +222,8 @@ def _chosen_config(catalogue: Catalogue, where: str, role: str, config: str | No
             return catalogue[config]
         there = f"only {', '.join(sorted(names))}" if names else f"nor any other: leave {config_flag} out"
         raise UserError(f"{where}: no configuration {config!r}, {there}.")
-    having = [name for name, splits in catalogue.items() if _fitting(splits, wanted) or list(splits) == [None]]
+    meant = {name: _meant(splits, wanted) for name, splits in catalogue.items()}
+    having = [name for name, files in meant.items() if _present(files)] or [name for name in meant if meant[name]]
     if len(having) == 1 or len(catalogue) == 1:
         return catalogue[having[0] if having else next(iter(catalogue))]
     if len(having) == 2 and "" in having and all(list(catalogue[name]) == [None] for name in having):
@@ -275,7 +242,18 @@ def _fitting(splits: Splits, wanted: str) -> list[str]:
     """The splits that are meant by a name: the one of that name, or all that are for the same."""
     if wanted in splits:
         return [wanted]
-    return [name for name in splits if name is not None and wanted in SPLIT_WORDS and _base(name) == wanted]
+    named = [name for name in splits if name is not None and wanted in SPLIT_WORDS and base_of(name) == wanted]
+    return [name for name in named if _present(splits[name])] or named
+
+
+def _meant(splits: Splits, wanted: str) -> list[Path]:
+    if list(splits) == [None]:
+        return splits[None]
+    return [file for name in _fitting(splits, wanted) for file in splits[name]]
+
+
+def _present(files: Iterable[Path]) -> bool:
+    return any(file.exists() for file in files)
 
 
 def _chosen_split(splits: Splits, where: str, role: str, split: str | None) -> list[Path]:
@@ -321,7 +299,7 @@ def _check_kinds(files: list[Path], folder: Path, where: str) -> None:
 
 def _tell_unread(folder: Path, where: str, files: list[Path], catalogue: Catalogue) -> None:
     known = {path for splits in catalogue.values() for paths in splits.values() for path in paths}
-    others = sorted(known - set(files))
+    others = sorted(path for path in known - set(files) if path.exists())
     if others:
         logger.info("%s: not read, as they are of other splits or configurations: %s", where, _paths(others, folder))
     unknown = []

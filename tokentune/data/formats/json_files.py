@@ -143,18 +143,23 @@ def not_text(path: Path, byte: int) -> UserError:
     return UserError(f"{path}: not UTF-8 text (byte {byte}). Convert it, e.g. with iconv.")
 
 
-def _reason(error: json.JSONDecodeError) -> str:
-    """What is wrong with the JSON and where; the parser's own words end in "at", for a position to follow."""
-    return f"{error.msg.removesuffix(' at')} (column {error.colno})"
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """What a line, or without one the whole file, holds. Raises UserError."""
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg.removesuffix(' at')} (column {error.colno})"  # a position follows the parser's own "at"
+        raise UserError(f"{path}, line {line or error.lineno}: not valid JSON: {reason}.") from error
+    except ValueError as error:
+        where = path if line is None else f"{path}, line {line}"
+        raise UserError(f"{where}: cannot be read: {first_line(error)}.") from error
 
 
 def _parse_line(line: str, path: Path, number: int) -> dict | UserError:
     try:
-        record = parse_json(line)
-    except json.JSONDecodeError as error:
-        return UserError(f"{path}, line {number}: not valid JSON: {_reason(error)}.")
-    except ValueError as error:
-        return UserError(f"{path}, line {number}: cannot be read: {first_line(error)}.")
+        record = _parsed(line, path, number)
+    except UserError as error:
+        return error
     if not isinstance(record, dict):
         return UserError(f"{path}, line {number}: expected an object, found a JSON {json_type(record)}.")
     return record
@@ -187,12 +192,8 @@ def _parse_whole(path: Path) -> Any:
                 )
     try:
         text = content.decode("utf-8-sig")
-        if not text.strip():
-            raise UserError(f"{path}: the file is empty.")
-        return parse_json(text)
     except UnicodeDecodeError as error:
         raise not_text(path, error.start) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {_reason(error)}.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}.") from error
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty.")
+    return _parsed(text, path)

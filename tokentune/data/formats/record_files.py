@@ -6,8 +6,9 @@ it.
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +31,12 @@ ROWS_AT_ONCE = 1000
 Rows = Iterator[dict[str, Any] | UserError]
 
 
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of so many items; the last may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
+
+
 def kind_of_file(path: Path) -> str | None:
     """The one of `sources.KINDS` that a file's name tells, compressed or not; None for a file that is not read."""
     ending = path.name[len(stem_of(path)) :].lower()
@@ -43,17 +50,17 @@ def stem_of(path: PurePath) -> str:
 
 
 def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
-    """The rows of a file; of a Parquet file only the given columns are read.
+    """The rows of a file, but for JSON with the given columns alone.
 
     Raises:
         UserError: an unknown kind of file, or one that cannot be read.
     """
     kind = _known_kind(path, flag)
     with readable(path, flag):
-        if kind == ".parquet":
-            yield from _rows_of_parquet(path, columns)
+        if kind in (".parquet", ".csv"):
+            yield from {".parquet": _rows_of_parquet, ".csv": _rows_of_csv}[kind](path, columns)
         else:
-            yield from {".json": read_json, ".jsonl": read_json_lines, ".csv": _rows_of_csv}[kind](path)
+            yield from {".json": read_json, ".jsonl": read_json_lines}[kind](path)
 
 
 def columns_of_file(path: Path, flag: str) -> list[str] | None:
@@ -89,16 +96,17 @@ def _known_kind(path: Path, flag: str) -> str:
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_csv(path: Path) -> Rows:
+def _rows_of_csv(path: Path, columns: Sequence[str] | None) -> Rows:
     """Every cell is text, as it stands: an answer "42", "NA" or "None" too. Only an empty one is missing."""
     records = _csv_records(path)
     _, names = next(records)
+    read = {name for name in names if name and (columns is None or name in columns)}
     for line, cells in records:
         if len(cells) > len(names):
             yield UserError(f"{path}, line {line}: has {len(cells)} cells, and the header {len(names)} names.")
             continue
         cells += [""] * (len(names) - len(cells))
-        yield {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
+        yield {name: cell or None for name, cell in zip(names, cells, strict=True) if name in read}
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -159,13 +167,8 @@ def _rows_of_parquet(path: Path, columns: Sequence[str] | None) -> Rows:
     names = parquet_schema(path).names
     with _valid_parquet(path), pyarrow.parquet.ParquetFile(path) as file:
         chosen = names if columns is None else [name for name in names if name in columns]
-        if not chosen:
-            yield from ({} for _ in range(file.metadata.num_rows))
-            return
-        first = 1
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=chosen):
-            yield from _rows_of_arrow(pyarrow.Table.from_batches([batch]), str(path), first)
-            first += len(batch)
+        batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=chosen)
+        yield from _rows_of_arrow(map(pyarrow.table, batches), str(path))
 
 
 def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | None, where: str) -> Rows:
@@ -183,10 +186,7 @@ def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | Non
         table = table.select_columns(chosen)
     try:
         if isinstance(table, Dataset):
-            first = 1
-            for batch in table.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-                yield from _rows_of_arrow(batch, where, first)
-                first += len(batch)
+            yield from _rows_of_arrow(table.with_format("arrow").iter(batch_size=ROWS_AT_ONCE), where)
             return
         shapes = {} if table.features is None else _shapes(table.features.arrow_schema)
         for row in table:  # `datasets` has parsed its Json columns
@@ -195,13 +195,16 @@ def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | Non
         raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
 
 
-def _rows_of_arrow(table: pyarrow.Table, where: str, first: int) -> Rows:
-    shapes = _shapes(table.schema)
-    for number, row in enumerate(table.to_pylist(), start=first):
-        try:
-            yield {name: _cleaned(value, shapes[name]) for name, value in row.items()}
-        except ValueError as error:
-            yield UserError(f"{where}, row {number}: a value of type JSON cannot be read: {first_line(error)}.")
+def _rows_of_arrow(tables: Iterable[pyarrow.Table], where: str) -> Rows:
+    number = 0
+    for table in tables:
+        shapes = _shapes(table.schema)
+        for row in table.to_pylist() if table.num_columns else [{}] * len(table):
+            number += 1
+            try:
+                yield {name: _cleaned(value, shapes[name]) for name, value in row.items()}
+            except ValueError as error:
+                yield UserError(f"{where}, row {number}: a value of type JSON cannot be read: {first_line(error)}.")
 
 
 _JSON = "json"

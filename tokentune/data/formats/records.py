@@ -9,6 +9,7 @@ a `.json` array and JSON Lines by guessing, and which leaves a copy of every fil
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from tokentune.data.formats.bad_rows import BadRows
-from tokentune.data.formats.dataset_layout import CHOICES, check_one_configuration, find_files
+from tokentune.data.formats.dataset_layout import CHOICES, find_files
 from tokentune.data.formats.record_files import (
     Rows,
     columns_of_file,
@@ -37,6 +38,7 @@ from tokentune.data.formats.record_files import (
     rows_of_table,
 )
 from tokentune.data.formats.record_tables import table_of_files
+from tokentune.data.formats.split_names import check_one_configuration
 from tokentune.errors import UserError
 from tokentune.sources import first_line, hub_error, is_local_path, listed
 
@@ -74,25 +76,24 @@ class RecordSource:
         count = len(self.files)
         return "" if str(self.files[0]) == self.name else f" of {count:,} file{'s' * (count > 1)} ({names})"
 
-    def columns(self) -> list[str] | None:
-        """The names of its columns, of all files; None where every row has names of its own (JSON)."""
+    def columns(self) -> tuple[list[str], bool]:
+        """The names of its columns that are known before its rows are read, and whether these are all: not in JSON."""
         if self.table is not None:
-            return self.table.column_names
+            return self.table.column_names or [], self.table.column_names is not None
         of_files = [columns_of_file(file, self.flag) for file in self.files]
-        return None if None in of_files else list(dict.fromkeys(name for names in of_files for name in names))
+        return list(dict.fromkeys(name for names in of_files for name in names or ())), None not in of_files
 
     def peek(self, columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The names of its columns, those of the first good row in JSON, and of that row the given columns.
+        """The names of its columns, with those of the first good row, and of that row the given columns.
 
         Raises:
             UserError: it cannot be read, or holds no rows.
         """
-        names, bad = self.columns(), BadRows("stop")
+        (names, _), bad = self.columns(), BadRows("stop")
         for _, row in self.rows(columns):
-            if isinstance(row, UserError):
-                bad.add(row)
-            else:
-                return list(row) if names is None else names, row
+            if not isinstance(row, UserError):
+                return list(dict.fromkeys([*names, *row])), row
+            bad.add(row)
         bad.settle(self.where, bad.count)
         raise UserError(f"{self.where}: holds no rows to train on.")
 
@@ -100,7 +101,7 @@ class RecordSource:
         """("file, row 3", row) for every row, in order: the row itself, or what is wrong with it.
 
         Args:
-            columns: to be read, where the others can be left alone (tables and Parquet files).
+            columns: to be read, where the others can be left alone (all but JSON).
 
         Raises:
             UserError: the rest cannot be read.
@@ -206,6 +207,12 @@ def _check_hub_files(name: str, flag: str, split: str) -> None:
 
 def _load_saved(folder: Path, flag: str) -> Dataset:
     try:
+        named = [part["filename"] for part in json.loads((folder / "state.json").read_text())["_data_files"]]
+        if missing := [name for name in named if not (folder / name).is_file()]:
+            raise UserError(
+                f"{flag} {folder}: its state.json names data that is not there: {listed(missing)}. Copy or download "
+                "it, or save the data set again."
+            )
         return load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise UserError(f"{flag} {folder}: not a saved data set after all: {first_line(error)}") from error
@@ -244,20 +251,3 @@ def load_records(
         raise UserError(f"{source.where}: holds no rows to train on.")
     logger.info("%s: %s rows%s", source.where, f"{len(dataset):,}", source.read_from)
     return dataset
-
-
-def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
-    """Checks that the data set has the columns.
-
-    Args:
-        where: what holds them (a flag and its value, a file), to start the message with.
-
-    Raises:
-        UserError: names the missing columns and those that are there.
-    """
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        raise UserError(
-            f"{where}: no column {', '.join(map(repr, missing))}. It has {listed(dataset.column_names)}; "
-            "rename the columns that hold these texts."
-        )

@@ -9,6 +9,7 @@ that of the first epoch.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -209,14 +210,8 @@ Piece = tuple[str, int, set[str]]
 
 def _runs(pieces: list[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
     """Consecutive pieces that are all supervised, or none of them: answers and prompts."""
-    run: list[Piece] = []
-    for piece in pieces:
-        if run and ("supervised" in piece[2]) != ("supervised" in run[-1][2]):
-            yield "supervised" in run[-1][2], run
-            run = []
-        run.append(piece)
-    if run:
-        yield "supervised" in run[-1][2], run
+    for supervised, run in groupby(pieces, key=lambda piece: "supervised" in piece[2]):
+        yield supervised, list(run)
 
 
 def _shortened(run: list[Piece], limit: int, kind: str) -> list[Piece]:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from tokentune.data.formats.conversations import text_of
-from tokentune.data.formats.record_files import ROWS_AT_ONCE
+from tokentune.data.formats.record_files import ROWS_AT_ONCE, chunks
 from tokentune.data.labelled.labels import Labels, encoded_label
 from tokentune.data.labelled.rows import Columns, Split
 from tokentune.errors import UserError
@@ -81,16 +81,13 @@ def _checked(split: Split, columns: Columns, labels: Labels | None, check: Calla
         UserError: there are bad rows, told when all are read; with --bad_rows skip they are left out.
     """
     needed = columns.inputs if labels is None else (*columns.inputs, columns.label)
-    checked: list[Any] = []
-    for row, values in split.good_rows(needed):
-        where = split.place(row)
-        with split.bad.catch(where):
-            checked.append(check(values, where))
-        if len(checked) == ROWS_AT_ONCE:
-            yield checked
-            checked = []
-    if checked:
-        yield checked
+
+    def good() -> Iterator[Any]:
+        for row, values in split.good_rows(needed):
+            with split.bad.catch(where := split.place(row)):
+                yield check(values, where)
+
+    yield from chunks(good(), ROWS_AT_ONCE)
     split.bad.settle(split.where, len(split.rows))
 
 

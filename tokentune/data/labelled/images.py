@@ -109,7 +109,7 @@ def open_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
     try:
         if stored.get("bytes") is not None:
             return Image.open(BytesIO(stored["bytes"]))
-        return Image.open(stored["path"])
+        return Image.open(stored.get("path"))
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(stored, where, error) from error
 

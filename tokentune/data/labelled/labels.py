@@ -26,6 +26,12 @@ class Labels:
     numbers: dict[Any, int]  # a label as it stands in the data -> number of its class
     unknown: str = "is not among the training data's"  # what is said of a label that is none of them
 
+    def __str__(self) -> str:
+        """For the log: the classes, or that a number is predicted."""
+        if self.is_regression:
+            return "a number is predicted (mean squared error)"
+        return f"{len(self.names)} classes: {shortened(', '.join(self.names))}"
+
     @property
     def is_regression(self) -> bool:
         return not self.names

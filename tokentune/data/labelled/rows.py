@@ -12,10 +12,9 @@ from datasets import Dataset, Json, List, Value
 
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.dataset_layout import CHOICES, tells_split
-from tokentune.data.formats.record_files import ROWS_AT_ONCE
-from tokentune.data.formats.records import load_records, require_columns
+from tokentune.data.formats.record_files import rows_of_table
+from tokentune.data.formats.records import load_records
 from tokentune.data.labelled.images import holds_images, load_image_folder
-from tokentune.data.labelled.labels import Labels, shortened, values_of
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments, LabelledRowsArguments
 from tokentune.settings.glue import COLUMN_NAMES, HUB_ID
@@ -57,13 +56,11 @@ class Split:
         Raises:
             UserError: the values cannot be converted.
         """
-        rows = self.rows.select_columns(list(dict.fromkeys(columns)))
-        for first in range(0, len(rows), ROWS_AT_ONCE):
-            part = rows.select(range(first, min(first + ROWS_AT_ONCE, len(rows))))
-            values = {column: values_of(part, column, self.where) for column in part.column_names}
-            for offset in range(len(part)):
-                if self.number(first + offset) not in self.bad.rows:
-                    yield first + offset, {column: values[column][offset] for column in values}
+        for row, values in enumerate(rows_of_table(self.rows, columns, self.where)):
+            if isinstance(values, UserError):
+                self.bad.add(values)
+            elif self.number(row) not in self.bad.rows:
+                yield row, values
 
 
 @dataclass(frozen=True)
@@ -171,6 +168,20 @@ def find_columns(arguments: ClassificationArguments, train: Split) -> Columns:
     return Columns(inputs, label)
 
 
+def require_columns(rows: Dataset, columns: Sequence[str], where: str, which: str = "") -> None:
+    """Checks that the columns are there.
+
+    Args:
+        where: what holds them (a flag and its value), to start the message with.
+        which: says more of those that are missing.
+
+    Raises:
+        UserError: names the missing columns and those that are there.
+    """
+    if missing := [column for column in columns if column not in rows.column_names]:
+        raise UserError(f"{where}: no column {listed(missing)}{which}. It has {listed(rows.column_names)}.")
+
+
 def _texts(rows: Dataset, label: str) -> tuple[str, ...]:
     texts = [name for name, feature in rows.features.items() if name != label and _holds_texts(rows, name, feature)]
     known = next((names for names in COLUMN_NAMES if all(name in texts for name in names)), None)
@@ -189,10 +200,3 @@ def _words(rows: Dataset, label: str) -> tuple[str, ...]:
 
 def _images(rows: Dataset, label: str) -> tuple[str, ...]:
     return tuple(name for name in IMAGE_COLUMNS if name in rows.features and name != label)[:1]
-
-
-def describe(labels: Labels) -> str:
-    """For the log: the classes, or that a number is predicted."""
-    if labels.is_regression:
-        return "a number is predicted (mean squared error)"
-    return f"{len(labels.names)} classes: {shortened(', '.join(labels.names))}"

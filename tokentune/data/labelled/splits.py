@@ -5,7 +5,6 @@ load_processing -> load_data -> configured
 
 import copy
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +15,11 @@ from transformers import PreTrainedConfig
 from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words
 from tokentune.data.labelled.images import ImageRows, load_image_processor, open_image
 from tokentune.data.labelled.labels import Labels, encoded_label, find_labels, find_token_labels
-from tokentune.data.labelled.rows import Columns, Split, describe, find_columns, read_split, some_rows
+from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, require_columns, some_rows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.pretrained import check_weights, load_tokenizer
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.sources import listed
 
 logger = logging.getLogger(__name__)
 _NEEDS_PREFIX_SPACE = ("roberta", "deberta", "gpt2", "bloom", "longformer", "modernbert")  # to be given single words
@@ -78,7 +76,7 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
         labels = find_token_labels(train.rows, columns.label, train.where)
     else:
         labels = find_labels(train.rows, columns.label, train.where, task=arguments.task.glue)
-    logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), describe(labels))
+    logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), labels)
     train = some_rows(train, arguments.data.max_train_rows)
     if task_type == "image":
         encode = partial(encode_image_rows, processing=processing, channels=getattr(config, "num_channels", 3))
@@ -90,24 +88,14 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
         if split is None:
             encoded.append(None)
             continue
-        check_columns(split, columns, labelled=needed is not None)
+        wanted = columns.inputs if needed is None else (*columns.inputs, columns.label)
+        require_columns(split.rows, wanted, split.where, ", which the training data has")
         encoded.append(encode(split, columns, needed))
         logger.info("%s: %s", split.where, encoded[-1].report)
     train, validation, test = encoded
     if task_type != "image":  # rows of one length in a batch: less padding, and no score depends on the order
         validation.rows.sort(key=lambda row: len(row["input_ids"]))
     return ClassificationData(train, validation, test, labels)
-
-
-def check_columns(split: Split, columns: Columns, *, labelled: bool) -> None:
-    """Raises UserError where a split lacks a column of the training data's."""
-    needed: Sequence[str] = (*columns.inputs, columns.label) if labelled else columns.inputs
-    missing = [column for column in needed if column not in split.rows.column_names]
-    if missing:
-        raise UserError(
-            f"{split.where}: no column {', '.join(map(repr, missing))}, which the training data has. It has "
-            f"{listed(split.rows.column_names)}."
-        )
 
 
 def encode_image_rows(

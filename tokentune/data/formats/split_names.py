@@ -1,0 +1,69 @@
+"""What names of files and folders tell: splits, configurations, shards."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from tokentune.data.formats.record_files import stem_of
+from tokentune.errors import UserError
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+SHARD = re.compile(r"(.+?)-\d{5}-of-(\d{5})")  # as `datasets` names the files of one split
+NUMBERS = re.compile(r"(?:(?<![a-z])(?:part|shard|chunk|file|of)(?![a-z])|[-_. ()\d])+$", re.IGNORECASE)
+
+
+def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[str | None, list]]:
+    """Files, given with their stem and the folders around them, by what these tell."""
+    # Where one sharded name tells a split, all of them are splits: "unsupervised-00000-of-00001" too.
+    sharded = any((match := SHARD.match(stem)) and base_of(match[1]) for stem, _ in paths.values())
+    catalogue: dict[str, dict[str | None, list]] = {}
+    for path, (stem, folders) in paths.items():
+        shard = SHARD.match(stem)
+        split, around = (shard[1] if shard and sharded else _split_told(stem)), list(folders)
+        for part in [] if split is not None else reversed(folders):
+            if (split := _split_told(part)) is not None:
+                around.remove(part)
+                break
+        around = [part for part in around if part.lower() != "data" and _unnumbered(part)]
+        catalogue.setdefault("/".join(around), {}).setdefault(split, []).append(path)
+    return catalogue
+
+
+def check_one_configuration(urls: Iterable[str], where: str) -> None:
+    """Refuses files of a hub data set whose folders are configurations: without a README's word they would be joined.
+
+    Args:
+        urls: of the files of one split: hf://datasets/owner/name@revision/folder/file.
+    """
+    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in urls}
+    configs = [c for c in labelled({url: (stem_of(p), p.parts[:-1]) for url, p in paths.items()}) if c]
+    if len(configs) > 1:
+        raise UserError(
+            f"{where}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
+            "Download it (hf download), and give the folder of one."
+        )
+
+
+def _split_told(text: str) -> str | None:
+    """The split in a file's or folder's name: from its word to the end, without numbers ("train_sft", "train")."""
+    for match in reversed(list(re.finditer("[a-z]+", text.lower()))):
+        if any(match[0] in words for words in SPLIT_WORDS.values()):
+            return _unnumbered(text[match.start() :])
+    return None
+
+
+def _unnumbered(text: str) -> str:
+    """A name without what counts files: "train" of "train_part-01"."""
+    match = NUMBERS.search(text)
+    return text[: match.start()] if match and any(c.isdigit() for c in match[0]) else text
+
+
+def base_of(name: str) -> str | None:
+    """What a split's name says that it is for: "train", "validation" or "test"; None: nothing."""
+    words = re.findall("[a-z]+", name.lower())
+    return next((base for word in reversed(words) for base, known in SPLIT_WORDS.items() if word in known), None)
