@@ -27,7 +27,9 @@ from tokentune.data.prompts import ensure_pad_token
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
 from tokentune.settings.finetune import Arguments
-from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
+from tokentune.training.build import build_trainer
+from tokentune.training.result import save_result
+from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 ROWS, GLOBAL_BATCH, STEPS = 19, 12, 3  # two steps per epoch, of 12 and 7 rows
@@ -150,9 +152,9 @@ def figures_of(trainer: SelectiveTrainer, drawn: list[list[int]]) -> dict[str, A
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "gradient_norms": [float(e["grad_norm"]) for e in trainer.state.log_history if "loss" in e],
-        "evaluations": [figures["loss"] for _, figures in trainer.evaluations],
-        "saved_for_backward_bytes": trainer.saved_for_backward_bytes,
-        "tokens": trainer.tokens,
+        "evaluations": [figures["loss"] for _, figures in trainer.figures.evaluations],
+        "saved_for_backward_bytes": trainer.figures.saved_for_backward_bytes,
+        "tokens": trainer.figures.tokens,
         "drawn": drawn,
         "split": is_split(trainer.model),
         "trained_bytes": sum(_local(p).nbytes for p in trainer.model.parameters() if p.requires_grad),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import tokentune.finetune
 import tokentune.training.checkpoints.saving
-import tokentune.training.resumable_trainer
+import tokentune.training.checkpoints.writing
 from tokentune.cli.command import run_command
 from tokentune.training.trainer import SelectiveTrainer
 

@@ -59,8 +59,8 @@ from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.classification import build_classification_trainer, classification_settings, predict
 from tokentune.training.distributed.interruptions import interruptible
 from tokentune.training.distributed.peers import end_when_stuck
+from tokentune.training.result import save_result
 from tokentune.training.scores import metric_names
-from tokentune.training.trainer import save_result
 
 logger = logging.getLogger("tokentune")
 

@@ -66,9 +66,9 @@ from tokentune.models.builder import (
 )
 from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
 from tokentune.settings.diagnose import DiagnoseArguments, Setting
+from tokentune.training.build import training_collator
 from tokentune.training.checkpoints.saving import write_whole
 from tokentune.training.diagnosing import for_all_tokens
-from tokentune.training.trainer import training_collator
 
 logger = logging.getLogger("tokentune")
 
@@ -209,7 +209,7 @@ def compare(
         for setting in settings:
             progress.set_postfix_str(str(setting))
             patch(setting)
-            collator = training_collator(arguments.with_setting(setting), tokenizer, packed=False)
+            collator = training_collator(arguments.with_setting(setting).selection, tokenizer, packed=False)
             draws = draws_of(arguments, model, rows, collator)
             results.append(result_of(setting, full, draws, (variance, asked.rows), model, progress))
             if progress.disable:  # a log has no bar

@@ -57,13 +57,14 @@ from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import build_summary, draw_curves, warn_without_gain, write_summary
 from tokentune.settings.finetune import Arguments
+from tokentune.training.build import build_trainer
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
 from tokentune.training.checkpoints.run_folder import check_run_folder, removed_if_empty
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.distributed.interruptions import interruptible
 from tokentune.training.distributed.peers import end_when_stuck
-from tokentune.training.trainer import build_trainer, save_result
+from tokentune.training.result import save_result
 from tokentune.training.trainer_arguments import build_training_arguments
 
 logger = logging.getLogger("tokentune")

@@ -32,7 +32,8 @@ from tokentune.memory.trial_step import longest_batch, try_batch
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
 from tokentune.settings.finetune import Arguments
-from tokentune.training.trainer import SelectiveTrainer, build_trainer
+from tokentune.training.build import build_trainer
+from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 Build = Callable[..., tuple[SelectiveTrainer, Arguments]]
@@ -90,7 +91,14 @@ def test_a_run_with_it_is_the_run_without_it(words: str, build: Build, config: A
         if probed:
             assert probe_memory(trainer, arguments, config).peak > 0
         trainer.train()
-        runs.append((weights(trainer), trainer.tokens, trainer.saved_for_backward_bytes, trainer.evaluations))
+        runs.append(
+            (
+                weights(trainer),
+                trainer.figures.tokens,
+                trainer.figures.saved_for_backward_bytes,
+                trainer.figures.evaluations,
+            )
+        )
     (before, *facts), (after, *facts_after) = runs
     assert facts == facts_after
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -107,8 +115,8 @@ def test_everything_is_as_it_was(build: Build, config: Any) -> None:
     assert modes == [module.training for module in trainer.model.modules()]
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
-    assert trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None and trainer.evaluations == []
-    assert trainer.saved_for_backward_bytes is None and trainer.batch_shape is None
+    assert trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None and trainer.figures.evaluations == []
+    assert trainer.figures.saved_for_backward_bytes is None and trainer.figures.batch_shape is None
 
 
 def test_rotary_embeddings_that_grow_with_the_longest_sequence_are_put_back(build: Build, config: Any) -> None:

@@ -15,7 +15,8 @@ from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer, run_folder_name
 from tokentune.sampling.sampler import parse_prefix_length, selected_count
 from tokentune.sampling.schedule import Schedule
-from tokentune.training.trainer import SelectiveTrainer, build_trainer
+from tokentune.training.build import build_trainer
+from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 SIZES = Schedule(0.1, 0.9)
@@ -115,7 +116,7 @@ def test_each_optimizer_step_has_its_size(make_trainer: Callable[..., SelectiveT
         window = sum(b["num_supervised"] for s, b in found if s == step)
         assert int(batch["num_items_in_batch"]) == window  # labels are counted after the draw
         assert "selection_draws" not in batch
-    assert trainer.tokens["selected"] == sum(
+    assert trainer.figures.tokens["selected"] == sum(
         int(b["attention_mask"].gather(1, b["selected_positions"]).sum()) for _, b in found
     )
 
@@ -143,9 +144,9 @@ def test_a_model_that_draws_itself_is_told_the_size(make_trainer: Callable[..., 
     original = trainer._count_look
 
     def count() -> None:
-        before = int(trainer._counts[1])
+        before = int(trainer.figures._counts[1])
         original()
-        counted.append((trainer.state.global_step, int(trainer._counts[1]) - before))
+        counted.append((trainer.state.global_step, int(trainer.figures._counts[1]) - before))
 
     trainer._count_look = count
     found = steps_of(trainer)

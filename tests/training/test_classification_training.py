@@ -27,6 +27,7 @@ from tokentune.models.builder import prepare_model
 from tokentune.models.pretrained import load_config
 from tokentune.models.tasks import HEADS, head_modules
 from tokentune.settings.classification import ClassificationArguments
+from tokentune.training.checkpoints.weights import load_best_weights
 from tokentune.training.classification import (
     build_classification_trainer,
     classification_settings,
@@ -270,6 +271,6 @@ def test_the_best_checkpoint_comes_back_whole(
                 parameter.add_(1.0)
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint")
     trainer.state.best_global_step, trainer.state.best_metric = 1, 0.5
-    trainer._load_best_model()
+    load_best_weights(trainer)
     for name, parameter in trainer.model.named_parameters():
         assert not parameter.requires_grad or torch.equal(parameter, best[name].to(parameter.dtype)), name

@@ -14,8 +14,8 @@ from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.file_names import CURVES_NAME, SUMMARY_NAME
 from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient
 from tokentune.models.builder import make_selective, prepare_model
+from tokentune.training.build import training_collator
 from tokentune.training.diagnosing import compared
-from tokentune.training.trainer import training_collator
 
 
 def run(model: Path, data: Path, folder: Path, *words: object) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -79,7 +79,7 @@ def test_figures_are_those_of_the_two_gradients(
     gradients = []
     for tokentune in (True, False):
         arguments.selection.tokentune = tokentune
-        batches = list(micro_batches(rows, training_collator(arguments, tokenizer, packed=False), 16))
+        batches = list(micro_batches(rows, training_collator(arguments.selection, tokenizer, packed=False), 16))
         taken = take_gradient(model, batches, items=supervised_items(batches), bf16=False).gradient
         gradients.append(torch.cat([taken[name].flatten() for name in sorted(taken)]))
     selective, full = gradients

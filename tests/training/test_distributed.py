@@ -121,7 +121,7 @@ def test_same_as_one_process(processes: int, name: str, launched: Callable, alon
         # Each validation row counts once, also where a process has one less, or none.
         assert of_rank["evaluations"] == pytest.approx(figures_alone["evaluations"], rel=1e-6)
         assert len(of_rank["evaluations"]) == (2 if case.eval_rows else 0)
-        assert of_rank["tokens"]["selected_supervised"] == one.tokens["selected_supervised"]
+        assert of_rank["tokens"]["selected_supervised"] == one.figures.tokens["selected_supervised"]
     # The first process's first micro-batch is that of the run alone.
     assert case.resume or figures[0]["saved_for_backward_bytes"] == figures_alone["saved_for_backward_bytes"]
 

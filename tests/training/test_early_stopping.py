@@ -52,7 +52,7 @@ def test_it_stops_after_so_many_evaluations_without_a_lower_loss(
     with caplog.at_level(logging.INFO, logger="tokentune"):
         trainer.train()
     assert trainer.state.global_step == 7 and trainer.state.max_steps == 15
-    assert [step for step, _ in trainer.validation_losses] == list(range(8))
+    assert [step for step, _ in trainer.figures.validation_losses] == list(range(8))
     assert "stopped early, after step 7 of 15: 3 evaluations in a row without a lower validation loss than 1.9" in (
         caplog.text
     )
@@ -121,7 +121,7 @@ def test_patience_survives_an_interruption(make_trainer: Make) -> None:  # noqa:
     scripted(resumed, losses)
     resumed.train(resume_from_checkpoint=str(Path(resumed.args.output_dir) / "checkpoint-4"))
     assert resumed.state.global_step == 5 and resumed.saved_step == 2
-    assert resumed.validation_losses == whole.validation_losses
+    assert resumed.figures.validation_losses == whole.figures.validation_losses
     for name, tensor in trained_parameters(whole).items():
         assert torch.equal(trained_parameters(resumed)[name], tensor)
 
@@ -137,7 +137,7 @@ def test_the_command_saves_the_best_weights_and_says_which(
         saved[step] = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
         return loss_per_token(trainer, loader) | {"loss": losses[step]}
 
-    monkeypatch.setattr("tokentune.training.trainer.loss_per_token", evaluation)
+    monkeypatch.setattr("tokentune.training.build.loss_per_token", evaluation)
     data, model = ["--dataset_name_or_path", str(alpaca_file)], ["--model_name_or_path", str(tiny_llama_dir)]
     words = "--global_batch_size 4 --num_epochs 3 --warmup_steps 0 --report_to none --eval_steps 1 --skip_verification"
     words += " --load_best_model_at_end --early_stopping_patience 2 --tokentune --data_cache none --save_steps 3"

@@ -15,7 +15,8 @@ from killable_runs import METHOD, Run, assert_same_run, interrupted_copy, run, r
 
 import tokentune.finetune
 import tokentune.training.checkpoints.saving
-import tokentune.training.resumable_trainer
+import tokentune.training.checkpoints.writing
+import tokentune.training.loop
 from tokentune.errors import UserError
 from tokentune.file_modes import with_usual_modes
 from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of
@@ -94,14 +95,14 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(
     full_disk: Callable[[int | None], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    real = SelectiveTrainer._save_checkpoint
+    real = tokentune.training.loop.write_checkpoint
 
     def save(trainer: SelectiveTrainer, *args: object) -> None:
         full_disk(size if trainer.state.global_step in (4, 6) else None)
         real(trainer, *args)
         full_disk(None)
 
-    monkeypatch.setattr(SelectiveTrainer, "_save_checkpoint", save)
+    monkeypatch.setattr(tokentune.training.loop, "write_checkpoint", save)
     monkeypatch.setattr(logging.getLogger("tokentune"), "propagate", True)
     folder = run(tmp_path, METHOD)
     said = [record.message for record in caplog.records if record.levelname == "ERROR"]

@@ -24,7 +24,7 @@ from killable_runs import (
 
 import tokentune.finetune
 import tokentune.training.checkpoints.saving
-import tokentune.training.resumable_trainer
+import tokentune.training.checkpoints.writing
 from tokentune.cli.command import run_command
 from tokentune.errors import UserError
 from tokentune.training.checkpoints.run_lock import locked
@@ -69,7 +69,7 @@ def test_sigterm_in_a_validation_ends_it_and_makes_it_later(
     with pytest.MonkeyPatch.context() as patch:
 
         def evaluate(trainer: SelectiveTrainer, **options: object) -> dict:
-            if len(trainer.evaluations) == evaluation:
+            if len(trainer.figures.evaluations) == evaluation:
                 trainer.evaluation = interrupted_after_a_batch(trainer.evaluation)
             return real(trainer, **options)
 

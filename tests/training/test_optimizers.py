@@ -17,9 +17,11 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import SeededRows
 from tokentune.errors import UserError
 from tokentune.settings.low_rank import check_projected_layers
+from tokentune.training.build import build_trainer
 from tokentune.training.optimizer_in_backward import OptimizerInBackward
 from tokentune.training.optimizers import check_optimizer, in_backward
-from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
+from tokentune.training.result import save_result
+from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 ROWS = [{"input_ids": list(range(n, n + 12)), "labels": [-100] * 4 + list(range(n + 4, n + 12))} for n in range(3, 15)]

@@ -27,12 +27,11 @@ from killable_runs import (
 
 import tokentune.finetune
 import tokentune.training.checkpoints.saving
-import tokentune.training.resumable_trainer
+import tokentune.training.checkpoints.writing
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.training.checkpoints.resuming import check_processes, check_same_run
 from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of
-from tokentune.training.trainer import SelectiveTrainer
 
 
 @pytest.mark.parametrize(
@@ -81,11 +80,11 @@ def _in_step(patch: pytest.MonkeyPatch) -> None:
 
 
 def _in_writing_weights(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SelectiveTrainer, "_save_states", kill_myself)
+    patch.setattr(tokentune.training.checkpoints.writing, "write_states", kill_myself)
 
 
 def _before_the_rename(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tokentune.training.resumable_trainer, "publish", kill_myself)
+    patch.setattr(tokentune.training.checkpoints.writing, "publish", kill_myself)
 
 
 def _in_deleting_an_old_one(patch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,23 @@
 """The trainer: one update for every split into micro-batches, draws per epoch, the validation loss, what is saved."""
 
+import ast
+import inspect
 import io
 import json
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+import tokentune
 from tokentune import apply_tokentune
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import CausalCollator, SeededRows
@@ -21,10 +26,12 @@ from tokentune.errors import UserError
 from tokentune.models.builder import base_dtype, prepare_model, saved_as
 from tokentune.models.pretrained import load_config, load_tokenizer
 from tokentune.settings.finetune import Arguments
-from tokentune.training.callbacks import DrawsOfTheEpoch, Progress
+from tokentune.training.build import build_trainer
+from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
-from tokentune.training.trainer import SelectiveTrainer, build_trainer, save_result
-from tokentune.training.trainer_arguments import build_training_arguments, update_count
+from tokentune.training.result import save_result
+from tokentune.training.trainer import PRIVATE_MEMBERS, SelectiveTrainer
+from tokentune.training.trainer_arguments import Extent, build_training_arguments
 
 ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
 
@@ -85,7 +92,7 @@ def test_accumulation_gives_the_same_update(method: str, make_trainer: Callable[
         trainer = make_trainer(words, dtype=torch.float64)
         before = trained_parameters(trainer)
         trainer.train()
-        assert trainer.state.global_step == math.ceil(ROWS / 8) == update_count(ROWS, trainer.args)
+        assert trainer.state.global_step == math.ceil(ROWS / 8) == Extent.of(range(ROWS), trainer.args).steps
         updates[accumulation] = {name: p - before[name] for name, p in trained_parameters(trainer).items()}
     for accumulation in (4, 1):
         for name, update in updates[8].items():
@@ -110,7 +117,7 @@ def test_loss_of_a_window_is_the_mean_over_its_selected_targets(make_trainer: Ca
     trainer.train()
     first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     assert first == pytest.approx(sum(losses) / len(losses), rel=1e-6)  # the Trainer sums in float32
-    assert trainer.tokens["selected_supervised"] == len(losses)
+    assert trainer.figures.tokens["selected_supervised"] == len(losses)
 
 
 @pytest.mark.parametrize("method", ["--tokentune", "--lora --tokentune", "--qlora --tokentune", "--lora"])
@@ -161,19 +168,26 @@ def test_draws_depend_on_epoch_and_row_alone(make_trainer: Callable[..., Selecti
     assert draws("--global_batch_size 8 --gradient_accumulation_steps 2 --seed 7") != alone
 
 
-def test_epoch_is_told_before_its_rows_are_read() -> None:
+def test_epoch_is_told_before_its_rows_are_read(make_trainer: Callable[..., SelectiveTrainer]) -> None:
     """Directly: in one process accelerate's loader would tell it as well, among several it does not."""
+    trainer = make_trainer("--global_batch_size 8 --num_epochs 2")
+    told, when_read = [], []
+    trainer.train_dataset.set_epoch = told.append
+    loader = trainer.get_train_dataloader()
 
-    class State:
-        epoch: float | None = None
+    class PassesNoEpochOn:
+        dataset = loader.dataset
 
-    rows = SeededRows(make_rows(2), 42)
-    by_hand = SeededRows(make_rows(2), 42)
-    for epoch, whole in ((None, 0), (1.0, 1), (2.7, 2)):
-        State.epoch = epoch
-        DrawsOfTheEpoch(rows).on_epoch_begin(None, State(), None)
-        by_hand.set_epoch(whole)
-        assert rows[0] == by_hand[0]
+        def __len__(self) -> int:
+            return len(loader)
+
+        def __iter__(self) -> Iterator:
+            when_read.append(told[-1])
+            return iter(loader)
+
+    trainer.get_train_dataloader = PassesNoEpochOn
+    trainer.train()
+    assert when_read == [0, 1]
 
 
 def test_order_is_shuffled_by_the_seed(make_trainer: Callable[..., SelectiveTrainer]) -> None:
@@ -247,12 +261,12 @@ def test_validation_loss_is_per_token_and_of_the_untouched_model(
     words = f"--tokentune --prefix_length 2 --learning_rate 1e-2 --global_batch_size {micro_batch} --eval_steps 2"
     trainer = make_trainer(words, eval_rows=rows, rows=5 * micro_batch)
     trainer.train()
-    assert [step for step, _ in trainer.validation_losses] == [0, 2, 4, 5]
+    assert [step for step, _ in trainer.figures.validation_losses] == [0, 2, 4, 5]
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
-    assert trainer.validation_losses[0][1] == pytest.approx(token_mean(base, rows), rel=1e-5)
+    assert trainer.figures.validation_losses[0][1] == pytest.approx(token_mean(base, rows), rel=1e-5)
     base.load_state_dict(trainer.model.state_dict())
-    assert trainer.validation_losses[-1][1] == pytest.approx(token_mean(base, rows), rel=1e-5)
-    assert trainer.validation_losses[-1][1] != pytest.approx(trainer.validation_losses[0][1], rel=1e-3)
+    assert trainer.figures.validation_losses[-1][1] == pytest.approx(token_mean(base, rows), rel=1e-5)
+    assert trainer.figures.validation_losses[-1][1] != pytest.approx(trainer.figures.validation_losses[0][1], rel=1e-3)
 
 
 def test_evaluation_changes_no_update(make_trainer: Callable[..., SelectiveTrainer]) -> None:
@@ -277,11 +291,11 @@ def test_log_holds_memory_speed_and_every_step(make_trainer: Callable[..., Selec
         assert entry["memory_peak_gib"] >= entry["memory_allocated_gib"] > 0
         assert entry["tokens_per_second"] > 0 and entry["grad_norm"] > 0
     rows = make_rows(ROWS)
-    counts = trainer.tokens
+    counts = trainer.figures.tokens
     assert counts["processed"] == 2 * sum(len(row["input_ids"]) for row in rows)
     assert counts["selected"] == 2 * 3 * ROWS
     assert 0 < counts["selected_supervised"] < counts["selected"]
-    rate = counts["processed"] / trainer.training_seconds
+    rate = counts["processed"] / trainer.figures.training_seconds
     slowest, fastest = min(e["tokens_per_second"] for e in entries), max(e["tokens_per_second"] for e in entries)
     assert slowest <= rate <= fastest
 
@@ -293,7 +307,7 @@ def test_saved_bytes_are_measured_once_and_shrink_with_the_selection(
     for words in ("", "--tokentune --prefix_length 0.2"):
         trainer = make_trainer(f"--global_batch_size 8 {words}")
         trainer.train()
-        saved[words] = trainer.saved_for_backward_bytes
+        saved[words] = trainer.figures.saved_for_backward_bytes
     assert 0 < saved["--tokentune --prefix_length 0.2"] < 0.5 * saved[""]
 
 
@@ -314,7 +328,7 @@ def test_progress_on_a_terminal_is_a_bar_with_loss_and_memory(
     assert "5/5" in last
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert f"loss={losses[-1]:.4f}" in last and f"validation={trainer.validation_losses[-1][1]:.4f}" in last
+    assert f"loss={losses[-1]:.4f}" in last and f"validation={trainer.figures.validation_losses[-1][1]:.4f}" in last
     assert "allocated=" in last and "reserved=" in last and "peak=" in last and "iB" in last
     assert "{" not in text
 
@@ -467,3 +481,44 @@ def test_a_loss_without_window_counts_is_told(
         monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
         make_trainer("--global_batch_size 8 --gradient_accumulation_steps 2")
     assert "does not take num_items_in_batch" in caplog.text
+
+
+# ---- what the Trainer has to have ------------------------------------------------------------------------------------
+
+
+def private_members_used() -> set[str]:
+    """`_name` of every attribute of a trainer or its settings in the package that transformers defines."""
+    defined = {name for kind in (Trainer, TrainingArguments) for name in vars(kind)}
+    for kind in (Trainer, TrainingArguments):  # and attributes that they set
+        defined |= set(re.findall(r"self\.(_\w+)", inspect.getsource(kind)))
+    own = set(re.findall(r"self\.(_\w+) = ", inspect.getsource(SelectiveTrainer)))
+    used, overridden = set(), {name for name in vars(SelectiveTrainer) if not name.startswith("__")}
+    for path in Path(tokentune.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and re.search(r"trainer|settings|super", ast.unparse(node.value)):
+                used.add(node.attr)
+    private = {name for name in (used - own) | overridden if re.match(r"_[a-z]", name)}
+    return private & defined
+
+
+def test_the_private_members_of_transformers_are_there_and_no_other_is_used() -> None:
+    kinds = {"Trainer": Trainer, "TrainingArguments": TrainingArguments}
+    for member, reason in PRIVATE_MEMBERS.items():
+        kind, name = member.split(".")
+        assert name in inspect.getsource(kinds[kind]), (
+            f"transformers {transformers.__version__} has no {member} any more, which a run needs ({reason}): "
+            "see what took its place, and change tokentune/training/ accordingly"
+        )
+    assert private_members_used() == {member.split(".")[1] for member in PRIVATE_MEMBERS}
+    parameters = list(inspect.signature(Trainer._prepare_for_training).parameters)
+    assert parameters == ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
+
+
+def test_whole_sequences_are_looked_at_too(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+    """Batches that the selection takes whole: the logged loss of all tokens is their training loss."""
+    trainer = make_trainer("--tokentune --prefix_length 256 --selection_pass --global_batch_size 8")
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["loss_all_tokens"] == pytest.approx(entry["loss"], rel=1e-5)

@@ -138,7 +138,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
 
     whole = is_whole_sequence(positions, kwargs)
-    if looks and not (own or whole):
+    if looks and not own:  # of a whole sequence too: its loss is counted
         kept = look_beside(model, settings, kwargs, positions, kwargs["labels"] if all_labels is None else all_labels)
     loss_function = None
     labels = kwargs.get("labels")

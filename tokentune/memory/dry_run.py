@@ -1,6 +1,5 @@
 """`--dry_run`: the run with everything but its steps, told in a few lines; it makes no folder and no log."""
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from tokentune.sampling.sampler import selected_count
 from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
-from tokentune.training.trainer_arguments import update_count
+from tokentune.training.trainer_arguments import Extent
 
 
 def build_without_folder(build: Callable[[], SelectiveTrainer], settings: object) -> SelectiveTrainer:
@@ -76,13 +75,11 @@ def _model(trainer: SelectiveTrainer) -> str:
 def _steps(trainer: SelectiveTrainer) -> str:
     settings = trainer.args
     micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    steps, epochs = settings.max_steps, ""
-    if hasattr(trainer.train_dataset, "__len__"):
-        rows = len(trainer.train_dataset)
-        steps = update_count(rows, settings)
-        epochs = f", {steps / math.ceil(rows / (micro * settings.world_size) / accumulation):.4g} epochs"
+    extent = Extent.of(trainer.train_dataset, settings)
+    streamed = not hasattr(trainer.train_dataset, "__len__")
+    epochs = "" if streamed else f", {extent.steps / extent.steps_per_epoch:.4g} epochs"
     batch = f"{micro} x {accumulation} micro-batches x {settings.world_size} processes"
-    return f"{steps:,} of {micro * accumulation * settings.world_size} rows ({batch}){epochs}"
+    return f"{extent.steps:,} of {micro * accumulation * settings.world_size} rows ({batch}){epochs}"
 
 
 def _tokens(lengths: np.ndarray, arguments: Arguments) -> str:

@@ -179,8 +179,8 @@ def _measured(arguments: Arguments, trainer: SelectiveTrainer | None) -> dict[st
     parts["optimizer"] = _bytes(
         [value for table in every for state in table.values() for value in state.values() if isinstance(value, Tensor)]
     )
-    parts["activations"] = trainer.saved_for_backward_bytes
-    parts["activations_by"] = dict(trainer.saved_for_backward_by)
+    parts["activations"] = trainer.figures.saved_for_backward_bytes
+    parts["activations_by"] = dict(trainer.figures.saved_for_backward_by)
     parts["peak"] = trainer.memory_figures()["peak_bytes"]
     known = sum(parts[name] or 0 for name in ("weights", "gradients", "optimizer", "activations"))
     parts["rest"] = max(parts["peak"] - known, 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from tokentune.core.patched import reference_of
@@ -133,7 +134,7 @@ def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]
             optimizer.step()
         if not accumulates:
             model.zero_grad()
-        inputs = trainer._prepare_inputs(batch)
+        inputs = send_to_device(batch, trainer.args.device)
         _backward(trainer, arguments, inputs)
         if trainer.diagnosis is not None:  # a pass over all tokens, with the selective gradients set aside
             aside = [parameter.grad for parameter in trained]
@@ -181,7 +182,7 @@ def _idle_optimizer(trainer: SelectiveTrainer) -> Any:
 def _validate(trainer: SelectiveTrainer, batch: dict[str, Any]) -> None:
     trainer.model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
-        trainer.evaluation(trainer, [trainer._prepare_inputs(batch)])
+        trainer.evaluation(trainer, [send_to_device(batch, trainer.args.device)])
 
 
 @contextmanager

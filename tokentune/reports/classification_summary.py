@@ -66,10 +66,10 @@ def seed_summary(
         model_facts: as `summary.build_summary`.
         metric: of the score.
     """
-    counts = trainer.tokens
+    counts = trainer.figures.tokens
     labels = labels_seen(trainer, arguments, splits["train"])
     epochs = {entry["step"]: entry["epoch"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    evaluations = [{"step": step, "epoch": epochs[step]} | figures for step, figures in trainer.evaluations]
+    evaluations = [{"step": step, "epoch": epochs[step]} | figures for step, figures in trainer.figures.evaluations]
     best = (min if metric in LOWER_IS_BETTER else max)(evaluations, key=lambda entry: entry[metric])
     figures = {name: value for name, value in best.items() if name not in ("step", "epoch")}
     return run_facts(trainer, arguments, model_facts, wall_seconds) | {
@@ -84,14 +84,16 @@ def seed_summary(
         "evaluations": evaluations,
         "metric": metric,
         "best": {"step": best["step"], "score": best[metric], "metrics": figures},
-        "seconds_per_step": statistics.median(trainer.step_seconds),
+        "seconds_per_step": statistics.median(trainer.figures.step_seconds),
     }
 
 
 def labels_seen(trainer: SelectiveTrainer, arguments: ClassificationArguments, train: Encoded) -> int | None:
     """The labels of all batches, learnt from or not; None: unknown. To be called on every process."""
     if arguments.task.task_type != "token" or not arguments.selection.tokentune:
-        return trainer.tokens["selected_supervised"]  # every label is learnt from: the pooled token is always selected
+        return trainer.figures.tokens[
+            "selected_supervised"
+        ]  # every label is learnt from: the pooled token is always selected
     epochs = trainer.state.epoch
     if epochs == int(epochs):
         return train.report.labels * int(epochs)

@@ -79,7 +79,7 @@ def build_summary(
         model_facts: the schema's `model`.
         wall_seconds: since the command began.
     """
-    counts = trainer.tokens
+    counts = trainer.figures.tokens
     of_an_epoch, epochs = data.train_report, trainer.state.epoch
     known = of_an_epoch is not None and epochs == int(epochs)
     supervised = of_an_epoch.supervised_tokens * int(epochs) if known else None
@@ -96,7 +96,7 @@ def run_facts(
 ) -> dict[str, Any]:
     """What any command's summary holds, as the schema above has it: all but `data` and `tokens`."""
     entries = [_log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
-    counts, seconds = trainer.tokens, trainer.training_seconds
+    counts, seconds = trainer.figures.tokens, trainer.figures.training_seconds
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -111,9 +111,9 @@ def run_facts(
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "tokens": None,
         "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]},
-        "validation_loss": _validation(trainer.validation_losses, trainer.saved_step),
+        "validation_loss": _validation(trainer.figures.validation_losses, trainer.saved_step),
         "peak_memory_bytes": entries[-1]["memory_peak_bytes"],
-        "saved_for_backward_bytes": trainer.saved_for_backward_bytes,
+        "saved_for_backward_bytes": trainer.figures.saved_for_backward_bytes,
         "tokens_per_second": counts["processed"] / seconds,
         "training_seconds": seconds,
         "wall_seconds": wall_seconds,

@@ -1,54 +1,17 @@
-"""What happens between the Trainer's steps: the epoch's draws, the last step, and what the user sees."""
+"""The callbacks of a run: when it stops early, and what the user sees."""
 
 import logging
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tokentune.core.saved_bytes import gib
-from tokentune.data.collators import SeededRows
 
 logger = logging.getLogger(__name__)
-
-
-class DrawsOfTheEpoch(TrainerCallback):
-    """Tells the rows which epoch begins, so that each epoch draws other tokens.
-
-    The Trainer calls this before it makes the epoch's iterator, so workers start with the right epoch. Accelerate's
-    loader passes the epoch on to a data set in a plain run only, not behind its sharding sampler.
-    """
-
-    def __init__(self, rows: SeededRows) -> None:
-        self.rows = rows
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rows.set_epoch(int(state.epoch or 0))  # a fraction inside an epoch, after resuming there
-
-
-class StepTimes(TrainerCallback):
-    """Measures every optimizer step: its micro-batches and its update. Seconds, appended to the given list."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self.seconds = seconds
-        self._began = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
-
-
-class SaveEvery(TrainerCallback):
-    """Saves every `save_steps` steps where the strategy of saving is another one ("best")."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save = control.should_save or state.global_step % args.save_steps == 0
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -65,16 +28,6 @@ class EarlyStopping(EarlyStoppingCallback):
                 "stopped early, after step %d of %d: %d evaluations in a row without a lower validation loss than %.4f",
                 *(state.global_step, state.max_steps, self.early_stopping_patience_counter, state.best_metric),
             )
-
-
-class LastStep(TrainerCallback):
-    """What the last step does: it is logged and evaluated, and saves no checkpoint beside the model itself."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_evaluate = args.eval_on_start or args.eval_strategy == IntervalStrategy.STEPS
-            control.should_save = state.global_step % args.save_steps == 0
 
 
 class Progress(TrainerCallback):

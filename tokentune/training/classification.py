@@ -24,9 +24,9 @@ from tokentune.data.labelled.labels import Labels
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.training.callbacks import SaveEvery
+from tokentune.training.build import selective_trainer
 from tokentune.training.scores import LOWER_IS_BETTER, scorer
-from tokentune.training.trainer import SelectiveTrainer, watched
+from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 
@@ -172,19 +172,18 @@ def build_classification_trainer(
         "image": lambda: stack_images,
     }[task_type]()
     tokens = tokens_per_image(model, train_rows.rows[0]["pixel_values"]) if task_type == "image" else 1
-    trainer = SelectiveTrainer(
-        model=model,
-        args=settings,
-        data_collator=ClassificationCollator(pad, draw_of(model, arguments, labels), tokens),
+    return selective_trainer(
+        model,
+        settings,
+        train_rows,
+        eval_rows,
+        processing,
+        arguments,
+        collator=ClassificationCollator(pad, draw_of(model, arguments, labels), tokens),
         eval_collator=ClassificationCollator(pad, None, tokens),
         evaluation=Scores(task_type, labels),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=processing,
-        compute_loss_func=window_loss,
-        callbacks=[SaveEvery()],
+        loss=window_loss,
     )
-    return watched(trainer, train_rows, arguments)
 
 
 def draw_of(model: nn.Module, arguments: ClassificationArguments, labels: Labels) -> EncoderDraw | None:

@@ -11,29 +11,25 @@ and its gradients beside the selective ones. Where the model drops out at random
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer
 
 from tokentune.data.collators import ALL_LABELS
 from tokentune.gradients.draw_statistics import inner, squared_distance
 from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
 from tokentune.training.distributed.engines import engine
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from tokentune.settings.finetune import Arguments
 
 COSINE, RELATIVE_ERROR = "gradient_cosine", "gradient_relative_error"
 # What belongs to a selection, in a batch of the collators.
 _OF_SELECTION = (ALL_LABELS, "selected_positions", "num_supervised", "selection_draws", "selection_weights")
 
 
-def check_diagnosing(arguments: "Arguments") -> None:
+def check_diagnosing(arguments: Arguments) -> None:
     """Refuses --diagnose_steps where there is nothing to compare, or no moment at which the gradients are there."""
     steps, optimization = arguments.selection.diagnose_steps, arguments.optimization
     if steps is None:
@@ -87,7 +83,7 @@ class GradientDiagnosis:
 
     def note(
         self,
-        trainer: "Trainer",
+        trainer: Trainer,
         batch: dict[str, Any],
         backward: Callable[[dict[str, Any], Any], Tensor],
     ) -> None:
@@ -107,7 +103,7 @@ class GradientDiagnosis:
             self.seconds += time.perf_counter() - started
 
     def _compare(
-        self, trainer: "Trainer", window: list[dict[str, Any]], backward: Callable[[dict, Any], Tensor]
+        self, trainer: Trainer, window: list[dict[str, Any]], backward: Callable[[dict, Any], Tensor]
     ) -> dict[str, float]:
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         items = None
@@ -148,18 +144,3 @@ def compared(selective: list[Tensor | None], full: list[Tensor | None]) -> dict[
     if not (square > 0 and full_square > 0):
         return {}
     return {COSINE: product / (square * full_square) ** 0.5, RELATIVE_ERROR: (error / full_square) ** 0.5}
-
-
-class DiagnosedSteps(TrainerCallback):
-    """Logs every step whose gradient was compared, and takes the comparison's time out of the step's."""
-
-    def __init__(self, trainer: "Trainer") -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        diagnosis = self.trainer.diagnosis
-        if diagnosis.is_due(state.global_step):
-            control.should_log = True
-            self.trainer.step_seconds[-1] -= diagnosis.seconds
-            self.trainer.evaluation_seconds += diagnosis.seconds
-            diagnosis.seconds = 0.0

@@ -10,26 +10,23 @@ are never more of them than one chunk's, and those of the tokens that carry no l
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.fsdp import runs_together
 from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, put_loss
 from tokentune.sampling.sampler import IGNORED_LABEL
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
 logger = logging.getLogger(__name__)
 _TRIED_TOKENS = 16
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of both ways; rows of 16-bit logits are rounded by their number
 
 
-def loss_per_token(trainer: "Trainer", loader: DataLoader) -> dict[str, float]:
+def loss_per_token(trainer: Trainer, loader: DataLoader) -> dict[str, float]:
     """`Evaluation` of a causal language model: "loss", nats per supervised token.
 
     The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long one's.

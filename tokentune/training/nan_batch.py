@@ -9,17 +9,14 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from tokentune.training.checkpoints.saving import write_whole
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 _NONE = torch.iinfo(torch.int64).max
 
@@ -40,7 +37,7 @@ class FirstBadLoss:
         return None if number == _NONE else number
 
 
-def write_nan_batch(trainer: "Trainer", number: int) -> tuple[Path | None, int]:
+def write_nan_batch(trainer: Trainer, number: int) -> tuple[Path | None, int]:
     """Writes `nan_batch.json` into the run's folder.
 
     Args:
@@ -74,7 +71,7 @@ def sampler_of(loader: DataLoader) -> Any:
     return None
 
 
-def _batch_again(trainer: "Trainer", update: int, place: int) -> tuple[list[int] | None, dict] | None:
+def _batch_again(trainer: Trainer, update: int, place: int) -> tuple[list[int] | None, dict] | None:
     loader = trainer.get_train_dataloader()
     rows = trainer.train_dataset
     if not hasattr(rows, "__len__"):
@@ -94,7 +91,7 @@ def _batch_again(trainer: "Trainer", update: int, place: int) -> tuple[list[int]
     return None if numbers is None else (numbers, trainer.data_collator([rows[number] for number in numbers]))
 
 
-def _sequences(trainer: "Trainer", batch: dict[str, Any], rows: list[int] | None) -> list[dict[str, Any]]:
+def _sequences(trainer: Trainer, batch: dict[str, Any], rows: list[int] | None) -> list[dict[str, Any]]:
     """A batch's sequences, one by one, without their padding."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     tokenizer = trainer.processing_class

@@ -5,8 +5,11 @@ otherwise, all linear layers inside of the transformer layers: attention and MLP
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +89,29 @@ def state_classes(optim: str) -> list[type]:
 
         return [GradientProjector, GaLoreProjector]
     return []
+
+
+@contextmanager
+def load_optimizer(trainer: Trainer, checkpoint: Path | None) -> Iterator[None]:
+    """Around the Trainer's reading of a checkpoint's optimizer: what it may hold, and where its tensors go."""
+    # Torch reads tensors and plain numbers alone, and these classes, which hold nothing else.
+    with torch.serialization.safe_globals(state_classes(trainer.args.optim.value)):
+        yield
+    if checkpoint is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    inner = trainer.optimizer.optimizer
+    for optimizer in getattr(inner, "optimizers", {None: inner}).values():  # one, or one per parameter
+        for parameter, state in optimizer.state.items():
+            for kept in state.values():
+                if hasattr(kept, "ortho_matrix"):  # torch moves tensors that it finds, not those inside of others
+                    kept.ortho_matrix = _moved(kept.ortho_matrix, parameter.device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or several, on a device; None as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value if value is None else value.to(device)
 
 
 def in_backward(build: Any, options: dict[str, Any], model: nn.Module) -> tuple[type, dict[str, Any]]:

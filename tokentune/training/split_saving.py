@@ -1,55 +1,43 @@
 """FSDP in a run: what it computes in, and saving a model whole whose weights it holds in parts."""
 
-import warnings
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 import copy
+import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 from tokentune.core.fsdp import own_class, whole_state
 
-if TYPE_CHECKING:
-    from transformers import Trainer
 
-
-def save_split_model(trainer: "Trainer", folder: Path, dtype: torch.dtype, kept: Collection[str] = ()) -> None:
-    """Saves the model, or with adapters these alone, and the tokenizer. To be called on every process.
+def save_split_model(
+    model: nn.Module, folder: Path, dtype: torch.dtype, kept: Collection[str] = (), *, writes: bool
+) -> None:
+    """Saves the model, or with adapters these alone. To be called on every process.
 
     Args:
         dtype: of the floating-point weights in the file.
         kept: those that stay in the type that they are held in.
+        writes: whether this process writes.
     """
-    model = trainer.model
     adapters = not isinstance(model, PreTrainedModel)
     state = whole_state(model, trained_only=adapters)
-    if not trainer.args.should_save:
+    if not writes:
         return
     changed = {name: value for name, value in state.items() if value.is_floating_point() and name not in kept}
     state |= {name: value.to(dtype) for name, value in changed.items()}
     if adapters:
-        trainer._save(str(folder), state_dict=state)
-        return
-    # Through a model that is not split: what is written beside the weights (config.json's type of the weights and
-    # class, which of them are tied) is read from the model.
-    trainer.model = _whole_model(model, state, dtype)
-    try:
-        trainer._save(str(folder))
-    finally:
-        trainer.model = model
+        model.save_pretrained(folder, state_dict=state)
+    else:
+        _whole_model(model, state, dtype).save_pretrained(folder)
 
 
 def _whole_model(model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """One that is not split: config.json's class and type of the weights, and which are tied, are read from it."""
     with torch.device("meta"):
         whole = own_class(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     whole.load_state_dict(state, assign=True)
@@ -58,7 +46,7 @@ def _whole_model(model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.
     return whole
 
 
-def set_fsdp_policy(accelerator: "Accelerator") -> None:
+def set_fsdp_policy(accelerator: Accelerator) -> None:
     """Has FSDP compute in the accelerator's 16 bits, over float32 weights whose gradients are added up in float32.
 
     accelerate's own policy adds them up in 16 bits, and rounds the loss to them.

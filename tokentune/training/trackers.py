@@ -7,11 +7,11 @@ its disk full) is left out from there on, with a warning: hours of training are 
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from transformers import Trainer
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from tokentune.errors import UserError
 from tokentune.sources import first_line
@@ -21,12 +21,14 @@ logger = logging.getLogger(__name__)
 EVENTS = ("on_log", "on_evaluate", "on_predict", "on_save", "on_step_end", "on_epoch_end", "on_push_begin")
 
 
-def keep_trackers_from_harm(trainer: Trainer) -> None:
-    """Guards the trainer's own callbacks of trackers, each by itself."""
+def prepare_trackers(callbacks: Iterable[TrainerCallback], logging_dir: str | None) -> None:
+    """Guards the callbacks of trackers, each by itself. `logging_dir`: where TensorBoard writes; None: its default."""
     names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
-    for callback in trainer.callback_handler.callbacks:
+    for callback in callbacks:
         if type(callback) in names:
             _guard(callback, names[type(callback)])
+        if logging_dir is not None and isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = logging_dir  # it has no argument for this, only an environment variable
 
 
 def _guard(callback: Any, name: str) -> None:

@@ -1,11 +1,14 @@
-"""The Hugging Face Trainer's settings for a command line, and the number of steps that they make."""
+"""The Hugging Face Trainer's settings for a command line, and how long a run they make."""
 
 import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from tokentune.errors import UserError
 from tokentune.settings.finetune import Arguments
@@ -94,9 +97,22 @@ def _best_weights(arguments: Arguments) -> dict[str, Any]:
     return watched | ({"load_best_model_at_end": True, "save_strategy": "best"} if run.load_best_model_at_end else {})
 
 
-def update_count(rows: int, settings: TrainingArguments) -> int:
-    """Optimizer steps of the whole run over `rows` sequences; an epoch's last one may be smaller."""
-    if settings.max_steps > 0:
-        return settings.max_steps
-    micro_batches = math.ceil(rows / (settings.per_device_train_batch_size * settings.world_size))
-    return math.ceil(micro_batches / settings.gradient_accumulation_steps) * int(settings.num_train_epochs)
+@dataclass
+class Extent:
+    """How long a run is: passes over the data and optimizer steps; in each pass optimizer steps and micro-batches."""
+
+    epochs: int
+    steps: int
+    steps_per_epoch: int
+    batches_per_epoch: int  # of one process
+
+    @classmethod
+    def of(cls, rows: Any, settings: TrainingArguments) -> "Extent":
+        """`rows`: of training; a stream of them has no length, and needs a `max_steps`."""
+        accumulation, steps = settings.gradient_accumulation_steps, settings.max_steps
+        if not has_length(rows):
+            return cls(sys.maxsize, steps, steps, steps * accumulation)
+        batches = math.ceil(len(rows) / (settings.per_device_train_batch_size * settings.world_size))
+        per_epoch = math.ceil(batches / accumulation)
+        epochs = int(settings.num_train_epochs) if steps <= 0 else math.ceil(steps / per_epoch)
+        return cls(epochs, steps if steps > 0 else epochs * per_epoch, per_epoch, batches)

@@ -23,7 +23,7 @@ from tokentune.data.streaming_rows import seeded_rows
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
 from tokentune.sampling.sampler import IGNORED_LABEL
-from tokentune.training.trainer import build_trainer
+from tokentune.training.build import build_trainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 from .experiments import CHECKPOINTING, EQUAL_BYTES, TRAINED, Experiment, Workplace, words

@@ -10,8 +10,9 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tokentune.errors import UserError
@@ -24,9 +25,6 @@ from tokentune.training.checkpoints.run_state import data_digest, read_run_state
 from tokentune.training.checkpoints.saving import checkpoints_of, clear_leftovers, fault_of, set_aside, step_of
 from tokentune.training.distributed.engines import check_checkpoint
 from tokentune.training.distributed.interruptions import Interrupted, defer_interruptions
-
-if TYPE_CHECKING:
-    from tokentune.training.trainer import SelectiveTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +189,7 @@ def prepare_run_folder(run_folder: Path, start: Start) -> None:
         clear_leftovers(run_folder)
 
 
-def train_to_the_end(trainer: "SelectiveTrainer", start: Start) -> None:
+def train_to_the_end(trainer: Trainer, start: Start) -> None:
     """Trains, from where `start` says.
 
     From here on a SIGTERM or Ctrl-C ends the run after its step, and not at all once only the saving is left.
@@ -224,7 +222,7 @@ def train_to_the_end(trainer: "SelectiveTrainer", start: Start) -> None:
         raise
 
 
-def check_processes(trainer: "SelectiveTrainer", saved: dict[str, Any]) -> None:
+def check_processes(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Refuses, UserError, another number of processes where it would change the batches; warns where not."""
     if saved["batch"]["processes"] != trainer.args.world_size:
         require(

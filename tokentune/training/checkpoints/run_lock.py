@@ -3,11 +3,12 @@
 The lock is the kernel's, on a file beside the run's folder (`.<folder>.lock`), not the file itself: after a SIGKILL
 the file stays and locks nothing. POSIX record locks (fcntl.lockf) belong to the process that took them, where flock's
 are inherited by data loader workers, which may outlive it for seconds. They are dropped when their process closes any
-descriptor of the file; that is why it does not lie in the run's folder, whose files are read and uploaded.
+descriptor of the file; that is why it does not lie in the run's folder, whose files are read and uploaded. The package
+filelock would do but for two things: it reports a folder that it cannot write to as locked, and where the file system
+has no locks it takes the file's existence for one, which outlives a SIGKILL.
 """
 
 import errno
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def _take(path: Path, run_folder: Path) -> int:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             held = error.errno in (errno.EACCES, errno.EAGAIN)
-            owner = _owner(os.pread(descriptor, 4096, 0))
+            owner = os.pread(descriptor, 4096, 0).decode() or "a process that began just now"  # and has not written yet
             os.close(descriptor)
             if not held:
                 raise
@@ -68,16 +69,8 @@ def _take(path: Path, run_folder: Path) -> int:
                 break
         os.close(descriptor)  # a run that just ended removed the file between our opening and our locking it
     os.truncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor
-
-
-def _owner(text: bytes) -> str:
-    try:
-        known = json.loads(text)
-        return f"process {known['process']} on {known['host']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock and has not written its name yet
-        return "a process that began just now"
 
 
 def _remove_empty(folders: list[Path]) -> None:

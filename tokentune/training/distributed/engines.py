@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -25,10 +25,8 @@ from tokentune.data.collators import CausalCollator, ClassificationCollator, See
 from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.errors import UserError
 from tokentune.processes import process_count
+from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
-
-if TYPE_CHECKING:
-    from tokentune.settings.finetune import Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ def has_accelerators() -> bool:
     return torch.accelerator.is_available()
 
 
-def check_engine(arguments: "Arguments") -> None:
+def check_engine(arguments: Arguments) -> None:
     """Refuses flags that the launcher's engine cannot serve, before anything is read.
 
     Raises:
@@ -106,7 +104,7 @@ def check_checkpoint(checkpoint: Path) -> None:
     )
 
 
-def _check_fsdp(arguments: "Arguments") -> None:
+def _check_fsdp(arguments: Arguments) -> None:
     require(
         has_accelerators(),
         "FSDP needs accelerators: without any, accelerate passes over it in silence. Take torchrun, or "
@@ -144,7 +142,7 @@ def _check_fsdp(arguments: "Arguments") -> None:
     )
 
 
-def _check_deepspeed(arguments: "Arguments") -> None:
+def _check_deepspeed(arguments: Arguments) -> None:
     require(
         has_accelerators(),
         "DeepSpeed needs accelerators: without any, accelerate passes over it, and each process would train by itself. "
@@ -210,10 +208,10 @@ def even_sampler(trainer: Trainer) -> EvenSampler | None:
     if isinstance(collator, ClassificationCollator):
         by_target = trainer.compute_loss_func is not None and not isinstance(rows.rows[0]["labels"], float)
     if not by_target:
-        if len(rows) % (trainer._train_batch_size * settings.world_size):
+        if len(rows) % (settings.train_batch_size * settings.world_size):
             logger.warning("the last batch of an epoch is filled up with its first rows, which then count twice")
         return None
-    return EvenSampler(len(rows), settings.data_seed, trainer._train_batch_size * settings.world_size)
+    return EvenSampler(len(rows), settings.data_seed, settings.train_batch_size * settings.world_size)
 
 
 def as_often_as_others(loader: DataLoader, rows: Any, collate: Any) -> Iterator[dict[str, Tensor]]:
