@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Linter and tests, in .venv (made on the first call) or the active environment:
 #     bash scripts/test.sh
-#     bash scripts/test.sh tests/test_selection.py -k padding     # flags go to pytest
+#     bash scripts/test.sh tests/sampling/test_selection.py -k padding     # flags go to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$PROJECT_ROOT"
 

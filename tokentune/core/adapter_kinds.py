@@ -1,7 +1,7 @@
 """Which of peft's adapters act on each token alone, as the two groups of a selective forward need it.
 
 A verified model says nothing about adapters, which are put into it before or afterwards. They are told by where their
-code stands (`peft.tuners.<kind>`). `tests/test_adapter_kinds.py` compares each served kind with the definition of the
+code stands (`peft.tuners.<kind>`). `test_adapter_kinds.py` compares each served kind with the definition of the
 method, and finds the ones that a new version of peft brings.
 """
 

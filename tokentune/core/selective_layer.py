@@ -22,7 +22,7 @@ forward twice, once per group, the second call nested in the first one's attenti
 
 Whatever stands inside the layer (norm placement, LoRA, 4-bit linears, experts) just runs, once per group. In the last
 layer the rest is needed for its keys and values only, so its pass ends there, and the final norm and the head see the
-K selected rows alone (for models that allow it, see `Rows`). `tests/test_selective.py` compares outputs and gradients
+K selected rows alone (for models that allow it, see `Rows`). `test_selective.py` compares outputs and gradients
 with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
 """
 
