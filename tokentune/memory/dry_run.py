@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
+from tokentune.core.layers import inner_model
 from tokentune.core.saved_bytes import gib
 from tokentune.data.packing import PackedRows, lengths_of
 from tokentune.errors import UnsupportedModelError, UserError
@@ -64,7 +65,7 @@ def say_plan(
 
 def _model(trainer: SelectiveTrainer) -> str:
     model = trainer.model
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     total = model.num_parameters() if hasattr(model, "num_parameters") else core.num_parameters()
     if hasattr(model, "get_nb_trainable_parameters"):
         trained, total = model.get_nb_trainable_parameters()  # 4-bit weights counted as what they stand for
@@ -100,7 +101,7 @@ def _tokens(lengths: np.ndarray, arguments: Arguments) -> str:
 def _memory(trainer: SelectiveTrainer, longest: int, arguments: Arguments, config: PreTrainedConfig) -> str:
     """The footprint of a step over the longest row, by the real step on tensors without data."""
     model = trainer.model
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = trainer.args.per_device_train_batch_size, longest
     try:
