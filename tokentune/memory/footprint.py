@@ -24,9 +24,10 @@ from transformers.quantizers import AutoHfQuantizer
 
 from tokentune.core.breakdown import KindOfModule
 from tokentune.core.layers import inner_model
-from tokentune.core.patched import Settings, reference_of
+from tokentune.core.patched import reference_of, settings_of
 from tokentune.core.profile import Profile
 from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.accounting import LiveBytes, claim_model
 from tokentune.memory.fake_device import fake_device, replaced, run_backward, to_fake
 from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
@@ -39,6 +40,9 @@ from tokentune.training.trainer_arguments import build_training_arguments
 from tokentune.verify.verification import verified_profile
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
+FRAGMENTATION = 0.03  # of the peak: memory that an allocator holds and cannot use
+# What `measure` raises for a model that cannot be estimated. RuntimeError: its code reads values that are not there.
+NOT_MEASURED = (UserError, UnsupportedModelError, RuntimeError)
 
 
 @dataclass
@@ -137,6 +141,20 @@ def measure(
             return footprint
 
 
+def measure_run(
+    trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, shape: tuple[int, int]
+) -> Footprint:
+    """`measure` for the model of a trainer, on its type of device; raises one of `NOT_MEASURED`."""
+    device = "cuda" if trainer.args.device.type == "cuda" else "cpu"
+    settings = settings_of(inner_model(trainer.model))
+    return measure(config, arguments, shape, device=device, profile=None if settings is None else settings.profile)
+
+
+def fits(peak: int, room: float) -> bool:
+    """Whether a step with this peak fits into `room`, both in bytes."""
+    return peak * (1 + FRAGMENTATION) <= room
+
+
 @contextmanager
 def _run_under_way_kept() -> Iterator[None]:
     """The Trainer's settings make accelerate forget what it was set up for, when they are made."""
@@ -171,10 +189,8 @@ def skeleton(
             reference = head.auto_class.from_config(other, dtype=dtype, attn_implementation=attention)
             reference.requires_grad_(False)
         model = adapt_and_patch(model, arguments, head, reference)
-    core = inner_model(model)
     if profile is not None and arguments.selection.tokentune:
-        settings: Settings = core._tokentune
-        settings.profile = profile
+        settings_of(inner_model(model)).profile = profile
     return model
 
 
