@@ -20,4 +20,4 @@ say "pytest"
 # One process per core, each with one thread: two that wait for each other's cores are slower than one. A file's tests
 # stay in one process, for what they share.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$PYTHON" -m pytest -q --numprocesses auto --dist loadfile "$@"
+"$PYTHON" -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

@@ -248,10 +248,8 @@ def test_compiled(compile_it: Callable, order: str) -> None:
     ("compile_it", "checkpointing", "drawn"),
     [
         (_compile_parts, True, True),
-        (_compile_layers, False, False),
         (_compile_layers, True, False),
         (_compile_model, False, True),
-        (_compile_model, True, False),
     ],
 )
 def test_compiled_for_batches_of_several_lengths(compile_it: Callable, checkpointing: bool, drawn: bool) -> None:

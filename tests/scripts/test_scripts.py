@@ -362,7 +362,7 @@ def test_environment_is_installed_once_for_each_requirements_file(project_copy, 
     stages = [
         ".venv -m ruff check .",
         ".venv -m ruff format --check .",
-        ".venv -m pytest -q --numprocesses auto --dist loadfile -k some",
+        ".venv -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder -k some",
     ]
     assert rest == stages
 
@@ -440,6 +440,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, (_, merges) in TRAINING_SCRIPTS.items() if merges])
 def test_adapter_script_trains_and_merges(name, train, tiny_llama_dir):
     run = train(name)

@@ -5,7 +5,6 @@ Small differences are allowed for where sums of float32 numbers are made in anot
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -80,25 +79,14 @@ def test_a_users_mistake_is_told_once(finetune: Callable, tmp_path: Path) -> Non
 # ---- a process that is killed ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def whole(request: pytest.FixtureRequest, finetune: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """An engine, and the folder of its run that nobody killed."""
-    folder = tmp_path_factory.mktemp(request.param)
-    run(finetune(request.param, 2, folder, *SELECTIVE, *LONG))
-    return request.param, folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("engine", "step", "victim"), [("ddp", 12, 0), ("fsdp2", 47, 1)])
 def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(
-    seed: int, whole: tuple, finetune: Callable, tmp_path: Path
+    engine: str, step: int, victim: int, finetune: Callable, tmp_path: Path
 ) -> None:
-    """... on two processes, and on one."""
-    engine, unharmed = whole
-    draw = random.Random(f"{engine} {seed}")
-    step, victim = draw.randint(2, 60), draw.randrange(2)
-    print(f"{engine}: rank {victim} is killed at step {step} or a little later")
-    output, killed = tmp_path / "output", tmp_path / "killed"
+    """... on two processes, and on one; killed before its first checkpoint, and after its second."""
+    unharmed, output, killed = tmp_path / "unharmed", tmp_path / "output", tmp_path / "killed"
+    run(finetune(engine, 2, unharmed, *SELECTIVE, *LONG))
     with output.open("w") as file:
         words = finetune(engine, 2, killed, *SELECTIVE, *LONG)
         running = subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
