@@ -8,6 +8,7 @@ from tokentune.core.adapter_kinds import require_served_adapters, unserved_adapt
 from tokentune.core.attention import require_served
 from tokentune.core.checkpointing import CHECKPOINT_REST
 from tokentune.core.correction import require_correctable
+from tokentune.core.four_bit import keep_4bit_layout
 from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import why_not_in_chunks
 from tokentune.core.patched import Settings, owner_of, settings_of
@@ -90,7 +91,7 @@ def apply_tokentune(
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         for config in transformer_layers(owner).configs:
             require_served(config._attn_implementation, device)
-        _keep_4bit_layout(owner)
+        keep_4bit_layout(owner)
         profile = verified_profile(owner) if verify else _assumed_profile(owner)
     if verify and gradient_correction > 0.0 and (before is None or before.gradient_correction == 0.0):
         verify_correction(owner, profile)
@@ -137,18 +138,6 @@ def _check_look(owner: PreTrainedModel, look: LookOptions, needs: tuple[str, ...
         )
     if "excess_loss" in needs and look.reference is None and not next(owner.parameters()).is_meta:
         raise ValueError("excess_loss is a loss minus that of another model: give LookOptions a reference")
-
-
-def _keep_4bit_layout(owner: PreTrainedModel) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in an evaluation, on CPUs with AVX512-BF16.
-
-    Repacked they have no backward pass: all gradients through such a layer are lost, at most with a warning.
-    """
-    for name, layer in owner.named_modules():
-        if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
-            raise UnsupportedModelError(f"{name} was run in evaluation mode and lost its backward pass: load it anew")
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
 
 
 def _assumed_profile(owner: PreTrainedModel) -> Profile:

@@ -38,22 +38,17 @@ from tokentune.data.collators import SeededRows
 from tokentune.data.labelled.splits import ClassificationData, configured, load_data, load_processing
 from tokentune.environment import library_versions
 from tokentune.errors import UserError
+from tokentune.file_names import SCORES_NAME
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.models.pretrained import check_quantization, load_config, run_folder_name
+from tokentune.models.pretrained import check_quantization, load_config
 from tokentune.models.tasks import HEADS
-from tokentune.reports.classification_summary import (
-    said,
-    scores_over_seeds,
-    seed_summary,
-    write_predictions,
-    write_scores,
-)
+from tokentune.reports.classification_summary import said, scores_over_seeds, seed_summary, write_predictions
 from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import draw_curves, write_summary
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.glue import HUB_ID
-from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
+from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder, run_folder_name
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.classification import build_classification_trainer, classification_settings, predict
@@ -92,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         summaries = [train(plan, seed) for seed in arguments.seeds]
         scores = scores_over_seeds(summaries, arguments, plan.data.labels)
         write_config(arguments, run_folder, sys.argv[1:] if argv is None else argv, library_versions())
-        write_scores(scores, run_folder)  # last: it marks a finished run
+        write_summary(scores, run_folder, SCORES_NAME)  # last: it marks a finished run
         logger.info("%s; saved in %s", said(scores), run_folder)
 
 

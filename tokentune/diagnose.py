@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from tokentune.cli.arguments import parse_arguments, settings_in_file
 from tokentune.cli.command import log_to_stderr, run_command
+from tokentune.core.layers import inner_model
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.inspection.checks import look_at
 from tokentune.data.instruction_data import load_instruction_data
@@ -172,7 +173,7 @@ def patcher(arguments: DiagnoseArguments, model: nn.Module, dtype: torch.dtype) 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """The report's `model`."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     if hasattr(model, "get_nb_trainable_parameters"):
         trained, total = model.get_nb_trainable_parameters()
     else:

@@ -45,21 +45,14 @@ from tokentune.memory.micro_batch import choose_micro_batch
 from tokentune.memory.probe import probe_memory
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.models.pretrained import (
-    NO_WEIGHTS,
-    check_quantization,
-    check_weights,
-    load_config,
-    load_tokenizer,
-    run_folder_name,
-)
+from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import build_summary, draw_curves, warn_without_gain, write_summary
 from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
-from tokentune.training.checkpoints.run_folder import check_run_folder, removed_if_empty
+from tokentune.training.checkpoints.run_folder import check_run_folder, removed_if_empty, run_folder_name
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.distributed.interruptions import interruptible

@@ -70,14 +70,14 @@ from tokentune.models.merging.merge_folder import (
     replacing_folder,
     write_errors_refused,
 )
-from tokentune.models.merging.merge_report import QLORA_FLAG, card_name, merge_summary, report
+from tokentune.models.merging.merge_report import QLORA_FLAG, merge_summary, report
 from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
 from tokentune.models.merging.trained_head import head_of, with_outputs
 from tokentune.models.merging.vocabulary import check_tokenizer, highest_token
 from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config, load_tokenizer
 from tokentune.models.tasks import IMAGE
 from tokentune.reports.hub_upload import PUSH_FLAG, check_push, push_folder
-from tokentune.reports.model_card import write_merged_card
+from tokentune.reports.model_card import model_name, write_merged_card
 from tokentune.sources import check_model_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -150,7 +150,7 @@ def merge(
             }
         with write_errors_refused():
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            write_merged_card(summary, plan.adapter.record.summary, partial, name=card_name(output), own=earlier_card)
+            write_merged_card(summary, plan.adapter.record.summary, partial, name=model_name(output), own=earlier_card)
 
     report(summary, same, exact)
     print(f"saved {output}")

@@ -21,13 +21,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokentune.errors import UserError
+from tokentune.gradients.figures import COLORS, STYLE
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench" / "results"
 STEP_CPU = RESULTS / "step_cpu.json"
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#4d4d4d", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7"
-)  # fmt: skip
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS
 
 
 class Look(NamedTuple):
@@ -47,21 +46,7 @@ LOOKS = {
 }
 TRAINED = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}
 
-pyplot.rcParams.update(
-    {
-        "font.size": 10.5,
-        "axes.titlesize": 11.5,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 6,
-    }
-)
+pyplot.rcParams.update(STYLE)
 
 
 def command(doc: str, source: Path, draw: Callable[[Path, Path], None], picture: str) -> None:

@@ -32,9 +32,9 @@ from tokentune.models.pretrained import (
     load_config,
     load_tokenizer,
     resolve_base_dtype,
-    run_folder_name,
 )
 from tokentune.sources import hub_error, is_local_path
+from tokentune.training.checkpoints.run_folder import run_folder_name
 
 FLAG = "--model_name_or_path"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -73,6 +73,7 @@ def test_metadata(tmp_path):
     assert data.tags == ["tokentune", "lora"] and data.license is None
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("loss", 2.25, "validation")
+    assert result.dataset_name == "owner/rows + more.jsonl"  # where its validation rows were split from
     assert data.model_name == "my-run"
 
 

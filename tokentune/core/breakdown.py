@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from tokentune.core.layers import attention_modules, transformer_layers
+from tokentune.core.layers import attention_modules, inner_model, transformer_layers
 from tokentune.errors import UnsupportedModelError
 
 ATTENTION, MLP, NORMS, BETWEEN = "attention", "mlp", "norms", "layer inputs and residuals"
@@ -22,7 +22,7 @@ class KindOfModule:
     """
 
     def __init__(self, model: nn.Module):
-        self._kinds = _kinds_of_modules(model)
+        self._kinds = kinds_of_modules(model)
         self._stack: list[nn.Module] = []
         self._handles: list[Any] = []
 
@@ -72,8 +72,9 @@ def _is_cast_weight(tensor: Tensor) -> bool:
     return False
 
 
-def _kinds_of_modules(model: nn.Module) -> dict[int, str]:
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+def kinds_of_modules(model: nn.Module) -> dict[int, str]:
+    """The kind of each module, by its id; modules that are in no layer and embed nothing are left out."""
+    core = inner_model(model)
     kinds: dict[int, str] = {}
     for module in core.modules():
         if isinstance(module, nn.Embedding) or "Embeddings" in type(module).__name__:

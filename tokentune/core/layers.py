@@ -28,6 +28,11 @@ class Stack:
     around: list[nn.Module]  # the modules that contain the layers, outermost first
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside peft's wrapper; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def uses_attention_interface(module: nn.Module) -> bool:
     """Whether the module's own forward asks transformers' attention interface for its kernel."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokentune.core.adapter_kinds import Suspect
-from tokentune.core.layers import Stack
+from tokentune.core.layers import Stack, inner_model
 from tokentune.core.loss import CHUNK_BYTES
 from tokentune.core.profile import Profile
 from tokentune.core.scoring_pass import LookOptions
@@ -87,7 +87,7 @@ def owner_of(model: nn.Module) -> PreTrainedModel:
     model = getattr(model, "_orig_mod", model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(PROMPT_LEARNING)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"a transformers or peft model is needed, not {type(inner).__name__}")
     return inner

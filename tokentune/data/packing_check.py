@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokentune.core.layers import transformer_layers
-from tokentune.core.patched import Settings
+from tokentune.core.layers import inner_model, transformer_layers
+from tokentune.core.patched import SETTINGS, Settings, settings_of
 from tokentune.core.patching import install_hooks
 from tokentune.core.rotary_state import rotary_state_kept
 from tokentune.data.collators import CausalCollator
@@ -35,14 +35,14 @@ def check_separation(model: nn.Module) -> None:
     Raises:
         UserError: how much differs, or why it cannot be tried.
     """
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner = inner_model(model)
     name, kernels = type(owner).__name__, owner.config._attn_implementation
     if kernels not in SEPARATING:
         raise UserError(
             f"--packing: attention by {kernels} takes no mask that could keep documents apart: "
             "take --attn_implementation sdpa"
         )
-    settings = getattr(owner, "_tokentune", None)
+    settings = settings_of(owner)
     with undisturbed():
         try:
             tiny = tiny_copy(owner)
@@ -50,7 +50,7 @@ def check_separation(model: nn.Module) -> None:
             if settings is not None:
                 install_hooks(tiny)
                 stack = transformer_layers(tiny)
-                tiny._tokentune = Settings(None, "random", settings.profile, stack, chunked_loss=False)
+                setattr(tiny, SETTINGS, Settings(None, "random", settings.profile, stack, chunked_loss=False))
                 error = max(error, _difference(tiny, PROPORTION))
         except UnsupportedModelError as reason:
             raise UserError(f"--packing: {reason}. Leave --packing out.") from reason

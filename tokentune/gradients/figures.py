@@ -18,7 +18,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
-}
+}  # the figures of `scripts/figures` have it too
 BY_PROPORTION, BY_PART = "gradient_by_proportion.png", "gradient_by_part.png"
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokentune.core.groups import gather_tokens
-from tokentune.core.layers import transformer_layers
+from tokentune.core.layers import inner_model, transformer_layers
 from tokentune.core.saved_bytes import SavedForBackward
 from tokentune.core.selective_layer import CURRENT_STEP
 from tokentune.data.collators import CausalCollator
@@ -107,7 +107,7 @@ class SelectionCount:
     """Counts the selected tokens of forward passes, also where the model chooses them itself, by a hook on a layer."""
 
     def __init__(self, model: nn.Module) -> None:
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        core = inner_model(model)
         self._layer = transformer_layers(core).layers[0]
         self._batch: Batch = {}
         self._positions: Tensor | None = None
@@ -164,7 +164,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 def check_counts_items(model: nn.Module) -> None:
     """Refuses a model whose loss cannot be divided by the items of several micro-batches."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     parameters = inspect.signature(type(core).forward).parameters.values()
     takes = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     if not (takes and getattr(core, "accepts_loss_kwargs", True)):

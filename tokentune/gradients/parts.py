@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from tokentune.core.layers import attention_modules, transformer_layers
+from tokentune.core.breakdown import ATTENTION as IN_ATTENTION
+from tokentune.core.breakdown import kinds_of_modules
+from tokentune.core.layers import inner_model, transformer_layers
 
 # Names of an attention's projections in transformers, by what comes out of them.
 _PROJECTIONS = {
@@ -33,16 +35,10 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
     Args:
         model: a transformers model or a peft model around one, which TokenTune serves.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     layers = transformer_layers(core).layers
     layer_of = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
-    in_attention = {
-        id(module)
-        for layer in layers
-        for holder in layer.children()
-        if attention_modules(holder)
-        for module in holder.modules()
-    }
+    kinds = kinds_of_modules(core)
     head = core.get_output_embeddings()
     in_head = set() if head is None else {id(module) for module in head.modules()}
     modules = dict(model.named_modules())
@@ -52,7 +48,7 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
             continue
         path = name.split(".")[:-1]
         owner = modules[".".join(path)]
-        kind = _kind(path, owner, inside=id(owner) in layer_of, attention=id(owner) in in_attention)
+        kind = _kind(path, owner, inside=id(owner) in layer_of, attention=kinds.get(id(owner)) == IN_ATTENTION)
         if kind == OTHER and id(owner) in in_head:
             kind = HEAD
         parts[name] = Part(layer_of.get(id(owner)), kind)

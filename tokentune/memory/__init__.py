@@ -1,1 +1,1 @@
-"""What a run takes of memory: estimated before, tried before training, reported after it."""
+"""The memory of a run: estimated without weights, tried before training, reported after it. Nothing that trains."""

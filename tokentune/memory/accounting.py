@@ -1,8 +1,8 @@
-"""Which bytes are alive, and when they were most: live storages counted operation by operation.
+"""Counts live storages, operation by operation: how many bytes, of which kind, and when there were most of them.
 
-The same counter runs over real tensors and over fake ones, so that an estimate (`memory/footprint.py`) can be held
-against a measurement. It sees every tensor that an operation returns; what a kernel allocates and frees within itself
-is seen only where `WORKSPACES` knows it.
+The same counter works on real and on fake tensors, so an estimate (`memory/footprint.py`) can be compared with a
+measurement. It sees every tensor that an operation returns. Memory that a kernel allocates and frees within itself is
+seen only if `WORKSPACES` lists the operation.
 """
 
 import weakref
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-REST = "rest"  # the kind of what nobody claimed: temporaries
+REST = "rest"  # the kind of storages that nobody claimed: temporary tensors
 
 
 def _dequantized_copy(args: tuple) -> int:
-    """`gemm_4bit(A, B, shape, ...)`: for more than a few rows, the weight in the type of A, for the product's time."""
+    """`gemm_4bit(A, B, shape, ...)` dequantizes the weight into the type of A, if A has more than a few rows."""
     rows, columns = args[2]
     return rows * columns * args[0].element_size()
 
 
-# Operation -> bytes that its kernel holds for itself while it runs, of the arguments.
+# Operation -> bytes that its kernel needs while it runs, computed from its arguments.
 WORKSPACES: dict[str, Callable[[tuple], int]] = {"bitsandbytes::gemm_4bit": _dequantized_copy}
 
 
 @dataclass(eq=False)
 class Block:
-    """One storage: born and freed at these operations (None: alive), on a device, of a kind."""
+    """One storage: its device, its kind, and the operations that made and freed it (None: still alive)."""
 
     size: int
     device: str
@@ -40,7 +40,7 @@ class Block:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made within it, and of those it was told about.
+    """Counts the bytes of all storages that are made within it, and of those that are claimed.
 
     >>> with LiveBytes() as live:
     ...     live.claim("weights", model.parameters())
@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: str = "cpu"):
-        """`device`: the type of device whose bytes make the peak; others are counted by `bytes_of` alone."""
+        """`device`: the device type whose peak is counted; bytes on others are known to `bytes_of` alone."""
         super().__init__()
         self.device = device
         self.now = self.peak = self.operations = self.peak_at = 0
@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def block_of(self, tensor: Tensor) -> Block:
-        """The block of this tensor's storage; a new one where it was not seen before."""
+        """The block of this tensor's storage; a new one if the storage is seen for the first time."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
@@ -101,24 +101,24 @@ class LiveBytes(TorchDispatchMode):
             self.extra = workspace
 
     def claim(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """Says what the storages of these tensors are. The first claim stands."""
+        """Gives the storages of these tensors a kind. The first claim counts."""
         for tensor in tensors:
             block = self.block_of(tensor)
             if block.kind == REST:
                 block.kind = kind
 
     def begin(self, phase: str) -> None:
-        """Names what comes now, for `peak_phase`."""
+        """Starts a phase, for `peak_phase`."""
         self.phase = phase
         self.phases.append((self.operations + 1, phase))
 
     def restart(self) -> None:
-        """Forgets the peak so far, and all that was freed by now."""
+        """Forgets the peak so far, and all storages that were freed."""
         self.blocks = [block for block in self.blocks if block.freed is None]
         self.peak, self.peak_at, self.peak_phase, self.extra = self.now, self.operations, self.phase, 0
 
     def bytes_of(self, kind: str, device: str | None = None) -> int:
-        """Bytes of this kind that are alive now on `device` (default: the one whose peak is counted)."""
+        """Bytes of this kind that are alive now on `device` (default: the counted one)."""
         device = device or self.device
         return sum(b.size for b in self.blocks if b.freed is None and b.kind == kind and b.device == device)
 
@@ -129,27 +129,27 @@ class LiveBytes(TorchDispatchMode):
             alive = block.born <= self.peak_at and (block.freed is None or block.freed >= self.peak_at)
             if alive and block.device == self.device:
                 sizes[block.kind] += block.size
-        # What was freed within the peak's own operation may have gone before or after: of temporaries alone.
+        # Temporary tensors freed within the operation of the peak may have been freed before or after it.
         sizes[REST] += self.peak - sizes.total()
         return dict(sizes)
 
     def highest(
         self, factors: Callable[[str], dict[str, float]], fixed: Callable[[str], dict[str, int]]
     ) -> tuple[str, dict[str, int]]:
-        """The peak that there would be if each byte of a kind were so many, and `fixed` ones were there besides.
+        """The peak if the bytes of each kind were multiplied by a factor, and fixed ones were added.
 
         Args:
-            factors: of a phase, {kind: bytes for a byte}; 1 for kinds that are not in it.
-            fixed: of a phase, {kind: bytes}.
+            factors: phase -> {kind: factor}; 1 for kinds that are missing.
+            fixed: phase -> {kind: bytes to add}.
 
         Returns:
-            The phase that holds the peak, and its bytes by kind.
+            The phase of the peak, and its bytes by kind.
         """
         changes: list[tuple[int, str, int]] = []
         for block in self.blocks:
             if block.device == self.device:
                 changes.append((block.born, block.kind, block.size))
-                if block.freed is not None:  # within this operation it is still there
+                if block.freed is not None:  # still alive within this operation
                     changes.append((block.freed + 1, block.kind, -block.size))
         starts = [(0, ""), *self.phases]
         changes += [(start, REST, 0) for start, _ in self.phases]
@@ -166,20 +166,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def claim_model(live: LiveBytes, model: nn.Module) -> None:
-    """Weights, and gradients as they come."""
-    live.claim("weights", (tensor for tensor in (*model.parameters(), *model.buffers())))
-    live.claim("weights", quantization_constants(model))
+    """Claims the weights now, and the gradients when they are made."""
+    live.claim("weights", (*model.parameters(), *model.buffers(), *quantization_constants(model)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: live.claim("gradients", [p.grad]))
 
 
 def quantization_constants(model: nn.Module) -> list[Tensor]:
-    """What bitsandbytes keeps beside its 4-bit weights: scales, their scales, tables."""
+    """The tensors that bitsandbytes keeps beside 4-bit weights: scales, the scales of scales, tables."""
     found = []
     for parameter in model.parameters():
-        for state in (getattr(parameter, "quant_state", None),):
-            while state is not None:
-                found += [value for value in vars(state).values() if isinstance(value, Tensor)]
-                state = getattr(state, "state2", None)
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            found += [value for value in vars(state).values() if isinstance(value, Tensor)]
+            state = getattr(state, "state2", None)
     return found

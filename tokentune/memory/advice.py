@@ -1,51 +1,48 @@
-"""What a user could change so that a training step needs less memory: each flag's saving, and what would fit.
+"""Advice on memory: which flags make a training step smaller, by how much, and which make it fit.
 
-Every change is tried on tensors without data (`memory/footprint.py`): no weights, seconds.
+Each change is estimated on tensors without data (`memory/footprint.py`), within seconds.
 """
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tokentune.errors import UnsupportedModelError, UserError
-from tokentune.memory.footprint import Footprint, measure, profile_of
+from tokentune.core.profile import Profile
+from tokentune.memory.footprint import NOT_MEASURED, Footprint, fits, measure, profile_of
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.processes import process_count
 from tokentune.settings.finetune import Arguments
 from tokentune.training.distributed.engines import check_engine
 
-_LEAST_SAVING = 0.01  # of the peak: less is no advice
-_FRAGMENTATION = 0.03  # of the peak, that an allocator cannot hand out
+_LEAST_SAVING = 0.01  # of the peak; smaller savings are not listed
 
-# Estimates the step of a command line on micro-batches of (sequences, tokens); None where that cannot be had.
+# (settings, (sequences, tokens) of a micro-batch) -> the footprint of a step; None: it cannot be estimated.
 Estimate = Callable[[Arguments, tuple[int, int]], Footprint | None]
 
 
 def estimator(arguments: Arguments, config: PreTrainedConfig, device: str, head: Head = CAUSAL_LM) -> Estimate:
-    """`Estimate` for the model that `config` describes, on "cuda" or "cpu"; verifies the selective layers once."""
-    profile = cache(partial(profile_of, config, head, arguments.model.attn_implementation))
+    """An `Estimate` for the model of `config`, on "cuda" or "cpu"; it verifies the selective layers only once."""
+
+    @cache
+    def profile() -> Profile:
+        return profile_of(config, head, arguments.model.attn_implementation)
 
     def run(changed: Arguments, shape: tuple[int, int]) -> Footprint | None:
         try:
-            check_engine(changed)  # several processes' may not take it
+            check_engine(changed)  # which may not allow the change
             known = profile() if changed.selection.tokentune else None
             return measure(config, changed, shape, device=device, head=head, profile=known)
-        except (UserError, UnsupportedModelError, RuntimeError, NotImplementedError):  # no such row to advise
+        except NOT_MEASURED:
             return None
 
     return run
 
 
-def fits(peak: int, room: int) -> bool:
-    """Whether a step with this peak fits into so many bytes."""
-    return peak * (1 + _FRAGMENTATION) <= room
-
-
 def advice(arguments: Arguments, shape: tuple[int, int], now: Footprint, run: Estimate) -> list[dict[str, Any]]:
-    """Single changes of the command line, with what each saves of the step's peak (`now`), the most first."""
+    """Single changes of flags with their savings at the peak of the step `now`; the largest saving first."""
     found = []
     for change, changed, changed_shape in _changes(arguments, shape):
         footprint = run(changed, changed_shape)
@@ -57,12 +54,12 @@ def advice(arguments: Arguments, shape: tuple[int, int], now: Footprint, run: Es
 def together(
     arguments: Arguments, shape: tuple[int, int], ranked: list[dict[str, Any]], run: Estimate, room: int
 ) -> dict[str, Any] | None:
-    """The first changes of `ranked` (`advice`) that, made together, fit into `room` bytes: {change, peak}, or None."""
+    """The first changes of `ranked` (from `advice`) that together fit into `room` bytes: {change, peak}, or None."""
     taken: list[str] = []
     peak = None
     for name in (entry["change"] for entry in ranked):
         offered = {change: (changed, at) for change, changed, at in _changes(arguments, shape)}
-        if name not in offered:  # one that was taken rules it out, or includes it
+        if name not in offered:  # excluded by an earlier change, or part of it
             continue
         footprint = run(*offered[name])
         if footprint is None or (peak is not None and footprint.peak >= peak):
@@ -75,7 +72,7 @@ def together(
 
 
 def _changes(arguments: Arguments, shape: tuple[int, int]) -> Iterator[tuple[str, Arguments, tuple[int, int]]]:
-    """What a user could change: (the flags in words, the command line with it, sequences and tokens)."""
+    """Possible changes: (the flags, the changed settings, the changed (sequences, tokens))."""
     sequences, tokens = shape
     selection, adapters, optimization = arguments.selection, arguments.adapters, arguments.optimization
 

@@ -1,7 +1,7 @@
-"""How much memory this process may still take, by whoever limits it first.
+"""How much memory this process may still use.
 
-On a GPU the driver knows. On the host there are several limits, and the one that counts is often not the machine's:
-a container's (cgroups) kills the process that exceeds it without a word, `ulimit -v` makes an allocation fail.
+On a GPU the driver knows. On the host the smallest of several limits counts: the machine's memory, the limit of a
+container (cgroups), which kills a process without a message, or `ulimit -v`, which lets an allocation fail.
 """
 
 import os
@@ -18,17 +18,17 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device | str) -> int:
-    """Bytes that can still be allocated on this device, what torch's allocator of a GPU holds in stock among them."""
+    """Bytes that can still be allocated on this device, including the unused ones that torch's CUDA allocator holds."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a launcher's processes on this machine
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of a launcher on this machine
     return min([psutil.virtual_memory().available // sharing, *_limits()])
 
 
 def _limits() -> Iterator[int]:
-    """What this process's own limits leave."""
+    """The bytes that each limit of this process leaves."""
     own = psutil.Process().memory_info()
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
@@ -38,7 +38,7 @@ def _limits() -> Iterator[int]:
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """What the limits of this process's control groups leave, of both versions of the interface, parents included."""
+    """The same of its control groups (versions 1 and 2) and their parents."""
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, name = line.split(":", 2)
         if controllers == "":
@@ -48,7 +48,7 @@ def _cgroup_limits() -> Iterator[int]:
         else:
             continue
         folder = top / name.lstrip("/")
-        # In a container the group may be mounted as the root, under another name than the process knows it by.
+        # In a container the group may be mounted as the root, so the path that the process knows may not exist.
         for group in (folder, *folder.parents):
             if group.is_relative_to(top):
                 yield from _room_in(group, *files)
@@ -56,7 +56,7 @@ def _cgroup_limits() -> Iterator[int]:
 
 def _room_in(group: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
     most, used = "".join(_lines(group / limit)), "".join(_lines(group / usage))
-    if most.isdigit() and used.isdigit():  # "max": none
+    if most.isdigit() and used.isdigit():  # not "max", which means no limit
         cached = next((line.split()[1] for line in _lines(group / "memory.stat") if line.startswith(reclaimable)), "0")
         yield max(int(most) - int(used) + int(cached), 0)
 

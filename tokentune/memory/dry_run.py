@@ -1,18 +1,17 @@
-"""`--dry_run`: the run with everything but its steps, told in a few lines; it makes no folder and no log."""
+"""`--dry_run`: prepares the run, prints a short plan, and stops; it makes no folder and no log."""
 
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
+from tokentune.core.layers import inner_model
 from tokentune.core.saved_bytes import gib
 from tokentune.data.packing import PackedRows, lengths_of
-from tokentune.errors import UnsupportedModelError, UserError
-from tokentune.memory.footprint import measure
+from tokentune.memory.footprint import NOT_MEASURED, measure_run
 from tokentune.sampling.sampler import selected_count
 from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
@@ -21,7 +20,7 @@ from tokentune.training.trainer_arguments import Extent
 
 
 def build_without_folder(build: Callable[[], SelectiveTrainer], settings: object) -> SelectiveTrainer:
-    """What `build` makes of the settings: the Trainer creates its folder when it is made, here one that goes again."""
+    """The result of `build`, with a temporary output folder: the Trainer creates its folder when it is made."""
     with tempfile.TemporaryDirectory() as folder:
         settings.output_dir = folder
         return build()
@@ -39,9 +38,9 @@ def say_plan(
 
     Args:
         trainer: ready for `train()`.
-        rows: the encoded ones, each by itself also with --packing; None where they are read while training.
-        reports: of "train" and "validation": what became of the records, as a text; None: no such data.
-        config: the base model's.
+        rows: encoded, not packed; None if they are streamed.
+        reports: for "train" and "validation", text on what became of the records; None: no such data.
+        config: of the base model.
     """
     if not trainer.is_world_process_zero():
         return
@@ -63,10 +62,10 @@ def say_plan(
 
 def _model(trainer: SelectiveTrainer) -> str:
     model = trainer.model
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     total = model.num_parameters() if hasattr(model, "num_parameters") else core.num_parameters()
     if hasattr(model, "get_nb_trainable_parameters"):
-        trained, total = model.get_nb_trainable_parameters()  # 4-bit weights counted as what they stand for
+        trained, total = model.get_nb_trainable_parameters()  # counts 4-bit weights by their number, not by their bytes
     else:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{type(core).__name__}, {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})"
@@ -95,17 +94,13 @@ def _tokens(lengths: np.ndarray, arguments: Arguments) -> str:
 
 
 def _memory(trainer: SelectiveTrainer, longest: int, arguments: Arguments, config: PreTrainedConfig) -> str:
-    """The footprint of a step over the longest row, by the real step on tensors without data."""
-    model = trainer.model
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """The footprint of a step on the longest rows, estimated on tensors without data."""
     shape = trainer.args.per_device_train_batch_size, longest
     try:
-        patched = getattr(core, "_tokentune", None)
-        found = measure(config, arguments, shape, device=device, profile=getattr(patched, "profile", None))
-    except (UserError, UnsupportedModelError, RuntimeError, NotImplementedError) as error:
+        found = measure_run(trainer, arguments, config, shape)
+    except NOT_MEASURED as error:
         return f"not estimated: {first_line(error)}"
     return (
         f"{gib(found.peak)} at the peak of a step of {shape[0]} x {longest:,} tokens, {gib(found.activations)} of it "
-        f"kept for the backward pass (estimated for {'the GPU' if device == 'cuda' else 'the CPU'})"
+        f"kept for the backward pass (estimated for {'the GPU' if trainer.args.device.type == 'cuda' else 'the CPU'})"
     )

@@ -1,4 +1,4 @@
-"""The table that `estimate.py` prints: bytes by method, what is sent between GPUs, and the cards that it fits."""
+"""The table of `estimate.py`: bytes by method, bytes sent between GPUs, and the GPUs that they fit."""
 
 import sys
 from collections.abc import Sequence
@@ -10,17 +10,30 @@ from rich.console import Console
 from rich.table import Table
 
 from tokentune.core.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
-from tokentune.memory.footprint import Footprint
+from tokentune.memory.footprint import FRAGMENTATION, Footprint, fits
 from tokentune.memory.presets import Subject
 from tokentune.memory.sharding import describe
 from tokentune.settings.finetune import Arguments
 
-CARDS_GB = (16, 24, 40, 48, 80, 141)  # as they are sold: 10^9 bytes
-# Of a card's memory: the driver, the CUDA context, kernels and cuBLAS's workspaces, and what the allocator cannot hand
-# out for fragmentation.
-RESERVE_BYTES = int(0.8 * BYTES_IN_GIB)
-FRAGMENTATION = 0.03
+CARDS_GB = (16, 24, 40, 48, 80, 141)  # memory of GPUs as they are sold: 1 GB is 10^9 bytes
+RESERVE_BYTES = int(0.8 * BYTES_IN_GIB)  # for the driver, the CUDA context, kernels and the workspaces of cuBLAS
 SHOWN = ("weights", "gradients", "optimizer", "activations", "peak")
+
+
+@dataclass
+class Request:
+    """The parsed command line of `estimate.py`."""
+
+    arguments: Arguments
+    subject: Subject
+    shape: tuple[int, int]  # sequences and tokens of a micro-batch
+    device: str
+    only: bool
+    find: str | None
+    memory_gb: float | None
+    json: str | None
+    processes: int
+    sharding: str | None  # None: one process
 
 
 @dataclass
@@ -29,9 +42,9 @@ class Row:
 
     method: str
     weights: str
-    chosen: bool  # by the command line's flags
+    chosen: bool  # by the flags
     footprint: Footprint | None
-    reason: str | None  # why there is no footprint
+    reason: str | None  # if there is no footprint
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,12 +57,12 @@ class Row:
 
 
 def fits_card(peak: int, gb: float) -> bool:
-    """Whether a step of this peak fits a card of so many GB, the reserve taken off."""
-    return peak * (1 + FRAGMENTATION) + RESERVE_BYTES <= gb * 1e9
+    """Whether a step with this peak, in bytes, fits a GPU of so many GB, after `RESERVE_BYTES`."""
+    return fits(peak, gb * 1e9 - RESERVE_BYTES)
 
 
-def settings_of(request: "Request") -> dict[str, Any]:
-    """What the numbers are for."""
+def settings_of(request: Request) -> dict[str, Any]:
+    """The settings that the numbers belong to, for the table's title and the JSON."""
     arguments, (sequences, length) = request.arguments, request.shape
     return {
         "model": arguments.model.model_name_or_path,
@@ -67,7 +80,7 @@ def settings_of(request: "Request") -> dict[str, Any]:
     }
 
 
-def print_table(rows: Sequence[Row], request: "Request") -> None:
+def print_table(rows: Sequence[Row], request: Request) -> None:
     settings = settings_of(request)
     mixed = {"none": "no mixed precision"}.get(settings["precision"], settings["precision"])
     title = (
@@ -130,19 +143,3 @@ def print_table(rows: Sequence[Row], request: "Request") -> None:
 def in_gib(size: int) -> str:
     """Bytes as GiB with two decimals."""
     return f"{size / BYTES_IN_GIB:.2f}"
-
-
-@dataclass
-class Request:
-    """A whole command line."""
-
-    arguments: Arguments
-    subject: Subject
-    shape: tuple[int, int]  # sequences and tokens of a micro-batch
-    device: str
-    only: bool
-    find: str | None
-    memory_gb: float | None
-    json: str | None
-    processes: int
-    sharding: str | None  # None: one process

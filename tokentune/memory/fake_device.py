@@ -1,9 +1,9 @@
-"""A GPU that is not there: tensors without data that look, to Python, as if they were on it.
+"""Tensors without data that Python sees on a GPU, also on a machine without one.
 
-An estimate runs the real step on them. On "cuda" the code of models and of this project takes the paths that it takes
-on a GPU; on "cpu" those of the CPU. Two of torch's parts choose by the device in C++, where these tensors have no data
-(torch's meta device), and are stood in for here by function modes: mixed precision (`_Autocast`) and the kernel of
-scaled-dot-product attention (`_FusedAttention`). So is the product of experts (`_ExpertProducts`), on any device.
+An estimate runs the real training step on them. On "cuda" the models and this package take the code paths of a GPU, on
+"cpu" those of the CPU. In C++ the tensors are on torch's meta device, so the parts of torch that choose by device in
+C++ are replaced by function modes: mixed precision (`_Autocast`), the kernel of scaled-dot-product attention
+(`_FusedAttention`) and, on any device, the product of experts (`_ExpertProducts`).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _CUDA = torch.device("cuda", 0)
-_MOST_REAL_NUMBERS = 2**24  # of tensors that hold positions, masks or counters, and are computed for real
+_MOST_REAL_NUMBERS = 2**24  # largest tensor of positions, masks or counters that is computed with real values
 
 
 @contextmanager
 def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
-    """Within it, tensors are made without data, on a device of this kind: "cuda" (there may be none), or "cpu"."""
+    """Within it, new tensors have no data; `kind` is their device, "cuda" (which need not exist) or "cpu"."""
     with ExitStack() as stack:
         if kind == "cuda":
             mode = _FakeCuda(allow_non_fake_inputs=True)
@@ -33,8 +33,8 @@ def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
                 (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
                 (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-                (torch.cuda, "get_device_capability", lambda *_: (8, 0)),  # Ampere's, as fused attention below
-                (torch.cuda, "_initialized", False),  # nothing asks for the random states of a GPU that is there
+                (torch.cuda, "get_device_capability", lambda *_: (8, 0)),  # Ampere, as in `_FusedAttention`
+                (torch.cuda, "_initialized", False),  # so that no random state of a real GPU is read
                 (torch.cuda, "synchronize", lambda *_: None),
                 (torch.Tensor, "record_stream", lambda *_: None),
                 *((torch.cuda, name, _NoStream) for name in ("Stream", "current_stream", "stream")),
@@ -44,7 +44,7 @@ def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
             stack.enter_context(mode)
             stack.enter_context(_SmallRealTensors(mode))
             stack.enter_context(_FusedAttention())
-            stack.enter_context(autocast)  # the innermost is asked first: attention sees what it has cast
+            stack.enter_context(autocast)  # innermost, so attention gets tensors that are cast
         else:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(mode)
@@ -55,7 +55,7 @@ def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within it, `owner` has this attribute for its own."""
+    """Within it, `owner` has `value` as its attribute `name`."""
     own = vars(owner).get(name)
     setattr(owner, name, value)
     try:
@@ -68,7 +68,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class _NoStream(nullcontext):
-    """A CUDA stream, the current one, and the context that makes one current."""
+    """Stands for a CUDA stream, the current stream, and the context manager that sets it."""
 
     def wait_stream(self, other: Any) -> None:
         pass
@@ -78,8 +78,9 @@ _torch_make_subclass = torch.Tensor._make_subclass
 
 
 def _make_subclass(cls: type, data: Tensor, requires_grad: bool = False, **options: Any) -> Tensor:
-    """torch's own, but that C++ sees the meta device of a fake tensor's data: autograd there asks devices for streams,
-    and a build of torch without CUDA, or a machine without GPU, has no CUDA device to ask. Python sees the fake device.
+    """`torch.Tensor._make_subclass`, but C++ sees the meta device of a fake tensor; Python sees the fake device.
+
+    Autograd in C++ asks the device for streams, which fails if torch has no CUDA or the machine no GPU.
     """
     if issubclass(cls, FakeTensor):
         options["dispatch_device"] = False
@@ -87,7 +88,7 @@ def _make_subclass(cls: type, data: Tensor, requires_grad: bool = False, **optio
 
 
 class _FakeCuda(FakeTensorMode):
-    """Tensors that C++ code makes beside a given one are asked for on the meta device: they belong on the fake one."""
+    """Puts tensors on the fake device that C++ code asks for on the meta device, to match a given tensor."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,7 +99,7 @@ class _FakeCuda(FakeTensorMode):
 
 
 class _SmallRealTensors(TorchDispatchMode):
-    """Computes for real with what is real: positions, masks and step counters on the CPU, whose values code reads."""
+    """Computes on real tensors with real values: positions, masks and step counters on the CPU, which code reads."""
 
     def __init__(self, mode: FakeTensorMode):
         super().__init__()
@@ -118,7 +119,7 @@ class _SmallRealTensors(TorchDispatchMode):
             return False
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return False
-        if not tensors:  # a new tensor: of indices, or of numbers that the model's computation starts from?
+        if not tensors:  # a new tensor: real if it holds indices, not if it holds floating-point values
             if kwargs.get("dtype") is None:
                 return func.overloadpacket is torch.ops.aten.arange and all(isinstance(bound, int) for bound in args)
             return device is not None and not (kwargs["dtype"].is_floating_point or kwargs["dtype"].is_complex)
@@ -131,7 +132,7 @@ class _SmallRealTensors(TorchDispatchMode):
 
 # --- mixed precision --------------------------------------------------------------------------------------------------
 
-# torch's lists for CUDA ("Autocast Op Reference"), as far as models of transformers call them.
+# torch's lists for CUDA ("Autocast Op Reference"), limited to what the models of transformers call.
 _IN_16_BITS: set[Callable] = {
     *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, F.prelu),
     *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.addbmm, torch.baddbmm, torch.mv, torch.einsum),
@@ -149,12 +150,12 @@ _IN_32_BITS: set[Callable] = {
 
 
 class _Autocast(TorchFunctionMode):
-    """What `torch.autocast("cuda")` does to the arguments of functions, with its cache of 16-bit weights."""
+    """Casts arguments as `torch.autocast("cuda")` does, with its cache of 16-bit weights."""
 
     def __init__(self, device: str = "cuda") -> None:
         super().__init__()
         self.device = device
-        self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # id of a weight -> (it, in 16 bits)
+        self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # id of a weight -> (weight, its 16-bit copy)
 
     def forget(self) -> None:
         self.casts.clear()
@@ -181,7 +182,7 @@ class _Autocast(TorchFunctionMode):
         if not (weight and value.dtype is torch.float32 and torch.is_autocast_cache_enabled()):
             return value.to(dtype)
         if id(value) not in self.casts:
-            # As torch's: a cast made without gradients would serve the passes with gradients, and cut these off.
+            # As in torch: a copy made without gradients would be reused in passes that need gradients.
             with torch.enable_grad():
                 self.casts[id(value)] = value, value.to(dtype)
         return self.casts[id(value)][1]
@@ -191,20 +192,19 @@ class _Autocast(TorchFunctionMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Scaled-dot-product attention by the kernel that CUDA takes on Ampere and later.
+    """Scaled-dot-product attention by the kernel that torch chooses on Ampere and later GPUs.
 
-    FlashAttention for 16 bits without a mask (grouped heads as they are); the memory-efficient kernel for float32 or
-    with a mask (grouped heads have been repeated by then, or are by the plain fallback that torch takes); heads beyond
-    256 numbers go the plain way, scores in memory.
+    FlashAttention for 16 bits without a mask, also with grouped heads. The memory-efficient kernel for float32 or with
+    a mask. For grouped heads that FlashAttention does not take, torch's plain fallback, with the scores in memory.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # C++ takes both for meta tensors
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # in C++ both are on the meta device
             return args[0].to(args[1].device, args[1].dtype)
-        kwargs.pop("pin_memory", None)  # the fake device's host memory is never pinned
+        kwargs.pop("pin_memory", None)  # memory without data cannot be pinned
         return func(*args, **kwargs)
 
     def _attend(
@@ -245,7 +245,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _ExpertProducts(TorchFunctionMode):
-    """The product of each token with its expert's weights. torch's own refuses float32 without data, not with it."""
+    """The product of each token with its expert's weights. torch refuses float32 on the meta device only."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -255,7 +255,7 @@ class _ExpertProducts(TorchFunctionMode):
 
 
 class _ExpertProduct(torch.autograd.Function):
-    """Tokens sorted by expert (S, D), weights (experts, D, E) -> (S, E); keeps for the backward what torch keeps."""
+    """Tokens sorted by expert (S, D), weights (experts, D, E) -> (S, E); saves what torch saves for backward."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weights: Tensor) -> Tensor:
@@ -274,9 +274,9 @@ class _ExpertProduct(torch.autograd.Function):
 
 
 def to_fake(model: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
-    """Gives a model on the meta device parameters and buffers on the fake device, in place. Within `fake_device`.
+    """Moves a model from the meta device to the fake one, in place. To be called within `fake_device`.
 
-    `dtype`: of the weights that bitsandbytes' 4-bit ones would be made from.
+    `dtype`: the type of the weights before their quantization to 4 bits.
     """
     made: dict[int, Tensor] = {}
 
@@ -294,15 +294,15 @@ def to_fake(model: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = _fake_4bit(tensor, kind, dtype) if hasattr(tensor, "quant_type") else fake(tensor)
-    del alive  # until here: no id was given to two tensors
+    del alive  # kept alive until here, so that ids are unique
     return model
 
 
 def _fake_4bit(weight: Any, kind: str, dtype: torch.dtype) -> nn.Parameter:
-    """A bitsandbytes weight (its `Params4bit`, not quantised yet) as its quantisation would leave it.
+    """A `Params4bit` of bitsandbytes, not quantized yet, in the form that it has after quantization.
 
-    Two numbers to a byte; a scale for each block, itself in 8 bits with double quantisation, and then with a float32
-    scale for each 256 of those.
+    Two values in a byte, and one scale for each block. With double quantization the scales are in 8 bits, with a
+    float32 scale for every 256 of them.
     """
     from bitsandbytes.functional import QuantState
 
@@ -328,7 +328,7 @@ def _fake_4bit(weight: Any, kind: str, dtype: torch.dtype) -> nn.Parameter:
 
 
 def run_backward(loss: Tensor) -> None:
-    """`loss.backward()`, in which the function modes go on: through the public function they would pause meanwhile."""
+    """`loss.backward()` with the function modes active; the public function would disable them."""
     torch.autograd.graph._engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )

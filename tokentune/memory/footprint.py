@@ -19,17 +19,19 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from tokentune.core.breakdown import KindOfModule
-from tokentune.core.patched import Settings, reference_of
+from tokentune.core.layers import inner_model
+from tokentune.core.patched import reference_of, settings_of
 from tokentune.core.profile import Profile
 from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.accounting import LiveBytes, claim_model
 from tokentune.memory.fake_device import fake_device, replaced, run_backward, to_fake
-from tokentune.models.builder import adapt_and_patch, base_dtype, needs_reference
-from tokentune.models.pretrained import load_config
+from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
+from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
 from tokentune.sampling.sampler import selected_count
 from tokentune.settings.finetune import Arguments
@@ -38,6 +40,9 @@ from tokentune.training.trainer_arguments import build_training_arguments
 from tokentune.verify.verification import verified_profile
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
+FRAGMENTATION = 0.03  # of the peak: memory that an allocator holds and cannot use
+# What `measure` raises for a model that cannot be estimated. RuntimeError: its code reads values that are not there.
+NOT_MEASURED = (UserError, UnsupportedModelError, RuntimeError)
 
 
 @dataclass
@@ -136,6 +141,20 @@ def measure(
             return footprint
 
 
+def measure_run(
+    trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, shape: tuple[int, int]
+) -> Footprint:
+    """`measure` for the model of a trainer, on its type of device; raises one of `NOT_MEASURED`."""
+    device = "cuda" if trainer.args.device.type == "cuda" else "cpu"
+    settings = settings_of(inner_model(trainer.model))
+    return measure(config, arguments, shape, device=device, profile=None if settings is None else settings.profile)
+
+
+def fits(peak: int, room: float) -> bool:
+    """Whether a step with this peak fits into `room`, both in bytes."""
+    return peak * (1 + FRAGMENTATION) <= room
+
+
 @contextmanager
 def _run_under_way_kept() -> Iterator[None]:
     """The Trainer's settings make accelerate forget what it was set up for, when they are made."""
@@ -154,7 +173,7 @@ def skeleton(
 ) -> nn.Module:
     """The model of a run on the meta device, adapted, patched and checkpointed as the flags say."""
     config, arguments = copy.deepcopy(config), copy.deepcopy(arguments)
-    dtype, autocast = base_dtype(arguments, config), _autocast_dtype(arguments)
+    dtype, autocast = base_dtype(arguments, config), autocast_dtype(arguments)
     arguments.selection.skip_verification |= profile is not None
     with torch.device("meta"):
         attention = arguments.model.attn_implementation
@@ -170,31 +189,19 @@ def skeleton(
             reference = head.auto_class.from_config(other, dtype=dtype, attn_implementation=attention)
             reference.requires_grad_(False)
         model = adapt_and_patch(model, arguments, head, reference)
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if profile is not None and arguments.selection.tokentune:
-        settings: Settings = core._tokentune
-        settings.profile = profile
+        settings_of(inner_model(model)).profile = profile
     return model
 
 
 def _with_4bit_layers(model: nn.Module, compute_dtype: torch.dtype, head: Head) -> nn.Module:
     """bitsandbytes' layers where loading with `loading.load_base_model` would put them."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=head_modules(model) if head.is_new else None,
-    )
+    quantization = nf4(compute_dtype, head_modules(model) if head.is_new else None)
     quantizer = AutoHfQuantizer.from_config(quantization)
     quantizer._process_model_before_weight_loading(model, None)
     model.is_loaded_in_4bit = model.is_quantized = True
     model.config.quantization_config = quantization
     return model
-
-
-def _autocast_dtype(arguments: Arguments) -> torch.dtype | None:
-    return torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -234,7 +241,7 @@ def _step(model: nn.Module, batch: dict[str, Any], optimizer: Any, arguments: Ar
 
 def forward_loss(model: nn.Module, batch: dict[str, Any], arguments: Arguments, device: str) -> Tensor:
     """The loss, as the Trainer has it: under autocast, with outputs turned to float32 outside of it (accelerate)."""
-    dtype = _autocast_dtype(arguments)
+    dtype = autocast_dtype(arguments)
     with torch.autocast(device, dtype) if dtype is not None else nullcontext():
         output = model(**batch)
     if dtype is not None:
@@ -244,7 +251,7 @@ def forward_loss(model: nn.Module, batch: dict[str, Any], arguments: Arguments, 
 
 def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], device: str) -> dict[str, Any]:
     """A batch of full rows. On the CPU its values are real: there, code looks at them."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     rows, length = shape
     text = core.config.get_text_config()
     with unset_fake_temporarily() if device == "cpu" else nullcontext():

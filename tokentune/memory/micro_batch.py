@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from tokentune.errors import UserError
-from tokentune.memory.advice import fits
+from tokentune.memory.footprint import fits
 from tokentune.memory.probe import does_not_fit, estimated, generous_bytes, room_of, why_not_tried
 from tokentune.memory.trial_step import longest_batch, try_batch
 from tokentune.settings.finetune import Arguments

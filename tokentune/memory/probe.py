@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tokentune.core.saved_bytes import gib
-from tokentune.errors import UnsupportedModelError, UserError
+from tokentune.errors import UserError
 from tokentune.memory.available_memory import available_bytes
-from tokentune.memory.footprint import Footprint, measure
+from tokentune.memory.footprint import NOT_MEASURED, Footprint, measure_run
 from tokentune.memory.report import out_of_memory
 from tokentune.memory.trial_step import Trial, longest_batch, longest_validation_batch, try_batch, weights_of
 from tokentune.settings.finetune import Arguments
@@ -127,13 +127,9 @@ def estimated(
     trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, shape: tuple[int, int]
 ) -> Footprint | None:
     """The footprint of a step on this type of device; None where it cannot be had."""
-    core = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    known = getattr(core, "_tokentune", None)
-    kind = "cuda" if trainer.args.device.type == "cuda" else "cpu"
     try:
-        profile = getattr(known, "profile", None)
-        return measure(config, _as_run(trainer, arguments), shape, device=kind, profile=profile)
-    except (UserError, UnsupportedModelError, RuntimeError, NotImplementedError):  # it reads what fake tensors lack
+        return measure_run(trainer, _as_run(trainer, arguments), config, shape)
+    except NOT_MEASURED:
         return None
 
 

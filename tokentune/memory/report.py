@@ -20,7 +20,6 @@
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +36,11 @@ from tokentune.core.saved_bytes import gib
 from tokentune.environment import device_facts
 from tokentune.errors import UserError
 from tokentune.memory.accounting import quantization_constants
-from tokentune.memory.advice import advice, estimator, fits, together
+from tokentune.memory.advice import advice, estimator, together
+from tokentune.memory.footprint import fits
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.settings.finetune import Arguments
+from tokentune.training.checkpoints.saving import write_whole
 from tokentune.training.trainer import SelectiveTrainer
 
 REPORT_NAME = "memory_report.json"
@@ -221,11 +222,7 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(table)
 
 
-def write_report(report: dict[str, Any], run_folder: Path) -> Path:
-    """Writes `memory_report.json` whole or not at all."""
+def write_report(report: dict[str, Any], run_folder: Path) -> None:
+    """Writes `memory_report.json`."""
     run_folder.mkdir(parents=True, exist_ok=True)
-    path = run_folder / REPORT_NAME
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    write_whole(run_folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")

@@ -27,11 +27,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tokentune.core.layers import transformer_layers
+from tokentune.core.layers import inner_model, transformer_layers
 from tokentune.core.profile import Profile
 from tokentune.errors import UserError
 from tokentune.memory.accounting import REST, LiveBytes
 from tokentune.memory.footprint import GRADIENTS, OPTIMIZER, WEIGHTS, Footprint, measure, skeleton
+from tokentune.models.builder import autocast_dtype
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.settings.finetune import Arguments
 
@@ -107,7 +108,7 @@ def measure_share(
         device=device,
         head=head,
         profile=profile,
-        all_in=None if sharding == "ddp" else _compute_dtype(arguments),
+        all_in=None if sharding == "ddp" else autocast_dtype(arguments),
         inspect=alive.append,
     )
     shares = shares_of(model, one, arguments, processes, sharding)
@@ -144,7 +145,7 @@ def _of_ddp(model: nn.Module, one: Footprint, arguments: Arguments, processes: i
 
 def _of_zero2(model: nn.Module, one: Footprint, arguments: Arguments, processes: int) -> Shares:
     """In mixed precision DeepSpeed has 16-bit weights, and float32 masters of them with the optimizer's parts."""
-    mixed = _compute_dtype(arguments) is not None
+    mixed = autocast_dtype(arguments) is not None
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     states = one.optimizer / max(1, one.gradients) * 4 * trained if mixed else one.optimizer
     rounds = arguments.optimization.gradient_accumulation_steps
@@ -159,7 +160,7 @@ def _of_zero2(model: nn.Module, one: Footprint, arguments: Arguments, processes:
 
 
 def _of_fsdp(model: nn.Module, one: Footprint, arguments: Arguments, processes: int) -> Shares:
-    layers, embeddings, head, others = _units(model, processes, _compute_dtype(arguments))
+    layers, embeddings, head, others = _units(model, processes, autocast_dtype(arguments))
     units = [*layers, embeddings, head, others]
     gradients = sum(unit.trained_share for unit in units)
     states = one.optimizer / max(1, one.gradients)  # of both, bytes per byte, whatever type they are in
@@ -177,13 +178,9 @@ def _of_fsdp(model: nn.Module, one: Footprint, arguments: Arguments, processes: 
     )
 
 
-def _compute_dtype(arguments: Arguments) -> torch.dtype | None:
-    return torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
-
-
 def _units(model: nn.Module, processes: int, compute: torch.dtype | None) -> tuple[list[_Unit], _Unit, _Unit, _Unit]:
     """FSDP's units as accelerate makes them: each layer, the embeddings, the head, and what is left."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     output = core.get_output_embeddings()
     head = [] if output is None else [*output.parameters()]
     parts = [[*layer.parameters()] for layer in transformer_layers(core).layers]

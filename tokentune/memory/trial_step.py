@@ -85,20 +85,12 @@ def try_batch(
     arguments: Arguments,
     batch: dict[str, Any],
     validation: dict[str, Any] | None = None,
-    *,
-    accumulates: bool | None = None,
 ) -> Trial:
-    """One optimizer step on `batch`, as in training, then the loss of `validation`; leaves no trace.
-
-    Args:
-        accumulates: whether gradients of earlier micro-batches are there; None: as the trainer is set up.
-    """
+    """One optimizer step on `batch`, as in training, then the loss of `validation`; leaves no trace."""
     trial = Trial()
-    if accumulates is None:
-        accumulates = trainer.args.gradient_accumulation_steps > 1
     try:
         with _left_as_it_was(trainer.model), _peak(trainer, trial):
-            optimizer = _step(trainer, arguments, batch, accumulates)
+            optimizer = _step(trainer, arguments, batch)
             if validation is not None:
                 trial.during = "validation"
                 _validate(trainer, validation)
@@ -115,7 +107,7 @@ def try_batch(
     return trial
 
 
-def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any], accumulates: bool) -> Any:
+def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]) -> Any:
     """Forward, backward and the update, with the optimizer's states of earlier steps there; returns the optimizer."""
     model, in_backward = trainer.model, trainer.optim_in_backward
     model.train()
@@ -132,7 +124,7 @@ def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]
                 parameter.grad = None
         if optimizer is not None:
             optimizer.step()
-        if not accumulates:
+        if trainer.args.gradient_accumulation_steps == 1:  # else gradients of earlier micro-batches are there
             model.zero_grad()
         inputs = send_to_device(batch, trainer.args.device)
         _backward(trainer, arguments, inputs)

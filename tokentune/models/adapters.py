@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tokentune.core.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
 
@@ -72,18 +73,6 @@ def _returns_tensor(layer: nn.Module) -> bool:
         weight = layer.weight
         result = copy.deepcopy(layer).to("meta")(torch.empty(2, layer.in_features, dtype=weight.dtype, device="meta"))
     return isinstance(result, torch.Tensor)
-
-
-def keep_4bit_layout(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights for inference.
-
-    On CPUs with AVX512-BF16 the first forward in eval mode repacks them for a product that has no backward. Training
-    on after an evaluation then loses every gradient that passes through such a layer, at most with a warning
-    (measured: relative error 2.1 of the adapters' gradients), and the block scales are rounded to bfloat16.
-    """
-    for layer in _linear_layers(model).values():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
 
 
 def add_adapters(

@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tokentune.api import apply_tokentune
 from tokentune.core.fsdp import made_whole
+from tokentune.core.layers import inner_model
 from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import LookOptions
 from tokentune.errors import UnsupportedModelError, UserError
@@ -45,6 +46,11 @@ def base_dtype(arguments: Arguments, config: PreTrainedConfig) -> torch.dtype:
         fp16=arguments.model.fp16,
         model_config=config,
     )
+
+
+def autocast_dtype(arguments: Arguments) -> torch.dtype | None:
+    """The type of matrix products in mixed precision; None without it."""
+    return torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
 
 
 def saved_as(arguments: Arguments, config: PreTrainedConfig, dtype: torch.dtype) -> torch.dtype:
@@ -107,29 +113,25 @@ def prepare_model(
         from_scratch: random weights for `config`, none read.
     """
     trusted = arguments.model.trust_remote_code
+    reference = None
     if from_scratch:
         model = head.auto_class.from_config(config, dtype=dtype, trust_remote_code=trusted)
-        return _told(adapt_and_patch(model, arguments, head), arguments)
-    spread = arguments.model.model_parallel and torch.cuda.device_count() > 1
-    autocast = torch.bfloat16 if arguments.model.bf16 else torch.float16 if arguments.model.fp16 else None
-    model = load_base_model(
-        arguments.model.model_name_or_path,
-        dtype=dtype,
-        quantize_4bit=arguments.adapters.qlora,
-        device_map="auto" if spread else None,
-        compute_dtype=autocast or dtype,
-        head=head,
-        config=config,
-        attn_implementation=arguments.model.attn_implementation,
-        trust_remote_code=trusted,
-        allow_pickle=arguments.model.allow_pickle,
-    )
-    reference = load_reference(arguments, dtype) if needs_reference(arguments) else None
-    return _told(adapt_and_patch(model, arguments, head, reference), arguments)
-
-
-def _told(model: nn.Module, arguments: Arguments) -> nn.Module:
-    """The model itself; the log says which of its modules got adapters."""
+    else:
+        spread = arguments.model.model_parallel and torch.cuda.device_count() > 1
+        model = load_base_model(
+            arguments.model.model_name_or_path,
+            dtype=dtype,
+            quantize_4bit=arguments.adapters.qlora,
+            device_map="auto" if spread else None,
+            compute_dtype=autocast_dtype(arguments) or dtype,
+            head=head,
+            config=config,
+            attn_implementation=arguments.model.attn_implementation,
+            trust_remote_code=trusted,
+            allow_pickle=arguments.model.allow_pickle,
+        )
+        reference = load_reference(arguments, dtype) if needs_reference(arguments) else None
+    model = adapt_and_patch(model, arguments, head, reference)
     if arguments.adapters.lora:
         say_adapters(model, arguments.adapters.lora_dropout, arguments.adapters.lora_target_modules)
     return model
@@ -188,7 +190,7 @@ def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrained
 def _check_look(arguments: Arguments, model: nn.Module) -> None:
     """Refuses flags that a pass over all tokens cannot follow, with this model."""
     layers, rest = arguments.selection.selection_layers, arguments.memory.checkpoint_rest
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     depth = core.config.get_text_config().num_hidden_layers
     require(
         layers is None or layers < depth,
@@ -247,7 +249,7 @@ def load_reference(arguments: Arguments, dtype: torch.dtype) -> PreTrainedModel:
 
 def enable_checkpointing(model: nn.Module) -> None:
     """Turns gradient checkpointing on; UserError where the model has none."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inner_model(model)
     try:
         core.activation_checkpointing_enable()
     except ValueError as error:

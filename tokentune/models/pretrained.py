@@ -9,7 +9,7 @@ read from safetensors, or with `allow_pickle` from pickle files too, of which to
 
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from transformers.utils import logging
 
 from tokentune.errors import UserError
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules, head_weights
-from tokentune.sampling.schedule import Schedule
-from tokentune.sources import DATA_SUFFIXES, check_model_folder, is_local_path, loading_error
+from tokentune.sources import check_model_folder, is_local_path, loading_error
 
 logger = logging.get_logger(__name__)
 
@@ -37,38 +36,6 @@ MODEL_FLAG = "--model_name_or_path"
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 PICKLE_ERRORS = (pickle.UnpicklingError, EOFError)
 NO_WEIGHTS = "give a folder that has them"
-
-
-def run_folder_name(
-    model: str,
-    dataset: str | Sequence[str],
-    *,
-    lora: bool,
-    qlora: bool,
-    tokentune: bool,
-    prefix_length: int | float | Schedule,
-    task: str | None = None,
-) -> str:
-    """The run's folder, as the released scripts name it: `<model>-<data set>[-lora][-qlora][-tokentune-<selected>]`.
-
-    A hub id keeps its owner (`/` becomes `-`); of a local path only the last component counts, without a data file's
-    suffix. Several data sets are joined by `+`. An integer `prefix_length` prints as `16`, a proportion as `0.3`,
-    a schedule as `0.1-0.5`. `qlora` implies adapters. What is learnt from the data, where that can be several things,
-    follows the data set's name: `task`.
-    """
-
-    def short(name: str) -> str:
-        if not is_local_path(name):
-            return name.replace("/", "-")
-        last = os.path.basename(os.path.abspath(name))
-        return next((last.removesuffix(suffix) for suffix in DATA_SUFFIXES if last.endswith(suffix)), last)
-
-    parts = [short(model), "+".join(short(name) for name in ([dataset] if isinstance(dataset, str) else dataset))]
-    parts += [task] if task is not None else []
-    parts += ["lora"] if lora or qlora else []
-    parts += ["qlora"] if qlora else []
-    parts += [f"tokentune-{prefix_length}"] if tokentune else []
-    return "-".join(parts)
 
 
 # ------------------------------------------------------------------------------------------- config, tokenizer, weights
@@ -204,13 +171,7 @@ def load_base_model(
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     quantization = None
     if quantize_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype or dtype,
-            llm_int8_skip_modules=_new_modules(name_or_path, head, config, flag, trust_remote_code),
-        )
+        quantization = nf4(compute_dtype or dtype, _new_modules(head, own, trust_remote_code))
     try:
         model, report = head.auto_class.from_pretrained(
             name_or_path,
@@ -247,11 +208,26 @@ def load_base_model(
     return model
 
 
-def _new_modules(name: str, head: Head, config: PreTrainedConfig | None, flag: str, trust: bool) -> list[str] | None:
-    """The modules of a head that is learnt from the start, which 4 bits cannot be; None: transformers' own choice."""
+def nf4(compute_dtype: torch.dtype, left_out: list[str] | None) -> BitsAndBytesConfig:
+    """NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, section 3).
+
+    Args:
+        compute_dtype: of the matrix products.
+        left_out: modules that are not quantized; None: the output head alone.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=left_out,
+    )
+
+
+def _new_modules(head: Head, config: PreTrainedConfig, trust: bool) -> list[str] | None:
+    """The modules of a new head, which must be trained and so cannot be in 4 bits; None: it is no new one."""
     if not head.is_new:
         return None
-    config = config or load_config(name, flag=flag, head=head, trust_remote_code=trust)
     with torch.device("meta"):
         return head_modules(head.auto_class.from_config(config, trust_remote_code=trust))
 

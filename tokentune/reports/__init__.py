@@ -1,1 +1,1 @@
-"""What a run leaves for people: summaries, model cards, uploads."""
+"""What a run leaves for people to read: summaries, curves, model cards, uploads. Nothing that trains."""

@@ -1,34 +1,32 @@
-"""What a run of `classify.py` leaves besides its weights.
+"""The files that a run of `classify.py` leaves besides its weights.
 
-Each seed's `training_summary.json` is that of `finetune.py` (`reports/summary.py`) with these differences and
-additions:
+The `training_summary.json` of each seed is that of `finetune.py` (`reports/summary.py`), except for:
 
     data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels,
-                             unwritten_labels}, test null without test data; tokens of images are not counted here
-    tokens                   trained on, over all epochs and processes: {processed, selected, labels (that could be
-                             learnt from: of rows, or words; null where a run that selects tokens ended within an epoch
-                             and its order of rows cannot be had again), selected_labels (that were learnt from)}
+                             unwritten_labels}; test is null without test data; tokens of images are not counted
+    tokens                   trained on, over all epochs and processes: {processed, selected, labels (of rows or words;
+                             null for a run that selects tokens, ended within an epoch and drew its rows grouped by
+                             length), selected_labels (those that were trained on)}
     share_of_labels_trained  selected_labels / labels, or null
-    loss, validation_loss    nats per label; of a number to predict, squared error
-    evaluations              [{step, epoch, loss and every score}], each by the full forward pass without a selection
+    loss, validation_loss    nats per label; for regression squared error
+    evaluations              [{step, epoch, loss and every score}], each by the full forward pass without selection
     metric                   the score that chose the best checkpoint
     best                     {step, score, metrics}: the checkpoint that was kept
-    seconds_per_step         median over the optimizer steps; logging, evaluating and saving left out
+    seconds_per_step         median over the optimizer steps, without logging, evaluating and saving
 
 `classification_summary.json` in the run's top folder, schema version 1, over all seeds:
 
-    task, metric, classes    the task's name or type; the metric of `score`; the classes' names, null for a number
+    task, metric, classes    name or type of the task; the metric of `score`; names of the classes, null for regression
     method                   {tokentune, prefix_length, selection, lora}: prefix_length and selection null without it
     seeds                    [{seed, score, metrics, seconds_per_step, saved_for_backward_bytes, peak_memory_bytes,
                              train_rows, steps, best_step, share_of_labels_trained, folder}]
-    mean, standard_deviation of the scores (sample deviation, n - 1; null for one seed)
+    mean, standard_deviation of the scores (sample standard deviation, n - 1; null for one seed)
     settings, device, versions
 """
 
 import itertools
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -40,10 +38,11 @@ from accelerate.utils import gather_object
 from tokentune.data.labelled.encoding import Encoded
 from tokentune.data.labelled.labels import Labels
 from tokentune.environment import device_facts, library_versions
-from tokentune.file_names import PREDICTIONS_NAME, SCORES_NAME
-from tokentune.reports.summary import run_facts, write_summary
+from tokentune.file_names import PREDICTIONS_NAME
+from tokentune.reports.summary import run_facts
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
+from tokentune.training.checkpoints.saving import write_whole
 from tokentune.training.nan_batch import sampler_of
 from tokentune.training.scores import LOWER_IS_BETTER
 from tokentune.training.trainer import SelectiveTrainer
@@ -59,7 +58,7 @@ def seed_summary(
     metric: str,
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The summary of one seed's finished training, as above.
+    """The summary of one seed's finished training, in the schema above.
 
     Args:
         splits: "train", "validation" and "test".
@@ -89,17 +88,15 @@ def seed_summary(
 
 
 def labels_seen(trainer: SelectiveTrainer, arguments: ClassificationArguments, train: Encoded) -> int | None:
-    """The labels of all batches, learnt from or not; None: unknown. To be called on every process."""
+    """The number of labels in all batches, trained on or not; None: unknown. Every process must call it."""
     if arguments.task.task_type != "token" or not arguments.selection.tokentune:
-        return trainer.figures.tokens[
-            "selected_supervised"
-        ]  # every label is learnt from: the pooled token is always selected
+        return trainer.figures.tokens["selected_supervised"]  # all labels: the pooled token is always selected
     epochs = trainer.state.epoch
     if epochs == int(epochs):
         return train.report.labels * int(epochs)
     loader = trainer.get_train_dataloader()
     sampler = sampler_of(loader)
-    if not hasattr(sampler, "set_epoch"):  # grouped by length: drawn from the process's random numbers
+    if not hasattr(sampler, "set_epoch"):  # grouped by length: the order depends on the process's random state
         return None
     seen = 0
     for epoch in range(math.ceil(epochs)):
@@ -113,7 +110,7 @@ def labels_seen(trainer: SelectiveTrainer, arguments: ClassificationArguments, t
 def scores_over_seeds(
     summaries: list[dict[str, Any]], arguments: ClassificationArguments, labels: Labels
 ) -> dict[str, Any]:
-    """`classification_summary.json`, from the seeds' summaries."""
+    """The content of `classification_summary.json`, from the summaries of all seeds."""
     selection = arguments.selection
     seeds = [
         {
@@ -152,23 +149,14 @@ def scores_over_seeds(
     }
 
 
-def write_scores(scores: dict[str, Any], run_folder: Path) -> Path:
-    """Writes `classification_summary.json`, whole or not at all."""
-    return write_summary(scores, run_folder, SCORES_NAME)
-
-
-def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> Path:
-    """Writes `predictions.jsonl`, one row of the test data a line, whole or not at all."""
-    path = run_folder / PREDICTIONS_NAME
-    unfinished = path.with_suffix(".jsonl.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
-    os.replace(unfinished, path)
-    return path
+def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> None:
+    """Writes `predictions.jsonl`: one line for each row of the test data."""
+    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
+    write_whole(run_folder / PREDICTIONS_NAME, "".join(lines))
 
 
 def said(scores: dict[str, Any]) -> str:
-    """One line for the log: every seed's score, their mean and deviation, and what share of labels was learnt from."""
+    """One line for the log: the score of every seed, mean and standard deviation, the share of labels trained on."""
     each = ", ".join(f"{entry['score']:.4f} (seed {entry['seed']})" for entry in scores["seeds"])
     parts = [f"{scores['task']} {scores['metric']}: {each}"]
     if scores["standard_deviation"] is not None:

@@ -1,8 +1,8 @@
-"""`--push_to_hub`: a finished folder uploaded to the Hugging Face hub, after everything is saved.
+"""`--push_to_hub`: uploads a finished folder to the Hugging Face hub, after everything is saved.
 
-Uploaded is what belongs to the result, by a list of it: whatever else lies in the folder (checkpoints, batches and
-predictions with texts of the data, pickles, files of the user's own) stays. Local paths that settings and summaries
-name are cut to their last component on the way.
+Only the files of the result are uploaded, those of the list `BELONGS`. Everything else in the folder stays:
+checkpoints, batches and predictions with texts of the data, pickles, the user's own files. In settings and summaries
+each local path is cut to its last component.
 """
 
 import json
@@ -27,11 +27,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from tokentune.errors import UserError
 from tokentune.file_names import CARD_NAME, CURVES_NAME, RUN_CONFIG_NAME, SUMMARY_NAME
-from tokentune.reports.card_sections import shown
+from tokentune.reports.model_card import model_name, shown
 from tokentune.sources import error_chain, first_line
 
 PUSH_FLAG = "--push_to_hub"
-# All of it beside each other, nothing in folders but templates. The model's own Python code comes with it.
+# Files in the folder itself, of its subfolders the chat templates alone. A model's own Python code belongs to it.
 BELONGS = (
     *(CARD_NAME, RUN_CONFIG_NAME, SUMMARY_NAME, CURVES_NAME, "merge_summary.json"),
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
@@ -46,20 +46,18 @@ _LONGEST_NAME = 96  # the hub's
 
 
 def repository_name(repository: str, folder: Path) -> str:
-    """`repository`, or where that is empty one of the folder's name (of the token's owner), spelt as the hub allows."""
+    """`repository`; if that is empty, the folder's name in the characters that the hub allows."""
     if repository:
         return repository
-    folder = folder.resolve()
-    name = f"{folder.parent.name}-merged" if folder.name == "merged" else folder.name
-    name = re.sub(r"([.-])[.-]+", r"\1", re.sub(r"[^A-Za-z0-9._-]", "-", name)).strip("-.")
+    name = re.sub(r"([.-])[.-]+", r"\1", re.sub(r"[^A-Za-z0-9._-]", "-", model_name(folder))).strip("-.")
     return name[:_LONGEST_NAME].strip("-.")
 
 
 def check_push(repository: str | None, folder: Path) -> None:
-    """Refuses, before anything is computed, an upload that cannot succeed. None: none is asked for.
+    """Refuses an upload that cannot succeed, before anything is computed. `repository` None: no upload is asked for.
 
     Raises:
-        UserError: no name that the hub allows, no token, or the hub may not be reached.
+        UserError: the hub does not allow the name, there is no token, or the hub may not be used (offline).
     """
     if repository is None:
         return
@@ -75,17 +73,17 @@ def check_push(repository: str | None, folder: Path) -> None:
 
 
 def push_folder(folder: Path, repository: str, *, public: bool) -> str:
-    """Uploads what belongs to a finished folder's result.
+    """Uploads the result in a finished folder.
 
     Args:
-        repository: `owner/name`, `name`, or "" for the folder's. One that exists keeps its visibility.
-        public: whether a new one is; else it is private.
+        repository: `owner/name`, `name`, or "" for the folder's name. An existing repository keeps its visibility.
+        public: whether a new repository is public; otherwise it is private.
 
     Returns:
         The repository's address.
 
     Raises:
-        UserError: it could not be uploaded; with where everything is safe, and the command that uploads it later.
+        UserError: the upload failed. The message says where everything is saved, and how to upload it later.
     """
     name = repository_name(repository, folder)
     try:
@@ -94,7 +92,7 @@ def push_folder(folder: Path, repository: str, *, public: bool) -> str:
         with tempfile.TemporaryDirectory() as staged:
             _stage(folder, Path(staged))
             api.upload_folder(repo_id=created.repo_id, folder_path=staged, commit_message="TokenTune")
-    except Exception as error:  # whatever it is: nothing is lost, and that is what is to be said
+    except Exception as error:  # any failure: the user must read that nothing is lost
         later = [path for path in files_to_upload(folder) if path.name not in NAMING_PATHS[:-1]]
         included = " ".join(f"--include {shlex.quote(path.relative_to(folder).as_posix())}" for path in later)
         command = f"hf upload {name} {shlex.quote(str(folder))} . {'' if public else '--private '}{included}"
@@ -106,12 +104,12 @@ def push_folder(folder: Path, repository: str, *, public: bool) -> str:
 
 
 def files_to_upload(folder: Path) -> list[Path]:
-    """What belongs to the result in a folder, by its names."""
+    """The files of the result in a folder, by their names."""
     return sorted({path for pattern in BELONGS for path in folder.glob(pattern) if path.is_file()})
 
 
 def _stage(folder: Path, staged: Path) -> None:
-    """Fills a folder with what is uploaded: links to the files, and those that name local paths written anew."""
+    """Fills a folder with what is uploaded: links to files, and copies without local paths of those that name some."""
     for path in files_to_upload(folder):
         target = staged / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)

@@ -1,10 +1,12 @@
-"""The model card of a run's folder and of a merged one: `README.md`, as the Hugging Face hub reads it.
+"""Writes the model card of a run's folder, or of a merged model: `README.md`, as the Hugging Face hub reads it.
 
-Everything in it stands in `training_summary.json` and `merge_summary.json`; what is not known, such as a license, is
-left out. A card that somebody wrote or changed by hand is never replaced: ours ends in a mark that says so.
+The text is in `model_card.jinja`; all figures are from `training_summary.json` and `merge_summary.json`. What is not
+known, such as the licence, is left out. A card that the user wrote or changed is never replaced: TokenTune's own cards
+end in a mark.
 """
 
-import os
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,134 +14,138 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tokentune.card_file import MARK, own_card
+from tokentune.core.saved_bytes import gib
 from tokentune.file_names import CARD_NAME
-from tokentune.reports.card_sections import (
-    data_links,
-    data_names,
-    last_sections,
-    link,
-    merging,
-    shown,
-    trained_sections,
-    usage,
-)
+from tokentune.models.tasks import CAUSAL_LM, HEADS
+from tokentune.sampling.strategies import REGISTRY
+from tokentune.settings.run import STARTING
 from tokentune.sources import is_local_path
+from tokentune.training.checkpoints.saving import write_whole
 
-_TASKS = {"text": "text-classification", "token": "token-classification", "image": "image-classification"}
+_EACH_TIME = "at random each time it is seen"
+_CHOSEN = {
+    "random": f"drawn {_EACH_TIME}",
+    "reference": f"the first, the last and others drawn {_EACH_TIME}",
+    "supervised": f"those with a loss first, then others drawn {_EACH_TIME}",
+    "labelled": f"those with a loss first (words with an entity's label first), then others drawn {_EACH_TIME}",
+    "stratified": f"evenly over it, drawn {_EACH_TIME}",
+    "contiguous": f"one after another, in a window drawn {_EACH_TIME}",
+}
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+def model_name(folder: Path) -> str:
+    """The name of the model in a folder: the folder's, or for a run's `merged` folder `<run>-merged`."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}-merged" if folder.name == "merged" else folder.name
 
 
 def write_model_card(summary: Mapping[str, Any], run_folder: Path) -> Path | None:
     """Writes the card of a finished run.
 
     Args:
-        summary: training_summary.json's content, of finetune.py or classify.py.
+        summary: the content of `training_summary.json`, by `finetune.py` or `classify.py`.
 
     Returns:
-        The card's path; None where a card that is the user's own stays.
+        The card's path; None if the folder has a card of the user's own, which stays.
     """
-    return _write(_trained_card(summary, run_folder.resolve().name), run_folder)
+    settings = summary["settings"]
+    adapter, task = bool(settings.get("lora")), _task(settings)
+    name = run_folder.resolve().name
+    data = ModelCardData(
+        **_links(settings),
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=task,
+        tags=[flag for flag in ("tokentune", "lora", "qlora") if settings.get(flag)],
+        model_name=name,
+        eval_results=_eval_results(summary, task),
+    )
+    return _write(data, run_folder, name=name, summary=summary, merged=None, settings=settings)
 
 
 def write_merged_card(
     merged: Mapping[str, Any], summary: Mapping[str, Any] | None, folder: Path, *, name: str, own: str | None = None
-) -> Path:
+) -> None:
     """Writes the card of a merged model.
 
     Args:
-        merged: merge_summary.json's content.
-        summary: that of the run which trained the adapter; None: not known.
+        merged: the content of `merge_summary.json`.
+        summary: the summary of the run that trained the adapter; None: not known.
         folder: where it is written.
         name: of the model.
-        own: a card that the user wrote for the folder that is replaced (`own_card`), to be kept instead.
+        own: the user's own card of the folder that is replaced (`own_card`), which is kept instead.
     """
-    if own is None:
-        _write(_merged_card(merged, summary, name), folder)
-    else:
+    if own is not None:
         (folder / CARD_NAME).write_text(own, encoding="utf-8", errors="surrogateescape")
+        return
+    settings = (summary["settings"] if summary else {}) | {"model_name_or_path": merged["base_model_name_or_path"]}
+    data = ModelCardData(
+        **_links(settings),
+        library_name="transformers",
+        pipeline_tag=_task(merged),
+        tags=[*(["tokentune"] if settings.get("tokentune") else []), "merged-adapter"],
+    )  # no results: they were measured on the adapter over its base
+    _write(data, folder, name=name, summary=summary, merged=merged, settings=settings)
+
+
+def _write(
+    data: ModelCardData,
+    folder: Path,
+    *,
+    name: str,
+    summary: Mapping[str, Any] | None,
+    merged: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> Path | None:
+    if own_card(folder) is not None:
+        return None
+    flags = [] if summary is None else summary["settings"].items()
+    versions = ((summary or {}).get("versions") or {}) | (merged or {}).get("versions", {})
+    head = HEADS.get((merged or settings).get("task_type"), CAUSAL_LM)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_suffix(".jinja")),
+        name=name,
+        summary=summary,
+        merged=merged,
+        settings=settings,
+        base=settings["model_name_or_path"],
+        task=data.pipeline_tag,
+        auto_class=head.auto_class.__name__,
+        data_links=", ".join(link(name, "datasets/") for name in _data_names(settings)) or "data that is not recorded",
+        amount=_amount(settings),
+        chosen=_chosen(settings),
+        counts=_counts(summary or {}),
+        # those that say what was done, not how the run was started
+        flags=[(name, shown(value)) for name, value in flags if value not in (None, [], "") and name not in STARTING],
+        versions=[f"{name} {number}" for name, number in versions.items() if number],
+        mark=MARK,
+        **{"gib": gib, "link": link, "number": _number, "shown": shown, "words": _words},
+    )
+    write_whole(folder / CARD_NAME, str(card))
     return folder / CARD_NAME
 
 
-def _write(card: ModelCard, folder: Path) -> Path | None:
-    if own_card(folder) is not None:
-        return None
-    path = folder / CARD_NAME
-    unfinished = path.with_suffix(".md.tmp")
-    unfinished.write_text(str(card), encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
-
-
-# --- cards ------------------------------------------------------------------------------------------------------------
-
-
-def _trained_card(summary: Mapping[str, Any], name: str) -> ModelCard:
-    settings = summary["settings"]
-    adapter, task = bool(settings.get("lora")), _task(settings)
-    tags = ["tokentune"] if settings.get("tokentune") else []
-    tags += ["lora"] if adapter else []
-    tags += ["qlora"] if settings.get("qlora") else []
-    data = ModelCardData(
-        **_base_and_data(settings),
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag=task,
-        tags=tags,
-        model_name=name,
-        eval_results=_eval_results(summary, task),
-    )
-    kind = "An adapter for" if adapter else "Fine-tuned from"
-    parts = [
-        f"# {name}",
-        f"{kind} {link(settings['model_name_or_path'])}, trained on {data_links(settings)}.",
-        *trained_sections(summary),
-        "## Use\n\n" + usage(task, settings["model_name_or_path"] if adapter else None),
-        *last_sections(summary, summary.get("versions") or {}),
-    ]
-    return _card(data, parts)
-
-
-def _merged_card(merged: Mapping[str, Any], summary: Mapping[str, Any] | None, name: str) -> ModelCard:
-    base = merged["base_model_name_or_path"]
-    settings = ({} if summary is None else summary["settings"]) | {"model_name_or_path": base}
-    task = _task(merged)
-    tags = ["tokentune"] if settings.get("tokentune") else []
-    data = ModelCardData(
-        **_base_and_data(settings),
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=[*tags, "merged-adapter"],
-    )  # no figures: they were measured on the adapter over its base
-    trained = f", trained on {data_links(settings)}" if summary is not None else ""
-    parts = [
-        f"# {name}",
-        f"{link(base)} with the adapter {shown(merged['peft_model_path'])} folded into its weights{trained}.",
-        *([] if summary is None else trained_sections(summary, "Result of the training, before merging")),
-        "## Merging\n\n" + merging(merged),
-        "## Use\n\n" + usage(task, None),
-        *last_sections(summary, ({} if summary is None else summary.get("versions") or {}) | merged["versions"]),
-    ]
-    return _card(data, parts)
-
-
-def _card(data: ModelCardData, parts: list[str]) -> ModelCard:
-    text = "\n\n".join([*parts, MARK])
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")  # which reads the YAML again: it is valid
-
-
-def _base_and_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hub links to: only what is on the hub."""
-    base, data = settings["model_name_or_path"], [name for name in data_names(settings) if not is_local_path(name)]
-    return {"base_model": None if is_local_path(base) else base, "datasets": data or None}
+# --- front matter -----------------------------------------------------------------------------------------------------
 
 
 def _task(settings: Mapping[str, Any]) -> str:
-    return _TASKS.get(settings.get("task_type"), "text-generation")
+    kind = settings.get("task_type")
+    return "text-generation" if kind is None else f"{kind}-classification"
+
+
+def _data_names(settings: Mapping[str, Any], flag: str = "dataset_name_or_path") -> list[str]:
+    names = settings.get(flag) or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _links(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Base and data sets, those that are on the hub."""
+    base, data = settings["model_name_or_path"], [name for name in _data_names(settings) if not is_local_path(name)]
+    return {"base_model": None if is_local_path(base) else base, "datasets": data or None}
 
 
 def _eval_results(summary: Mapping[str, Any], task: str) -> list[EvalResult] | None:
-    """The loss on validation data, or of a classifier's the score that chose its checkpoint."""
+    """The validation loss, or of a classifier the score that chose its checkpoint."""
     if summary.get("best"):
         metric, value = summary["metric"], summary["best"]["score"]
     elif summary.get("validation_loss"):
@@ -147,6 +153,69 @@ def _eval_results(summary: Mapping[str, Any], task: str) -> list[EvalResult] | N
     else:
         return None
     settings = summary["settings"]
-    name = settings.get("eval_dataset_name_or_path") or " + ".join(data_names(settings))
-    where = {"dataset_name": shown(name), "dataset_type": shown(name), "dataset_split": "validation"}
+    names = _data_names(settings, "eval_dataset_name_or_path") or _data_names(settings)
+    name = " + ".join(map(shown, names))
+    where = {"dataset_name": name, "dataset_type": name, "dataset_split": "validation"}
     return [EvalResult(task_type=task, metric_type=metric, metric_name=metric, metric_value=value, **where)]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _amount(settings: Mapping[str, Any]) -> str:
+    """How many tokens of a sequence were selected."""
+    sizes = str(settings.get("prefix_length")).split(":")  # two: of a schedule over the run
+    several = " to ".join(f"{100 * float(size):g}" if "." in size else size for size in sizes)
+    return f"{several} % of the tokens" if "." in sizes[0] else f"{several} tokens"
+
+
+def _chosen(settings: Mapping[str, Any]) -> str:
+    """How the selected tokens were chosen, each time that a sequence was seen."""
+    strategy = settings.get("selection") or "random"
+    if strategy == "random" or (strategy == "supervised" and settings.get("task_type") in ("text", "image")):
+        return _CHOSEN["random"]  # where a whole sequence has one loss, no token has a loss of its own
+    if strategy in _CHOSEN:
+        how = _CHOSEN[strategy]
+    elif strategy in REGISTRY and REGISTRY[strategy].needs:
+        top = settings.get("selection_draw") == "top"
+        how = "those with the highest scores" if top else "drawn in proportion to scores"
+        how += " of a first pass over all tokens"
+    else:
+        how = "chosen by a strategy of its own"
+    return f"{how} (`--selection {shown(strategy)}`)"
+
+
+def _counts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table of data: what each split holds, and on what was trained."""
+    rows = []
+    for split, report in (summary.get("data") or {}).items():
+        figures = [
+            f"{_words(name)} {count:,}" for name, count in (report or {}).items() if isinstance(count, int) and count
+        ]
+        rows += [(split, ", ".join(figures))] if figures else []
+    counts = (summary.get("tokens") or {}).items()
+    return rows + [(f"trained on: {_words(name)}", f"{count:,}") for name, count in counts if isinstance(count, int)]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def link(name: str, kind: str = "") -> str:
+    """A model or data set of the hub as a link; a local one by its name."""
+    if is_local_path(name) or "/" not in name:
+        return f"`{shown(name)}`"
+    return f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+def shown(value: Any) -> str:
+    """A setting as others may see it: of a local path the last component."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value))
+    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or (is_local_path(value) and "/" in value)):
+        return Path(re.sub(r"/+$", "", value)).name
+    return value if isinstance(value, str) else json.dumps(value)

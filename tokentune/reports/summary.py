@@ -1,4 +1,4 @@
-"""What a run leaves besides its weights: `training_summary.json` and `training_curves.png`.
+"""The files that a run leaves besides its weights: `training_summary.json` and `training_curves.png`.
 
 The summary's schema, version 1 (memory in bytes, times in seconds, losses in nats per token; null: not measured):
 
@@ -8,35 +8,35 @@ The summary's schema, version 1 (memory in bytes, times in seconds, losses in na
     seed                     int
     settings                 {flag: value}, every flag of finetune.py
     model                    {class, parameters, trainable_parameters, base_dtype, saved_dtype}
-    data                     {train (rows as often as an epoch has them; null where streamed), validation (null without
-                             such data)}: each {rows, dropped_rows (nothing to learn), dropped_long_rows, cut_rows,
-                             cut_ends (rows that lost the end of an answer), tokens, supervised_tokens}
-    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out, bad}], one for each data set
+    data                     {train (of one epoch; null if streamed), validation (null without such data)}: each {rows,
+                             dropped_rows (no supervised token), dropped_long_rows, cut_rows, cut_ends (rows that lost
+                             the end of an answer), tokens, supervised_tokens}
+    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out, bad}], one per data set
     optimizer_steps          int
     micro_batch_size         sequences per forward pass and process
-    saved_step               the optimizer step that the weights are from: the last one, or with
-                             --load_best_model_at_end the one with the lowest validation loss
-    stopped_early            whether --early_stopping_patience ended it
-    tokens                   trained on, over all epochs and processes: {processed (real tokens, padding left out),
-                             supervised (null for a run that ended within an epoch), selected (those with gradients),
+    saved_step               the optimizer step of the saved weights: the last one, or with --load_best_model_at_end
+                             the one with the lowest validation loss
+    stopped_early            whether --early_stopping_patience ended the run
+    tokens                   trained on, over all epochs and processes: {processed (without padding), supervised (null
+                             for a run that ended within an epoch), selected (those with gradients),
                              selected_supervised}
-    loss                     {first (of step 1), last (mean since the log entry before it)}
+    loss                     {first (of step 1), last (mean since the previous log entry)}
     validation_loss          {base (before training), final (of saved_step), best: {step, loss}, steps: [{step, loss}]},
                              or null
-    peak_memory_bytes        GPU: the allocator's, summed over the GPUs, of training alone (loading and evaluation are
-                             left out); CPU: the process's highest resident memory since it began
-    saved_for_backward_bytes unique storages that autograd kept after the first micro-batch's forward pass, parameters
-                             left out
+    peak_memory_bytes        GPU: the peak of the allocator, summed over the GPUs, in training only (without loading and
+                             evaluation); CPU: the highest resident memory of the process since its start
+    saved_for_backward_bytes unique storages that autograd kept after the forward pass of the first micro-batch,
+                             without parameters
     tokens_per_second        processed tokens / training_seconds
-    training_seconds         from the first step's beginning to the last one's end, evaluation left out
+    training_seconds         from the start of the first step to the end of the last, without evaluation
     wall_seconds             of the whole command
-    log                      [{step, epoch, loss (mean since the entry before), learning_rate, grad_norm (before
+    log                      [{step, epoch, loss (mean since the previous entry), learning_rate, grad_norm (before
                              clipping, of the last step), tokens_per_second, memory_allocated_bytes,
-                             memory_reserved_bytes, memory_peak_bytes}], one for each log entry; of steps compared by
-                             --diagnose_steps also gradient_cosine (selective to full gradient, before clipping) and
-                             gradient_relative_error (norm of their difference / norm of the full one); where a pass
-                             over all tokens comes first also loss_all_tokens (the mean over all supervised tokens,
-                             selected or not, since the entry before)
+                             memory_reserved_bytes, memory_peak_bytes}], one per log entry. For steps compared by
+                             --diagnose_steps also gradient_cosine (of selective and full gradient, before clipping) and
+                             gradient_relative_error (norm of their difference / norm of the full gradient). With a
+                             scoring pass also loss_all_tokens (mean over all supervised tokens, selected or not, since
+                             the previous entry)
     device                   {type, name, count}: GPUs, or the CPU with its threads
     versions                 {tokentune, python, and each library}
 """
@@ -71,13 +71,13 @@ def build_summary(
     model_facts: dict[str, Any],
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The summary of a finished run, as the schema above has it.
+    """The summary of a finished run, in the schema above.
 
     Args:
         trainer: after `train()`.
-        data: what was learnt from and evaluated on.
-        model_facts: the schema's `model`.
-        wall_seconds: since the command began.
+        data: the training and validation data.
+        model_facts: `model` in the schema.
+        wall_seconds: since the command started.
     """
     counts = trainer.figures.tokens
     of_an_epoch, epochs = data.train_report, trainer.state.epoch
@@ -94,7 +94,7 @@ def build_summary(
 def run_facts(
     trainer: SelectiveTrainer, arguments: Arguments, model_facts: dict[str, Any], wall_seconds: float
 ) -> dict[str, Any]:
-    """What any command's summary holds, as the schema above has it: all but `data` and `tokens`."""
+    """The part of the summary that all commands share: the schema above without `data` and `tokens`."""
     entries = [_log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     counts, seconds = trainer.figures.tokens, trainer.figures.training_seconds
     return {
@@ -128,7 +128,7 @@ def _report(report: EncodingReport | None) -> dict[str, int] | None:
 
 
 def warn_without_gain(summary: dict[str, Any]) -> None:
-    """Says so where what is saved is no better on the validation data than the model was before training."""
+    """Warns if the saved weights are no better on the validation data than the model before training."""
     losses = summary["validation_loss"]
     if losses is not None and losses["final"] >= losses["base"]:
         logger.warning(
@@ -155,7 +155,7 @@ def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, A
 
 
 def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:
-    """Writes `training_summary.json` whole or not at all; a number that JSON has no word for (nan) becomes null."""
+    """Writes a summary as JSON, whole or not at all. Numbers that JSON cannot hold (NaN, infinity) become null."""
     path = run_folder / name
     write_whole(path, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
     return path
@@ -170,13 +170,13 @@ def _plain(value: Any) -> Any:
 
 
 def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "nats per token") -> Path:
-    """Draws `training_curves.png` from a summary: losses, learning rate, memory, gradient norm over the steps.
+    """Draws `training_curves.png` from a summary: losses, learning rate, memory and gradient norm over the steps.
 
-    And how the selective gradient relates to the full one, where that was compared.
+    With --diagnose_steps also how far the selective gradient is from the full one.
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed, nor looked for
+    matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
@@ -195,7 +195,7 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
         xs, ys = [point["step"] for point in points], [point["loss"] for point in points]
         loss.plot(xs, ys, marker="s", markersize=5, label="validation (all tokens)")
     rate.plot(steps, [entry["learning_rate"] for entry in log], marker=marker, markersize=3, color="tab:green")
-    # On the CPU there is no allocator to tell reserved from allocated: both are the resident memory.
+    # On the CPU reserved and allocated memory are the same number: the resident memory.
     on_cpu = summary["device"]["type"] == "cpu"
     kinds = ("peak", "allocated") if on_cpu else ("peak", "reserved", "allocated")
     for name, style in zip(kinds, ("-", "--", ":"), strict=False):
@@ -233,7 +233,7 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
 
 
 def _draw_compared(axes: Any, log: list[dict[str, float]], name: str) -> tuple[str, str]:
-    """Draws how the selective gradient relates to the full one, at the steps where it was looked at; returns titles."""
+    """Draws one measure of the selective gradient against the full one, at the compared steps. Returns the titles."""
     points = [(entry["step"], entry[name]) for entry in log if name in entry]
     axes.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3, color="tab:red")
     axes.axhline(0.0, color="0.6", linewidth=0.8)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
 
-from tokentune.core.layers import transformer_layers
+from tokentune.core.layers import inner_model, transformer_layers
 from tokentune.core.model_sampling import pad_token
 from tokentune.core.patched import profile_of
 from tokentune.core.selective_layer import Rows
@@ -196,7 +196,7 @@ def draw_of(model: nn.Module, arguments: ClassificationArguments, labels: Labels
         prefix_length=selection.selected,
         strategy=selection.selection,
         pooling=profile.pooling,
-        pad_token_id=pad_token(model.get_base_model() if hasattr(model, "get_base_model") else model),
+        pad_token_id=pad_token(inner_model(model)),
         first_always=arguments.task.task_type == "image",
         in_place=profile.rows is Rows.ALL,
         outside=labels.outside,
@@ -209,7 +209,7 @@ def tokens_per_image(model: nn.Module, pixels: Tensor | np.ndarray) -> int:
 
     1, the image itself, for a model without transformer layers (trained without a selection).
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     try:
         first = transformer_layers(inner).layers[0]
     except UnsupportedModelError:

@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.fsdp import runs_together
+from tokentune.core.layers import inner_model
 from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, put_loss
 from tokentune.sampling.sampler import IGNORED_LABEL
 
@@ -61,7 +62,7 @@ def loss_in_chunks(
         num_supervised: how many of labels[:, 1:] are.
         chunk_bytes: most bytes of a chunk's logits in float32.
     """
-    core = _core(model)
+    core = inner_model(model)
     every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
     undo = put_loss(core, ChunkedLoss(core.get_output_embeddings(), every, num_supervised, chunk_bytes))
     try:
@@ -73,7 +74,7 @@ def loss_in_chunks(
 
 def can_be_chunked(model: nn.Module, input_ids: Tensor) -> bool:
     """Whether the loss of this model, in the mode that it is in, is the same in chunks; tried on a few of (B, S)."""
-    core = _core(model)
+    core = inner_model(model)
     if not core.can_generate() or core.get_output_embeddings() is None or core.loss_function is not ForCausalLMLoss:
         return False
     ids = input_ids[:1, :_TRIED_TOKENS]
@@ -90,7 +91,3 @@ def can_be_chunked(model: nn.Module, input_ids: Tensor) -> bool:
     if not same:
         logger.info("the validation holds all logits of a batch: in chunks the loss of %s differs", type(core).__name__)
     return same
-
-
-def _core(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from tokentune.core.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
-from tokentune.models.adapters import keep_4bit_layout
 from tokentune.models.merging.logit_difference import probe_logits
 from tokentune.models.merging.merge_folder import write_errors_refused
 from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, attach_adapter

@@ -1,9 +1,8 @@
-"""What a merge tells of its result: `merge_summary.json`, the name on its card, and the lines that it prints."""
+"""What a merge reports: `merge_summary.json`, and the lines that it prints."""
 
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,6 @@ from tokentune.models.tasks import HEADS, IMAGE
 
 QLORA_FLAG = "--qlora_base"
 LARGEST_16_BIT_DIFFERENCE = 0.1  # of the logits' deviation; rounding every adapted weight once gives 0.01 in bfloat16
-
-
-def card_name(output: Path) -> str:
-    """What the merged model is called: its run's name, where it lies in the run's folder."""
-    output = output.resolve()
-    return f"{output.parent.name}-merged" if output.name == "merged" else output.name
 
 
 def merge_summary(

@@ -1,13 +1,16 @@
-"""The folder of a run: what may be written there, and what an earlier run left in it."""
+"""The folder of a run: its name, what may be written there, and what an earlier run left in it."""
 
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokentune.errors import UserError
 from tokentune.file_names import CURVES_NAME, PREDICTIONS_NAME, SCORES_NAME, SUMMARY_NAME
+from tokentune.sampling.schedule import Schedule
+from tokentune.sources import DATA_SUFFIXES, is_local_path
 
 # What a run leaves in its folder: everything that --overwrite_output_dir replaces.
 RUN_FILES = (
@@ -15,6 +18,37 @@ RUN_FILES = (
     *("adapter_model.*", "adapter_config.json", "model*.safetensors*"),
     *(".checkpoint-*", "broken-checkpoint-*", ".result.partial", "nan_batch*.json"),
 )
+
+
+def run_folder_name(
+    model: str,
+    dataset: str | Sequence[str],
+    *,
+    lora: bool,
+    qlora: bool,
+    tokentune: bool,
+    prefix_length: int | float | Schedule,
+    task: str | None = None,
+) -> str:
+    """The name as in the released scripts: `<model>-<data set>[-<task>][-lora][-qlora][-tokentune-<prefix length>]`.
+
+    A hub id keeps its owner (`/` becomes `-`). Of a local path the last component is taken, without a data file's
+    suffix. Several data sets are joined by `+`. A number of tokens prints as `16`, a proportion as `0.3`, a schedule as
+    `0.1-0.5`. `qlora` implies adapters.
+    """
+
+    def short(name: str) -> str:
+        if not is_local_path(name):
+            return name.replace("/", "-")
+        last = os.path.basename(os.path.abspath(name))
+        return next((last.removesuffix(suffix) for suffix in DATA_SUFFIXES if last.endswith(suffix)), last)
+
+    parts = [short(model), "+".join(short(name) for name in ([dataset] if isinstance(dataset, str) else dataset))]
+    parts += [task] if task is not None else []
+    parts += ["lora"] if lora or qlora else []
+    parts += ["qlora"] if qlora else []
+    parts += [f"tokentune-{prefix_length}"] if tokentune else []
+    return "-".join(parts)
 
 
 def check_run_folder(run_folder: Path, *, overwrite: bool, resuming: bool = False, can_resume: bool = False) -> None:
