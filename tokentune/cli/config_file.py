@@ -76,9 +76,7 @@ def _setting(name: str, node: yaml.Node, parser: Parser) -> dict[str, Any]:
         check_characters(each.value, name)
     if node.tag == f"{TAG}null" and action.default is None and action not in parser.needed:
         return {}
-    require(
-        not any(each.tag == f"{TAG}null" for each in nodes) or (action.type is str and node.value), f"{name} is empty"
-    )
+    require(all(each.tag != f"{TAG}null" for each in nodes), f"{name} is empty (null)")
     if several and len(nodes) != 1:
         return parser.read([f"--{name}", *(each.value for each in nodes)]) if nodes else {name: []}
     return parser.read([f"--{name}={nodes[0].value}"])

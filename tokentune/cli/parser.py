@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from tokentune.errors import UserError
 from tokentune.settings.flags import check_characters
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     def _add_flag(self, section: Any, field: Field, kind: Any, *, hidden: bool) -> None:
         metadata = dict(field.metadata)
         choices, options = (), {"help": metadata.pop("help"), **metadata}
-        if get_origin(kind) is UnionType:
+        if get_origin(kind) in (Union, UnionType):
             (kind,) = (alternative for alternative in get_args(kind) if alternative is not NoneType)
         if get_origin(kind) is list:
             (kind,), options["nargs"] = get_args(kind), "+"
@@ -97,9 +97,8 @@ class Parser(argparse.ArgumentParser):
         """Refuses a flag that there is not, before anything else: misspelt, a needed one would just be missing."""
         if name.startswith("--") and name not in self.names:
             near = difflib.get_close_matches(name, self.names, n=1)
-            raise UserError(
-                f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else " (--help lists all)")
-            )
+            hint = f": did you mean {near[0]}?" if near else " (--help lists all)"
+            raise UserError(f"unknown argument {name}{hint}")
 
     def check_needed(self, given: dict[str, Any]) -> None:
         """Refuses, UserError, flags without those that are required."""

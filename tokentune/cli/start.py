@@ -76,10 +76,8 @@ def flags_given(words: Sequence[str] | None, command: type, prog: str | None = N
 
 def arguments_of(given: dict[str, Any], command: type[Command]) -> Command:
     """A command's groups of settings, each checked: what is given, and defaults. Raises UserError."""
-    groups = {group.name: (group.type, [f.name for f in fields(group.type) if f.init]) for group in fields(command)}
-    return command(
-        **{
-            name: kind(**{flag: given[flag] for flag in flags if flag in given})
-            for name, (kind, flags) in groups.items()
-        }
-    )
+    groups = {}
+    for group in fields(command):
+        flags = [flag.name for flag in fields(group.type) if flag.init]
+        groups[group.name] = group.type(**{name: given[name] for name in flags if name in given})
+    return command(**groups)

@@ -112,7 +112,7 @@ class DiagnoseArguments(FinetuneArguments):
     """A whole command line of `diagnose.py`."""
 
     prog: ClassVar[str] = "diagnose.py"
-    description: ClassVar[str] = "How good the selective gradient is, for a model and its data."
+    description: ClassVar[str] = "Measure how good the selective gradient is, for a model and its data."
     model: fixed(ModelArguments, fp16=False, fp16_opt_level="O1", model_parallel=False)
     data: fixed(
         DataArguments,

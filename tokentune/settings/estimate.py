@@ -61,7 +61,7 @@ class EstimationArguments:
     num_processes: int = flag(1, "GPUs that share the training")
     sharding: Literal["ddp", "zero2", "fsdp"] | None = flag(
         None,
-        "what is split between them: ddp (the default) nothing, zero2 optimizer and gradients, fsdp the weights as well",
+        "what is split between them: ddp nothing, zero2 optimizer and gradients, fsdp the weights as well (ddp)",
     )
     device: Literal["cuda", "cpu"] = flag("cuda", "where it would train")
     json: str | None = flag(None, "write the numbers there, in bytes", metavar="FILE")
@@ -89,8 +89,10 @@ class EstimateArguments(FinetuneArguments):
     """A whole command line of `estimate.py`."""
 
     prog: ClassVar[str] = "estimate.py"
-    description: ClassVar[str] = "What a fine-tuning run needs in memory."
-    epilog: ClassVar[str] = f"Presets: {', '.join(PRESETS)}."
+    description: ClassVar[str] = "Estimate what a fine-tuning run needs in memory."
+    epilog: ClassVar[str] = (
+        f"--model_name_or_path takes a hub id, a folder, a config.json or a preset: {', '.join(PRESETS)}."
+    )
     shown: ClassVar[str] = "estimate"  # the group that the help lists
     model: EstimatedModelArguments
     data: UnusedDataArguments

@@ -16,7 +16,7 @@ def gpu_count() -> int:
     """CUDA or ROCm devices that are visible."""
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()
 
 
 def has_gpu() -> bool:

@@ -23,9 +23,9 @@ class MergingArguments:
     )
     qlora_base: Literal["auto", "16bit", "dequantized"] = flag(
         "auto",
-        "what a QLoRA adapter is folded into: the base's own weights (16bit), or the 4-bit ones that it was trained on, "
-        "as 16-bit values (dequantized); both are measured against the 4-bit base + adapter. auto is 16bit; where the "
-        "adapter's folder does not say how it was trained, naming one says that it is QLoRA's",
+        "what a QLoRA adapter is folded into: the base's own weights (16bit), or the 4-bit ones that it was trained "
+        "on, as 16-bit values (dequantized); both are measured against the 4-bit base + adapter. auto is 16bit; "
+        "where the adapter's folder does not say how it was trained, naming one says that it is QLoRA's",
     )
     max_shard_size: str = flag("5GB", "a larger model is saved in several files", metavar="SIZE")
     push_to_hub: str | None = field(

@@ -112,9 +112,7 @@ class OutputArguments:
     logging_dir: str | None = flag(None, "folder for the TensorBoard files; default: runs/ in the run's folder")
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"],
-        metadata={
-            "help": "where the log goes: none, or any trackers of the Hugging Face Trainer (tensorboard, wandb, mlflow, ...)"
-        },
+        metadata={"help": "where the log goes: none, or any trackers that the Trainer knows (tensorboard, wandb, ...)"},
     )
     print_run_folder: bool = flag(False, "print the path of the run's folder, do nothing else")
 
