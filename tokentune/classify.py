@@ -14,17 +14,16 @@ import copy
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # Other packages' words on their own internals, which a user can do nothing about.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    from tokentune.cli.start import start
+
+    start("classify")  # before the imports below, which take seconds
 
 from transformers import PreTrainedConfig, set_seed
 

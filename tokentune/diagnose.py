@@ -12,19 +12,17 @@ are as training would begin with them, where half of their factors are zero.
 """
 
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    from tokentune.cli.start import start
+
+    start("diagnose")  # before the imports below, which take seconds
 
 import json
 
@@ -34,8 +32,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from tokentune.cli.arguments import parse_arguments, settings_in_file
+from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
+from tokentune.cli.start import flags_given
 from tokentune.core.layers import inner_model
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.inspection.checks import look_at
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
     log_to_stderr()
     arguments = parse_arguments(argv, DiagnoseArguments)
-    say_what_has_no_effect(sys.argv[1:] if argv is None else argv)
+    say_what_has_no_effect(argv)
     name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
     template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
     config = load_config(name, trust_remote_code=trusted)
@@ -115,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             logger.info("written: %s", path)
 
 
-def say_what_has_no_effect(words: Sequence[str]) -> None:
+def say_what_has_no_effect(words: Sequence[str] | None) -> None:
     """Of a --config file, such as a run's run.yaml, which holds every flag of finetune.py."""
     flags = {flag.name for group in fields(DiagnoseArguments) for flag in fields(group.type) if flag.init}
-    idle = sorted(settings_in_file(words, DiagnoseArguments).keys() - flags)
+    idle = sorted(flags_given(words, DiagnoseArguments).keys() - flags)
     if idle:
         logger.info("--config: without effect here: %s", ", ".join(idle))
 

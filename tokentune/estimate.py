@@ -11,35 +11,34 @@ fits, `--find length` the longest sequence. No data set is needed. The real step
 (`memory/sharding.py`).
 """
 
-import argparse
 import copy
 import json
 import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    from tokentune.cli.start import start
 
+    start("estimate")  # before the imports below, which take seconds
 
-from tokentune.cli.arguments import parse_arguments, settings_in_file
+from tokentune.cli.arguments import checked
 from tokentune.cli.command import run_command
+from tokentune.cli.start import arguments_of, flags_given
 from tokentune.core.profile import Profile
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.estimate_table import Request, Row, fits_card, in_gib, print_table, settings_of
 from tokentune.memory.footprint import Footprint, measure, profile_of
 from tokentune.memory.micro_batch import last_that_fits
-from tokentune.memory.presets import PRESETS, load_subject
-from tokentune.memory.sharding import SHARDINGS, measure_share
+from tokentune.memory.presets import load_subject
+from tokentune.memory.sharding import measure_share
 from tokentune.models.tasks import CAUSAL_LM
+from tokentune.settings.estimate import EstimateArguments
 from tokentune.settings.finetune import Arguments
 
 METHODS = {  # (tokentune, gradient checkpointing)
@@ -74,54 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> Request:
     """The command's own flags, and `finetune.py`'s, of which only the model is needed."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="estimate.py",
-        description="What a fine-tuning run needs in memory. All flags of finetune.py besides these.",
-        epilog=f"Presets: {', '.join(PRESETS)}.",
-        allow_abbrev=False,
-    )
-    parser.error = _refuse
-    parser.add_argument("--find", choices=("proportion", "batch", "length"), help="the largest that fits --memory")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of the card, as it is sold (24: 24 x 10^9 bytes)")
-    parser.add_argument("--only", action="store_true", help="only the mode that the flags choose, no table of all")
-    parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="GPUs that share the training (1)")
-    parser.add_argument(
-        "--sharding",
-        choices=SHARDINGS,
-        help="what is split between them: ddp nothing, zero2 optimizer and gradients, fsdp the weights as well (ddp)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it would train (cuda)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there, in bytes")
-    parser.add_argument("--fp16", action="store_true", help="as in finetune.py; needs no GPU here")
-    own, rest = parser.parse_known_args(words)
-    if own.find is not None and own.memory is None:
-        raise UserError(f"--find {own.find} needs the size of the card: add --memory 24 (GB)")
-    if own.memory is not None and own.memory <= 0:
-        raise UserError(f"--memory {own.memory:g}: must be above 0 (GB)")
-    if own.memory is not None and own.find is None:
-        raise UserError("--memory goes with --find proportion, batch or length")
-    if own.num_processes < 1:
-        raise UserError(f"--num_processes {own.num_processes}: must be 1 or more")
-    if own.sharding is not None and own.num_processes == 1:
-        raise UserError(f"--sharding {own.sharding} is about several GPUs: add --num_processes 8")
-    if own.json is not None and not Path(own.json).resolve().parent.is_dir():
-        raise UserError(f"--json {own.json}: there is no such folder")
-    in_file = settings_in_file(rest)
-    own.fp16 |= in_file.get("fp16", False)
-    given = {word.split("=")[0] for word in rest} | {f"--{name}" for name in in_file}
-    if "--model_name_or_path" not in given:
-        raise UserError(f"--model_name_or_path is missing: a preset ({', '.join(PRESETS)}), a hub id or a folder")
-    if "--dataset_name_or_path" not in given:
-        rest += ["--dataset_name_or_path", "unused"]
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
-    arguments = parse_arguments([*rest, "--fp16", "false", "--report_to", "none"])
-    if own.fp16 and arguments.model.bf16:
-        raise UserError("--bf16 and --fp16 exclude each other: give one of them")
-    arguments.model.fp16 = own.fp16
-    arguments.__post_init__()
+    given = flags_given(argv, EstimateArguments)
+    arguments = checked(arguments_of(given, EstimateArguments))
+    own = arguments.estimation
     subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
-    batch_given = {"--global_batch_size", "--gradient_accumulation_steps"} & given
+    batch_given = {"global_batch_size", "gradient_accumulation_steps"} & given.keys()
     sequences, rest_of_batch = divmod(arguments.optimization.micro_batch_size, own.num_processes)
     if batch_given and (sequences == 0 or rest_of_batch):
         raise UserError(
@@ -129,18 +86,14 @@ def parse(argv: Sequence[str] | None) -> Request:
             f"{arguments.optimization.micro_batch_size} cannot be shared by --num_processes {own.num_processes}"
         )
     sequences = sequences if batch_given else subject.sequences
-    length = arguments.data.max_length if "--max_length" in given else subject.length
-    if subject.head is not CAUSAL_LM and "--lora_target_modules" not in given:
+    length = arguments.data.max_length if "max_length" in given else subject.length
+    if subject.head is not CAUSAL_LM and "lora_target_modules" not in given:
         arguments.adapters.lora_target_modules = ["all-linear"]  # the default's names are those of decoders
-    if "--prefix_length" not in given:
+    if "prefix_length" not in given:
         arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
     sharding = None if own.num_processes == 1 else own.sharding or "ddp"
     shape, shared = (sequences, length), (own.num_processes, sharding)
     return Request(arguments, subject, shape, own.device, own.only, own.find, own.memory, own.json, *shared)
-
-
-def _refuse(message: str) -> None:
-    raise UserError(f"{message} (--help lists the flags)")
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------

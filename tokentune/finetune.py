@@ -15,17 +15,15 @@ sentence and exit code 2, before any weight is read and before anything is writt
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-if __package__ in (None, ""):
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # Other packages' words on their own internals, which a user can do nothing about.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
+    from tokentune.cli.start import start
+
+    start("finetune")  # before the imports below, which take seconds
 
 from transformers import set_seed
 

@@ -27,27 +27,25 @@ ones over the standard deviation of the logits):
     versions            of the libraries
 """
 
-import argparse
 import json
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-if __package__ in (None, ""):
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # Other packages' words on their own internals, which a user can do nothing about.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    from tokentune.cli.start import start
+
+    start("merge")  # before the imports below, which take seconds
 
 import torch
 
 from tokentune.card_file import own_card
 from tokentune.cli.command import log_to_stderr, run_command
+from tokentune.cli.start import arguments_of, flags_given
 from tokentune.errors import UserError
 from tokentune.models.merging.folding import (
     BaseKind,
@@ -76,8 +74,9 @@ from tokentune.models.merging.trained_head import head_of, with_outputs
 from tokentune.models.merging.vocabulary import check_tokenizer, highest_token
 from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config, load_tokenizer
 from tokentune.models.tasks import IMAGE
-from tokentune.reports.hub_upload import PUSH_FLAG, check_push, push_folder
+from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import model_name, write_merged_card
+from tokentune.settings.merge import MergeArguments
 from tokentune.sources import check_model_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -272,44 +271,8 @@ def _fold_all(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
-    parser = argparse.ArgumentParser(
-        prog="merge.py",
-        description="Fold a trained adapter into its base model and save the full checkpoint.",
-        epilog="Memory: one copy of the model in --dtype, a QLoRA adapter's 4-bit base, one layer in float32.",
-    )
-    add = parser.add_argument
-    add(BASE_FLAG, required=True, help="the unquantised base model: a local folder or a hub id")
-    add(ADAPTER_FLAG, required=True, help="the adapter's folder: a run's folder or one checkpoint")
-    add(OUTPUT_FLAG, required=True, help="the merged model's folder; an earlier merge is replaced")
-    add("--device", default="auto", help="where to compute: auto (a GPU with room, else cpu) or a device")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="the merged weights' type; auto (the default) is the base's own",
-    )
-    add(
-        QLORA_FLAG,
-        default="auto",
-        choices=["auto", *get_args(BaseKind)],
-        help="what a QLoRA adapter is folded into: the base's own weights (16bit), or the 4-bit ones that it was "
-        "trained on, as 16-bit values (dequantized); both are measured against the 4-bit base + adapter. auto (the "
-        "default) is 16bit; where the adapter's folder does not say how it was trained, naming one says that it is "
-        "QLoRA's",
-    )
-    add("--max_shard_size", default="5GB", help="a larger model is saved in several files (default: 5GB)")
-    add(
-        PUSH_FLAG,
-        nargs="?",
-        const="",
-        metavar="REPOSITORY",
-        help="upload the result to the hub, into a private repository: owner/name, or by itself the folder's name",
-    )
-    add("--hub_public", action="store_true", help="... into a public one, where it is new")
-    add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base")
-    add("--allow_pickle", action="store_true", help="read the base's pytorch_model.bin where it has no safetensors")
     log_to_stderr()
-    merge(**vars(parser.parse_args(argv)))
+    merge(**vars(arguments_of(flags_given(argv, MergeArguments), MergeArguments).merging))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from style import BLACK, BLUE, GREEN, HERE, VERMILION, command, panels, read_jso
 
 from tokentune.errors import UserError
 from tokentune.file_names import SUMMARY_NAME
-from tokentune.sampling.sampler import parse_prefix_length
+from tokentune.sampling.schedule import parse_prefix_length
 
 LINES = ((BLUE, "o", "-"), (GREEN, "^", "--"), (VERMILION, "v", ":"), (BLACK, "s", "-."))
 

@@ -204,7 +204,7 @@ REFUSED = [
     ("--prefix_length 0.1:16", "--prefix_length 0.1:16: a schedule goes from one proportion to another"),
     ("--selection excess_loss", "add --selection_reference_model"),
     ("--selection loss --selection_reference_model owner/other", "is for --selection excess_loss"),
-    ("--selection_layers 2", "--selection_layers 2: --selection supervised looks at no scores"),
+    ("--selection_layers 2", "--selection_layers 2: --selection supervised has no scores"),
     ("--selection loss --selection_layers 0", "--selection_layers 0: must be 1 or more"),
     ("--gradient_correction 1.5", "--gradient_correction 1.5: must be from 0 (none) to 1"),
     ("--gradient_correction nan", "--gradient_correction nan: must be"),

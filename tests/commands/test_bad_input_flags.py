@@ -26,19 +26,23 @@ FLAGS = [
         "--lora true run.yaml",
         "unexpected argument 'run.yaml', which belongs to no flag: did you mean --config run.yaml?",
     ),
-    ("a flag without its value", "--num_epochs", "--num_epochs: needs a value (--help lists all flags)"),
-    ("no number", "--num_epochs many", "--num_epochs: 'many' is not a whole number (--help lists all flags)"),
+    (
+        "a flag without its value",
+        "--num_epochs",
+        "argument --num_epochs/--num-epochs: expected one argument (--help lists all flags)",
+    ),
+    ("no number", "--num_epochs many", "argument --num_epochs/--num-epochs: invalid int value: 'many'..."),
     (
         "a fraction for a count",
         "--global_batch_size 4.5",
-        "--global_batch_size: '4.5' is not a whole number (--help lists all flags)",
+        "argument --global_batch_size/--global-batch-size: invalid int value: '4.5'...",
     ),
-    ("no fraction", "--learning_rate fast", "--learning_rate: 'fast' is not a number (--help lists all flags)"),
-    ("no boolean", "--bf16 maybe", "--bf16: 'maybe' is not true or false (--help lists all flags)"),
+    ("no fraction", "--learning_rate fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'..."),
+    ("no boolean", "--bf16 maybe", "argument --bf16: 'maybe' is not true or false (--help lists all flags)"),
     (
         "no such dtype",
         "--base_dtype int8",
-        "--base_dtype: 'int8' is none of 'auto', 'float32', 'float16', 'bfloat16' (--help lists all flags)",
+        "argument --base_dtype/--base-dtype: invalid choice: 'int8' (choose from ...",
     ),
     (
         "no such selection",
@@ -48,8 +52,7 @@ FLAGS = [
     (
         "no such data format",
         "--data_format xml",
-        "--data_format: 'xml' is none of 'auto', 'alpaca', 'alpaca_chat', 'prompt_completion', 'messages', "
-        "'sharegpt', 'text' (--help lists all flags)",
+        "argument --data_format/--data-format: invalid choice: 'xml' (choose from ...",
     ),
     ("no epochs", "--num_epochs 0", "--num_epochs 0: must be 1 or more"),
     ("no batch", "--global_batch_size 0", "--global_batch_size 0: must be 1 or more"),

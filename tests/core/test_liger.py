@@ -51,7 +51,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers._apply_liger_kernel_to_instance = lambda model, **config: apply_to_llama(model, **config)
     for name, module in (("", package), (".transformers", transformers), (".transformers.monkey_patch", patch)):
         monkeypatch.setitem(sys.modules, f"liger_kernel{name}", module)
-    for place in ("tokentune.settings.model", "transformers.integrations.liger"):
+    for place in ("transformers.utils", "transformers.integrations.liger"):
         monkeypatch.setattr(f"{place}.is_liger_kernel_available", lambda: True)
 
 
@@ -67,7 +67,7 @@ def test_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokentune.settings.model.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
     with pytest.raises(UserError, match="pip install liger-kernel"):
         parse(monkeypatch)
 

@@ -13,8 +13,8 @@ from tokentune.data.prompts import ensure_pad_token
 from tokentune.memory.trial_step import longest_batch
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
-from tokentune.sampling.sampler import parse_prefix_length, selected_count
-from tokentune.sampling.schedule import Schedule
+from tokentune.sampling.sampler import selected_count
+from tokentune.sampling.schedule import Schedule, parse_prefix_length
 from tokentune.training.build import build_trainer
 from tokentune.training.checkpoints.run_folder import run_folder_name
 from tokentune.training.trainer import SelectiveTrainer

@@ -15,11 +15,11 @@ from tokentune.sampling.sampler import (
     counts_of_rows,
     draw_scores,
     mask_unselected_labels,
-    parse_prefix_length,
     select_positions,
     selected_count,
     target_mask,
 )
+from tokentune.sampling.schedule import parse_prefix_length
 from tokentune.sampling.strategies import strategy_names
 
 PREFIX_LENGTHS = [1, 3, 16, 100, 0.001, 0.1, 0.25, 0.3, 0.5, 0.7, 0.999, 1.0]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokentune.sampling import strategies
+from tokentune.sampling import meanings, strategies
 from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.sampler import counts_of_rows, draw_scores, select_positions, select_tokens
 from tokentune.sampling.strategies import REGISTRY, StrategyError, strategy, strategy_names, tokenseek_score
@@ -52,7 +52,7 @@ def widened(batch: dict, size: int) -> dict:
 def test_the_registry_holds_what_the_help_promises() -> None:
     assert strategy_names(scored=False)[: len(PLAIN)] == PLAIN
     assert strategy_names(scored=True)[: len(SCORED)] == SCORED
-    assert all(REGISTRY[name].about for name in PLAIN + SCORED)
+    assert [*meanings.UNSCORED, *meanings.SCORED] == [name for name in PLAIN + SCORED if name != "labelled"]
 
 
 @pytest.mark.parametrize(("name", "draw"), ALL)

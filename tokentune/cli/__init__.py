@@ -1,1 +1,1 @@
-"""How commands are called: the settings file. Nothing that a library would use."""
+"""How commands are called: flags, the settings file, messages, exit codes. Nothing that a library would use."""

@@ -6,35 +6,30 @@
     prefix_length: 0.3
     learning_rate: 4e-4
 
-Keys are flags without their dashes, values have the flags' types, and relative paths are found from the current folder,
-as those of flags are. Flags on the command line come after the file: they override it (`--bf16 false`).
+Each entry becomes the words of its flag, which argparse gives their types: texts are taken as they are written, so that
+prefix_length's 1.0 is not 1, and chunked_loss's on is no boolean. Relative paths are found from the current folder.
 
-The file is composed into YAML's nodes by PyYAML's safe loader, and never made into objects: what a tag asks for is not
-done, and an error can name its line.
+PyYAML's safe loader composes the file into nodes, which know their lines, and never makes objects of them.
 """
 
 import difflib
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
+from tokentune.cli.parser import Parser
 from tokentune.errors import UserError
 from tokentune.file_names import RUN_CONFIG_NAME
-from tokentune.settings.flags import check_characters
+from tokentune.settings.finetune import Arguments
+from tokentune.settings.flags import check_characters, require
 from tokentune.settings.run import STARTING
 
-if TYPE_CHECKING:
-    from tokentune.settings.finetune import Arguments
-
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 TAG = "tag:yaml.org,2002:"
 TAGS = {f"{TAG}{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
 
@@ -42,31 +37,49 @@ TAGS = {f"{TAG}{name}" for name in ("str", "int", "float", "bool", "null", "time
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_config(path: str, groups: Sequence[type]) -> dict[str, Any]:
-    """The settings of a file, each of its flag's type.
-
-    Args:
-        groups: the dataclasses of a command's flags.
+def read_config(path: str, parser: Parser) -> dict[str, Any]:
+    """The settings of a file by name, each of its flag's type; of `parser.fixed` too, with None.
 
     Raises:
         UserError: no such file, no YAML, no mapping, a key that is no flag (with the nearest one) or occurs twice, a
             value of another type; with the line.
     """
-    types = {name: kind for group in groups for name, kind in get_type_hints(group).items()}
-    types = {field.name: types[field.name] for group in groups for field in fields(group)}
+    known = {action.dest for action in parser._actions if action.type is not None} | parser.fixed
     settings: dict[str, Any] = {}
+    seen: set[str] = set()
     for key, node in _entries(path):
         where = f"--config {path}, line {key.start_mark.line + 1}"
         scalar = isinstance(key, yaml.ScalarNode)
         name = key.value.lstrip("-").replace("-", "_") if scalar else ""
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists all flags."
-            raise UserError(f"{where}: {short(key.value) if scalar else 'a list'} is no flag of this command; {hint}")
-        if name in settings:
-            raise UserError(f"{where}: {name} occurs twice. Leave one of them out.")
-        settings[name] = _value(node, types[name], f"{where}: {name}")
+            raise UserError(f"{where}: {_short(key.value) if scalar else 'a list'} is no flag of this command; {hint}")
+        require(name not in seen, f"{where}: {name} occurs twice. Leave one of them out.")
+        seen.add(name)
+        try:
+            settings |= {name: None} if name in parser.fixed else _setting(name, node, parser)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     return settings
+
+
+def _setting(name: str, node: yaml.Node, parser: Parser) -> dict[str, Any]:
+    """The setting that a node is, typed by the parser; nothing where it leaves an optional flag out (null)."""
+    action = parser._option_string_actions[f"--{name}"]
+    several = isinstance(node, yaml.SequenceNode)
+    require(not several or action.nargs == "+", f"{name} takes one value, not a list")
+    nodes = node.value if several else [node]
+    for each in nodes:
+        found = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}.get(type(each), each.tag)
+        require(isinstance(each, yaml.ScalarNode) and each.tag in TAGS, f"{name}: {found} is no value of a flag")
+        check_characters(each.value, name)
+    if node.tag == f"{TAG}null" and action.default is None and action not in parser.needed:
+        return {}
+    require(all(each.tag != f"{TAG}null" for each in nodes), f"{name} is empty (null)")
+    if several and len(nodes) != 1:
+        return parser.read([f"--{name}", *(each.value for each in nodes)]) if nodes else {name: []}
+    return parser.read([f"--{name}={nodes[0].value}"])
 
 
 def _entries(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
@@ -95,47 +108,7 @@ def _entries(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
     return root.value
 
 
-def _value(node: yaml.Node, kind: Any, where: str) -> Any:
-    """A node as a value of a flag's type. Raises UserError with `where` (file, line, flag)."""
-    alternatives = get_args(kind) if get_origin(kind) is UnionType else (kind,)
-    (kind,) = (alternative for alternative in alternatives if alternative is not NoneType)
-    if node.tag == f"{TAG}null" and NoneType in alternatives:
-        return None
-    if get_origin(kind) is list:
-        (item,) = get_args(kind)
-        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        return [_scalar(entry, item, where) for entry in items]
-    return _scalar(node, kind, where)
-
-
-def _scalar(node: yaml.Node, kind: Any, where: str) -> Any:
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    wanted = f"one of {', '.join(choices)}" if choices else NAMES[kind]
-    if not isinstance(node, yaml.ScalarNode) or node.tag not in TAGS:
-        found = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}.get(type(node), node.tag)
-        raise UserError(f"{where} must be {wanted}, not {found}.")
-    # Texts are taken as they are written: prefix_length's 1.0 is not 1, and chunked_loss's on is no boolean.
-    text, plain = node.value, node.style is None
-    value: Any = None
-    if choices:
-        value = text if text in choices else None
-    elif kind is str:
-        value = None if node.tag == f"{TAG}null" else text
-    elif kind is bool and node.tag == f"{TAG}bool":
-        value = yaml.SafeLoader.bool_values[text.lower()]
-    elif kind is int and plain and re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,17})", text):
-        value = int(text)
-    elif kind is float and plain:
-        # YAML 1.1 takes 4e-4, which has no point, for a text.
-        value = float(text) if re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text) else None
-    if value is None:
-        quoted = "" if plain else " (a text, in quotes)"
-        raise UserError(f"{where} must be {wanted}, not {short(text) if text else 'empty'}{quoted}.")
-    check_characters(text, where)
-    return value
-
-
-def short(text: str) -> str:
+def _short(text: str) -> str:
     """What a file holds, as a message shows it: on one line, and not all of a long one."""
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
@@ -144,7 +117,7 @@ def short(text: str) -> str:
 
 
 def write_config(
-    arguments: "Arguments", run_folder: Path, words: Sequence[str], versions: Mapping[str, str | None]
+    arguments: Arguments, run_folder: Path, words: Sequence[str], versions: Mapping[str, str | None]
 ) -> Path:
     """Writes `run.yaml`: every flag with its value, which `--config` reads. No environment variable is in it.
 

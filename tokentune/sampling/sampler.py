@@ -8,7 +8,6 @@ Legend: B sequences, S tokens of the padded batch, K selected positions per sequ
 output has a loss: the token before a supervised one in a causal model, the supervised one itself otherwise.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,47 +16,11 @@ import torch
 from torch import Tensor
 
 from tokentune.sampling.resolver import find_strategy
-from tokentune.sampling.schedule import Schedule
 from tokentune.sampling.strategies import DRAWS, Tokens, answer_of
 from tokentune.sampling.weighted_draw import wide_dtype
 
 REFERENCE = "reference"  # the strategy that counts as the released code did
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
-
-
-def parse_prefix_length(text: str) -> int | float | Schedule:
-    """Reads `--prefix_length`: `16` is a count of tokens, `0.3` a proportion of each sequence, `1.0` all of it.
-
-    `0.1:0.5` and `16:64` go from one to the other over the run.
-
-    Raises:
-        ValueError: neither a count of at least 1 nor a proportion above 0 and at most 1, nor two of the same kind.
-    """
-    if ":" in text:
-        start, _, end = text.partition(":")
-        both = _parse_size(start), _parse_size(end)
-        if type(both[0]) is not type(both[1]):
-            raise ValueError("a schedule goes from one proportion to another (0.1:0.5), or from a number to another")
-        return Schedule(*both)
-    return _parse_size(text)
-
-
-def _parse_size(text: str) -> int | float:
-    try:
-        value = int(text)
-    except ValueError:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-    if isinstance(value, int) and value >= 1:
-        return value
-    if isinstance(value, float) and 0.0 < value <= 1.0:  # NaN fails both comparisons
-        return value
-    raise ValueError(
-        f"{text!r} is neither a number of tokens (16, at least 1) nor a proportion of the sequence "
-        "(0.3, above 0.0 and at most 1.0)"
-    )
 
 
 def selected_count(prefix_length: int | float, length: int) -> int:

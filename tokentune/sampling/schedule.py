@@ -1,5 +1,6 @@
-"""A number of selected tokens that changes over the run: `--prefix_length 0.1:0.5`."""
+"""How many tokens are selected: `--prefix_length`, also one that changes over the run (`0.1:0.5`)."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -27,3 +28,38 @@ class Schedule:
 
     def __str__(self) -> str:
         return f"{self.start}-{self.end}"  # as a run's folder is named
+
+
+def parse_prefix_length(text: str) -> int | float | Schedule:
+    """Reads `--prefix_length`: `16` is a count of tokens, `0.3` a proportion of each sequence, `1.0` all of it.
+
+    `0.1:0.5` and `16:64` go from one to the other over the run.
+
+    Raises:
+        ValueError: neither a count of at least 1 nor a proportion above 0 and at most 1, nor two of the same kind.
+    """
+    if ":" in text:
+        start, _, end = text.partition(":")
+        both = _parse_size(start), _parse_size(end)
+        if type(both[0]) is not type(both[1]):
+            raise ValueError("a schedule goes from one proportion to another (0.1:0.5), or from a number to another")
+        return Schedule(*both)
+    return _parse_size(text)
+
+
+def _parse_size(text: str) -> int | float:
+    try:
+        value = int(text)
+    except ValueError:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+    if isinstance(value, int) and value >= 1:
+        return value
+    if isinstance(value, float) and 0.0 < value <= 1.0:  # NaN fails both comparisons
+        return value
+    raise ValueError(
+        f"{text!r} is neither a number of tokens (16, at least 1) nor a proportion of the sequence "
+        "(0.3, above 0.0 and at most 1.0)"
+    )

@@ -84,11 +84,6 @@ class Registered(NamedTuple):
     needs: tuple[str, ...] = ()  # scores that a forward pass over all tokens has to make first
     even: bool = False  # whether every token of a row has the same probability
 
-    @property
-    def about(self) -> str:
-        """The first sentence of its docstring, for the help."""
-        return (self.choose.__doc__ or "").strip().split(".\n")[0].split("\n\n")[0].rstrip(".")
-
 
 REGISTRY: dict[str, Registered] = {}
 SECOND_NAMES = ("labelled",)
@@ -152,24 +147,17 @@ def strategy_names(*, scored: bool | None = None) -> list[str]:
     return [entry.name for entry in REGISTRY.values() if scored is None or bool(entry.needs) == scored]
 
 
-def names_and_meanings(*, scored: bool) -> str:
-    """For a flag's help: each name, and in brackets what it does."""
-    names = (name for name in strategy_names(scored=scored) if name not in SECOND_NAMES)
-    return ", ".join(f"{name} ({REGISTRY[name].about})" for name in names)
-
-
 # ------------------------------------------------------------------------------------------------------ without scores
 
 
 @strategy("random", even=True)
 def _random(tokens: Tokens) -> Tensor:
-    """uniformly without replacement, the paper's way"""  # arXiv 2501.18824, section "Token Selection"
+    # arXiv 2501.18824, section "Token Selection"
     return tokens.uniform
 
 
 @strategy("reference")
 def _reference(tokens: Tokens) -> Tensor:
-    """as the authors' released code did: the first and the last token, never the last but one"""
     order = tokens.real.cumsum(-1) - 1  # (B, S): 0 at the row's first real token
     last = tokens.real.sum(-1, keepdim=True) - 1
     priority = tokens.uniform.masked_fill(tokens.real & (order == last - 1), -0.5)
@@ -178,7 +166,6 @@ def _reference(tokens: Tokens) -> Tensor:
 
 @strategy("supervised")
 def _supervised(tokens: Tokens) -> Tensor:
-    """tokens with a loss first, of these words inside of entities, then others at random"""
     if tokens.targets is None:
         return tokens.uniform
     preferred = torch.zeros_like(tokens.targets) if tokens.preferred is None else tokens.targets & tokens.preferred
@@ -190,7 +177,6 @@ strategy("labelled")(_supervised)
 
 @strategy("stratified", even=True)
 def _stratified(tokens: Tokens) -> Tensor:
-    """evenly over the sequence: one token of each of as many parts as there are to be tokens"""
     # The row is closed to a ring, turned at random and cut into `count` parts of floor or ceil(n / count) tokens. As
     # every turn is equally likely, every token is in a part of each size equally often: its probability is count / n.
     lengths = tokens.real.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -205,7 +191,6 @@ def _stratified(tokens: Tokens) -> Tensor:
 
 @strategy("contiguous")
 def _contiguous(tokens: Tokens) -> Tensor:
-    """a random window, of those that hold a token with a loss where there is one"""
     real, counts = tokens.real, tokens.counts.unsqueeze(-1)  # (B, S), (B, 1)
     order = real.cumsum(-1) - 1
     starts = real & (order + counts <= real.sum(-1, keepdim=True))  # where a window of the row's count begins
@@ -246,32 +231,27 @@ def _of_targets(tokens: Tokens, name: str) -> Tensor | Choice:
 
 @strategy("loss", needs=("loss",))
 def _loss(tokens: Tokens) -> Tensor | Choice:
-    """the token's loss"""
     return _of_targets(tokens, "loss")
 
 
 @strategy("excess_loss", needs=("excess_loss",))
 def _excess_loss(tokens: Tokens) -> Tensor | Choice:
-    """its excess over that of --selection_reference_model"""
     # As Rho-1 does (Lin et al., arXiv 2404.07965); what is below the reference counts as 0 in a draw.
     return _of_targets(tokens, "excess_loss")
 
 
 @strategy("gradient", needs=("gradient",))
 def _gradient(tokens: Tokens) -> Tensor | Choice:
-    """the norm of the gradient at its output"""
     return _of_targets(tokens, "gradient")
 
 
 @strategy("attention", needs=("attention",))
 def _attention(tokens: Tokens) -> Tensor | Choice:
-    """the attention that it receives"""
     return _by_score(tokens, tokens.scores["attention"], tokens.real)
 
 
 @strategy("tokenseek", needs=("attention", "gradient"))
 def _tokenseek(tokens: Tokens) -> Tensor | Choice:
-    """the last two, blended as TokenSeek does"""
     # Zeng et al., arXiv 2601.19739: log(attention received) + min-max normalised gradient, both weights 1 by default.
     # A draw takes what the score is above the row's lowest, as probabilities have to be positive.
     score = tokenseek_score(tokens.scores["attention"], tokens.scores["gradient"], tokens.real)

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from tokentune.sampling.strategies import names_and_meanings
+from tokentune.sampling.meanings import UNSCORED, in_words
 from tokentune.settings.data import RowsArguments
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import flag, require
@@ -126,7 +126,7 @@ class LabelledSelectionArguments(SelectionArguments):
 
     selection: str = flag(
         "random",
-        f"how they are chosen: {names_and_meanings(scored=False)}; or by a function of your own, file.py:function. "
+        f"how they are chosen: {in_words(UNSCORED)}; or by a function of your own, file.py:function. "
         "labelled is another name of supervised, for --task_type token alone",
         metavar="NAME",
     )

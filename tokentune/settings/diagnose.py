@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from tokentune.errors import UserError
 from tokentune.processes import process_count
-from tokentune.sampling.resolver import find_strategy
+from tokentune.settings import machine
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
 from tokentune.settings.flags import flag, require
@@ -112,7 +112,7 @@ class DiagnoseArguments(FinetuneArguments):
     """A whole command line of `diagnose.py`."""
 
     prog: ClassVar[str] = "diagnose.py"
-    description: ClassVar[str] = "How good the selective gradient is, for a model and its data."
+    description: ClassVar[str] = "Measure how good the selective gradient is, for a model and its data."
     model: fixed(ModelArguments, fp16=False, fp16_opt_level="O1", model_parallel=False)
     data: fixed(
         DataArguments,
@@ -178,6 +178,6 @@ class DiagnoseArguments(FinetuneArguments):
 def needs_of(strategy: str) -> tuple[str, ...]:
     """The scores that a strategy needs; none where there is no such strategy, which its check will say."""
     try:
-        return find_strategy(strategy).needs
-    except ValueError:
+        return machine.strategy_of(strategy).needs
+    except UserError:
         return ()

@@ -4,14 +4,10 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-import torch
-from transformers.utils import is_liger_kernel_available
-
 from tokentune.errors import UserError
-from tokentune.sampling.resolver import find_strategy
-from tokentune.sampling.sampler import parse_prefix_length
-from tokentune.sampling.schedule import Schedule
-from tokentune.sampling.strategies import StrategyError, names_and_meanings
+from tokentune.sampling.meanings import SCORED, UNSCORED, in_words
+from tokentune.sampling.schedule import Schedule, parse_prefix_length
+from tokentune.settings import machine
 from tokentune.settings.flags import flag, log_without_effect, require
 
 logger = logging.getLogger(__name__)
@@ -54,29 +50,26 @@ class ModelArguments:
     def __post_init__(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is empty: give a hub id or a local folder")
         require(not (self.bf16 and self.fp16), "--bf16 and --fp16 exclude each other: give one of them")
-        cuda = torch.cuda.is_available()
         require(
-            not (self.fp16 and not torch.accelerator.is_available()),
+            not self.fp16 or machine.has_accelerator(),
             "--fp16 needs a GPU (its loss scaling does not run on the CPU): use --bf16, or neither",
         )
         require(
-            not (self.bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False)),
+            not (self.bf16 and machine.gpu_lacks_bfloat16()),
             "--bf16: this GPU cannot compute in bfloat16 (it takes Ampere or newer): use --fp16, or neither",
         )
         require(
-            not self.use_liger_kernel or cuda,
+            not self.use_liger_kernel or machine.has_gpu(),
             "--use_liger_kernel needs a GPU: its kernels are written in Triton, which compiles for nothing else",
         )
         require(
-            not self.use_liger_kernel or is_liger_kernel_available(),
+            not self.use_liger_kernel or machine.has_liger(),
             "--use_liger_kernel: the package is not installed; `pip install liger-kernel`",
         )
         if self.fp16_opt_level != "O1":
             logger.warning("--fp16_opt_level %s does nothing: mixed precision is torch's autocast", self.fp16_opt_level)
-        if self.model_parallel and torch.cuda.device_count() < 2:
-            logger.warning(
-                "--model_parallel changes nothing here: it takes two GPUs, %d visible", torch.cuda.device_count()
-            )
+        if self.model_parallel and machine.gpu_count() < 2:
+            logger.warning("--model_parallel changes nothing here: it takes two GPUs, %d visible", machine.gpu_count())
 
 
 @dataclass
@@ -93,14 +86,14 @@ class SelectionArguments:
     )
     selection: str = flag(
         "supervised",
-        f"how they are chosen: {names_and_meanings(scored=False)}; by scores of a first pass over all tokens: "
-        f"{names_and_meanings(scored=True)}; or by a function of your own, file.py:function",
+        f"how they are chosen: {in_words(UNSCORED)}; by scores of a first pass over all tokens: "
+        f"{in_words(SCORED)}; or by a function of your own, file.py:function",
         metavar="NAME",
     )
     selection_pass: bool = flag(
         False,
-        "look, then choose: first a pass over all tokens without gradients, whose keys and values the selected tokens "
-        "then use; the log gets the loss over all supervised tokens. Strategies with scores imply it",
+        "a scoring pass first: a forward pass over all tokens without gradients, whose keys and values the selected "
+        "tokens then attend to; the log gets the loss over all supervised tokens. Strategies with scores imply it",
     )
     selection_draw: Literal["proportional", "top"] = flag(
         "proportional",
@@ -135,18 +128,12 @@ class SelectionArguments:
             raise UserError(f"--prefix_length {self.prefix_length}: {error}") from None
         self.schedule = parsed if isinstance(parsed, Schedule) else None
         self.selected = parsed.largest if isinstance(parsed, Schedule) else parsed  # what there has to be room for
-        try:
-            needs = find_strategy(self.selection).needs
-        except StrategyError:  # which says so already
-            raise
-        except ValueError as error:
-            raise UserError(f"--selection {error}") from None
-        self._check_scores(needs)
+        registered = machine.strategy_of(self.selection)
+        self._check_scores(registered.needs)
         require(
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
         )
-        registered = find_strategy(self.selection)
         told = registered.even or (registered.needs and self.selection_draw == "proportional")
         if self.gradient_correction > 0 and not told:
             logger.warning(
@@ -172,7 +159,7 @@ class SelectionArguments:
         require(layers is None or layers >= 1, f"--selection_layers {layers}: must be 1 or more")
         require(
             layers is None or bool(needs),
-            f"--selection_layers {layers}: --selection {self.selection} looks at no scores; leave it out",
+            f"--selection_layers {layers}: --selection {self.selection} has no scores; leave it out",
         )
         if self.tokentune and not needs:
             log_without_effect(self, ("selection_draw",), "a --selection with scores")
@@ -185,7 +172,7 @@ class SelectionArguments:
     @property
     def scored(self) -> bool:
         """Whether the strategy needs scores, so that nothing can be drawn without the model."""
-        return bool(find_strategy(self.selection).needs)
+        return bool(machine.strategy_of(self.selection).needs)
 
 
 @dataclass
@@ -218,13 +205,13 @@ class MemoryArguments:
 
     def __post_init__(self) -> None:
         require(
-            self.memory_snapshot is None or torch.cuda.is_available(),
+            self.memory_snapshot is None or machine.has_gpu(),
             "--memory_snapshot is a history of the GPU's allocator, and no GPU is there: leave it out "
             "(--report_memory works everywhere)",
         )
         if not self.gradient_checkpointing:
             log_without_effect(self, ("checkpoint_rest", "offload_kv"), "--gradient_checkpointing")
-        elif self.offload_kv and not torch.cuda.is_available():
+        elif self.offload_kv and not machine.has_gpu():
             logger.warning("--offload_kv changes nothing here: without a GPU everything is in the CPU's memory")
 
 

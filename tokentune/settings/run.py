@@ -3,10 +3,8 @@
 import logging
 from dataclasses import dataclass, field
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.training_args import OptimizerNames
-
 from tokentune.processes import process_count
+from tokentune.settings import machine
 from tokentune.settings.flags import flag, log_without_effect, require
 
 logger = logging.getLogger(__name__)
@@ -60,7 +58,7 @@ class OptimizationArguments:
             self.lr_scheduler_type in SCHEDULES,
             f"--lr_scheduler_type {self.lr_scheduler_type}: choose from {', '.join(SCHEDULES)}",
         )
-        optimizers = [name.value for name in OptimizerNames]
+        optimizers = machine.optimizer_names()
         require(
             self.optim in optimizers,
             f"--optim {self.optim}: the Trainer has no such optimizer; it has {', '.join(optimizers)}",
@@ -114,7 +112,7 @@ class OutputArguments:
     logging_dir: str | None = flag(None, "folder for the TensorBoard files; default: runs/ in the run's folder")
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"],
-        metadata={"help": f"where the log goes: none, or any of {', '.join(INTEGRATION_TO_CALLBACK)}"},
+        metadata={"help": "where the log goes: none, or any trackers that the Trainer knows (tensorboard, wandb, ...)"},
     )
     print_run_folder: bool = flag(False, "print the path of the run's folder, do nothing else")
 
@@ -125,12 +123,11 @@ class OutputArguments:
         if self.report_to == ["none"]:
             self.report_to = []
         require("none" not in self.report_to, f"--report_to {' '.join(self.report_to)}: none, or the others")
-        available = get_available_reporting_integrations()
         for name in self.report_to:
-            known = ", ".join(INTEGRATION_TO_CALLBACK)
-            require(name in INTEGRATION_TO_CALLBACK, f"--report_to {name}: choose none, or from {known}")
+            known, installed = machine.trackers()
+            require(name in known, f"--report_to {name}: choose none, or from {', '.join(known)}")
             require(
-                name in available,
+                name in installed,
                 f"--report_to {name}: the package is not installed; `pip install {name}`, or --report_to none",
             )
         if self.logging_dir is not None and "tensorboard" not in self.report_to:

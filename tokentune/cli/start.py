@@ -1,0 +1,83 @@
+"""The commands by name, the flags that their words give, and what is answered before anything heavy is imported."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from tokentune.cli.command import run_command
+from tokentune.cli.config_file import read_config
+from tokentune.cli.parser import Parser
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.diagnose import DiagnoseArguments
+from tokentune.settings.estimate import EstimateArguments
+from tokentune.settings.finetune import FinetuneArguments
+from tokentune.settings.flags import require
+from tokentune.settings.merge import MergeArguments
+
+COMMANDS: dict[str, Any] = {
+    "finetune": FinetuneArguments,
+    "classify": ClassificationArguments,
+    "merge": MergeArguments,
+    "estimate": EstimateArguments,
+    "diagnose": DiagnoseArguments,
+}
+Command = TypeVar("Command")
+
+
+def start(name: str, words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Answers `--help`, `--version` and mistaken flags at once: torch and transformers take seconds to import.
+
+    Args:
+        name: the command, one of `COMMANDS`.
+        words: those after it; None means the process's own.
+        prog: how the command was called, for its usage.
+
+    Raises:
+        SystemExit: 0 after `--help` and `--version`, 2 after a flag that cannot be read.
+    """
+    # Other packages' words on their own internals, which a user can do nothing about.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
+    if name in ("estimate", "diagnose"):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    run_command(lambda: flags_given(words, COMMANDS[name], prog))
+
+
+def parser_of(command: type, prog: str | None = None) -> Parser:
+    """The parser of a command's flags."""
+    groups = [group.type for group in fields(command)]
+    shown = getattr(command, "shown", None)
+    hidden = [group._argument_group_name for group in groups if shown and group._argument_group_name != shown]
+    epilog = getattr(command, "epilog", None)
+    return Parser(groups, hidden=hidden, prog=prog or command.prog, description=command.description, epilog=epilog)
+
+
+def flags_given(words: Sequence[str] | None, command: type, prog: str | None = None) -> dict[str, Any]:
+    """The flags that the words, and the file of `--config` among them, give to a command; no defaults.
+
+    Raises:
+        UserError: flags or a file that cannot be read, or without a flag that is required.
+    """
+    words = sys.argv[1:] if words is None else words
+    parser = parser_of(command, prog)
+    given = parser.read(words)
+    files = given.pop("config", [])
+    require(len(files) <= 1, f"--config is given {len(files)} times: put the flags into one file")
+    if files:
+        given = read_config(files[0], parser) | given
+    parser.check_needed(given)
+    return given
+
+
+def arguments_of(given: dict[str, Any], command: type[Command]) -> Command:
+    """A command's groups of settings, each checked: what is given, and defaults. Raises UserError."""
+    groups = {}
+    for group in fields(command):
+        flags = [flag.name for flag in fields(group.type) if flag.init]
+        groups[group.name] = group.type(**{name: given[name] for name in flags if name in given})
+    return command(**groups)

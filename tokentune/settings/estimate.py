@@ -1,0 +1,100 @@
+"""Every flag of `estimate.py`: those of `finetune.py`, of which only the model is needed, and what is asked.
+
+python ./tokentune/estimate.py --help
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from tokentune.settings.data import DataArguments
+from tokentune.settings.finetune import FinetuneArguments
+from tokentune.settings.flags import flag, require
+from tokentune.settings.model import ModelArguments
+from tokentune.settings.presets import PRESETS
+from tokentune.settings.run import OutputArguments
+
+
+@dataclass
+class EstimatedModelArguments(ModelArguments):
+    """Which model, and how its weights would be held."""
+
+    model_name_or_path: str = flag("", "a preset, a hub id, a folder or a config.json")
+
+    def __post_init__(self) -> None:
+        require(
+            self.model_name_or_path != "",
+            f"--model_name_or_path is missing: a preset ({', '.join(PRESETS)}), a hub id or a folder",
+        )
+        fp16, self.fp16 = self.fp16, False  # which needs no GPU to be estimated
+        super().__post_init__()
+        self.fp16 = fp16
+        require(not (self.bf16 and fp16), "--bf16 and --fp16 exclude each other: give one of them")
+
+
+@dataclass
+class UnusedDataArguments(DataArguments):
+    """No rows are read."""
+
+    dataset_name_or_path: list[str] = field(
+        default_factory=lambda: ["unused"], metadata={"help": "accepted, not read: an estimate needs no data"}
+    )
+
+
+@dataclass
+class UnusedOutputArguments(OutputArguments):
+    """Nothing is written."""
+
+    def __post_init__(self) -> None:
+        self.report_to = []
+        super().__post_init__()
+
+
+@dataclass
+class EstimationArguments:
+    """What is asked; all flags of finetune.py can be given besides."""
+
+    _argument_group_name = "estimate"
+    find: Literal["proportion", "batch", "length"] | None = flag(None, "the largest that fits --memory")
+    memory: float | None = flag(None, "of the card, as it is sold (24: 24 x 10^9 bytes)", metavar="GB")
+    only: bool = flag(False, "only the mode that the flags choose, no table of all")
+    num_processes: int = flag(1, "GPUs that share the training")
+    sharding: Literal["ddp", "zero2", "fsdp"] | None = flag(
+        None,
+        "what is split between them: ddp nothing, zero2 optimizer and gradients, fsdp the weights as well (ddp)",
+    )
+    device: Literal["cuda", "cpu"] = flag("cuda", "where it would train")
+    json: str | None = flag(None, "write the numbers there, in bytes", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        require(
+            self.find is None or self.memory is not None,
+            f"--find {self.find} needs the size of the card: add --memory 24 (GB)",
+        )
+        require(self.memory is None or self.memory > 0, f"--memory {self.memory}: must be above 0 (GB)")
+        require(self.memory is None or self.find is not None, "--memory goes with --find proportion, batch or length")
+        require(self.num_processes >= 1, f"--num_processes {self.num_processes}: must be 1 or more")
+        require(
+            self.sharding is None or self.num_processes > 1,
+            f"--sharding {self.sharding} is about several GPUs: add --num_processes 8",
+        )
+        require(
+            self.json is None or Path(self.json).resolve().parent.is_dir(),
+            f"--json {self.json}: there is no such folder",
+        )
+
+
+@dataclass
+class EstimateArguments(FinetuneArguments):
+    """A whole command line of `estimate.py`."""
+
+    prog: ClassVar[str] = "estimate.py"
+    description: ClassVar[str] = "Estimate what a fine-tuning run needs in memory."
+    epilog: ClassVar[str] = (
+        f"--model_name_or_path takes a hub id, a folder, a config.json or a preset: {', '.join(PRESETS)}."
+    )
+    shown: ClassVar[str] = "estimate"  # the group that the help lists
+    model: EstimatedModelArguments
+    data: UnusedDataArguments
+    output: UnusedOutputArguments
+    estimation: EstimationArguments
