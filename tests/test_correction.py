@@ -23,10 +23,10 @@ from tokentune.core import blockwise_attention as blocks
 from tokentune.core import selective_layer as selective
 from tokentune.core.checkpointing import CHECKPOINT_REST
 from tokentune.core.correction import OwnTokens, gradient_scales
-from tokentune.core.masks import GroupMask, recipe_from_functions, recipe_from_mask
+from tokentune.core.masks import GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.profile import Profile
 from tokentune.core.saved_bytes import SavedForBackward
-from tokentune.core.scoring_pass import LookOptions
+from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.core.selective_layer import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -284,7 +284,9 @@ def test_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
         return drawn[-1]
 
     monkeypatch.setattr(patching, "draw", noted)
-    apply_tokentune(model, 0.4, strategy="gradient", verify=False, look=LookOptions(), gradient_correction=1.0)
+    apply_tokentune(
+        model, 0.4, strategy="gradient", verify=False, scoring_pass=ScoringOptions(), gradient_correction=1.0
+    )
     with Float64():
         _, found = step(model, inputs | {"num_items_in_batch": 30}, None)
     given = {"selection_weights": drawn[0].weights, "num_items_in_batch": 30}
@@ -323,7 +325,7 @@ def test_own_weights_are_those_of_the_softmax(finished: bool, monkeypatch: pytes
     batch, heads, groups, length, count, size = 2, 4, 2, 12, 7, 8
     bias = float(finished) * torch.randn(batch, heads, length, length).double()
     bias = bias.masked_fill(torch.ones(length, length).triu(1).bool(), torch.finfo(torch.float64).min)
-    recipe = recipe_from_mask(bias) if finished else recipe_from_functions(batch, length, length)
+    recipe = mask_from_tensor(bias) if finished else mask_from_functions(batch, length, length)
     positions = torch.stack([torch.randperm(length)[:count].sort().values for _ in range(batch)])
     mask = GroupMask(recipe, "selected", positions, length)
     query, output = torch.randn(batch, heads, count, size).double(), torch.zeros(batch, count, heads, size)

@@ -28,7 +28,7 @@ from tokentune.core.layers import transformer_layers
 from tokentune.core.patched import last_draw
 from tokentune.core.profile import Profile
 from tokentune.core.saved_bytes import SavedForBackward
-from tokentune.core.scoring_pass import LookOptions, look
+from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.core.selective_layer import Rows
 from tokentune.memory.footprint import measure
 from tokentune.models.builder import prepare_model
@@ -74,12 +74,12 @@ def drawing_these(monkeypatch: pytest.MonkeyPatch, positions: Tensor, weights: T
 
 def looking(model: nn.Module, strategy: str = "random", **options: Any) -> nn.Module:
     given = {name: options.pop(name) for name in ("draw", "layers", "reference") if name in options}
-    return apply_tokentune(model, 0.4, strategy=strategy, verify=False, look=LookOptions(**given), **options)
+    return apply_tokentune(model, 0.4, strategy=strategy, verify=False, scoring_pass=ScoringOptions(**given), **options)
 
 
 def scores_of(model: nn.Module, inputs: dict[str, Tensor], needs: tuple[str, ...], **options: Any) -> dict[str, Tensor]:
     with Float64():
-        return look(model, transformer_layers(model), inputs, LookOptions(**options), needs).scores
+        return run_scoring_pass(model, transformer_layers(model), inputs, ScoringOptions(**options), needs).scores
 
 
 def whole(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def test_keys_and_values_are_dropped_layer_by_layer(monkeypatch: pytest.MonkeyPa
     from tokentune.core.selective_layer import CURRENT_STEP
 
     def current() -> int | None:
-        return None if CURRENT_STEP.get() is None else len(CURRENT_STEP.get().kept)
+        return None if CURRENT_STEP.get() is None else len(CURRENT_STEP.get().cached_kv)
 
     step(model, **batch(model))
     assert left == [None] * 3 + [2, 1, 0]
@@ -212,7 +212,7 @@ def test_excess_loss_is_the_difference_to_the_reference() -> None:
     inputs = batch(model)
     found = scores_of(model, inputs, ("excess_loss",), reference=reference)["excess_loss"]
     torch.testing.assert_close(found, whole(model, inputs)[0] - whole(reference, inputs)[0], rtol=1e-11, atol=1e-12)
-    with pytest.raises(ValueError, match="give LookOptions a reference"):
+    with pytest.raises(ValueError, match="give ScoringOptions a reference"):
         scores_of(model, inputs, ("excess_loss",))
 
 
@@ -300,7 +300,7 @@ def test_all_tokens_selected_is_ordinary_training(strategy: str) -> None:
     inputs = batch(llama())
     expected = step(llama(), **inputs)
     model = llama()
-    apply_tokentune(model, 1.0, strategy=strategy, look=LookOptions(), verify=False)
+    apply_tokentune(model, 1.0, strategy=strategy, scoring_pass=ScoringOptions(), verify=False)
     assert_same(step(model, **inputs), expected, 1e-9)
 
 
@@ -346,9 +346,9 @@ def test_what_a_look_changes_is_put_back_after_an_error(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"look": LookOptions(layers=2)}, ValueError, "a look through 2 of 2 layers"),
-        ({"look": LookOptions(), "checkpoint_rest": "segments"}, ValueError, "keeps hidden states"),
-        ({"strategy": "excess_loss"}, ValueError, "give LookOptions a reference"),
+        ({"scoring_pass": ScoringOptions(layers=2)}, ValueError, "a scoring pass through 2 of 2 layers"),
+        ({"scoring_pass": ScoringOptions(), "checkpoint_rest": "segments"}, ValueError, "keeps hidden states"),
+        ({"strategy": "excess_loss"}, ValueError, "give ScoringOptions a reference"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict, error: type, words: str) -> None:
@@ -358,13 +358,13 @@ def test_what_does_not_go_together_is_refused(options: dict, error: type, words:
 
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="draw must be one of"):
-        LookOptions("best")
+        ScoringOptions("best")
     with pytest.raises(ValueError, match="layers must be at least 1"):
-        LookOptions(layers=0)
+        ScoringOptions(layers=0)
 
 
 def test_encoders_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"a look at all tokens: .* is no language model"):
+    with pytest.raises(UnsupportedModelError, match=r"a scoring pass: .* is no language model"):
         apply_tokentune(BertForMaskedLM(tiny_bert_config()), 0.4, strategy="gradient", verify=False)
 
 

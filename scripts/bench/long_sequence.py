@@ -36,7 +36,7 @@ from tokentune import apply_tokentune
 from tokentune.core import attention
 from tokentune.core import blockwise_attention as blocks
 from tokentune.core.groups import token_order
-from tokentune.core.masks import GroupMask, recipe_from_functions
+from tokentune.core.masks import GroupMask, mask_from_functions
 from tokentune.core.saved_bytes import SavedForBackward
 
 WAYS = ("blocks", "one call", "plain")
@@ -160,8 +160,8 @@ def block_sizes(options: argparse.Namespace, length: int) -> list[dict[str, Any]
     """Seconds of one layer's attention, median of the repeats, for the block sizes in turn within every repeat."""
     size, positions = options.hidden_size // options.heads, drawn(length, options.proportion)
     count = positions.shape[1]
-    order, recipe = token_order(positions, length), recipe_from_functions(1, length, length)
-    groups = {"selected": order[:, :count], "rest": order[:, count:]}
+    order, recipe = token_order(positions, length), mask_from_functions(1, length, length)
+    groups = {"selected": order[:, :count], "unselected": order[:, count:]}
     key, value = (random_heads(length, options.key_value_heads, size) for _ in range(2))
     queries = {group: random_heads(tokens.shape[1], options.heads, size) for group, tokens in groups.items()}
     whole = random_heads(length, options.heads, size)
@@ -173,7 +173,7 @@ def block_sizes(options: argparse.Namespace, length: int) -> list[dict[str, Any]
 
     def rest(block: int) -> None:
         with torch.no_grad():
-            forward("rest", block)
+            forward("unselected", block)
 
     def causal() -> None:
         with torch.no_grad():

@@ -116,11 +116,11 @@ def _fused(
 
 def _in_blocks(query: Tensor, heads: int, mask: GroupMask) -> bool:
     if query.device.type == "cpu":
-        return not mask.recipe.alike
+        return not mask.deferred.alike
     if query.device.type != "cuda":
         return False
     long = len(query) * mask.length**2 > blocks.CUDA_MASK_NUMBERS
-    return heads > 1 or (long and not mask.recipe.alike)
+    return heads > 1 or (long and not mask.deferred.alike)
 
 
 def eager_function(module: nn.Module) -> Callable:

@@ -3,9 +3,9 @@
 B sequences, S tokens, Q queries of one group, H heads, G key-value heads, d head size, n queries in a block.
 
 Each block is one call of a fused kernel over the keys up to the last one that any of its queries sees, so that a
-causal mask costs about half of the Q x S rectangle, and a sliding window its own width. The piece of the mask that a
-block needs is made from the recipe when it is needed, and again in the backward pass: kept are queries, keys, values,
-output and the logarithms of the softmax's sums, (B, H, Q), nothing else.
+causal mask costs about half of the Q x S rectangle, and a sliding window its own width. The part of the mask that a
+block needs is made from the deferred mask when it is needed, and again in the backward pass. Saved for the backward
+pass are queries, keys, values, output and the logarithms of the softmax's sums, (B, H, Q), and nothing else.
 """
 
 from collections.abc import Callable

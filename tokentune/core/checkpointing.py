@@ -34,7 +34,7 @@ from tokentune.core.fsdp import gathered
 from tokentune.core.groups import TokenGroups
 from tokentune.core.layers import Stack
 from tokentune.core.offloading import HostMemory
-from tokentune.core.selective_layer import REST, LayerCall, PassDone, Step, activate, run_rest, uncompiled
+from tokentune.core.selective_layer import UNSELECTED, LayerCall, PassDone, Step, activate, run_unselected, uncompiled
 from tokentune.errors import UnsupportedModelError
 
 CHECKPOINT_REST = ("auto", "keys_values", "hidden_states", "segments")
@@ -64,7 +64,7 @@ def checkpoint_layers(stack: Stack, step: Step, rest: str, offload_kv: bool) -> 
     if rest == "segments" and step.whole_between:
         raise UnsupportedModelError("checkpoint_rest segments runs layers again without the hooks that others put on")
     checkpointing = SelectiveCheckpointing(step, rest, offload_kv)
-    undo: list[Callable[[], None]] = [step.forget_rest]
+    undo: list[Callable[[], None]] = [step.forget_unselected]
     for layer in chosen:
         original = getattr(layer, _FUNCTION)
         undo.append(partial(setattr, layer, _FUNCTION, original))
@@ -89,7 +89,7 @@ class _Layer:
     function: Callable  # its own forward, for the selected rows: (hidden (B, K, D), *more_args)
     more_args: tuple
     states_before: list[Tensor]  # of the random generators
-    states_after_rest: list[Tensor] | None = None
+    states_after_unselected: list[Tensor] | None = None
     kept: tuple[Tensor, ...] | None = None  # of the rest, in the backward pass: from `_Keep`, until it was used
 
     def call(self, groups: TokenGroups | None, **options: Any) -> LayerCall:
@@ -110,12 +110,12 @@ class SelectiveCheckpointing:
     def run(self, inputs_on_cpu: bool, function: Callable, hidden: Tensor, *more_args: Any) -> Any:
         """A layer's forward for the selected rows: `function(hidden (B, K, D), *more_args)`, recomputed later."""
         call = self.step.call
-        if call.running == REST or not torch.is_grad_enabled():
+        if call.running == UNSELECTED or not torch.is_grad_enabled():
             return function(hidden, *more_args)
         layer = _Layer(
             *(self.step, call.layer, call.args, call.kwargs, function, more_args), states_before=random_states(hidden)
         )
-        call.rest_pass = partial(_run_rest_and_note_states, layer, call.rest_pass)
+        call.unselected_pass = partial(_run_unselected_and_note_states, layer, call.unselected_pass)
         replay = self._replay(layer, hidden, call)
         with save_on_cpu(pin_memory=hidden.device.type != "cpu") if inputs_on_cpu else nullcontext():
             contexts = partial(_contexts, layer, replay)
@@ -127,12 +127,12 @@ class SelectiveCheckpointing:
         if self.rest != "segments":
             return _from_kept
         if self.segment is None or self.segment.full:
-            self.segment = _Segment(math.ceil(math.sqrt(self.step.expected_calls)), call.groups.rest)
+            self.segment = _Segment(math.ceil(math.sqrt(self.step.expected_calls)), call.groups.unselected)
         return partial(_from_segment, self.segment, self.segment.add(layer, hidden))
 
     def _keep(self, output: Any, layer: _Layer, call: LayerCall) -> Any:
         """The layer's output, tied to what is kept of the rest for the layer's recomputation."""
-        if call.rest_kv is None:  # every token is selected
+        if call.unselected_kv is None:  # every token is selected
             return output
         if self.rest == "segments":
             if not (call.last or self.segment.full):
@@ -146,8 +146,8 @@ class SelectiveCheckpointing:
         return (selected, *others) if isinstance(output, tuple) else selected
 
     def _smaller(self, call: LayerCall) -> tuple[Tensor, ...]:
-        keys_values, hidden_states = call.rest_kv, (call.groups.rest,)
-        looked = self.step.kept is not None  # whose hidden states nobody has
+        keys_values, hidden_states = call.unselected_kv, (call.groups.unselected,)
+        looked = self.step.cached_kv is not None  # whose hidden states nobody has
         if (
             self.rest == "keys_values"
             or looked
@@ -170,7 +170,8 @@ class SelectiveCheckpointing:
 class _Keep(torch.autograd.Function):
     """The identity, which keeps tensors for what runs next in the backward pass: `holder.kept` gets them there.
 
-    Kept by autograd, they live as long as the graph, count as saved, and pass through hooks that move saved tensors.
+    Saved by autograd, they live as long as the graph, count as saved, and pass through
+    hooks that move saved tensors.
     """
 
     @staticmethod
@@ -207,10 +208,10 @@ def _contexts(layer: _Layer, replay: Callable[[_Layer], LayerCall]) -> tuple[Any
     return nullcontext(), _Replay(layer, replay)
 
 
-def _run_rest_and_note_states(layer: _Layer, rest_pass: Callable, step: Step, call: LayerCall) -> None:
+def _run_unselected_and_note_states(layer: _Layer, unselected_pass: Callable, step: Step, call: LayerCall) -> None:
     """The rest's pass of the forward pass; its recomputations go on with the random numbers that come after it."""
-    rest_pass(step, call)
-    layer.states_after_rest = random_states(call.joined_kv[0])
+    unselected_pass(step, call)
+    layer.states_after_unselected = random_states(call.joined_kv[0])
 
 
 def _from_kept(layer: _Layer) -> LayerCall:
@@ -218,15 +219,15 @@ def _from_kept(layer: _Layer) -> LayerCall:
     kept, layer.kept = layer.kept, None
     groups = TokenGroups(None, kept[0]) if kept is not None and len(kept) == 1 else None
 
-    def rest_pass(step: Step, call: LayerCall) -> None:
+    def unselected_pass(step: Step, call: LayerCall) -> None:
         if groups is None:
-            call.rest_kv = kept
+            call.unselected_kv = kept
             call.join(step)
         else:
-            run_rest(step, call)
-        set_random_states(layer.states_after_rest, call.joined_kv[0])
+            run_unselected(step, call)
+        set_random_states(layer.states_after_unselected, call.joined_kv[0])
 
-    return layer.call(groups, with_gradients=True, rest_pass=rest_pass, rest_ends_early=True)
+    return layer.call(groups, with_gradients=True, unselected_pass=unselected_pass, unselected_ends_early=True)
 
 
 @dataclass
@@ -269,28 +270,30 @@ class _Segment:
     def _redo(self, number: int, layer: _Layer, hidden: Tensor, rest: Tensor) -> Tensor | None:
         """The rest's pass through one layer, which needs the selected rows' keys and values. Returns (B, R, D)."""
 
-        def rest_pass(step: Step, call: LayerCall) -> None:
-            run_rest(step, call)
+        def unselected_pass(step: Step, call: LayerCall) -> None:
+            run_unselected(step, call)
             raise PassDone  # of the selected rows nothing else is needed
 
         last = number == len(self.layers) - 1
-        call = layer.call(TokenGroups(hidden, rest), with_gradients=False, rest_pass=rest_pass, rest_ends_early=last)
+        call = layer.call(
+            TokenGroups(hidden, rest), with_gradients=False, unselected_pass=unselected_pass, unselected_ends_early=last
+        )
         layer.step.call = call
         set_random_states(layer.states_before, hidden)
         # Of the segment's layers FSDP has the last one's weights whole now, whose turn it is.
         with suppress(PassDone), gathered(layer.layer, stays=last):
             layer.function(hidden, *layer.more_args)
-        self.keys_values[number] = tuple(map(_alone, call.rest_kv))
-        return call.rest_output
+        self.keys_values[number] = tuple(map(_alone, call.unselected_kv))
+        return call.unselected_output
 
 
 def _from_segment(segment: _Segment, index: int, layer: _Layer) -> LayerCall:
-    def rest_pass(step: Step, call: LayerCall) -> None:
-        call.rest_kv = segment.take(index, step)
+    def unselected_pass(step: Step, call: LayerCall) -> None:
+        call.unselected_kv = segment.take(index, step)
         call.join(step)
-        set_random_states(layer.states_after_rest, call.joined_kv[0])
+        set_random_states(layer.states_after_unselected, call.joined_kv[0])
 
-    return layer.call(None, with_gradients=True, rest_pass=rest_pass)
+    return layer.call(None, with_gradients=True, unselected_pass=unselected_pass)
 
 
 # ---------------------------------------------------------------------------------------------------- small things

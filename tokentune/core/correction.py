@@ -20,8 +20,9 @@ key, g_i the gradient of o_i, and q_i, k_i, v_i the token's query, key and value
     gradient of v_i   += sum over the group's heads of  (1 - s_i) p_ii g_i
     gradient of k_i   += sum over the group's heads of  (1 - s_i) p_ii slope <g_i, v_i - o_i> q_i
 
-where `slope`, the derivative of a score by the product <q_i, k_i>, is attention's scaling (softmax's derivative has the
-rest). Kept for it are the p_ii, (B, H, K) numbers in float32 per layer; all else is kept by attention already.
+where `slope`, the derivative of a score by the product <q_i, k_i>, is attention's scaling (the other
+factors are the derivative of the softmax). Saved for it are the p_ii, (B, H, K) numbers in float32 per layer; attention
+saves all else already.
 """
 
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ class OwnTokens(NamedTuple):
     key: Tensor  # (B, G, K, d)
     value: Tensor  # (B, G, K, d)
     scales: Tensor  # (B, K)
-    places: Tensor  # (B K,): their rows among the B S of all sequences
+    flat_indices: Tensor  # (B K,): their rows among the B S of all sequences
     positions: Tensor  # (B, K)
 
 
@@ -155,7 +156,7 @@ class _OwnPaths(torch.autograd.Function):
 
     Args of `apply`: the scores' scaling; the output; the tokens' own key and value (B, G, K, d); query (B, H, K, d) and
     value (B, G, S, d) as attention took them; the queries' weights of their own keys, (B, H, K), in float32 or wider;
-    scales and places; the derivative of what soft-capping does to the own scores, (B, H, K), or None.
+    scales and flat_indices; the derivative of what soft-capping does to the own scores, (B, H, K), or None.
     """
 
     @staticmethod
@@ -167,7 +168,7 @@ class _OwnPaths(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        output, query, value, weights, scales, places, damping = ctx.saved_tensors
+        output, query, value, weights, scales, flat_indices, damping = ctx.saved_tensors
         wide, by_group = weights.dtype, (value.shape[1], -1)  # the heads (H,) of each group: (G, h)
         excess = weights.transpose(1, 2) * (1 - scales.to(gradient.device, wide))[..., None]  # (B, K, H)
         of_output = gradient.to(wide).unflatten(2, by_group)  # (B, K, G, h, d)
@@ -177,7 +178,7 @@ class _OwnPaths(torch.autograd.Function):
             of_value = (excess.unflatten(2, by_group)[..., None] * of_output).sum(3)  # (B, K, G, d)
             of_value = of_value.transpose(1, 2).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
-            values = _rows(value, places, scales.shape)[:, :, :, None].to(wide)  # (B, K, G, 1, d)
+            values = _rows(value, flat_indices, scales.shape)[:, :, :, None].to(wide)  # (B, K, G, 1, d)
             of_score = (of_output * (values - output.unflatten(2, by_group))).sum(-1)  # (B, K, G, h)
             slope = excess * ctx.scaling if damping is None else excess * ctx.scaling * damping.transpose(1, 2)
             of_score = of_score * slope.unflatten(2, by_group)
@@ -205,7 +206,7 @@ def correct_fused(
         if sums is None:
             sums = score_sums(query, key, mask, scaling)
         scores = _own_scores(query, key, scaling, own)
-        if not hasattr(mask.recipe.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
+        if not hasattr(mask.deferred.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
             scores = scores + _own_bias(mask, own.positions, scores.dtype, query.shape[1])
         # A padding query may see no key at all, itself included; its numbers mean nothing, but have to be finite.
         weights = (scores - sums).clamp(max=0.0).exp()
@@ -234,7 +235,7 @@ def _unscaled(
     own: OwnTokens,
     damping: Tensor | None = None,
 ) -> Tensor:
-    tensors = output, own.key, own.value, query, value, weights, own.scales, own.places, damping
+    tensors = output, own.key, own.value, query, value, weights, own.scales, own.flat_indices, damping
     return _OwnPaths.apply(scaling, *tensors)
 
 
@@ -246,7 +247,7 @@ def _scaling(query: Tensor, options: dict) -> float:
 def _own_scores(query: Tensor, key: Tensor, scaling: float, own: OwnTokens) -> Tensor:
     """Scaled products of each selected query (B, H, K, d) and its own key, of (B, G, S, d): (B, H, K), wide."""
     queries = query.unflatten(1, (key.shape[1], -1)).to(_wide(query))  # (B, G, h, K, d)
-    keys = _rows(key, own.places, own.positions.shape).transpose(1, 2)[:, :, None].to(queries.dtype)
+    keys = _rows(key, own.flat_indices, own.positions.shape).transpose(1, 2)[:, :, None].to(queries.dtype)
     return (queries * keys).sum(-1).flatten(1, 2) * scaling
 
 
@@ -278,9 +279,9 @@ def _own_bias(mask: GroupMask, positions: Tensor, dtype: torch.dtype, heads: int
     return torch.cat(found, dim=2)
 
 
-def _rows(tokens: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+def _rows(tokens: Tensor, flat_indices: Tensor, shape: torch.Size) -> Tensor:
     """The selected ones (B, K, G, d) of all tokens' keys or values (B, G, S, d)."""
-    return tokens.transpose(1, 2).flatten(0, 1).index_select(0, places).unflatten(0, shape)
+    return tokens.transpose(1, 2).flatten(0, 1).index_select(0, flat_indices).unflatten(0, shape)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -3,7 +3,7 @@
 B sequences, S tokens, Q queries of one group, H heads.
 
 Masks come from transformers' own mask functions, so that sliding windows, chunks, packing and padding mean what they
-always mean. What travels through the model is a `MaskRecipe`; each kind of attention takes from it what it needs for
+always mean. What travels through the model is a `DeferredMask`; each kind of attention takes from it what it needs for
 one group's queries: the rows as a whole, made once per step; pieces of them for a block of queries, made and dropped
 in each layer, so that S x S numbers are never held; or FlexAttention's block mask.
 """
@@ -31,7 +31,7 @@ class Span(NamedTuple):
     open_to: int  # a run of keys, within first:last, that every one of the queries sees
 
 
-class MaskRecipe:
+class DeferredMask:
     """How to make an attention mask: what transformers' mask functions return during a selective forward.
 
     It travels through the model where a mask would. What is made of it is shared by all layers that were handed it.
@@ -65,18 +65,18 @@ class MaskRecipe:
 
 @dataclass
 class GroupMask:
-    """What the queries of one group see: a recipe, and the positions (B, Q) of the queries, ascending."""
+    """What the queries of one group see: a deferred mask, and the positions (B, Q) of the queries, ascending."""
 
-    recipe: MaskRecipe
+    deferred: DeferredMask
     group: str
     positions: Tensor
     length: int  # S
 
     def _once(self, make: Callable[[], object], *key: object) -> object:
         key = (self.group, *key, self.positions.device)
-        if key not in self.recipe.made:
-            self.recipe.made[key] = make()
-        return self.recipe.made[key]
+        if key not in self.deferred.made:
+            self.deferred.made[key] = make()
+        return self.deferred.made[key]
 
     def additive(self, dtype: torch.dtype) -> Tensor:
         """All rows as an additive mask (B, 1 or H, Q, S), which holds S numbers only where all rows are alike.
@@ -86,8 +86,8 @@ class GroupMask:
         """
 
         def make() -> Tensor:
-            queries = self.positions[:, :1] if self.recipe.alike else self.positions
-            return _aligned(_additive(self.recipe.visible(queries, 0, self.length), dtype))
+            queries = self.positions[:, :1] if self.deferred.alike else self.positions
+            return _aligned(_additive(self.deferred.visible(queries, 0, self.length), dtype))
 
         mask = self._once(make, dtype)
         return mask.expand(-1, -1, self.positions.shape[1], -1)
@@ -108,11 +108,11 @@ class GroupMask:
         highest = self.positions[:, [stop - 1 for stop in stops]].amax(0).tolist()
         spans = []
         for start, stop, low, high in zip(starts, stops, lowest, highest, strict=True):
-            last = high + 1 if self.recipe.causal else self.length
-            if self.recipe.triangle:
+            last = high + 1 if self.deferred.causal else self.length
+            if self.deferred.triangle:
                 extents = 0, last, 0, low + 1
             elif host:
-                extents = _extents(self.recipe.visible(self.positions[:, start:stop], 0, last))
+                extents = _extents(self.deferred.visible(self.positions[:, start:stop], 0, last))
             else:
                 extents = 0, last, 0, 0
             spans.append(Span(start, stop, *extents))
@@ -129,8 +129,8 @@ class GroupMask:
         if not edges:
             return None
         if span.open_from == span.open_to:
-            return _aligned(_additive(self.recipe.visible(queries, span.first, span.last), dtype))
-        parts = [(first, last, self.recipe.visible(queries, first, last)) for first, last in edges]
+            return _aligned(_additive(self.deferred.visible(queries, span.first, span.last), dtype))
+        parts = [(first, last, self.deferred.visible(queries, first, last)) for first, last in edges]
         heads = parts[0][2].shape[1]
         mask = queries.new_zeros(len(queries), heads, queries.shape[1], span.last - span.first, dtype=dtype)
         for first, last, seen in parts:
@@ -144,7 +144,7 @@ class GroupMask:
     def _make_block_mask(self) -> object:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        function = getattr(self.recipe.visible, "mask_function", None)
+        function = getattr(self.deferred.visible, "mask_function", None)
         if function is None:
             raise UnsupportedModelError(
                 "flex_attention was handed a finished mask, which holds one number for every pair of tokens: "
@@ -202,7 +202,7 @@ def _aligned(mask: Tensor) -> Tensor:
     return wide[..., : mask.shape[-1]]
 
 
-def recipe_from_functions(
+def mask_from_functions(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -213,8 +213,8 @@ def recipe_from_functions(
     use_vmap: bool = False,
     device: torch.device | None = None,
     **_: object,
-) -> MaskRecipe | None:
-    """The mask interface of transformers (`AttentionMaskInterface`), making a recipe instead of a mask.
+) -> DeferredMask | None:
+    """The mask interface of transformers (`AttentionMaskInterface`), which makes a deferred mask.
 
     Args follow `transformers.masking_utils.sdpa_mask`; `attention_mask` is (B, S), True at real tokens. None means that
     every token sees every token. Raises UnsupportedModelError when the keys are not exactly the queries' tokens.
@@ -240,7 +240,7 @@ def recipe_from_functions(
             use_vmap=True,
             device=device,
         )
-        return recipe_from_mask(mask)
+        return mask_from_tensor(mask)
 
     def seen(rows: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         found = mask_function(rows, heads, queries, keys)
@@ -254,7 +254,7 @@ def recipe_from_functions(
         return found.expand(batch_size, 1, queries.shape[1], last - first)
 
     visible.mask_function = seen
-    return MaskRecipe(
+    return DeferredMask(
         visible,
         triangle=mask_function is causal_mask_function and attention_mask is None,
         causal=_is_causal(mask_function),
@@ -275,27 +275,27 @@ def _is_causal(mask_function: Callable) -> bool:
     return any(_is_causal(part) for part in parts["mask_functions"].cell_contents)
 
 
-def recipe_from_mask(mask: Tensor) -> MaskRecipe:
-    """The recipe that gathers from a finished mask (B or 1, H or 1, S, S), bool or additive, in sequence order."""
+def mask_from_tensor(mask: Tensor) -> DeferredMask:
+    """Defers a finished mask (B or 1, H or 1, S, S), bool or additive: its rows are gathered when they are needed."""
 
     def visible(queries: Tensor, first: int, last: int) -> Tensor:
         full = mask[..., first:last].to(queries.device).expand(queries.shape[0], -1, -1, -1)
         return full.take_along_dim(queries[:, None, :, None], dim=2)
 
-    return MaskRecipe(visible)
+    return DeferredMask(visible)
 
 
-def read_mask(mask: object, batch: int, length: int) -> MaskRecipe:
-    """The recipe of what a model handed to its attention: a recipe, a mask (B, 1 or H, S, S), or None: causal.
+def read_mask(mask: object, batch: int, length: int) -> DeferredMask:
+    """Defers what a model handed to its attention: a deferred mask, a finished one (B, 1 or H, S, S), or None: causal.
 
     FlexAttention's block masks carry their function. Raises UnsupportedModelError for anything else.
     """
     if mask is None:
-        return recipe_from_functions(batch, length, length)
-    if isinstance(mask, MaskRecipe):
+        return mask_from_functions(batch, length, length)
+    if isinstance(mask, DeferredMask):
         return mask
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (length, length):
-        return recipe_from_mask(mask)
+        return mask_from_tensor(mask)
     if callable(getattr(mask, "mask_mod", None)):
-        return recipe_from_functions(batch, length, length, mask_function=mask.mask_mod)
+        return mask_from_functions(batch, length, length, mask_function=mask.mask_mod)
     raise UnsupportedModelError(f"the attention was handed a mask that cannot be read: {type(mask).__name__}")

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from tokentune.core.groups import require
 from tokentune.core.patched import DrawCounts
 from tokentune.core.profile import SEQUENCE_HEADS, Pooling
-from tokentune.core.scoring_pass import look
-from tokentune.core.selective_layer import Kept
+from tokentune.core.scoring_pass import run_scoring_pass
+from tokentune.core.selective_layer import CachedKeyValues
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import select_tokens, target_mask
 
@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
 
     positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), or how to draw them given (B, S, D) (images)
     weights: Tensor | None = None  # (B, K), what the loss at each of them counts; None: all alike
-    kept: Kept | None = None  # the keys and values of all tokens, where a look kept them
+    cached_kv: CachedKeyValues | None = None  # the keys and values of all tokens, where a look kept them
 
 
 def draw(
@@ -82,10 +82,10 @@ def draw(
             labels = labels.masked_fill(F.pad(mask[:, :-1], (1, 0)).to(labels.device) == 0, -100)
             kwargs["labels"] = labels
         targets = target_mask(labels, causal=causal).to(mask.device)
-    seen = None
-    if settings.look is not None:
+    scored = None
+    if settings.scoring is not None:
         options = {"num_supervised": num_supervised, "chunk_bytes": settings.chunk_bytes}
-        seen = look(model, settings.stack, kwargs, settings.look, settings.needs, **options)
+        scored = run_scoring_pass(model, settings.stack, kwargs, settings.scoring, settings.needs, **options)
     positions, weights = select_tokens(
         mask,
         settings.prefix_length,
@@ -95,14 +95,14 @@ def draw(
         scores=None if uniform is None else uniform.to(mask.device),
         input_ids=kwargs.get("input_ids"),
         labels=labels if per_token(model, labels) else None,
-        token_scores=None if seen is None else {name: score.to(mask.device) for name, score in seen.scores.items()},
-        draw="proportional" if settings.look is None else settings.look.draw,
+        token_scores=None if scored is None else {name: score.to(mask.device) for name, score in scored.scores.items()},
+        draw="proportional" if settings.scoring is None else settings.scoring.draw,
     )
     if targets is not None:
         supervised = targets.gather(1, positions).sum()
         settings.counts = DrawCounts(positions, mask.gather(1, positions).sum(), supervised)
-        if seen is not None:
-            settings.counts.loss, settings.counts.targets = seen.loss, seen.supervised
+        if scored is not None:
+            settings.counts.loss, settings.counts.targets = scored.loss, scored.supervised
         share = supervised.clamp(min=1) / targets.sum().clamp(min=1)
         if weights is not None:
             pass  # they stand for all targets by themselves
@@ -110,12 +110,12 @@ def draw(
             kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
         elif causal:
             settings.finish = partial(_stand_for_all_targets, targets, share)
-    return Drawn(positions, weights, None if seen is None else seen.kept)
+    return Drawn(positions, weights, None if scored is None else scored.cached_kv)
 
 
-def look_beside(
+def score_given_selection(
     model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any], positions: Tensor, labels: Tensor
-) -> Kept | None:
+) -> CachedKeyValues | None:
     """Looks at all tokens of a batch whose selection somebody else drew: its loss, and the keys and values.
 
     Args:
@@ -123,13 +123,15 @@ def look_beside(
         labels: (B, S), before the selection masked any.
     """
     options = {"chunk_bytes": settings.chunk_bytes}
-    seen = look(model, settings.stack, kwargs | {"labels": labels}, settings.look, settings.needs, **options)
+    scored = run_scoring_pass(
+        model, settings.stack, kwargs | {"labels": labels}, settings.scoring, settings.needs, **options
+    )
     mask = kwargs.get("attention_mask")
     real = torch.ones_like(positions) if mask is None or mask.ndim != 2 else mask.gather(1, positions.to(mask.device))
     targets = target_mask(labels, causal=True)
     supervised = targets.gather(1, positions.to(targets.device)).sum()
-    settings.counts = DrawCounts(positions, real.sum(), supervised, seen.loss, seen.supervised)
-    return seen.kept
+    settings.counts = DrawCounts(positions, real.sum(), supervised, scored.loss, scored.supervised)
+    return scored.cached_kv
 
 
 def _always(model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any], mask: Tensor) -> Tensor | None:

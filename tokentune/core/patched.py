@@ -11,7 +11,7 @@ from tokentune.core.adapter_kinds import Suspect
 from tokentune.core.layers import Stack
 from tokentune.core.loss import CHUNK_BYTES
 from tokentune.core.profile import Profile
-from tokentune.core.scoring_pass import LookOptions
+from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError
 
 
@@ -45,7 +45,7 @@ class Settings:
     offload_kv: bool = False
     chunked_loss: bool | None = None
     chunk_bytes: int = CHUNK_BYTES
-    look: LookOptions | None = None
+    scoring: ScoringOptions | None = None
     needs: tuple[str, ...] = ()  # the scores that the strategy needs
     gradient_correction: float = 0.0
     verify: bool = True  # whether the model was compared, and its adapters are to be of a kind that was
@@ -74,7 +74,7 @@ def last_draw(model: nn.Module) -> DrawCounts | None:
 def reference_of(model: nn.Module) -> PreTrainedModel | None:
     """The second model that a patched model compares losses with, where it does."""
     settings: Settings | None = getattr(owner_of(model), SETTINGS, None)
-    return None if settings is None or settings.look is None else settings.look.reference
+    return None if settings is None or settings.scoring is None else settings.scoring.reference
 
 
 def profile_of(model: nn.Module) -> Profile:

@@ -26,14 +26,14 @@ from tokentune.core.groups import gather_tokens
 from tokentune.core.hooks_of_others import have_hooks_of_others
 from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, why_not_in_chunks
-from tokentune.core.masks import recipe_from_functions
-from tokentune.core.model_sampling import draw, has_labels, look_beside, per_token
+from tokentune.core.masks import mask_from_functions
+from tokentune.core.model_sampling import draw, has_labels, per_token, score_given_selection
 from tokentune.core.past_hooks import HOOKS_AT_WORK, check_hooks_ran
 from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Settings, owner_of, settings_of
 from tokentune.core.selective_layer import (
     CURRENT_STEP,
     IMPLEMENTATION,
-    Kept,
+    CachedKeyValues,
     Rows,
     Step,
     activate,
@@ -73,7 +73,7 @@ def install(model: nn.Module, settings: Settings) -> None:
 def install_hooks(owner: PreTrainedModel) -> None:
     """Adds the hooks, and registers the attention function with transformers under a name of its own."""
     AttentionInterface.register(IMPLEMENTATION, selective_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, recipe_from_functions)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_from_functions)
     stack = transformer_layers(owner)
     for layer in stack.layers:
         layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
@@ -125,21 +125,23 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     rows = Rows.ALL if has_foreign_forward(model) else settings.profile.rows
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         kwargs["use_cache"] = False
-    looks = settings.look is not None and model.training and per_token(model, kwargs.get("labels"))
-    if looks and rows is Rows.ALL:
-        raise UnsupportedModelError("a look at all tokens needs the model's own forward and loss, not a trainer's")
-    kept = None
+    scoring_pass_first = settings.scoring is not None and model.training and per_token(model, kwargs.get("labels"))
+    if scoring_pass_first and rows is Rows.ALL:
+        raise UnsupportedModelError("a scoring pass needs the model's own forward and loss, not a trainer's")
+    cached_kv = None
     if own:
         options = {"uniform": uniform, "num_supervised": supervised}
-        (positions, weights, kept), supervised = draw(model, settings, kwargs, causal=causal, **options), None
+        (positions, weights, cached_kv), supervised = draw(model, settings, kwargs, causal=causal, **options), None
     if isinstance(positions, Tensor):
         check_positions(model, settings.profile.pooling, positions, kwargs)
     if weights is not None and not (causal and rows is not Rows.ALL and per_token(model, kwargs.get("labels"))):
         raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
 
     whole = is_whole_sequence(positions, kwargs)
-    if looks and not (own or whole):
-        kept = look_beside(model, settings, kwargs, positions, kwargs["labels"] if all_labels is None else all_labels)
+    if scoring_pass_first and not (own or whole):
+        cached_kv = score_given_selection(
+            model, settings, kwargs, positions, kwargs["labels"] if all_labels is None else all_labels
+        )
     loss_function = None
     labels = kwargs.get("labels")
     if per_token(model, labels):
@@ -153,18 +155,22 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
             kwargs["labels"] = labels.gather(1, positions.to(labels.device))
     if not whole:
         scales = gradient_scales(positions, kwargs, settings.gradient_correction, weights)
-        _start_step(settings, positions, rows, kept, scales)
+        _start_step(settings, positions, rows, cached_kv, scales)
     if loss_function is not None:
         settings.undo += put_loss(model, loss_function)
     return (), kwargs
 
 
-def _start_step(settings: Settings, positions: Any, rows: Rows, kept: Kept | None, scales: Tensor | None) -> None:
+def _start_step(
+    settings: Settings, positions: Any, rows: Rows, cached_kv: CachedKeyValues | None, scales: Tensor | None
+) -> None:
     """Starts the selective forward; `settings.undo` gets what puts everything back."""
     implementations = [(config, config._attn_implementation) for config in settings.stack.configs]
     whole_between = have_hooks_of_others(settings.stack.layers)
-    if whole_between and kept is not None:
-        raise UnsupportedModelError("a look at all tokens leaves nothing of the rest for others' hooks on the layers")
+    if whole_between and cached_kv is not None:
+        raise UnsupportedModelError(
+            "a scoring pass leaves no hidden states of the unselected tokens for others' hooks on the layers"
+        )
     if whole_between and rows is Rows.SELECTED:
         rows = Rows.GATHERED  # a hook on the last layer too gets what leaves it whole
     step = Step(
@@ -172,7 +178,7 @@ def _start_step(settings: Settings, positions: Any, rows: Rows, kept: Kept | Non
         implementations,
         settings.stack.calls,
         rows,
-        kept,
+        cached_kv,
         scales,
         settings.profile.per_token,
         whole_between,

@@ -3,7 +3,7 @@
     B sequences, S tokens, N supervised targets, D hidden size, H heads, G key-value heads, d head size
 
 The model's own forward runs once under `no_grad`, with its own attention kernels and masks; the attention function
-that its configuration names for that long (`looking_attention`) sets each layer's keys and values aside, which is all
+that its configuration names for that long (`scoring_attention`) sets each layer's keys and values aside, which is all
 that the selected tokens need of the others: their step (`selective.Step.kept`) runs the rest no second time. With a
 token's forward 2 units and its backward 4, that is 2 + 6r in place of 2 + 4r.
 
@@ -15,7 +15,7 @@ The output head is handed no rows (`loss.WithheldRows`), so that logits are ther
     excess_loss  the loss minus that of a reference model
     attention    the attention that a token receives in the last layer: over all real queries, the mean of the heads
 
-`LookOptions.layers` looks through the first layers alone, with the final norm and the head behind them: a cheaper
+`ScoringOptions.layers` looks through the first layers alone, with the final norm and the head behind them: a cheaper
 guess, of which no keys and values are kept. Dropout is on in the look as in the step.
 """
 
@@ -45,18 +45,18 @@ from tokentune.core.loss import (
     rows_with_loss,
 )
 from tokentune.core.masks import read_mask
-from tokentune.core.selective_layer import Kept
+from tokentune.core.selective_layer import CachedKeyValues
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.strategies import DRAWS
 
 SCORES = ("loss", "gradient", "excess_loss", "attention")
-_NAME = "tokentune_look"  # with the model's own implementation behind it: registered with transformers
+_NAME = "tokentune_scoring_pass"  # with the model's own implementation behind it: registered with transformers
 _SCORE_BYTES = 64 * 1024**2  # of the attention weights of a block of queries in float32
 
 
 @dataclass(frozen=True)
-class LookOptions:
+class ScoringOptions:
     """How a model looks before it draws.
 
     Args:
@@ -76,26 +76,29 @@ class LookOptions:
             raise ValueError(f"layers must be at least 1, not {self.layers}")
 
 
+LookOptions = ScoringOptions  # the old name, for one release
+
+
 @dataclass
-class Look:
+class ScoringPass:
     """What a look found."""
 
     scores: dict[str, Tensor]  # (B, S) float32 by name
-    kept: Kept | None = None
+    cached_kv: CachedKeyValues | None = None
     loss: Tensor | None = None  # the sum over all supervised targets; None where only some layers were looked through
     supervised: Tensor | None = None  # N
 
 
-def look(
+def run_scoring_pass(
     model: PreTrainedModel,
     stack: Stack,
     kwargs: dict[str, Any],
-    options: LookOptions,
+    options: ScoringOptions,
     needs: tuple[str, ...],
     *,
     num_supervised: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Look:
+) -> ScoringPass:
     """Runs the model once over all tokens without gradients.
 
     Args:
@@ -126,15 +129,15 @@ def look(
     scores = losses.scores()
     if watch.attended is not None:
         if watch.received is None:
-            raise UnsupportedModelError(f"{type(watch.attended).__name__} was not reached by the look")
+            raise UnsupportedModelError(f"{type(watch.attended).__name__} was not reached by the scoring pass")
         scores["attention"] = watch.received
     if "excess_loss" in needs:
         scores["excess_loss"] = scores["loss"] - _reference_losses(options.reference, kwargs, losses)
-    found = Look(scores)
+    found = ScoringPass(scores)
     if options.layers is None:
-        if len(watch.kept) != stack.calls:
-            raise UnsupportedModelError(f"{len(watch.kept)} attention calls were looked at, not {stack.calls}")
-        found.kept = watch.kept
+        if len(watch.cached_kv) != stack.calls:
+            raise UnsupportedModelError(f"{len(watch.cached_kv)} attention calls were recorded, not {stack.calls}")
+        found.cached_kv = watch.cached_kv
         found.loss, found.supervised = losses.total()
     return found
 
@@ -142,7 +145,7 @@ def look(
 def _reference_losses(reference: PreTrainedModel, kwargs: dict[str, Any], own: "TokenLosses") -> Tensor:
     """(B, S): what the reference loses on the same targets."""
     if reference is None:
-        raise ValueError("excess_loss is a loss minus that of another model: give LookOptions a reference")
+        raise ValueError("excess_loss is a loss minus that of another model: give ScoringOptions a reference")
     losses = TokenLosses(reference, False, own.num_supervised, own.chunk_bytes)
     device = own.losses.device
     if next(reference.parameters()).device != device:
@@ -184,9 +187,9 @@ class TokenLosses:
         shape, hidden, targets = targets.shape, hidden.flatten(0, 1), targets.flatten()
         supervised, wide = targets != ignore_index, logits.float().dtype
         self.count = supervised.sum()
-        places = rows_with_loss(supervised, self.num_supervised)
-        if places is not None:
-            hidden, targets = hidden[places], targets[places]
+        numbers = rows_with_loss(supervised, self.num_supervised)
+        if numbers is not None:
+            hidden, targets = hidden[numbers], targets[numbers]
 
         def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
             predicted = self.rows.logits(hidden)
@@ -200,8 +203,8 @@ class TokenLosses:
             else:
                 of_rows = losses_of(rows, wanted)
             losses.append(of_rows)
-        self.losses = _put_back(torch.cat(losses), places, shape)
-        self.norms = _put_back(torch.cat(norms), places, shape) if norms else None
+        self.losses = _put_back(torch.cat(losses), numbers, shape)
+        self.norms = _put_back(torch.cat(norms), numbers, shape) if norms else None
         return self.losses.sum()
 
     def scores(self) -> dict[str, Tensor]:
@@ -214,10 +217,10 @@ class TokenLosses:
         return self.losses.sum(), self.count
 
 
-def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+def _put_back(values: Tensor, numbers: Tensor | None, shape: torch.Size) -> Tensor:
     """(N,) -> (B, S), 0 elsewhere."""
-    if places is not None:
-        values = values.new_zeros(shape.numel()).index_copy_(0, places, values)
+    if numbers is not None:
+        values = values.new_zeros(shape.numel()).index_copy_(0, numbers, values)
     return values.view(shape)
 
 
@@ -232,24 +235,24 @@ class _Watch:
     keep: bool
     chunk_bytes: int
     implementations: list[tuple[Any, str]] = field(default_factory=list)
-    kept: Kept = field(default_factory=deque)
+    cached_kv: CachedKeyValues = field(default_factory=deque)
     attended: nn.Module | None = None  # the attention whose weights are asked for
     real: Tensor | None = None  # (B, S), 0 at padding
     received: Tensor | None = None  # (B, S)
 
 
-_WATCH: ContextVar[_Watch | None] = ContextVar("tokentune_look", default=None)
+_WATCH: ContextVar[_Watch | None] = ContextVar("tokentune_scoring_pass", default=None)
 
 
 @contextmanager
 def _watched(watch: _Watch) -> Iterator[None]:
-    """Within it the model's attention calls come by `looking_attention`."""
+    """Within it the model's attention calls come by `scoring_attention`."""
     watch.implementations = [(config, config._attn_implementation) for config in watch.stack.configs]
     token = _WATCH.set(watch)
     try:
         for config, own in watch.implementations:
             name = f"{_NAME}_{own}"  # a name per implementation, because masks are made by name
-            AttentionInterface.register(name, looking_attention)
+            AttentionInterface.register(name, scoring_attention)
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
             config._attn_implementation_internal = name
         yield
@@ -259,13 +262,13 @@ def _watched(watch: _Watch) -> Iterator[None]:
             config._attn_implementation_internal = own
 
 
-def looking_attention(
+def scoring_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, Any]:
     """The model's own attention, noted: what a model's attention calls during a look, on its own arguments."""
     watch = _WATCH.get()
     if watch.keep:
-        watch.kept.append((alone(key), alone(value)))
+        watch.cached_kv.append((alone(key), alone(value)))
     if module is watch.attended:
         watch.received = attention_received(module, query, key, attention_mask, watch.real, **options)
     own = next((own for config, own in watch.implementations if config is module.config), None)
@@ -298,7 +301,7 @@ def attention_received(
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(f"{type(module).__name__} passes a position bias, which attention scores leave out")
     batch, heads, length, size = query.shape
-    groups, recipe = key.shape[1], read_mask(mask, batch, length)
+    groups, deferred = key.shape[1], read_mask(mask, batch, length)
     scaling = options.get("scaling")
     scaling = size**-0.5 if scaling is None else scaling
     sinks, cap = options.get("s_aux"), options.get("softcap")
@@ -306,13 +309,13 @@ def attention_received(
     block = max(1, _SCORE_BYTES // (4 * batch * heads * length))
     for start in range(0, length, block):
         stop = min(start + block, length)
-        last = stop if recipe.causal else length
+        last = stop if deferred.causal else length
         rows = query[:, :, start:stop].unflatten(1, (groups, -1)).flatten(2, 3)  # (B, G, H / G * n, d)
         weights = rows @ key[:, :, :last].transpose(2, 3)
         weights = weights.view(batch, heads, stop - start, last).float() * scaling
         if cap is not None:
             weights = torch.tanh(weights / cap) * cap
-        seen = recipe.visible(torch.arange(start, stop, device=query.device).expand(batch, -1), 0, last)
+        seen = deferred.visible(torch.arange(start, stop, device=query.device).expand(batch, -1), 0, last)
         smallest = torch.finfo(weights.dtype).min
         weights = weights.masked_fill(~seen, smallest) if seen.dtype == torch.bool else weights + seen
         if sinks is not None:
@@ -342,12 +345,12 @@ def _plain_layers(stack: Stack) -> Iterator[None]:
 @contextmanager
 def _first_layers(stack: Stack, count: int) -> Iterator[None]:
     """Within it the model has its first `count` layers alone."""
-    places = [
+    holders = [
         (module, name) for module in stack.around for name, child in module._modules.items() if child is stack.layers
     ]
-    if len(places) != 1:
+    if len(holders) != 1:
         raise UnsupportedModelError("the model's list of layers stands in several places")
-    (module, name) = places[0]
+    (module, name) = holders[0]
     module._modules[name] = nn.ModuleList(list(stack.layers)[:count])
     try:
         yield

@@ -12,7 +12,7 @@ forward twice, once per group, the second call nested in the first one's attenti
       layer.forward(selected)   with gradients
         norms, projections of the selected
         attention(q, k, v)                      selective_attention
-          layer.forward(rest)   no_grad         run_rest
+          layer.forward(rest)   no_grad         run_unselected
             norms, projections of the rest
             attention(q', k', v')               selective_attention: joins k, k' and v, v' for both passes (the join
             output projection, MLP of the rest      has gradients again), in sequence order, and attends with q'
@@ -42,11 +42,11 @@ from tokentune.core.attention import attend
 from tokentune.core.correction import OwnTokens, scale_gradient
 from tokentune.core.groups import TokenGroups, gather_tokens, in_sequence_order, token_order
 from tokentune.core.layer_arguments import has_row_per_token, map_tensors
-from tokentune.core.masks import GroupMask, MaskRecipe, read_mask
+from tokentune.core.masks import DeferredMask, GroupMask, read_mask
 from tokentune.core.past_hooks import caller_of_forward
 from tokentune.errors import UnsupportedModelError
 
-SELECTED, REST = "selected", "rest"
+SELECTED, UNSELECTED = "selected", "unselected"
 QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "query", "q_lin")  # modules whose output becomes queries and nothing else
 IMPLEMENTATION = "tokentune"  # the name under which attention and masks are registered with transformers
 
@@ -55,7 +55,7 @@ IMPLEMENTATION = "tokentune"  # the name under which attention and masks are reg
 uncompiled = torch.compiler.disable
 _around = partial(torch.compiler.disable, recursive=False)
 
-Kept = deque[tuple[Tensor, Tensor]]  # each layer's keys and values of all tokens, 2 x (B, G, S, d)
+CachedKeyValues = deque[tuple[Tensor, Tensor]]  # each layer's keys and values of all tokens, 2 x (B, G, S, d)
 
 # The forward pass under way; None outside of a selective forward, where every hook below does nothing.
 CURRENT_STEP: ContextVar["Step | None"] = ContextVar("tokentune_step", default=None)
@@ -92,23 +92,25 @@ class LayerCall:
     args: tuple
     kwargs: dict[str, Any]
     with_gradients: bool  # False in a forward pass without gradients as a whole
-    rest_pass: Callable[["Step", "LayerCall"], None]  # leaves `joined_kv`; `run_rest`, but for recomputations
-    rest_ends_early: bool = False  # as soon as its keys and values exist
+    unselected_pass: Callable[
+        ["Step", "LayerCall"], None
+    ]  # leaves `joined_kv`; `run_unselected`, but for recomputations
+    unselected_ends_early: bool = False  # as soon as its keys and values exist
     running: str = SELECTED
     selected_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, K, d)
-    rest_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, R, d)
+    unselected_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, R, d)
     joined_kv: tuple[Tensor, Tensor] | None = None  # 2 x (B, G, S, d), in sequence order
-    rest_output: Tensor | None = None  # (B, R, D); None where the rest's pass ended early
+    unselected_output: Tensor | None = None  # (B, R, D); None where the rest's pass ended early
 
     @uncompiled
     def join(self, step: "Step") -> None:
         """The keys and values of both groups, for both passes; gradients reach those of the selected."""
         # Within the rest's no_grad the selected part keeps its gradients all the same.
         with torch.set_grad_enabled(self.with_gradients):
-            places, scales = step.places(self.selected_kv[0].device), step.gradient_scales
+            flat_indices, scales = step.flat_indices(self.selected_kv[0].device), step.gradient_scales
             selected = self.selected_kv if scales is None else [scale_gradient(kv, scales) for kv in self.selected_kv]
-            pairs = zip(selected, self.rest_kv, strict=True)
-            self.joined_kv = tuple(in_sequence_order(*pair, places) for pair in pairs)
+            pairs = zip(selected, self.unselected_kv, strict=True)
+            self.joined_kv = tuple(in_sequence_order(*pair, flat_indices) for pair in pairs)
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Step:
     implementations: list[tuple[Any, str]]  # (config, its own attention implementation, replaced for this step)
     expected_calls: int  # of layers, in the whole pass
     rows: Rows = Rows.SELECTED
-    kept: Kept | None = None  # from a look (`core/scoring_pass.py`): the rest runs no more
+    cached_kv: CachedKeyValues | None = None  # from a look (`core/scoring_pass.py`): the rest runs no more
     gradient_scales: Tensor | None = None  # (B, K), of the selected keys and values (`core/correction.py`); None: all 1
     per_token: dict[str, bool] = field(default_factory=dict)  # of the layers' arguments (`core/layer_arguments.py`)
     whole_between: bool = False  # layers hand on all rows in place of the pair: others' hooks look at them
@@ -129,8 +131,8 @@ class Step:
     # What was made of tensors that every layer is handed again: (original, result). Compared by identity, which is
     # safe because the original is kept alive here.
     row_cache: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
-    recipes: list[tuple[Tensor | None, MaskRecipe]] = field(default_factory=list)
-    places_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    deferred_masks: list[tuple[Tensor | None, DeferredMask]] = field(default_factory=list)
+    flat_indices_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @uncompiled
     def indices(self, group: str) -> Tensor:
@@ -139,14 +141,14 @@ class Step:
         return self.order[:, :count] if group == SELECTED else self.order[:, count:]
 
     @uncompiled
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def flat_indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where the groups' rows stand, (B K) and (B R), among the B S rows of all sequences."""
-        if device not in self.places_on:  # made once, as every layer keeps them for its backward pass
+        if device not in self.flat_indices_on:  # made once, as every layer keeps them for its backward pass
             batch, length = self.order.shape
             starts = torch.arange(batch, device=self.order.device)[:, None] * length
-            places = [(self.indices(group) + starts).flatten().to(device) for group in (SELECTED, REST)]
-            self.places_on[device] = tuple(places)
-        return self.places_on[device]
+            flat_indices = [(self.indices(group) + starts).flatten().to(device) for group in (SELECTED, UNSELECTED)]
+            self.flat_indices_on[device] = tuple(flat_indices)
+        return self.flat_indices_on[device]
 
     @uncompiled
     def own_tokens(self, call: LayerCall) -> OwnTokens | None:
@@ -156,7 +158,7 @@ class Step:
         if not (scaled and torch.is_grad_enabled()):
             return None
         indices = self.indices(SELECTED).to(key.device)
-        return OwnTokens(key, value, self.gradient_scales, self.places(key.device)[0], indices)
+        return OwnTokens(key, value, self.gradient_scales, self.flat_indices(key.device)[0], indices)
 
     @uncompiled
     def split(self, hidden: Tensor) -> TokenGroups:
@@ -168,9 +170,9 @@ class Step:
         if self.order is None:
             self.order = token_order(self.positions.to(hidden.device), hidden.shape[1])
         selected = gather_tokens(hidden, self.indices(SELECTED))
-        if self.kept is not None:
+        if self.cached_kv is not None:
             return TokenGroups(selected, hidden.new_empty(len(hidden), 0, *hidden.shape[2:]))
-        return TokenGroups(selected, gather_tokens(hidden.detach(), self.indices(REST)))
+        return TokenGroups(selected, gather_tokens(hidden.detach(), self.indices(UNSELECTED)))
 
     @uncompiled
     def merge(self, groups: TokenGroups) -> Tensor:
@@ -202,31 +204,31 @@ class Step:
             rows[group] = gather_tokens(value.expand(self.order.shape[0], *value.shape[1:]), self.indices(group))
         return rows[group]
 
-    def forget_rest(self) -> None:
+    def forget_unselected(self) -> None:
         """Drops what was made for the rest's pass, where the step outlives the forward pass (checkpointing)."""
         for _, rows in self.row_cache:
-            rows.pop(REST, None)
-        for _, recipe in self.recipes:
-            recipe.forget(REST)
+            rows.pop(UNSELECTED, None)
+        for _, deferred in self.deferred_masks:
+            deferred.forget(UNSELECTED)
 
     @uncompiled
     def mask_rows(self, mask: Any, causal: bool, group: str, query: Tensor) -> GroupMask | None:
         """A group's rows of the mask that the model handed to its attention, or None where it hides nothing.
 
-        `mask` is a recipe, a finished (B, 1 or H, S, S) tensor, or None; None means causal where `causal` is true.
+        `mask` is a deferred mask, a finished one (B, 1 or H, S, S), or None: causal where `causal` is true.
         """
         if mask is None and not causal:
             return None
-        return GroupMask(self._recipe(mask), group, self.indices(group).to(query.device), self.order.shape[1])
+        return GroupMask(self._deferred_mask(mask), group, self.indices(group).to(query.device), self.order.shape[1])
 
-    def _recipe(self, mask: Any) -> MaskRecipe:
+    def _deferred_mask(self, mask: Any) -> DeferredMask:
         batch, length = self.order.shape
-        for original, recipe in self.recipes:
+        for original, deferred in self.deferred_masks:
             if original is mask:
-                return recipe
-        recipe = read_mask(mask, batch, length)
-        self.recipes.append((mask, recipe))
-        return recipe
+                return deferred
+        deferred = read_mask(mask, batch, length)
+        self.deferred_masks.append((mask, deferred))
+        return deferred
 
 
 @uncompiled
@@ -252,8 +254,8 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
     step.entered_calls += 1
     last = step.entered_calls == step.expected_calls
     ends_early = last and step.rows is not Rows.ALL and not step.whole_between
-    rest_pass = run_rest if step.kept is None else use_kept
-    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), rest_pass, ends_early)
+    unselected_pass = run_unselected if step.cached_kv is None else use_cached_key_values
+    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), unselected_pass, ends_early)
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
 
 
@@ -270,9 +272,9 @@ def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
     if call.last and step.rows is Rows.SELECTED:
         leaving = hidden
     else:
-        rest = call.rest_output
+        rest = call.unselected_output
         if rest is None:  # its pass ended early, or there was none: what leaves the last layer has all rows
-            count = step.indices(REST).shape[1] if call.last else 0
+            count = step.indices(UNSELECTED).shape[1] if call.last else 0
             rest = hidden.new_zeros(len(hidden), count, *hidden.shape[2:])
         groups = TokenGroups(hidden, rest)
         leaving = step.merge(groups) if call.last or step.whole_between else groups
@@ -300,14 +302,14 @@ def selective_attention(
         if call.selected_kv is not None:
             raise UnsupportedModelError(f"{type(call.layer).__name__} calls attention more than once")
         call.selected_kv = key, value
-        if step.indices(REST).shape[1] > 0:
-            call.rest_pass(step, call)  # comes by here in its turn, and leaves `joined_kv`
+        if step.indices(UNSELECTED).shape[1] > 0:
+            call.unselected_pass(step, call)  # comes by here in its turn, and leaves `joined_kv`
         keys, values = call.joined_kv or call.selected_kv
         own = step.own_tokens(call)
     else:
-        call.rest_kv = key, value
+        call.unselected_kv = key, value
         call.join(step)
-        if call.rest_ends_early:
+        if call.unselected_ends_early:
             raise PassDone
         keys, values = (joined.detach() for joined in call.joined_kv)
         own = None
@@ -322,7 +324,7 @@ def selective_attention(
 
 
 @contextmanager
-def without_queries(layer: nn.Module) -> Iterator[None]:
+def skipped_query_projections(layer: nn.Module) -> Iterator[None]:
     """Within it, the layer's query projections compute nothing: a pass that ends at its keys and values needs none.
 
     They return NaN, so that the verification finds a model whose keys or values are made of queries. What draws random
@@ -353,17 +355,17 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 @_around
-def run_rest(step: Step, call: LayerCall) -> None:
+def run_unselected(step: Step, call: LayerCall) -> None:
     """The rest's pass through the layer, called from within the selected group's attention.
 
     `forward`, not the layer itself: the hooks on the layer, ours among them, run once per call of the layer.
     """
-    args, kwargs = step.rows_of(call.args, REST), step.rows_of(call.kwargs, REST)
-    call.running = REST
+    args, kwargs = step.rows_of(call.args, UNSELECTED), step.rows_of(call.kwargs, UNSELECTED)
+    call.running = UNSELECTED
     try:
-        with torch.no_grad(), without_queries(call.layer) if call.rest_ends_early else nullcontext():
-            output = call.layer.forward(call.groups.rest, *args, **kwargs)
-            call.rest_output = output[0] if isinstance(output, tuple) else output
+        with torch.no_grad(), skipped_query_projections(call.layer) if call.unselected_ends_early else nullcontext():
+            output = call.layer.forward(call.groups.unselected, *args, **kwargs)
+            call.unselected_output = output[0] if isinstance(output, tuple) else output
     except PassDone:
         pass
     finally:
@@ -371,10 +373,10 @@ def run_rest(step: Step, call: LayerCall) -> None:
 
 
 @uncompiled
-def use_kept(step: Step, call: LayerCall) -> None:
-    """In place of `run_rest`: the rest's keys and values as a look found them, dropped here from what it kept."""
-    kept = step.kept.popleft()
-    indices = step.indices(REST)
-    call.rest_kv = tuple(gather_tokens(tensor.transpose(1, 2), indices).transpose(1, 2) for tensor in kept)
-    del kept
+def use_cached_key_values(step: Step, call: LayerCall) -> None:
+    """In place of `run_unselected`: the rest's keys and values as a look found them, dropped here from what it kept."""
+    cached = step.cached_kv.popleft()
+    indices = step.indices(UNSELECTED)
+    call.unselected_kv = tuple(gather_tokens(tensor.transpose(1, 2), indices).transpose(1, 2) for tensor in cached)
+    del cached
     call.join(step)

@@ -20,7 +20,7 @@ from tokentune.core.layers import attention_modules, transformer_layers
 from tokentune.core.patched import Settings, last_draw
 from tokentune.core.patching import install_hooks, remove_tokentune
 from tokentune.core.profile import Profile
-from tokentune.core.scoring_pass import LookOptions, look
+from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels
 from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
@@ -30,7 +30,9 @@ _WEIGHTS = "tokentune_weights"
 _OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of two losses
 
 
-def verify_look(model: PreTrainedModel, profile: Profile, options: LookOptions, needs: tuple[str, ...]) -> None:
+def verify_scoring_pass(
+    model: PreTrainedModel, profile: Profile, options: ScoringOptions, needs: tuple[str, ...]
+) -> None:
     """Compares looks at a tiny copy of a causal `model`, and a step after one, with their definitions.
 
     Raises:
@@ -49,13 +51,13 @@ def verify_look(model: PreTrainedModel, profile: Profile, options: LookOptions, 
                 if layers is None:
                     _compare_step(trial, profile)
     except UnsupportedModelError as error:
-        cure = "" if options.layers else "look through its first layers alone (--selection_layers), or "
+        cure = "" if options.layers else "run it through the first layers alone (--selection_layers), or "
         raise UnsupportedModelError(
-            f"a look at all tokens does not serve {type(model).__name__}: {error}; {cure}take a strategy without scores"
+            f"a scoring pass does not serve {type(model).__name__}: {error}; {cure}take a strategy without scores"
         ) from error
     except Exception as error:  # whatever a family's own code raises where it is looked at
         raise UnsupportedModelError(
-            f"a look at all tokens fails in {type(model).__name__}: {type(error).__name__}: {error}"
+            f"a scoring pass fails in {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -63,7 +65,7 @@ def _compare_scores(trial: _Trial, layers: int | None, needs: tuple[str, ...]) -
     tiny, batch = trial.tiny, trial.batch
     wanted = tuple(name for name in _OF_ITSELF if name in needs)
     with Float64():
-        found = look(tiny, transformer_layers(tiny), batch, LookOptions(layers=layers), wanted).scores
+        found = run_scoring_pass(tiny, transformer_layers(tiny), batch, ScoringOptions(layers=layers), wanted).scores
     defined = _scores(tiny, batch, layers, "attention" in wanted)
     for name in found:
         _agree(found[name], defined[name], f"{trial.side} padding, {name} of tokens")
@@ -126,7 +128,9 @@ def _compare_step(trial: _Trial, profile: Profile) -> None:
     """The gradients of a step that a look and a random draw came before, with those of the definition."""
     tiny = trial.tiny
     install_hooks(tiny)
-    settings = Settings(SELECTED, "random", profile, transformer_layers(tiny), chunked_loss=False, look=LookOptions())
+    settings = Settings(
+        SELECTED, "random", profile, transformer_layers(tiny), chunked_loss=False, scoring=ScoringOptions()
+    )
     tiny._tokentune = settings
     try:
         _, found = _step(tiny, trial.batch, trial.positions)
@@ -138,5 +142,5 @@ def _compare_step(trial: _Trial, profile: Profile) -> None:
         _, defined = _step(tiny, trial.batch | {"labels": labels}, positions)
     scale = max(gradient.abs().max() for gradient in defined.values())
     for name, gradient in defined.items():
-        what = f"{trial.side} padding, gradient of {name} after a look"
+        what = f"{trial.side} padding, gradient of {name} after a scoring pass"
         _agree(found[name], gradient, what, 1e-3 * scale)

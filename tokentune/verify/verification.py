@@ -104,7 +104,7 @@ def verify_correction(model: PreTrainedModel, profile: Profile) -> None:
 def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
     """What in the model's code explains a mismatch, as far as it can be seen; empty where it cannot."""
     attention = attention_modules(transformer_layers(tiny).layers)[0]
-    if "MaskRecipe" in message:
+    if "DeferredMask" in message:
         return f" ({type(attention).__name__} computes with the mask itself, before attention)"
     if "arange" in inspect.unwrap(type(attention).forward).__code__.co_names:
         return f" ({type(attention).__name__} counts the tokens it is given, which are one group's, not the sequence's)"
