@@ -27,11 +27,11 @@ from transformers.masking_utils import (
 )
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.core import blockwise_attention as blocks
-from tokentune.core.attention import attend
+from tokentune.core.attention import blockwise as blocks
+from tokentune.core.attention.kernels import attend
+from tokentune.core.attention.masks import DeferredMask, GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.groups import gather_tokens, in_sequence_order, token_order
-from tokentune.core.masks import DeferredMask, GroupMask, mask_from_functions, mask_from_tensor
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 37, 6, 2, 8
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 20 + [2] * 8, [0] * 30 + [1] * 7])
@@ -99,9 +99,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Makes `attend` take one of its ways; returns the implementation to name."""
     monkeypatch.setattr(blocks, "CPU_BLOCK", 100 if request.param == "one block" else 5)
     if request.param == "one call":
-        monkeypatch.setattr("tokentune.core.attention._in_blocks", lambda *_: False)
+        monkeypatch.setattr("tokentune.core.attention.kernels._in_blocks", lambda *_: False)
     if request.param == "positions unread":
-        monkeypatch.setattr("tokentune.core.masks._readable", lambda positions: False)
+        monkeypatch.setattr("tokentune.core.attention.masks._readable", lambda positions: False)
     if request.param in ("blocks of other kernels", "heads one by one"):  # as on CUDA
         monkeypatch.setitem(blocks.KERNELS, "cpu", blocks.KERNELS["cuda"])
         monkeypatch.setattr(blocks, "takes_grouped_heads", lambda *_: request.param == "blocks of other kernels")

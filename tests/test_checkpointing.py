@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.core.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.core.selective_layer import skipped_query_projections
 
 LAYERS = 5

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from transformers import BertModel, LlamaForCausalLM
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.core import attention, correction, patching
-from tokentune.core import blockwise_attention as blocks
+from tokentune.core import patching
 from tokentune.core import selective_layer as selective
+from tokentune.core.attention import blockwise as blocks
+from tokentune.core.attention import correction
+from tokentune.core.attention import kernels as attention
+from tokentune.core.attention.correction import OwnTokens, gradient_scales
+from tokentune.core.attention.masks import GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.checkpointing import CHECKPOINT_REST
-from tokentune.core.correction import OwnTokens, gradient_scales
-from tokentune.core.masks import GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.profile import Profile
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.core.selective_layer import Rows
 

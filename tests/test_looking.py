@@ -27,7 +27,7 @@ from tokentune.core import model_sampling as drawing
 from tokentune.core.layers import transformer_layers
 from tokentune.core.patched import last_draw
 from tokentune.core.profile import Profile
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.core.selective_layer import Rows
 from tokentune.memory.footprint import measure

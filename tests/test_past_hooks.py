@@ -8,7 +8,7 @@ from conftest import tiny_bert_config, tiny_llama_config
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
-import tokentune.core.past_hooks
+import tokentune.core.compat.bypassed_hooks
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
 
 IDS = torch.arange(3, 33).reshape(2, 15)
@@ -27,7 +27,7 @@ class Distiller:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(tokentune.core.past_hooks.logger, "warning_once", messages.append)
+    monkeypatch.setattr(tokentune.core.compat.bypassed_hooks.logger, "warning_once", messages.append)
     return messages
 
 

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-import tokentune.core.attention
+import tokentune.core.attention.kernels
 import tokentune.core.patching
 import tokentune.core.selective_layer
 from tokentune import UnsupportedModelError, apply_tokentune
@@ -127,7 +127,7 @@ def test_finds_an_option_that_is_not_honored(option: str, monkeypatch: pytest.Mo
     if option == "soft cap":
         monkeypatch.setattr(tokentune.core.selective_layer, "attend", without_soft_cap)
     elif option == "sink":
-        monkeypatch.setattr(tokentune.core.attention, "eager_function", lambda module: eager_attention_forward)
+        monkeypatch.setattr(tokentune.core.attention.kernels, "eager_function", lambda module: eager_attention_forward)
     else:
         monkeypatch.setattr(tokentune.core.patching, "mask_from_functions", one_too_wide)
     model = build(family_of({"soft cap": "Gemma 2", "sink": "GPT-OSS", "window": "Mistral"}[option]))

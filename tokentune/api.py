@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tokentune.core.adapter_kinds import require_served_adapters, unserved_adapters
-from tokentune.core.attention import require_served
+from tokentune.core.attention.correction import require_correctable
+from tokentune.core.attention.kernels import require_served
 from tokentune.core.checkpointing import CHECKPOINT_REST
-from tokentune.core.correction import require_correctable
+from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
 from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import why_not_in_chunks
 from tokentune.core.patched import Settings, owner_of, settings_of
@@ -58,7 +58,7 @@ def apply_tokentune(
             `selection_draws` (B, S), where these are given.
         strategy: how it draws, a name that `strategies.find_strategy` knows.
         verify: first compare a tiny random copy with the definition of the method (`verify/verification.py`), and
-            refuse adapters of kinds that were never compared (`core/adapter_kinds.py`). Without it a model that
+            refuse adapters of kinds that were never compared (`core/compat/adapters.py`). Without it a model that
             cannot be served may be trained wrongly, without an error.
         scoring_pass: how a forward pass over all tokens, without gradients, scores them first (`core/scoring_pass.py`).
             Strategies that need scores get the default where this is None. Otherwise it gives the loss over all tokens
@@ -70,7 +70,7 @@ def apply_tokentune(
         chunked_loss: whether a causal model's loss is taken a chunk of rows at a time (`core/loss.py`): its logits are
             then never there as a whole, and the output has none of them, (B, 0, V). None: in training, where it costs
             no time (frozen output embeddings, as with adapters) or gradient checkpointing asks for memory before time.
-        gradient_correction: exponent a in [0, 1] of a causal model's less biased gradient (`core/correction.py`): 0 is
+        gradient_correction: exponent a in [0, 1] of a less biased gradient (`core/attention/correction.py`): 0 is
             the method as published; 1 is exact in expectation where one layer mixes tokens, for positions drawn
             uniformly (or with weights), and varies more from draw to draw.
         look: the old name of `scoring_pass`, for one release.

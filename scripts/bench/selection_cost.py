@@ -33,7 +33,7 @@ from steps.measure import allocations, storage_bytes
 from steps.report import machine, median_with_interval
 
 from tokentune import apply_tokentune, remove_tokentune
-from tokentune.core.saved_bytes import SavedForBackward, gib
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward, gib
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels, select_positions, target_mask
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when run as a file
 
 from tokentune import apply_tokentune
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.formats.records import load_records
 from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_records, ensure_pad_token

@@ -30,10 +30,10 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tokentune.core.fsdp import gathered
+from tokentune.core.compat.fsdp import gathered
 from tokentune.core.groups import TokenGroups
 from tokentune.core.layers import Stack
-from tokentune.core.offloading import HostMemory
+from tokentune.core.saved_tensors.offloading import HostMemory
 from tokentune.core.selective_layer import UNSELECTED, LayerCall, PassDone, Step, activate, run_unselected, uncompiled
 from tokentune.errors import UnsupportedModelError
 

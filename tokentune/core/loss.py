@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tokentune.core.fsdp import gathered
+from tokentune.core.compat.fsdp import gathered
 from tokentune.core.selective_layer import Rows
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL

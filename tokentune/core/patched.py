@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokentune.core.adapter_kinds import Suspect
+from tokentune.core.compat.adapters import Suspect
 from tokentune.core.layers import Stack
 from tokentune.core.loss import CHUNK_BYTES
 from tokentune.core.profile import Profile

@@ -19,16 +19,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging
 
-from tokentune.core.adapter_kinds import wrapper_past_hooks
+from tokentune.core.attention.correction import gradient_scales
+from tokentune.core.attention.masks import mask_from_functions
 from tokentune.core.checkpointing import checkpoint_layers
-from tokentune.core.correction import gradient_scales
+from tokentune.core.compat.adapters import wrapper_past_hooks
+from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran
+from tokentune.core.compat.foreign_hooks import have_hooks_of_others
+from tokentune.core.compat.step_checks import (
+    check_positions,
+    has_foreign_forward,
+    is_causal_lm,
+    is_whole_sequence,
+    require_served_step,
+)
 from tokentune.core.groups import gather_tokens
-from tokentune.core.hooks_of_others import have_hooks_of_others
 from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, why_not_in_chunks
-from tokentune.core.masks import mask_from_functions
 from tokentune.core.model_sampling import draw, has_labels, per_token, score_given_selection
-from tokentune.core.past_hooks import HOOKS_AT_WORK, check_hooks_ran
 from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Settings, owner_of, settings_of
 from tokentune.core.selective_layer import (
     CURRENT_STEP,
@@ -41,13 +48,6 @@ from tokentune.core.selective_layer import (
     leave_layer,
     selective_attention,
     uncompiled,
-)
-from tokentune.core.step_checks import (
-    check_positions,
-    has_foreign_forward,
-    is_causal_lm,
-    is_whole_sequence,
-    require_served_step,
 )
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import mask_unselected_labels

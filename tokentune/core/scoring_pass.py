@@ -33,7 +33,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentune.core.attention import eager_function
+from tokentune.core.attention.kernels import eager_function
+from tokentune.core.attention.masks import read_mask
 from tokentune.core.layers import Stack, attention_modules
 from tokentune.core.loss import (
     CHUNK_BYTES,
@@ -44,7 +45,6 @@ from tokentune.core.loss import (
     row_gradients,
     rows_with_loss,
 )
-from tokentune.core.masks import read_mask
 from tokentune.core.selective_layer import CachedKeyValues
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL

@@ -38,12 +38,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokentune.core.attention import attend
-from tokentune.core.correction import OwnTokens, scale_gradient
+from tokentune.core.attention.correction import OwnTokens, scale_gradient
+from tokentune.core.attention.kernels import attend
+from tokentune.core.attention.masks import DeferredMask, GroupMask, read_mask
+from tokentune.core.compat.bypassed_hooks import caller_of_forward
 from tokentune.core.groups import TokenGroups, gather_tokens, in_sequence_order, token_order
 from tokentune.core.layer_arguments import has_row_per_token, map_tensors
-from tokentune.core.masks import DeferredMask, GroupMask, read_mask
-from tokentune.core.past_hooks import caller_of_forward
 from tokentune.errors import UnsupportedModelError
 
 SELECTED, UNSELECTED = "selected", "unselected"
@@ -122,7 +122,9 @@ class Step:
     expected_calls: int  # of layers, in the whole pass
     rows: Rows = Rows.SELECTED
     cached_kv: CachedKeyValues | None = None  # from a look (`core/scoring_pass.py`): the rest runs no more
-    gradient_scales: Tensor | None = None  # (B, K), of the selected keys and values (`core/correction.py`); None: all 1
+    gradient_scales: Tensor | None = (
+        None  # (B, K), of the selected keys and values (`attention/correction.py`); None: all 1
+    )
     per_token: dict[str, bool] = field(default_factory=dict)  # of the layers' arguments (`core/layer_arguments.py`)
     whole_between: bool = False  # layers hand on all rows in place of the pair: others' hooks look at them
     entered_calls: int = 0

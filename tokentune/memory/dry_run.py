@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.data.packing import PackedRows, lengths_of
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.footprint import measure

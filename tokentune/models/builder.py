@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tokentune.api import apply_tokentune
-from tokentune.core.fsdp import made_whole
+from tokentune.core.compat.fsdp import made_whole
 from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError, UserError

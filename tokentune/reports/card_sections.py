@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.sampling.strategies import REGISTRY
 from tokentune.settings.run import STARTING
 from tokentune.sources import is_local_path

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallback
 
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.data.collators import SeededRows
 
 logger = logging.getLogger(__name__)

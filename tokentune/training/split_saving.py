@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from tokentune.core.fsdp import own_class, whole_state
+from tokentune.core.compat.fsdp import own_class, whole_state
 
 if TYPE_CHECKING:
     from transformers import Trainer

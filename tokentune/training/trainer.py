@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tokentune.core.breakdown import KindOfModule
-from tokentune.core.fsdp import is_split, own_class, own_part, runs_together, size_of, whole_tensor
+from tokentune.core.compat.fsdp import is_split, own_class, own_part, runs_together, size_of, whole_tensor
+from tokentune.core.compat.rotary_state import rotary_state_kept
 from tokentune.core.patched import last_draw, set_prefix_length
-from tokentune.core.rotary_state import rotary_state_kept
-from tokentune.core.saved_bytes import BYTES_IN_GIB, SavedForBackward
+from tokentune.core.saved_tensors.breakdown import KindOfModule
+from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_GIB, SavedForBackward
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.environment import memory_usage, reset_peak
@@ -64,7 +64,7 @@ class SelectiveTrainer(ResumableTrainer):
     Attributes:
         evaluations: (optimizer step, figures), in order; the figures are those of `Evaluation`.
         saved_for_backward_bytes: what autograd kept after the first micro-batch's forward pass; None before it.
-        saved_for_backward_by: the same by kind of module (`core/breakdown.py`).
+        saved_for_backward_by: the same by kind of module (`core/saved_tensors/breakdown.py`).
         batch_shape: of that micro-batch, (sequences, tokens); None before it.
         step_seconds: of each optimizer step, without logging, evaluating and saving.
         evaluation_seconds: time spent in `evaluate`, and in comparing gradients, since the first step began.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from tokentune.core.attention import eager_function
+from tokentune.core.attention.kernels import eager_function
 from tokentune.core.layers import attention_modules, transformer_layers
 from tokentune.core.patched import Settings, last_draw
 from tokentune.core.patching import install_hooks, remove_tokentune

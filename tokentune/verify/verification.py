@@ -23,8 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentune.core.attention import eager_function
-from tokentune.core.correction import gradient_scales
+from tokentune.core.attention.correction import gradient_scales
+from tokentune.core.attention.kernels import eager_function
 from tokentune.core.layer_arguments import arguments_per_token
 from tokentune.core.layers import attention_modules, transformer_layers
 from tokentune.core.patched import Settings
@@ -90,7 +90,7 @@ def verified_profile(model: PreTrainedModel) -> Profile:
 
 
 def verify_correction(model: PreTrainedModel, profile: Profile) -> None:
-    """Compare a tiny copy of a causal `model` with the definition of the corrected gradient (`core/correction.py`).
+    """Compare a tiny copy of a causal `model` with the definition of the corrected gradient.
 
     Raises:
         UnsupportedModelError: with the place and the size of the first mismatch.

@@ -7,7 +7,7 @@
     data                a digest of the training rows; null: they are read as a stream
     versions            {tokentune, torch, transformers}
     evaluation_pending  whether the validation that is due at this step has still to be made
-    rotary              of each process, the frequencies that follow the lengths of batches (`core/rotary_state.py`)
+    rotary              of each process, the frequencies that follow batch lengths (`core/compat/rotary_state.py`)
     progress            the run's figures so far, as `SelectiveTrainer` and the Trainer keep them
 """
 
@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from tokentune.core.rotary_state import read, rotary_state, set_rotary_state, written
+from tokentune.core.compat.rotary_state import read, rotary_state, set_rotary_state, written
 from tokentune.version import __version__
 
 if TYPE_CHECKING:

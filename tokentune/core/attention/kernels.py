@@ -3,7 +3,7 @@
 B sequences, S tokens, Q queries of one group, H heads, G key-value heads, d head size.
 
 The queries of a group are not consecutive tokens; the S keys are all tokens, in sequence order. Rotary positions were
-applied before the keys were joined, and the mask (`core/masks.py`) knows where each query stands.
+applied before the keys were joined, and the mask (`core/attention/masks.py`) knows where each query stands.
 """
 
 import sys
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from tokentune.core import blockwise_attention as blocks
-from tokentune.core import correction
-from tokentune.core.correction import OwnTokens
-from tokentune.core.masks import GroupMask
+from tokentune.core.attention import blockwise as blocks
+from tokentune.core.attention import correction
+from tokentune.core.attention.correction import OwnTokens
+from tokentune.core.attention.masks import GroupMask
 from tokentune.errors import UnsupportedModelError
 
 IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")  # what `attn_implementation` may name
@@ -39,7 +39,7 @@ def attend(
     the family's soft-capping, sinks and biases; `flex_attention` transformers' own function of that name, with a block
     mask; `sdpa` fused attention. `options` are the keyword arguments of the model's attention call: each one is
     honored, ignored where transformers' own `sdpa` ignores it, or refused. `own`: the queries' own tokens, where the
-    gradients of their keys and values are scaled (`core/correction.py`). Returns the output (B, Q, H, d), and None in
+    gradients of their keys and values are scaled (`attention/correction.py`). Returns the output (B, Q, H, d) and None, in
     place of attention weights.
     """
     require_served(implementation, query.device)

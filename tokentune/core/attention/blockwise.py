@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokentune.core.masks import GroupMask, Span
+from tokentune.core.attention.masks import GroupMask, Span
 
 # Queries in a block. More of them, and the block sees keys that most of its queries do not; fewer, and the calls
 # themselves weigh. Measured on a CPU by scripts/bench/long_sequence.py.

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tokentune.core.adapter_kinds import require_served_adapters, unserved_adapters
+from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
+from tokentune.core.compat.bypassed_hooks import is_called_by_prompt_learning
 from tokentune.core.groups import token_order
 from tokentune.core.model_sampling import pad_token, pooled_tokens
-from tokentune.core.past_hooks import is_called_by_prompt_learning
 from tokentune.core.patched import PROMPT_LEARNING
 from tokentune.core.profile import Pooling
 from tokentune.core.selective_layer import CURRENT_STEP

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tokentune.core.attention.masks import GroupMask
 from tokentune.core.layers import Stack, attention_modules
-from tokentune.core.masks import GroupMask
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import target_mask
 from tokentune.sampling.weighted_draw import wide_dtype
