@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 
 from tokentune import UnsupportedModelError, apply_tokentune
+from tokentune.core.attention.skipped_queries import skipped_query_projections
 from tokentune.core.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
-from tokentune.core.selective_layer import skipped_query_projections
 
 LAYERS = 5
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BertModel, LlamaForCausalLM
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.core import patching
+from tokentune.core import model_sampling
 from tokentune.core import selective_layer as selective
 from tokentune.core.attention import blockwise as blocks
 from tokentune.core.attention import correction
@@ -26,10 +26,9 @@ from tokentune.core.attention import kernels as attention
 from tokentune.core.attention.correction import OwnTokens, gradient_scales
 from tokentune.core.attention.masks import GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.checkpointing import CHECKPOINT_REST
-from tokentune.core.profile import Profile
+from tokentune.core.profile import Profile, Rows
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.core.scoring_pass import ScoringOptions
-from tokentune.core.selective_layer import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 LLAMA = Family("Llama", "LlamaForCausalLM")
@@ -279,22 +278,22 @@ def test_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(LLAMA)
     inputs = batch_for(model, "left")
     drawn = []
-    original = patching.draw
+    original = model_sampling.select_tokens
 
     def noted(*args: Any, **options: Any) -> Any:
         drawn.append(original(*args, **options))
         return drawn[-1]
 
-    monkeypatch.setattr(patching, "draw", noted)
+    monkeypatch.setattr(model_sampling, "select_tokens", noted)
     apply_tokentune(
         model, 0.4, strategy="gradient", verify=False, scoring_pass=ScoringOptions(), gradient_correction=1.0
     )
     with Float64():
         _, found = step(model, inputs | {"num_items_in_batch": 30}, None)
-    given = {"selection_weights": drawn[0].weights, "num_items_in_batch": 30}
-    _, expected = patched_step(model, inputs | given, drawn[0].positions, 1.0)
+    given = {"selection_weights": drawn[0][1], "num_items_in_batch": 30}
+    _, expected = patched_step(model, inputs | given, drawn[0][0], 1.0)
     assert_same_gradients(found, expected)
-    _, uncorrected = patched_step(model, inputs | given, drawn[0].positions, 0.0)
+    _, uncorrected = patched_step(model, inputs | given, drawn[0][0], 0.0)
     name = "model.embed_tokens.weight"
     assert (found[name] - uncorrected[name]).norm() > 0.02 * found[name].norm()
 

@@ -26,10 +26,9 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.core import model_sampling as drawing
 from tokentune.core.layers import transformer_layers
 from tokentune.core.patched import last_draw
-from tokentune.core.profile import Profile
+from tokentune.core.profile import Profile, Rows
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
-from tokentune.core.selective_layer import Rows
 from tokentune.memory.footprint import measure
 from tokentune.models.builder import prepare_model
 
@@ -155,10 +154,10 @@ def test_keys_and_values_are_dropped_layer_by_layer(monkeypatch: pytest.MonkeyPa
     left = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, args: left.append(current()))
-    from tokentune.core.selective_layer import CURRENT_STEP
+    from tokentune.core.step import CURRENT_STEP
 
     def current() -> int | None:
-        return None if CURRENT_STEP.get() is None else len(CURRENT_STEP.get().cached_kv)
+        return None if CURRENT_STEP.get() is None else len(CURRENT_STEP.get().plan.cached_kv)
 
     step(model, **batch(model))
     assert left == [None] * 3 + [2, 1, 0]

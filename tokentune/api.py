@@ -14,11 +14,8 @@ from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import why_not_in_chunks
 from tokentune.core.patched import Settings, owner_of, settings_of
 from tokentune.core.patching import install, remove_tokentune
-from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile
+from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
 from tokentune.core.scoring_pass import SCORES, ScoringOptions
-from tokentune.core.selective_layer import (
-    Rows,
-)
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.resolver import find_strategy
 from tokentune.verify.scoring_pass_check import verify_scoring_pass

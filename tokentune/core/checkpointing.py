@@ -34,7 +34,8 @@ from tokentune.core.compat.fsdp import gathered
 from tokentune.core.groups import TokenGroups
 from tokentune.core.layers import Stack
 from tokentune.core.saved_tensors.offloading import HostMemory
-from tokentune.core.selective_layer import UNSELECTED, LayerCall, PassDone, Step, activate, run_unselected, uncompiled
+from tokentune.core.selective_layer import join_key_values, run_unselected
+from tokentune.core.step import UNSELECTED, LayerCall, PassDone, Step, activate, uncompiled
 from tokentune.errors import UnsupportedModelError
 
 CHECKPOINT_REST = ("auto", "keys_values", "hidden_states", "segments")
@@ -61,7 +62,7 @@ def checkpoint_layers(stack: Stack, step: Step, rest: str, offload_kv: bool) -> 
         return []
     if rest == "segments" and len(chosen) < len(stack.layers):
         raise UnsupportedModelError("checkpoint_rest segments needs gradient checkpointing of every layer")
-    if rest == "segments" and step.whole_between:
+    if rest == "segments" and step.plan.all_rows_between_layers:
         raise UnsupportedModelError("checkpoint_rest segments runs layers again without the hooks that others put on")
     checkpointing = SelectiveCheckpointing(step, rest, offload_kv)
     undo: list[Callable[[], None]] = [step.forget_unselected]
@@ -147,7 +148,7 @@ class SelectiveCheckpointing:
 
     def _smaller(self, call: LayerCall) -> tuple[Tensor, ...]:
         keys_values, hidden_states = call.unselected_kv, (call.groups.unselected,)
-        looked = self.step.cached_kv is not None  # whose hidden states nobody has
+        looked = self.step.plan.cached_kv is not None  # whose hidden states nobody has
         if (
             self.rest == "keys_values"
             or looked
@@ -222,7 +223,7 @@ def _from_kept(layer: _Layer) -> LayerCall:
     def unselected_pass(step: Step, call: LayerCall) -> None:
         if groups is None:
             call.unselected_kv = kept
-            call.join(step)
+            join_key_values(step, call)
         else:
             run_unselected(step, call)
         set_random_states(layer.states_after_unselected, call.joined_kv[0])
@@ -290,7 +291,7 @@ class _Segment:
 def _from_segment(segment: _Segment, index: int, layer: _Layer) -> LayerCall:
     def unselected_pass(step: Step, call: LayerCall) -> None:
         call.unselected_kv = segment.take(index, step)
-        call.join(step)
+        join_key_values(step, call)
         set_random_states(layer.states_after_unselected, call.joined_kv[0])
 
     return layer.call(None, with_gradients=True, unselected_pass=unselected_pass)

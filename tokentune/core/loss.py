@@ -16,7 +16,7 @@ repeated on each chunk; `verify/verification.py` tries it. The value is that of 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.compat.fsdp import gathered
-from tokentune.core.selective_layer import Rows
+from tokentune.core.profile import Profile, Rows
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
-
-if TYPE_CHECKING:
-    from tokentune.core.profile import Profile
 
 CHUNK_BYTES = 64 * 1024**2  # of a chunk's logits in float32; with their softmax and gradient thrice that, for a moment
 # Probabilities down to 6e-8 / 256 are told from zero in a float16 gradient; 256 x 2 x a weight is far from overflow.
@@ -47,7 +44,7 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def why_not_in_chunks(model: PreTrainedModel, profile: "Profile") -> str | None:
+def why_not_in_chunks(model: PreTrainedModel, profile: Profile) -> str | None:
     """What keeps a model's loss from being taken in chunks; None where nothing does."""
     name = type(model).__name__
     if not model.can_generate() or model.get_output_embeddings() is None:
@@ -210,6 +207,20 @@ class ChunkedLoss:
             options = {"use_reentrant": False, "preserve_rng_state": chance}
             return torch.stack([checkpoint(summed, *piece, **options) for piece in pieces]).sum()
         return torch.stack([summed(*piece) for piece in pieces]).sum()
+
+
+def selected_loss(
+    loss_function: Callable, positions: Tensor, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """A causal model's own loss, on logits (B, K, V) of the selected rows and labels (B, S) of the whole sequence.
+
+    Each selected position predicts the next token of the original sequence.
+    """
+    targets = next_targets(labels, kwargs.pop("shift_labels", None))
+    targets = targets.gather(1, positions.to(targets.device))
+    if logits.shape[1] != targets.shape[1]:
+        raise UnsupportedModelError(f"the head returned {logits.shape[1]} rows for {targets.shape[1]} selected tokens")
+    return loss_function(logits, labels, *args, shift_labels=targets, **kwargs)
 
 
 def put_loss(model: PreTrainedModel, loss_function: Callable) -> list[Callable[[], None]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tokentune.core.compat.adapters import Suspect
@@ -12,24 +12,11 @@ from tokentune.core.layers import Stack
 from tokentune.core.loss import CHUNK_BYTES
 from tokentune.core.profile import Profile
 from tokentune.core.scoring_pass import ScoringOptions
+from tokentune.core.step_plan import DrawCounts
 from tokentune.errors import UnsupportedModelError
-
-
-@dataclass
-class DrawCounts:
-    """The last draw, on the device: reading it makes its host wait."""
-
-    positions: Tensor  # (B, K)
-    selected: Tensor  # how many of them are real tokens
-    supervised: Tensor  # selected targets
-    loss: Tensor | None = None  # the sum over all supervised targets, from a look through all layers
-    targets: Tensor | None = None  # how many these are
-
 
 PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
-
-
 SETTINGS_OF_OWNER = "_tokentune_of_owner"  # likewise, of the model inside that holds the layers
 
 

@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokentune.core.attention.kernels import eager_function
 from tokentune.core.attention.masks import read_mask
+from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import Stack, attention_modules
 from tokentune.core.loss import (
     CHUNK_BYTES,
@@ -45,7 +46,9 @@ from tokentune.core.loss import (
     row_gradients,
     rows_with_loss,
 )
-from tokentune.core.selective_layer import CachedKeyValues
+from tokentune.core.selective_layer import join_key_values
+from tokentune.core.step import UNSELECTED, LayerCall, Step, uncompiled
+from tokentune.core.step_plan import CachedKeyValues
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.strategies import DRAWS
@@ -140,6 +143,16 @@ def run_scoring_pass(
         found.cached_kv = watch.cached_kv
         found.loss, found.supervised = losses.total()
     return found
+
+
+@uncompiled
+def use_cached_key_values(step: Step, call: LayerCall) -> None:
+    """In place of the unselected tokens' pass: their keys and values from the scoring pass, removed from its cache."""
+    cached = step.plan.cached_kv.popleft()  # 2 x (B, G, S, d)
+    indices = step.indices(UNSELECTED)
+    call.unselected_kv = tuple(gather_tokens(tensor.transpose(1, 2), indices).transpose(1, 2) for tensor in cached)
+    del cached
+    join_key_values(step, call)
 
 
 def _reference_losses(reference: PreTrainedModel, kwargs: dict[str, Any], own: "TokenLosses") -> Tensor:

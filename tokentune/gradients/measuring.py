@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import transformer_layers
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
-from tokentune.core.selective_layer import CURRENT_STEP
+from tokentune.core.step import CURRENT_STEP
 from tokentune.data.collators import CausalCollator
 from tokentune.errors import UserError
 from tokentune.gradients.draw_statistics import Gradient

@@ -25,12 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokentune.core.attention.correction import gradient_scales
 from tokentune.core.attention.kernels import eager_function
-from tokentune.core.layer_arguments import arguments_per_token
-from tokentune.core.layers import attention_modules, transformer_layers
+from tokentune.core.groups import TokenGroups
+from tokentune.core.layers import arguments_per_token, attention_modules, transformer_layers
 from tokentune.core.patched import Settings
 from tokentune.core.patching import install_hooks, remove_tokentune
-from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile
-from tokentune.core.selective_layer import Rows, TokenGroups
+from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import mask_unselected_labels
 from tokentune.verify.tiny_copy import Float64, implementation, tiny_copy, undisturbed

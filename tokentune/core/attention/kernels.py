@@ -39,8 +39,8 @@ def attend(
     the family's soft-capping, sinks and biases; `flex_attention` transformers' own function of that name, with a block
     mask; `sdpa` fused attention. `options` are the keyword arguments of the model's attention call: each one is
     honored, ignored where transformers' own `sdpa` ignores it, or refused. `own`: the queries' own tokens, where the
-    gradients of their keys and values are scaled (`attention/correction.py`). Returns the output (B, Q, H, d) and None, in
-    place of attention weights.
+    gradients of their keys and values are scaled (`attention/correction.py`). Returns the output (B, Q, H, d), and None
+    in place of attention weights.
     """
     require_served(implementation, query.device)
     if options.get("position_bias") is not None:

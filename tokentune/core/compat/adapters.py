@@ -83,7 +83,7 @@ class Suspect:
         return self.adapter is None or self.adapter in getattr(self.module, "active_adapters", [])
 
 
-def wrapper_past_hooks(model: nn.Module) -> nn.Module | None:
+def wrapper_bypassing_hooks(model: nn.Module) -> nn.Module | None:
     """peft's part around a model that calls its `forward`, not the model with its hooks; None: there is none.
 
     AdaLoRA's and adaption prompts' do.

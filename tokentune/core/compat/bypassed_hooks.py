@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from tokentune.core.groups import TokenGroups
 from tokentune.errors import UnsupportedModelError
 
 logger = logging.get_logger(__name__)
@@ -49,7 +50,18 @@ def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
         logger.warning_once(f"{name} was called by itself: an ordinary forward, all tokens get gradients")
 
 
-def caller_of_forward() -> str:
+def require_ordinary_call(hidden: Any, kwargs: dict[str, Any]) -> None:
+    """Raises RuntimeError where a layer gets what belongs to a selective forward, outside of one."""
+    if "selected_positions" in kwargs:  # swallowed by the model's **kwargs, where its hooks did not run
+        raise RuntimeError(
+            f"selected_positions reached a layer past the model's hooks: {_caller_of_forward()} called `forward` "
+            "in place of the model itself"
+        )
+    if isinstance(hidden, TokenGroups):
+        raise RuntimeError("a layer is run again outside of its forward pass (a checkpointing wrapper does this)")
+
+
+def _caller_of_forward() -> str:
     """Who called the `forward` of the model that is running now, as `AdaLoraModel.forward (peft.tuners...)`."""
     frame = next((frame for frame in _frames() if _argument(frame, "selected_positions") is not None), None)
     return "its caller" if frame is None else _caller(frame)

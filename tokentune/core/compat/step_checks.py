@@ -4,7 +4,7 @@ B sequences, S tokens, K selected
 """
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +14,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
 from tokentune.core.compat.bypassed_hooks import is_called_by_prompt_learning
-from tokentune.core.groups import token_order
-from tokentune.core.model_sampling import pad_token, pooled_tokens
-from tokentune.core.patched import PROMPT_LEARNING
-from tokentune.core.profile import Pooling
-from tokentune.core.selective_layer import CURRENT_STEP
+from tokentune.core.patched import PROMPT_LEARNING, Settings
+from tokentune.core.profile import Pooling, pad_token, pooled_tokens
+from tokentune.core.step import CURRENT_STEP
 from tokentune.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from tokentune.core.patched import Settings
 
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 _POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
 _PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
 
 
-def require_served_step(model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any]) -> None:
+def require_served_step(model: PreTrainedModel, settings: Settings, kwargs: dict[str, Any]) -> None:
     """Raises for what a selective forward cannot do."""
     if getattr(model, "_is_replica", False):
         raise UnsupportedModelError(
@@ -49,7 +44,7 @@ def require_served_step(model: PreTrainedModel, settings: "Settings", kwargs: di
             raise ValueError(f"`{name}` cannot be had together with a selection")
 
 
-def _require_served_adapters_now(model: PreTrainedModel, settings: "Settings") -> None:
+def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> None:
     """Adapters may have come, or become active, after the model was patched."""
     configs = getattr(model, "peft_config", None)
     known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
@@ -76,15 +71,6 @@ def check_positions(model: PreTrainedModel, pooling: Pooling | None, positions: 
         pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token(model))
         if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
             raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
-
-
-def is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether every token is selected, so that the step is an ordinary one and costs what it costs."""
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if tokens is None or not isinstance(positions, Tensor) or positions.shape[1] != tokens.shape[1]:
-        return False
-    token_order(positions, tokens.shape[1])  # for its checks
-    return True
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:
