@@ -26,12 +26,12 @@ Whatever else is in a layer (LoRA, 4-bit weights, experts, any order of norms) j
 layer only the keys and values of the unselected tokens are needed, so their pass ends there. `tests/test_selective.py`
 compares outputs and gradients with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
 
-What is not the method hooks in here: masks at `Step.mask_rows`, the gradient's correction at `join_key_values` and
-`Step.own_tokens`; checkpointing and the scoring pass replace `LayerCall.unselected_pass`; where foreign hooks look at a
-layer, `StepPlan.all_rows_between_layers` makes layers pass on (B, S, D).
+Everything else joins in at few points: masks at `Step.mask_rows`; the gradient's correction at `join_key_values` and
+`Step.own_tokens`; checkpointing and the scoring pass, which replace `LayerCall.unselected_pass`; hooks of others on a
+layer, for which `StepPlan.all_rows_between_layers` makes the layers pass on (B, S, D).
 """
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -89,8 +89,7 @@ def enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple 
     step.entered_calls += 1
     last = step.entered_calls == step.expected_calls
     ends_early = last and step.plan.rows is not Rows.ALL and not between
-    gradients = torch.is_grad_enabled()
-    step.call = LayerCall(layer, last, groups, args, kwargs, gradients, step.unselected_pass, ends_early)
+    step.call = LayerCall(layer, last, groups, args, kwargs, torch.is_grad_enabled(), step.unselected_pass, ends_early)
     return (groups.selected, *step.rows_of(args, SELECTED)), step.rows_of(kwargs, SELECTED)
 
 
@@ -118,16 +117,15 @@ def selective_attention(
         if step.indices(UNSELECTED).shape[1] > 0:
             call.unselected_pass(step, call)  # `run_unselected`: reaches the branch below, and sets `joined_kv`
         keys, values = call.joined_kv or call.selected_kv  # (B, G, S, d)
-        own = step.own_tokens(call)
     else:
         call.unselected_kv = key, value
         join_key_values(step, call)
         if call.unselected_ends_early:
             raise PassDone
         keys, values = (joined.detach() for joined in call.joined_kv)
-        own = None
     implementation, causal = step.own_attention(module, options)
     mask = step.mask_rows(attention_mask, causal, group, query)
+    own = step.own_tokens(call) if group == SELECTED else None
     return uncompiled(attend)(module, query, keys, values, mask, implementation, own=own, **options)
 
 
@@ -138,13 +136,12 @@ def run_unselected(step: Step, call: LayerCall) -> None:
     It calls `forward`, not the layer itself: hooks on the layer run once per call of the layer.
     """
     args, kwargs = step.rows_of(call.args, UNSELECTED), step.rows_of(call.kwargs, UNSELECTED)
+    queries = skipped_query_projections(call.layer) if call.unselected_ends_early else nullcontext()
     call.running = UNSELECTED
     try:
-        with torch.no_grad(), skipped_query_projections(call.layer) if call.unselected_ends_early else nullcontext():
+        with suppress(PassDone), torch.no_grad(), queries:
             output = call.layer.forward(call.groups.unselected, *args, **kwargs)
             call.unselected_output = output[0] if isinstance(output, tuple) else output  # (B, R, D)
-    except PassDone:
-        pass
     finally:
         call.running = SELECTED
 

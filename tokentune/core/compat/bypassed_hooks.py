@@ -50,9 +50,13 @@ def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
         logger.warning_once(f"{name} was called by itself: an ordinary forward, all tokens get gradients")
 
 
-def require_ordinary_call(hidden: Any, kwargs: dict[str, Any]) -> None:
-    """Raises RuntimeError where a layer gets what belongs to a selective forward, outside of one."""
-    if "selected_positions" in kwargs:  # swallowed by the model's **kwargs, where its hooks did not run
+def require_ordinary_call(hidden: Any, of_layer: dict[str, Any]) -> None:
+    """Raises RuntimeError where a layer gets what belongs to a selective forward, outside of one.
+
+    Args:
+        of_layer: its keyword arguments; not called `kwargs`, by which `_argument` finds the frames of others.
+    """
+    if "selected_positions" in of_layer:  # swallowed by the model's **kwargs, where its hooks did not run
         raise RuntimeError(
             f"selected_positions reached a layer past the model's hooks: {_caller_of_forward()} called `forward` "
             "in place of the model itself"
