@@ -1,4 +1,4 @@
-"""The public functions: a model is compared with the definition of the method, then patched; or unpatched."""
+"""The public functions: `apply_tokentune` verifies a model and patches it; `remove_tokentune` undoes that."""
 
 import warnings
 
@@ -37,23 +37,25 @@ def apply_tokentune(
     gradient_correction: float = 0.0,
     look: ScoringOptions | None = None,
 ) -> nn.Module:
-    """Patch this instance, a transformers model or a peft model around one, and return it. Twice is the same as once.
+    """Patch this instance, a transformers model or a peft model around one, and return it.
+
+    A second call replaces the settings of the first one.
 
     Afterwards `model(..., selected_positions=positions)`, with positions (B, K) int64, distinct and ascending in each
     row, runs the selective forward and returns K rows: logits (B, K, V), or last_hidden_state (B, K, D) from a model
     without a head. A causal model's loss is the mean over the selected positions whose next token is supervised (given
     `num_items_in_batch`: their sum divided by it, as everywhere in transformers). A caller that knows on the host how
-    many of them that are can say so, `num_supervised=n`: on an accelerator a chunked loss then leaves out the others.
+    many such positions there are can pass `num_supervised=n`: on an accelerator a chunked loss then skips the others.
     `selection_weights` (B, K) are factors of the positions' losses, whose sum is then divided by the number of all
     supervised targets in `labels`, selected or not (or by `num_items_in_batch`). `all_labels` (B, S) are the labels
-    before the selection masked any, where it did: a scoring pass takes the loss over all of them.
+    from before a selection masked any: a scoring pass takes the loss over all of them.
     Without `selected_positions` the model is the original one, generation included, with one exception:
 
     Args:
         prefix_length: tokens per sequence to select, a count (int) or a proportion (float). When given, the model
             draws the selection itself whenever it is in training mode and called with labels; with the uniform numbers
             `selection_draws` (B, S), where these are given.
-        strategy: how it draws, a name that `strategies.find_strategy` knows.
+        strategy: how it draws, a name that `sampling.resolver.find_strategy` accepts.
         verify: first compare a tiny random copy with the definition of the method (`verify/verification.py`), and
             refuse adapters of kinds that were never compared (`core/compat/adapters.py`). Without it a model that
             cannot be served may be trained wrongly, without an error.
@@ -61,20 +63,21 @@ def apply_tokentune(
             Strategies that need scores get the default where this is None. Otherwise it gives the loss over all tokens
             (`last_draw`), and the step reuses its keys and values, also for given positions. Where the strategy knows
             its probabilities, the loss of a token has the weight 1 / probability.
-        checkpoint_rest: what gradient checkpointing, once enabled on the model, keeps of the tokens that are not
+        checkpoint_rest: what gradient checkpointing, once enabled on the model, saves of the tokens that are not
             selected: one of `tokentune.core.checkpointing.CHECKPOINT_REST`.
-        offload_kv: and whether it keeps that in the CPU's memory, for a model on an accelerator.
+        offload_kv: save that in the CPU's memory, for a model on an accelerator.
         chunked_loss: whether a causal model's loss is taken a chunk of rows at a time (`core/loss.py`): its logits are
-            then never there as a whole, and the output has none of them, (B, 0, V). None: in training, where it costs
-            no time (frozen output embeddings, as with adapters) or gradient checkpointing asks for memory before time.
+            then never in memory as a whole, and the output has none, (B, 0, V). None: in training, where it costs no
+            time (frozen output embeddings, as with adapters) or gradient checkpointing prefers memory to time.
         gradient_correction: exponent a in [0, 1] of a less biased gradient (`core/attention/correction.py`): 0 is
             the method as published; 1 is exact in expectation where one layer mixes tokens, for positions drawn
             uniformly (or with weights), and varies more from draw to draw.
         look: the old name of `scoring_pass`, for one release.
 
-    Forward hooks that others put on a layer itself, before or after, see and may change all of its rows, (B, S, D), as
-    ever (which costs copies of them, and the last layer's rest; where a hook mixes tokens, those of the rest are
-    constants to it). Modules inside are called once per group, and so are hooks on them.
+    Forward hooks of others on a layer itself, before or after, see and may change all of its rows, (B, S, D), as in the
+    original model. That costs copies of the rows, and the unselected tokens' pass through all of the last layer. Where
+    such a hook mixes tokens, the unselected ones are constants. Modules inside a layer are called once per group, and
+    so are hooks on them.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
@@ -91,7 +94,7 @@ def apply_tokentune(
     if before is not None:
         profile = before.profile
     else:
-        # A trainer may move the model to the accelerator later; each attention call looks at its own device again.
+        # A trainer may move the model to the accelerator later; each attention call checks its own device again.
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         for config in transformer_layers(owner).configs:
             require_served(config._attn_implementation, device)
@@ -149,7 +152,7 @@ def _check_scoring_pass(
 
 
 def _keep_4bit_layout(owner: PreTrainedModel) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in an evaluation, on CPUs with AVX512-BF16.
+    """Stops bitsandbytes from repacking 4-bit weights in evaluation mode, on CPUs with AVX512-BF16.
 
     Repacked they have no backward pass: all gradients through such a layer are lost, at most with a warning.
     """
@@ -161,7 +164,7 @@ def _keep_4bit_layout(owner: PreTrainedModel) -> None:
 
 
 def _assumed_profile(owner: PreTrainedModel) -> Profile:
-    """What most models are, for one that is not to be verified: encoders pool the first token."""
+    """The profile of most models, for one that is not verified: encoders pool the first token."""
     whole = owner.loss_type in SEQUENCE_HEADS
     pooler = any(name.split(".")[-1] == "pooler" for name, _ in owner.named_modules())
     return Profile(Rows.SELECTED, Pooling.FIRST if whole or pooler else None)

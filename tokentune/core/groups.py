@@ -1,4 +1,4 @@
-"""The two groups of a batch's tokens, and moving between them and sequence order.
+"""The two groups of a batch's tokens: from sequence order to groups, and back.
 
 B sequences, S tokens, K selected, R = S - K unselected, D hidden size
 """
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class TokenGroups(NamedTuple):
-    """The hidden states between two layers. A tuple, so that engines that look for tensors in it find them."""
+    """The hidden states between two layers. A tuple, because FSDP and DDP search tuples for tensors."""
 
     selected: Tensor  # (B, K, D), with gradients
     unselected: Tensor  # (B, R, D), constants
@@ -22,7 +22,7 @@ def token_order(positions: Tensor, length: int) -> Tensor:
     """(B, K) selected positions -> (B, S): those first, then all others, both ascending.
 
     Raises ValueError for a position outside the sequence, twice in a row, or out of order; on an accelerator a
-    device-side assertion fails instead, as the host does not wait for it.
+    device-side assertion fails instead, because the host does not wait for the result.
     """
     require((positions >= 0) & (positions < length), f"selected_positions must lie between 0 and {length - 1}")
     chosen = torch.zeros(positions.shape[0], length, dtype=torch.bool, device=positions.device)
@@ -49,7 +49,7 @@ def in_sequence_order(selected: Tensor, unselected: Tensor, flat_indices: tuple[
 
 
 class _Join(torch.autograd.Function):
-    """Two `index_copy_`, which would keep what they copy for their backward pass."""
+    """Two `index_copy_`. Those of torch would save their inputs for the backward pass, which needs only the indices."""
 
     @staticmethod
     def forward(
@@ -70,8 +70,8 @@ class _Join(torch.autograd.Function):
 
 
 def require(condition: Tensor, message: str) -> None:
-    """Raises ValueError with `message` unless `condition` holds everywhere, without making a device's host wait."""
-    if is_fake(condition):  # without a value: memory is being estimated
+    """Raises ValueError with `message` unless `condition` holds everywhere. The host does not wait for a device."""
+    if is_fake(condition):  # it has no value: memory is being estimated
         return
     if condition.device.type != "cpu":
         torch._assert_async(condition.all(), message)

@@ -152,14 +152,14 @@ def _counts(positions: Tensor, selected: Tensor, supervised: Tensor, scored: Sco
 
 
 def _always(model: PreTrainedModel, settings: Settings, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
-    """(B, S) bool: the tokens to be selected in any case."""
+    """(B, S) bool: the tokens that are selected in any case."""
     answers = [inputs[name].to(mask.device).flatten() for name in _ANSWERS if inputs.get(name) is not None]
     if not answers:
         pooled = pooled_tokens(settings.profile.pooling, mask, inputs.get("input_ids"), pad_token(model))
         if pooled is not None:
             require((pooled & mask.bool()).any(1), _PADDING_POOLED)
         return pooled
-    # Otherwise most draws would hold neither end of the answer.
+    # Without this, most draws would have neither end of the answer.
     ends = torch.stack(answers, dim=1).clamp(0, mask.shape[1] - 1)
     return torch.zeros_like(mask, dtype=torch.bool).scatter(1, ends, True)
 
@@ -173,9 +173,9 @@ def _draw_in_front_of_the_layers(settings: Settings, hidden: Tensor) -> Tensor:
 def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
     """Scales what TRL's trainers sum up over the tokens of an output, in place, to stand for all supervised tokens.
 
-    They divide the sum of `log_probs` (B, S - 1) by a count of all of them, taken outside of the model. That is right
-    for a plain sum alone: refused are losses that weigh tokens (`dft`, preferences, rewards), here where the output
-    holds what only such a loss asks for, which would work with it before its backward pass; otherwise in that.
+    They divide the sum of `log_probs` (B, S - 1) by the number of all supervised tokens, which they count outside of
+    the model. That is right only for a plain sum. Losses that weight tokens (`dft`, preferences, rewards) are refused:
+    here, where the output has what only such a loss uses; otherwise in the backward pass, by the gradient.
     """
     if getattr(output, "log_probs", None) is None or getattr(output, "label_mask", None) is None:
         return

@@ -1,11 +1,14 @@
 """Putting the method into a model instance, and taking it out again.
 
-    B sequences, S tokens, K selected, D hidden size, V vocabulary
+    B sequences, S tokens, K selected, D hidden size
 
-`install` adds forward hooks to the given instance, nothing else: its classes, its `forward` methods, its
-configuration and what `save_pretrained` writes stay as they are. The model's pre-hook starts a step when a selection
-is given (or drawn), its post-hook ends it; in between the configuration names the attention function of
-`core/selective_layer.py`, and the loss of a causal model is taken at the selected positions.
+`install` adds forward hooks to the given instance and nothing else: its classes, its `forward` methods, its
+configuration and what `save_pretrained` writes do not change. One forward pass:
+
+    _begin_step     pre-hook of the model: chooses the tokens, makes a `StepPlan`, and carries it out (`_carry_out`):
+                    the configuration names our attention function, and the model has the loss function of the plan
+    the model's own forward, with hooks on its layers (`core/selective_layer.py`)
+    _end_step       post-hook of the model: puts everything back
 """
 
 import inspect
@@ -38,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 
 def install(model: nn.Module, settings: Settings) -> None:
-    """Has `model`, or the model inside of it that holds the layers, behave so: adds the hooks where there are none."""
+    """Gives `model`, or the model inside it that holds the layers, these settings, and the hooks if it has none."""
     owner = owner_of(model)
     if settings_of(owner) is None:
         install_hooks(owner)
@@ -51,7 +54,7 @@ def install(model: nn.Module, settings: Settings) -> None:
 
 
 def install_hooks(owner: PreTrainedModel) -> None:
-    """Adds the hooks, and registers the attention function with transformers under a name of its own."""
+    """Adds the hooks, and registers the attention function with transformers under the name `IMPLEMENTATION`."""
     AttentionInterface.register(IMPLEMENTATION, selective_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, mask_from_functions)
     stack = transformer_layers(owner)
@@ -65,7 +68,7 @@ def install_hooks(owner: PreTrainedModel) -> None:
 
 
 def remove_tokentune(model: nn.Module) -> nn.Module:
-    """Undo `apply_tokentune`: the original instance again. A model that was not patched is returned as it is."""
+    """Undoes `apply_tokentune`: the original instance again. A model that was not patched is returned unchanged."""
     owner = owner_of(model)
     if not hasattr(owner, SETTINGS):
         return model
@@ -88,7 +91,7 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
 def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, SETTINGS)
-    _undo_step(settings)  # what an interrupt (Ctrl-C) left, after which torch calls no hooks
+    _undo_step(settings)  # after an interrupt (Ctrl-C) torch did not call `_end_step`
     settings.undo.append(partial(HOOKS_AT_WORK.reset, HOOKS_AT_WORK.set(True)))
     parameters = inspect.signature(type(model).forward).parameters
     given, inputs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
@@ -159,7 +162,7 @@ def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> No
 
 @uncompiled
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
-    """Forward hook of the model, called after an error too: puts everything back."""
+    """Forward hook of the model, which torch calls after an error too: puts everything back."""
     settings: Settings = getattr(model, SETTINGS)
     _undo_step(settings)
     finish, settings.finish = settings.finish, None
@@ -188,13 +191,13 @@ def _undo_step(settings: Settings) -> None:
 def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
     """Forward pre-hook of the model that holds the layers."""
     settings = backbone.__dict__.get(SETTINGS_OF_OWNER)
-    if settings is not None:  # None: it is being verified
+    if settings is not None:  # None: during the verification
         check_hooks_ran(backbone, settings)
 
 
 @uncompiled
 def _gather_output_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> Any:
-    """Forward hook of the model that holds the layers: K rows of an output that had to keep all S."""
+    """Forward hook of the model that holds the layers: takes the K selected rows of an output that had to have S."""
     step = CURRENT_STEP.get()
     if step is None or step.plan.rows is not Rows.GATHERED:
         return None

@@ -1,8 +1,8 @@
-"""A look is compared with its definition before it is trusted, on the tiny copy that `verify/verification.py` makes.
+"""The verification of the scoring pass: on the tiny copy of the model, it is compared with its definition.
 
-The definition is plain autograd: scores come from the whole logits (B, S, V) and the whole attention weights
-(B, H, S, S) of the unmodified model, whose layers behind the last one looked through are replaced by identities; the
-step on kept keys and values has to give what `verification.definition_of_the_method` gives for the same positions.
+The definition is plain autograd. Scores come from the whole logits (B, S, V) and the whole attention weights
+(B, H, S, S) of the unmodified model, in which identities replace the layers that a shorter scoring pass leaves out. The
+step with cached keys and values has to give what `verification.definition_of_the_method` gives for the same positions.
 """
 
 from collections.abc import Iterator
@@ -33,10 +33,10 @@ _OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of
 def verify_scoring_pass(
     model: PreTrainedModel, profile: Profile, options: ScoringOptions, needs: tuple[str, ...]
 ) -> None:
-    """Compares looks at a tiny copy of a causal `model`, and a step after one, with their definitions.
+    """Compares scoring passes on a tiny copy of a causal `model`, and a step after one, with their definitions.
 
     Raises:
-        UnsupportedModelError: with the place and the size of the first mismatch, and what works without a look.
+        UnsupportedModelError: with the place and the size of the first mismatch, and what works without a scoring pass.
     """
     try:
         with undisturbed():
@@ -44,7 +44,7 @@ def verify_scoring_pass(
             layers = None if options.layers is None else min(options.layers, len(transformer_layers(tiny).layers) - 1)
             for side in ("right", "left"):
                 trial = _trial(tiny, side)
-                # Padding in front of a row sees no real token, whatever stands in its place.
+                # Padding in front of a row sees no real token, so its output means nothing.
                 before_real = F.pad(trial.batch["attention_mask"][:, :-1], (1, 0)) == 0
                 trial.batch["labels"] = trial.batch["labels"].masked_fill(before_real, IGNORED_LABEL)
                 _compare_scores(trial, layers, needs)
@@ -55,7 +55,7 @@ def verify_scoring_pass(
         raise UnsupportedModelError(
             f"a scoring pass does not serve {type(model).__name__}: {error}; {cure}take a strategy without scores"
         ) from error
-    except Exception as error:  # whatever a family's own code raises where it is looked at
+    except Exception as error:  # the model's own code may raise anything here
         raise UnsupportedModelError(
             f"a scoring pass fails in {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
@@ -80,7 +80,7 @@ def _scores(tiny: PreTrainedModel, batch: dict[str, Tensor], layers: int | None,
     handles.append(tiny.get_output_embeddings().register_forward_pre_hook(lambda head, args: hidden.append(args[0])))
     try:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with Float64(), _weights_noted(tiny, stack.layers[(layers or 0) - 1], attention) as noted:
+        with Float64(), _recorded_weights(tiny, stack.layers[(layers or 0) - 1], attention) as noted:
             logits = tiny(**inputs).logits
     finally:
         for handle in handles:
@@ -101,8 +101,8 @@ def _identity(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
 
 
 @contextmanager
-def _weights_noted(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Within it, the attention weights (B, H, S, S) of a layer are noted, as its own file's eager function has them."""
+def _recorded_weights(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Within it, the attention weights (B, H, S, S) of a layer are recorded, by its own eager function."""
     noted: list[Tensor] = []
     configs = [(config, config._attn_implementation) for config in transformer_layers(tiny).configs] if wanted else []
     watched = attention_modules(layer)[0]
@@ -125,7 +125,7 @@ def _weights_noted(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Ite
 
 
 def _compare_step(trial: _Trial, profile: Profile) -> None:
-    """The gradients of a step that a look and a random draw came before, with those of the definition."""
+    """Compares the gradients of a step after a scoring pass and a random draw with those of the definition."""
     tiny = trial.tiny
     install_hooks(tiny)
     settings = Settings(

@@ -2,10 +2,10 @@
 
 B sequences, S tokens, Q queries of one group, H heads.
 
-Masks come from transformers' own mask functions, so that sliding windows, chunks, packing and padding mean what they
-always mean. What travels through the model is a `DeferredMask`; each kind of attention takes from it what it needs for
-one group's queries: the rows as a whole, made once per step; pieces of them for a block of queries, made and dropped
-in each layer, so that S x S numbers are never held; or FlexAttention's block mask.
+Masks come from transformers' own mask functions, so that sliding windows, chunks, packing and padding keep their
+meaning. A `DeferredMask` passes through the model in place of a mask. Each kind of attention takes from it what the
+queries of one group need: all rows, made once per step; parts of them for a block of queries, made and freed in each
+layer, so that S x S numbers are never in memory; or FlexAttention's block mask.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ class Span(NamedTuple):
 
 
 class DeferredMask:
-    """How to make an attention mask: what transformers' mask functions return during a selective forward.
+    """An attention mask, made when it is needed: what transformers' mask functions return in a selective forward.
 
-    It travels through the model where a mask would. What is made of it is shared by all layers that were handed it.
+    It passes through the model in place of a mask. What is made of it is shared by all layers that get it.
     """
 
     def __init__(
@@ -48,24 +48,24 @@ class DeferredMask:
         """`visible(queries (B, Q), first, last)` -> (B, 1 or H, Q, last - first), bool (True: seen) or additive float.
 
         Args:
-            triangle: it is the causal mask and nothing else.
-            causal: no query sees a key behind its own position.
+            triangle: it is exactly the causal mask.
+            causal: no query sees a key after its own position.
             alike: all queries of a sequence see the same keys.
         """
         self.visible = visible
         self.triangle = triangle
         self.causal = causal or triangle
         self.alike = alike
-        self.made: dict[tuple, object] = {}  # by group, then whatever else it was made for
+        self.made: dict[tuple, object] = {}  # by group, then by dtype, block size or kind
 
     def forget(self, group: str) -> None:
-        """Drops the finished masks of `group`."""
+        """Frees the finished masks of `group`."""
         self.made = {key: made for key, made in self.made.items() if key[0] != group or not isinstance(made, Tensor)}
 
 
 @dataclass
 class GroupMask:
-    """What the queries of one group see: a deferred mask, and the positions (B, Q) of the queries, ascending."""
+    """A deferred mask for the queries of one group, whose positions (B, Q) are ascending."""
 
     deferred: DeferredMask
     group: str
@@ -79,10 +79,10 @@ class GroupMask:
         return self.deferred.made[key]
 
     def additive(self, dtype: torch.dtype) -> Tensor:
-        """All rows as an additive mask (B, 1 or H, Q, S), which holds S numbers only where all rows are alike.
+        """All rows as an additive mask (B, 1 or H, Q, S). Where all rows are alike, one of them is stored.
 
-        Additive and in the `dtype` that attention computes in, because any other mask is converted anew by each
-        layer's kernel, and every one of those copies would be kept for the backward pass.
+        It has the `dtype` that attention computes in: each layer's kernel would convert any other mask, and each of
+        these copies would be saved for the backward pass.
         """
 
         def make() -> Tensor:
@@ -100,7 +100,7 @@ class GroupMask:
         count = self.positions.shape[1]
         starts = range(0, count, block)
         stops = [min(start + block, count) for start in starts]
-        # Reading positions makes an accelerator's host wait: once per step, and only where there are keys to leave out.
+        # Reading positions makes the host wait for an accelerator: once per step, and only where keys can be left out.
         host = self.positions.device.type == "cpu"
         if not _readable(self.positions) or (count <= block and not host):
             return [Span(start, stop, 0, self.length, 0, 0) for start, stop in zip(starts, stops, strict=True)]
@@ -121,7 +121,7 @@ class GroupMask:
     def piece(self, span: Span, dtype: torch.dtype) -> Tensor | None:
         """The additive mask (B, 1 or H, n, last - first) of one block; None where it hides nothing.
 
-        Only keys outside of the open run are asked about: of a causal mask that is a small part.
+        Only keys outside of the open run are computed, which is a small part of a causal mask.
         """
         queries = self.positions[:, span.start : span.stop]
         edges = [(span.first, span.open_from), (span.open_to, span.last)]
@@ -138,7 +138,7 @@ class GroupMask:
         return _aligned(mask)
 
     def block_mask(self) -> object:
-        """FlexAttention's `BlockMask`, made once per step: which tiles of (Q, S) hold anything, and what."""
+        """FlexAttention's `BlockMask`, made once per step: which tiles of (Q, S) are visible, and how."""
         return self._once(self._make_block_mask, "flex")
 
     def _make_block_mask(self) -> object:
@@ -162,22 +162,22 @@ class GroupMask:
             Q_LEN=positions.shape[1],
             KV_LEN=self.length,
             device=positions.device,
-            _compile=positions.device.type != "cpu",  # uncompiled, it holds the whole mask for a moment
+            _compile=positions.device.type != "cpu",  # uncompiled, it briefly has the whole mask in memory
         )
 
 
 def _readable(positions: Tensor) -> bool:
-    """Whether blocks may depend on the positions' values: not on fake tensors, whose bytes are counted all the same."""
+    """Whether the positions have values: fake tensors, with which memory is estimated, have none."""
     return not (positions.is_meta or isinstance(positions, FakeTensor))
 
 
 def _extents(seen: Tensor) -> tuple[int, int, int, int]:
-    """Of (B, 1 or H, n, W): first and last key seen by any query, and the longest run between seen by all of them."""
+    """Of (B, 1 or H, n, W): the range of keys that any query sees, and the longest run in it that all queries see."""
     width = seen.shape[-1]
-    if seen.dtype != torch.bool:  # a bias may be any number, and is needed everywhere
+    if seen.dtype != torch.bool:  # a bias may be any number, so all of it is needed
         return 0, width, 0, 0
     keys = seen.flatten(0, 2).any(0).nonzero()
-    if len(keys) == 0:  # padding only: the numbers mean nothing, but have to be numbers
+    if len(keys) == 0:  # padding only: the result means nothing, but has to be finite
         return 0, 1, 0, 0
     first, last = int(keys[0]), int(keys[-1]) + 1
     gaps = (~seen[..., first:last].flatten(0, 2).all(0)).nonzero().flatten()
@@ -188,13 +188,13 @@ def _extents(seen: Tensor) -> tuple[int, int, int, int]:
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
-        # The smallest finite number, not -inf: a padding row that sees nothing must not turn into NaN.
+        # The smallest finite number, not -inf: a padding row that sees nothing must not become NaN.
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     return mask.to(dtype)
 
 
 def _aligned(mask: Tensor) -> Tensor:
-    """The same mask in rows of a multiple of 16 numbers: CUDA's kernels copy any other one, in each layer."""
+    """The same mask, with rows of a multiple of 16 numbers: CUDA's kernels copy any other mask in each layer."""
     if mask.device.type == "cpu" or mask.shape[-1] % 16 == 0:
         return mask
     wide = mask.new_empty(*mask.shape[:-1], -(-mask.shape[-1] // 16) * 16)
@@ -224,12 +224,12 @@ def mask_from_functions(
             f"a mask over {kv_length} keys for {q_length} queries was asked for: selective backpropagation serves "
             "self-attention over one whole sequence, without a key-value cache and without cross-attention"
         )
-    # Reading the mask's values would synchronize an accelerator; there it is kept even where it hides nothing.
+    # Reading the mask's values would synchronize an accelerator: there it is used even where it hides nothing.
     if attention_mask is not None and attention_mask.device.type == "cpu" and bool(attention_mask.all()):
         attention_mask = None
     if mask_function is bidirectional_mask_function and attention_mask is None:
         return None
-    if use_vmap:  # a caller's own mask function, not known to broadcast over index tensors
+    if use_vmap:  # a caller's own mask function, which may not broadcast over index tensors
         mask = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -265,7 +265,7 @@ def mask_from_functions(
 def _is_causal(mask_function: Callable) -> bool:
     """Whether a mask function is known to hide every later key: the causal one itself, or in an intersection.
 
-    The answer for any other function is no, which is always right, as it only costs a look at the later keys.
+    For any other function the answer is False, which is always safe: it only costs computing the later keys too.
     """
     if mask_function is causal_mask_function:
         return True

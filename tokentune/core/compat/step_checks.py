@@ -1,4 +1,4 @@
-"""What a step is asked for: the questions about a call of a patched model, and what it cannot do, said with a reason.
+"""Checks of a selective forward pass: what it cannot do is refused with a reason.
 
 B sequences, S tokens, K selected
 """
@@ -21,7 +21,7 @@ from tokentune.errors import UnsupportedModelError
 
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 _POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
-_PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
+_PASS_ON = ("accelerate", "torch", "transformers")  # their wrappers of `forward` pass on all arguments
 
 
 def require_served_step(model: PreTrainedModel, settings: Settings, kwargs: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def require_served_step(model: PreTrainedModel, settings: Settings, kwargs: dict
 
 
 def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> None:
-    """Adapters may have come, or become active, after the model was patched."""
+    """Adapters may have been added, or made active, after the model was patched."""
     configs = getattr(model, "peft_config", None)
     known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
     if known != settings.adapters_of:
@@ -54,13 +54,13 @@ def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> 
 
 
 def check_positions(model: PreTrainedModel, pooling: Pooling | None, positions: Tensor, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for given positions of another shape, or without the token that the head pools."""
+    """Raises ValueError for positions of a wrong shape, or without the token that the head pools."""
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
             f"got {positions.dtype} of shape {tuple(positions.shape)}"
         )
-    if positions.device.type != "cpu" or is_fake(positions):  # reading them would make the host wait
+    if positions.device.type != "cpu" or is_fake(positions):  # reading the values would make the host wait
         return
     if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
@@ -80,9 +80,9 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
 def has_foreign_forward(model: PreTrainedModel) -> bool:
     """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
 
-    Such a forward calls the backbone and applies (B, S) labels itself, so that it gets all rows, in place. Wrappers
-    that pass everything on (accelerate's, torch's) do not count. They are told by where their code stands: that a
-    function names another in `__wrapped__` does not mean that it calls it (TRL's only wears the other's signature).
+    Such a forward calls the backbone and applies (B, S) labels itself, so it gets all rows in sequence order. Wrappers
+    that pass everything on (accelerate's, torch's) do not count. They are told by the module of their code: a function
+    with another one in `__wrapped__` may not call it (TRL's only has the other's signature).
     """
     own = inspect.unwrap(type(model).forward)
     link = model.forward
