@@ -274,7 +274,7 @@ def test_without_it_nothing_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_step(model, inputs, selection(inputs, 15), 0.0)
 
 
-def test_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_scoring_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(LLAMA)
     inputs = batch_for(model, "left")
     drawn = []

@@ -134,7 +134,7 @@ def test_hooks_on_every_layer_with_checkpointing() -> None:
         model(ids, attention_mask=mask, selected_positions=POSITIONS)
 
 
-def test_a_look_keeps_nothing_that_hooks_could_see() -> None:
+def test_a_scoring_pass_keeps_nothing_that_hooks_could_see() -> None:
     model, (ids, mask) = build("llama"), padded_batch()
     model.__dict__.pop("_loss_function", None)
     put(model, oracle.LLAMA, 0, late, {})

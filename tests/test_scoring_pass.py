@@ -1,4 +1,4 @@
-"""Look, then choose: the same step as without a look, the scores by definition, and the loss over all tokens.
+"""The scoring pass: the same step as without it, the scores by definition, and the loss over all tokens.
 
 B sequences, S tokens, K selected, V vocabulary
 """
@@ -99,7 +99,9 @@ def whole(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @by_family
-def test_a_step_after_a_look_is_the_ordinary_one(family: Family, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_after_a_scoring_pass_is_the_ordinary_one(
+    family: Family, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(family)
     inputs = batch(model, side)
     positions = selection(inputs, inputs["input_ids"].shape[1])
@@ -112,7 +114,7 @@ def test_a_step_after_a_look_is_the_ordinary_one(family: Family, side: str, monk
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_checkpointing_after_a_look_gives_the_same_gradients_to_the_last_bit(
+def test_checkpointing_after_a_scoring_pass_gives_the_same_gradients_to_the_last_bit(
     adapted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, saved = [], []
@@ -138,7 +140,7 @@ def test_checkpointing_after_a_look_gives_the_same_gradients_to_the_last_bit(
     assert saved[1] < saved[0]
 
 
-def test_nothing_of_the_rest_runs_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_rest_runs_after_a_scoring_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = looking(llama())
     inputs = batch(model)
     rows: list[int] = []
@@ -313,7 +315,7 @@ def test_a_step_after_the_first_layers_is_the_ordinary_one(monkeypatch: pytest.M
     assert last_draw(model).loss is None
 
 
-def test_a_look_is_in_the_mode_of_the_step_and_outside_of_training_there_is_none(monkeypatch) -> None:
+def test_a_scoring_pass_is_in_the_mode_of_the_step_and_outside_of_training_there_is_none(monkeypatch) -> None:
     model = looking(llama(), "gradient")
     modes: list[bool] = []
     model.model.norm.register_forward_pre_hook(lambda module, args: modes.append(module.training))
@@ -326,7 +328,7 @@ def test_a_look_is_in_the_mode_of_the_step_and_outside_of_training_there_is_none
     assert torch.equal(found, expected) and len(modes) == 4
 
 
-def test_what_a_look_changes_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_scoring_pass_changes_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = looking(llama(), "gradient", layers=1)
     model.activation_checkpointing_enable()
     inputs = batch(model)
@@ -362,12 +364,20 @@ def test_options_are_checked() -> None:
         ScoringOptions(layers=0)
 
 
+def test_old_names_work_with_a_warning() -> None:
+    assert tokentune.core.scoring_pass.LookOptions is ScoringOptions
+    options = ScoringOptions("top")
+    with pytest.warns(DeprecationWarning, match="is now scoring_pass"):
+        model = apply_tokentune(llama(), 0.4, strategy="loss", verify=False, look=options)
+    assert model._tokentune.scoring is options
+
+
 def test_encoders_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"a scoring pass: .* is no language model"):
         apply_tokentune(BertForMaskedLM(tiny_bert_config()), 0.4, strategy="gradient", verify=False)
 
 
-def test_verification_finds_a_look_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_finds_a_scoring_pass_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     right = tokentune.core.scoring_pass.attention_received
     wrong = lambda *args, **options: 1.001 * right(*args, **options)  # noqa: E731
     monkeypatch.setattr("tokentune.core.scoring_pass.attention_received", wrong)
@@ -418,7 +428,7 @@ def test_a_run_logs_the_loss_that_an_evaluation_finds(
 
 
 @pytest.mark.parametrize("words", [["--selection", "supervised"], ["--packing"], ["--prefix_length", "0.2:0.4"]])
-def test_a_look_changes_nothing_of_a_selection_without_scores(
+def test_a_scoring_pass_changes_nothing_of_a_selection_without_scores(
     words: list[str], tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path
 ) -> None:
     """Whatever the split into micro-batches: the weights of a run with `--selection_pass` are those of one without."""
@@ -447,7 +457,7 @@ def test_a_look_changes_nothing_of_a_selection_without_scores(
         (["--gradient_checkpointing", "--checkpoint_rest", "segments"], "--checkpoint_rest segments keeps hidden"),
     ],
 )
-def test_flags_that_a_look_cannot_follow_are_refused(words: list[str], reason: str, refused: Callable) -> None:
+def test_flags_that_a_scoring_pass_cannot_follow_are_refused(words: list[str], reason: str, refused: Callable) -> None:
     assert reason in refused("--tokentune", "--selection", "gradient", *words)
 
 
