@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Linter and tests, in .venv (made on the first call) or the active environment:
 #     bash scripts/test.sh
-#     bash scripts/test.sh tests/test_selection.py -k padding     # flags go to pytest
+#     bash scripts/test.sh tests/sampling/test_selection.py -k padding     # flags go to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$PROJECT_ROOT"
 
@@ -20,4 +20,4 @@ say "pytest"
 # One process per core, each with one thread: two that wait for each other's cores are slower than one. A file's tests
 # stay in one process, for what they share.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$PYTHON" -m pytest -q --numprocesses auto --dist loadfile "$@"
+"$PYTHON" -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

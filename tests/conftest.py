@@ -1,5 +1,6 @@
 """Tiny models, a tokenizer and instruction data that the tests make themselves, and the real ones where at hand."""
 
+import gc
 import json
 import logging
 import os
@@ -23,6 +24,18 @@ TEXT = [
     "Below is an instruction that describes a task, paired with an input that provides further context.",
     "### Instruction: ### Input: ### Response: the quick brown fox jumps over the lazy dog 0123456789",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, which else one process would still work on when the other has nothing left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Runs and merges collect garbage, 0.4 s each time with all modules among it: half of the suite's time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

@@ -69,8 +69,6 @@ def run(tiny_llama_dir: Path, alpaca_file: Path) -> Iterator[Run]:
     patch.setattr(tokentune.finetune, "draw_curves", lambda *args: None)  # a second for each run
     names = f"--model_name_or_path {tiny_llama_dir} --dataset_name_or_path {alpaca_file} --eval_steps 3 "
     names += f"--eval_dataset_name_or_path {alpaca_file} "
-    gc.collect()
-    gc.freeze()  # the Trainer collects all that was ever imported, again and again
 
     def run(folder: Path, words: str) -> Path:
         tokentune.finetune.main([*(names + STEPS + words).split(), "--model_save_path", str(folder)])

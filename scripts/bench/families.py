@@ -2,8 +2,8 @@
 
     python scripts/bench/families.py --output scripts/bench/results/families.json
 
-The families and the way they are measured are those of `tests/test_families.py`: tiny random models in float64 against
-the definition of the method, and bytes saved for backward with 30 % of 2 x 64 tokens selected, in float32.
+The families and the way they are measured are those of `tests/core/test_families.py`: tiny random models in float64
+against the definition of the method, and bytes saved for backward with 30 % of 2 x 64 tokens selected, in float32.
 """
 
 import argparse

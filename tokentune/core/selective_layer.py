@@ -23,7 +23,7 @@ call of the first one:
     loss at the K positions                 each predicts the next token of the original sequence (`core/loss.py`)
 
 Whatever else is in a layer (LoRA, 4-bit weights, experts, any order of norms) just runs, once per group. In the last
-layer only the keys and values of the unselected tokens are needed, so their pass ends there. `tests/test_selective.py`
+layer only the keys and values of the unselected tokens are needed, so their pass ends there. `test_selective.py`
 compares outputs and gradients with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
 
 Everything else joins in at few points: masks at `Step.mask_rows`; the gradient's correction at `join_key_values` and

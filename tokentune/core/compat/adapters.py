@@ -1,7 +1,7 @@
 """Which of peft's adapters act on each token alone, as the two groups of a selective forward need it.
 
 The verification of a model does not cover adapters, which are added before or after it. Their kind is told by the
-module of their code (`peft.tuners.<kind>`). `tests/test_adapter_kinds.py` compares each served kind with the definition
+module of their code (`peft.tuners.<kind>`). `test_adapter_kinds.py` compares each served kind with the definition
 of the method, and finds new kinds in a new version of peft.
 """
 

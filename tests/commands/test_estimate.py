@@ -1,0 +1,348 @@
+"""The estimate against measured bytes of real models on the CPU, what it finds, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_bert_config, tiny_llama_config
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+
+from tokentune import estimate
+from tokentune.cli.arguments import parse_arguments
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.errors import UserError
+from tokentune.memory import estimate_table
+from tokentune.memory.accounting import LiveBytes, quantization_constants
+from tokentune.memory.fake_device import fake_device, run_backward, to_fake
+from tokentune.memory.footprint import Footprint, measure
+from tokentune.models.builder import base_dtype, prepare_model
+from tokentune.models.tasks import TEXT
+from tokentune.settings.finetune import Arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+SEQUENCES, TOKENS = 2, 128
+SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "vocab_size": 2000}
+TRAINED = {"all weights": "", "LoRA": "--lora", "QLoRA": "--qlora"}
+METHODS = {
+    "full": "",
+    "gradient checkpointing": "--gradient_checkpointing",
+    "TokenTune": "--tokentune --prefix_length 0.3 --skip_verification",
+    "TokenTune + checkpointing": "--tokentune --prefix_length 0.3 --skip_verification --gradient_checkpointing",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3.4 million weights with grouped heads."""
+    path = tmp_path_factory.mktemp("models") / "small-llama"
+    LlamaForCausalLM(tiny_llama_config(**SIZES)).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def arguments_of(folder: Path, words: str) -> Arguments:
+    command = f"--model_name_or_path {folder} --dataset_name_or_path unused --report_to none {words}"
+    return parse_arguments(command.split())
+
+
+def measured(arguments: Arguments) -> Footprint:
+    """A step of the real model on real tensors, its live storages counted."""
+    config = AutoConfig.from_pretrained(arguments.model.model_name_or_path)
+    model = prepare_model(arguments, base_dtype(arguments, config)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    ids = torch.randint(3, 1990, (SEQUENCES, TOKENS))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if arguments.selection.tokentune:
+        count = round(arguments.selection.selected * TOKENS)
+        batch["selected_positions"] = torch.rand(SEQUENCES, TOKENS).argsort(1)[:, :count].sort(1).values
+    with LiveBytes("cpu") as live:
+        live.claim("weights", (*model.parameters(), *model.buffers(), *quantization_constants(model)))
+        live.claim("optimizer", states_of(optimizer))
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.model.bf16), SavedForBackward(model) as saved:
+            loss = model(**batch).loss
+        loss.backward()
+        gradients = sum(parameter.grad.nbytes for parameter in trained)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    weights = [*model.parameters(), *model.buffers(), *quantization_constants(model)]
+    return Footprint(
+        weights=sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in weights}.values()),
+        gradients=gradients,
+        optimizer=sum(tensor.nbytes for tensor in states_of(optimizer)),
+        activations=saved.bytes,
+        peak=live.peak,
+        peak_phase=live.peak_phase,
+        at_peak=live.at_peak(),
+    )
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("trained", TRAINED)
+def test_within_two_percent_of_measured_bytes(folder: Path, trained: str, method: str) -> None:
+    arguments = arguments_of(folder, f"{TRAINED[trained]} {METHODS[method]}")
+    found = measure(AutoConfig.from_pretrained(folder), arguments, (SEQUENCES, TOKENS), device="cpu")
+    real = measured(arguments)
+    for name in ("weights", "gradients", "optimizer", "activations", "peak"):
+        assert getattr(found, name) == pytest.approx(getattr(real, name), rel=0.02), name
+    assert sum(found.at_peak.values()) == found.peak
+    assert sum(found.activations_by.values()) == found.activations
+
+
+@pytest.mark.parametrize("method", ["full", "TokenTune"])
+def test_within_two_percent_under_mixed_precision(folder: Path, method: str) -> None:
+    arguments = arguments_of(folder, f"--bf16 {METHODS[method]}")
+    found = measure(AutoConfig.from_pretrained(folder), arguments, (SEQUENCES, TOKENS), device="cpu")
+    real = measured(arguments)
+    assert found.activations == pytest.approx(real.activations, rel=0.02)
+    assert found.activations_by["weights in 16 bits"] > 0.2 * found.activations
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64}
+MIXTURES = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_attention_heads=4, num_key_value_heads=4),
+    "qwen3": Qwen3MoeConfig(**SIZES, **EXPERTS, num_attention_heads=4, num_key_value_heads=4),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    "words", ["", "--lora --lora_target_modules q_proj", "--lora --lora_target_modules all-linear"]
+)
+def test_mixtures_of_experts_keep_what_is_measured(family: str, words: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(MIXTURES[family]).save_pretrained(tmp_path)
+    arguments = arguments_of(tmp_path, f"{words} {METHODS['TokenTune']}")
+    found = measure(AutoConfig.from_pretrained(tmp_path), arguments, (SEQUENCES, TOKENS), device="cpu")
+    real = measured(arguments)
+    for name in ("weights", "gradients", "activations"):
+        assert getattr(found, name) == pytest.approx(getattr(real, name), rel=0.02), name
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts_need_no_gpu(family: str) -> None:
+    """transformers asks the GPU that is not there which products it can do; float32 and 16 bits alike."""
+    for words in ("", "--bf16 --lora --lora_target_modules all-linear"):
+        found = measure(MIXTURES[family], arguments_of(Path("unused"), words), (SEQUENCES, TOKENS), device="cuda")
+        experts = sum(p.numel() for name, p in made(MIXTURES[family]).named_parameters() if ".experts." in name)
+        assert found.weights > experts * (2 if words else 4)
+        assert found.peak > found.weights + found.activations
+
+
+def made(config: PreTrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_gpu_keeps_what_the_cpu_keeps_where_both_have_the_same_kernels() -> None:
+    # Without grouped heads and in 16 bits both take flash attention. The casts of the fake GPU are this project's own,
+    # those of the CPU torch's.
+    config = tiny_llama_config(**SIZES, num_key_value_heads=4)
+    arguments = arguments_of(Path("unused"), "--bf16")
+    gpu, cpu = (measure(config, arguments, (SEQUENCES, TOKENS), device=device) for device in ("cuda", "cpu"))
+    assert gpu.activations == pytest.approx(cpu.activations, rel=0.002)
+    assert gpu.activations_by.keys() == cpu.activations_by.keys()
+
+
+def test_fake_tensors_tell_their_device_and_leave_no_trace() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_llama_config())
+    before = torch.Tensor._make_subclass, torch.cuda.Stream, torch.clear_autocast_cache
+    with fake_device("cuda"):
+        to_fake(model, "cuda", torch.float32)
+        ids = torch.ones(1, 8, dtype=torch.int64, device="cuda")
+        loss = model(input_ids=ids, labels=ids).loss
+        run_backward(loss)
+        assert loss.device.type == "cuda"
+        assert model.lm_head.weight.grad.device.type == "cuda"
+    assert before == (torch.Tensor._make_subclass, torch.cuda.Stream, torch.clear_autocast_cache)
+    assert torch.ones(2).sum() == 2
+
+
+def test_live_bytes_by_hand() -> None:
+    with LiveBytes() as live:
+        one = torch.zeros(1000)
+        live.claim("kept", [one])
+        live.begin("sum")
+        two = one + 1
+        view = two[:10]
+        del two  # its storage lives on in the view
+        assert live.now == 8000
+        del view
+        assert (live.now, live.peak, live.peak_phase) == (4000, 8000, "sum")
+        assert live.at_peak() == {"kept": 4000, "rest": 4000}
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_per_weight"),
+    [("adamw_torch", 8), ("sgd", 0), ("adamw_torch_fused", 8), ("adafactor", 0), ("adamw_bnb_8bit", 2)],
+)
+def test_states_of_the_chosen_optimizer(optim: str, bytes_per_weight: int) -> None:
+    sizes = {**SIZES, "vocab_size": 32}  # the embeddings, in 32 bits always, shall not matter
+    arguments = arguments_of(Path("unused"), f"--optim {optim}")
+    found = measure(tiny_llama_config(**sizes), arguments, (1, 16))
+    assert found.optimizer == pytest.approx(bytes_per_weight * found.weights / 4, rel=0.05, abs=0.03 * found.weights)
+
+
+def test_gradients_applied_in_the_backward_pass_are_not_held() -> None:
+    words = "--optim_in_backward --global_batch_size 1 --max_grad_norm 0"
+    config = tiny_llama_config(**SIZES)
+    found = measure(config, arguments_of(Path("unused"), words), (1, 16))
+    held = measure(config, arguments_of(Path("unused"), ""), (1, 16))
+    assert (found.gradients, held.gradients) == (0, pytest.approx(held.weights, rel=0.01))
+    assert found.optimizer == held.optimizer
+    assert found.peak < held.peak - 0.5 * held.weights
+
+
+def test_encoders_are_estimated_too() -> None:
+    config = tiny_bert_config(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_labels=2)
+    plain = measure(config, arguments_of(Path("unused"), ""), (4, 64), head=TEXT)
+    words = "--tokentune --prefix_length 0.25"
+    selective = measure(config, arguments_of(Path("unused"), words), (4, 64), head=TEXT)
+    assert plain.weights == selective.weights
+    assert 0.25 < selective.activations / plain.activations < 0.5
+    words += " --qlora --lora_target_modules all-linear"
+    quantized = measure(config, arguments_of(Path("unused"), words), (4, 64), head=TEXT)
+    assert quantized.weights < 0.7 * plain.weights
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    tiny_llama_config(**SIZES, architectures=["LlamaForCausalLM"]).to_json_file(path)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture, *words: object) -> str:
+    estimate.main(["--model_name_or_path", *map(str, words)])
+    return capsys.readouterr().out
+
+
+def test_table_of_all_modes(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target = tmp_path / "numbers.json"
+    out = run(capsys, config_file, "--max_length", 64, "--lora", "--tokentune", "--json", target)
+    report = json.loads(target.read_text())
+    rows = {(row["weights"], row["method"]): row for row in report["rows"]}
+    assert len(rows) == 12
+    assert [key for key, row in rows.items() if row["chosen"]] == [("LoRA", "TokenTune")]
+    assert all(row["reason"] is None and row["fits_gb"] == [16, 24, 40, 48, 80, 141] for row in rows.values())
+    for trained in estimate.WEIGHTS:
+        kept = {method: rows[trained, method]["bytes"]["activations"] for method in estimate.METHODS}
+        assert kept["TokenTune + checkpointing"] < kept["gradient checkpointing"] < kept["full"]
+        assert kept["TokenTune"] < 0.5 * kept["full"]
+    assert rows["QLoRA", "full"]["bytes"]["weights"] < rows["LoRA", "full"]["bytes"]["weights"]
+    assert out.count("TokenTune") > 5 and "TokenTune *" in out
+    assert report["settings"]["tokens"] == 64
+
+
+def test_only_the_chosen_mode(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    out = run(capsys, config_file, "--max_length", 64, "--qlora", "--only", "--bf16")
+    assert "QLoRA" in out and "LoRA" not in out.replace("QLoRA", "") and "TokenTune │" not in out
+
+
+def test_a_refused_model_keeps_its_other_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "config.json"
+    sizes = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}
+    path.write_text(json.dumps(sizes | {"architectures": ["BloomForCausalLM"]}))
+    out = run(capsys, path, "--max_length", 32, "--lora_target_modules", "all-linear")
+    assert "TokenTune cannot serve this model exactly: BloomForCausalLM has no layers" in " ".join(out.split())
+    assert out.count("[1]") >= 6  # every TokenTune row, and the reason
+
+
+def test_finds_the_largest_batch_and_proportion(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target = tmp_path / "found.json"
+    common = (config_file, "--max_length", 256, "--json", target)
+    out = run(capsys, *common, "--find", "batch", "--memory", 1.2)
+    found = json.loads(target.read_text())["find"]
+    assert f"{found['batch']} sequences of 256 tokens" in out
+    config, arguments = AutoConfig.from_pretrained(config_file), arguments_of(Path("unused"), "")
+    for sequences, fits in ((found["batch"], True), (found["batch"] + 1, False)):
+        assert estimate.fits_card(measure(config, arguments, (sequences, 256)).peak, 1.2) is fits
+    words = ("--tokentune", "--find", "proportion", "--global_batch_size", found["batch"] + 3, "--memory", 1.2)
+    run(capsys, *common, *words)
+    assert 0.05 <= json.loads(target.read_text())["find"]["proportion"] < 1.0
+
+
+def test_largest_asks_few_times() -> None:
+    asked = []
+
+    def step(value: int) -> Footprint:
+        asked.append(value)
+        return Footprint(0, 0, 0, 0, value * 10**9, "forward", {})
+
+    best, footprint, count = estimate.largest(range(1, 1001), step, 100.0)
+    reserve = 100e9 - estimate_table.RESERVE_BYTES
+    assert best == int(reserve / 1e9 / (1 + estimate_table.FRAGMENTATION)) == footprint.peak // 10**9
+    assert count == len(asked) < 16
+    assert estimate.largest(range(200, 300), step, 100.0)[0] is None
+    assert estimate.largest(range(1, 50), step, 100.0)[0] == 49
+
+
+REFUSED = [
+    ("llama-3-8", "did you mean llama-3-8b"),
+    ("./no-such-folder", "no such folder"),
+    ("./no-such-folder/config.json", "no such file"),
+    ("llama-3-8b --find batch", "--find batch needs the size of the card: add --memory"),
+    ("llama-3-8b --memory 24", "--memory goes with --find"),
+    ("llama-3-8b --find batch --memory 0", "--memory 0: must be above 0"),
+    ("llama-3-8b --find proportion --memory 24", "add --tokentune"),
+    ("llama-3-8b --bf16 --fp16", "exclude each other"),
+    ("llama-3-8b --json /no/such/folder/x.json", "there is no such folder"),
+    ("llama-3-8b --prefix_lenght 0.3", "did you mean --prefix_length"),
+    ("llama-3-8b --device tpu", "--device"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_refused(words: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        estimate.main(["--model_name_or_path", *words.split()])
+    assert message in str(caught.value)
+
+
+def test_nothing_fits(config_file: Path) -> None:
+    with pytest.raises(UserError, match="not even sequences 1 fits"):
+        estimate.main(["--model_name_or_path", str(config_file), "--find", "batch", "--memory", "0.9"])
+
+
+def test_every_preset_is_a_model() -> None:
+    for name, millions in {
+        "llama-2-7b": 6738, "llama-2-13b": 13016, "llama-3-8b": 8030, "llama-3.2-1b": 1236, "llama-3.2-3b": 3213,
+        "qwen3-8b": 8191, "mistral-7b": 7242, "llama-2-70b": 68977, "llama-3-70b": 70554,
+        "bert-base": 109, "bert-large": 335,
+    }.items():  # fmt: skip
+        subject = estimate.load_subject(name)
+        with torch.device("meta"):
+            model = subject.head.auto_class.from_config(subject.config)
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.005)
+
+
+def test_the_command_exits_with_2_on_bad_input() -> None:
+    script = str(ROOT / "tokentune" / "estimate.py")
+    ended = subprocess.run(
+        [sys.executable, script, "--model_name_or_path", "lama-2-7b"], capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "did you mean llama-2-7b" in ended.stderr and "Traceback" not in ended.stderr

@@ -1,0 +1,143 @@
+"""Columns beside those that a format needs: read where another tool defines them, refused or named elsewhere."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from chat_tokenizers import TOOLS, chat_tokenizer
+from test_instruction_data import CHAT, SHAREGPT, load, refused, write
+from test_streaming_rows import stream
+
+from tokentune.data.formats.data_formats import FORMATS
+from tokentune.data.prompts import PromptTemplate
+from tokentune.errors import UserError
+
+TOKENIZER = chat_tokenizer(TOOLS)
+USER, ASSISTANT = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n"
+SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
+HELLO = USER.format("Hi") + ASSISTANT.format("ok")
+FUNCTION = {"name": "f", "parameters": {"x": None}}
+
+
+def texts(name: str, words: str = "") -> list[str]:
+    return [TOKENIZER.decode(row["input_ids"]) for row in load(name, words=words, tokenizer=TOKENIZER).train]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": CHAT, "system": "s"}, SYSTEM.format("s") + HELLO),
+        ({"messages": CHAT, "system": [{"type": "text", "text": "s"}]}, SYSTEM.format("s") + HELLO),  # Anthropic's
+        ({"messages": CHAT, "system": "", "system_prompt": None, "tools": []}, HELLO),
+        ({"messages": [{"role": "system", "content": "s"}, *CHAT], "system": "s"}, SYSTEM.format("s") + HELLO),
+        ({"conversations": SHAREGPT, "system_prompt": "s"}, SYSTEM.format("s") + HELLO),  # OpenHermes'
+        ({"conversations": SHAREGPT, "system_prompt": "s", "system": "s"}, SYSTEM.format("s") + HELLO),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "system": "s"}, SYSTEM.format("s") + HELLO),
+        ({"instruction": "Hi", "output": "ok", "system": "s"}, SYSTEM.format("s") + HELLO),  # LLaMA-Factory's
+        (
+            {"instruction": "And", "input": "you?", "output": "ok", "history": [["a", "b"], ["c", "d"]]},
+            "".join(USER.format(q) + ASSISTANT.format(a) for q, a in (("a", "b"), ("c", "d"), ("And\nyou?", "ok"))),
+        ),
+        ({"instruction": "Hi", "output": "ok", "system": "", "history": []}, "<s>Hi|ok"),  # the prompt template
+    ],
+)
+def test_columns_that_other_tools_define_are_read(row: dict, expected: str, tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.jsonl", [row])) == [expected]
+
+
+@pytest.mark.parametrize("form", [{"messages": CHAT}, {"conversations": SHAREGPT}])
+def test_functions_of_openai_s_older_form(form: dict, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": FUNCTION}]
+    expected = texts(write(tmp_path / "a.jsonl", [form | {"tools": tools}]))
+    assert '"x": null' in expected[0]
+    for functions in ([FUNCTION], json.dumps([FUNCTION])):
+        assert texts(write(tmp_path / "b.jsonl", [form | {"functions": functions}])) == expected
+
+
+def test_every_answer_of_a_history_is_learnt(tmp_path: Path) -> None:
+    """As in LLaMA-Factory; one row with a history makes chats of all, so that none is put into another form."""
+    rows = [{"instruction": "Hi", "output": "ok"}, {"instruction": "x", "output": "y", "history": [["a", "b"]]}]
+    data = load(write(tmp_path / "a.jsonl", rows), tokenizer=TOKENIZER)
+    assert data.sources[0].data_format == "alpaca_chat"
+    learnt = [[label for label in row["labels"] if label != -100] for row in data.train]
+    assert [TOKENIZER.decode(ids) for ids in learnt] == ["ok<|im_end|>", "b<|im_end|>y<|im_end|>"]
+
+
+def test_a_history_in_every_kind_of_file(tmp_path: Path) -> None:
+    rows = [{"instruction": "x", "output": "y", "history": [["a", "b"]]}, {"instruction": "z", "output": "y"}]
+    expected = texts(write(tmp_path / "a.jsonl", rows))
+    pandas.DataFrame(rows).to_parquet(tmp_path / "b.parquet")
+    assert texts(str(tmp_path / "b.parquet")) == expected
+    cells = [row | {"history": json.dumps(row.get("history"))} for row in rows]
+    pandas.DataFrame(cells).to_csv(tmp_path / "c.csv", index=False)
+    assert texts(str(tmp_path / "c.csv")) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "told"),
+    [
+        (
+            {"prompt": "a", "completion": "b", "system": "s"},
+            "",
+            "has 'system', which is not read beside a prompt",
+        ),
+        ({"prompt": "a", "completion": "b", "tools": [FUNCTION]}, "", "row 1: has 'tools'"),
+        ({"messages": CHAT, "history": [["a", "b"]]}, "", "row 1: has 'history', which this format does not read"),
+        ({"instruction": "a", "output": "b", "system": "s"}, "--data_format alpaca", "--data_format alpaca_chat makes"),
+        (
+            {"messages": CHAT, "system": "a", "system_prompt": "b"},
+            "",
+            "'system' and 'system_prompt', which mean",
+        ),
+        ({"messages": CHAT, "tools": [FUNCTION], "functions": [FUNCTION] * 2}, "", "'tools' and 'functions'"),
+        ({"messages": CHAT, "functions": "f"}, "", "'functions' is text that is not JSON: 'f'"),
+        ({"messages": CHAT, "functions": {"f": 1}}, "", "'functions' is {'f': 1}, not a list"),
+        ({"messages": CHAT, "system": 5}, "", "row 1: 'system' is 5, not text"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "", "'history' is ['c'], not a list of pairs"),
+        ({"instruction": "a", "output": None, "history": [["c", "d"]]}, "", "row 1: 'output' is missing"),
+        ({"instruction": "a", "output": "b", "history": [["c", None]]}, "", "row 1, message 2: 'content' is missing"),
+    ],
+)
+def test_what_has_no_place_is_refused_by_name(row: dict, words: str, told: str, tmp_path: Path) -> None:
+    name = write(tmp_path / "a.jsonl", [row])
+    message = refused(name, words=words, tokenizer=TOKENIZER)
+    assert message.startswith(f"{name}, row 1") and told in message
+
+
+def test_a_column_that_a_later_row_alone_has(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"prompt": "a", "completion": "b", "system_prompt": "s"}]
+    assert "row 4: has 'system_prompt'" in refused(write(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"text": "whole", "system": "s"}, "'system'"),
+        ({"text": "whole", "context": "c", "id": 5}, "'context'"),
+        ({"messages": CHAT, "documents": [], "images": []}, "'documents', 'images'"),
+        ({"messages": CHAT, "System": "s", "Tools": []}, "'System', 'Tools'"),
+    ],
+)
+def test_what_may_be_meant_is_named(row: dict, named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load(write(tmp_path / "a.jsonl", [row]), tokenizer=TOKENIZER)
+    assert f"not read: the columns {named}" in caplog.text
+
+
+def test_rows_of_a_stream_are_of_the_first_one_s_form(tmp_path: Path) -> None:
+    """Not all rows can be looked at beforehand: one of the other form is refused where the stream comes to it."""
+    turn: dict[str, Any] = {"instruction": "a", "output": "b"}
+    name = write(tmp_path / "a.jsonl", [turn, turn | {"history": [["c", "d"]]}])
+    with pytest.raises(UserError, match="has 'history', which the prompt template has no place for"):
+        list(zip(range(5), stream(name), strict=False))
+    other = stream(write(tmp_path / "b.jsonl", [turn | {"history": [["c", "d"]]}, turn]))
+    assert other.sources[0].data_format == "alpaca_chat"
+
+
+def test_no_format_reads_what_it_ignores() -> None:
+    template = PromptTemplate("{instruction}{input}", "{instruction}", "")
+    item = FORMATS["alpaca"].read({"instruction": "a", "output": "b", "history": "[]", "system": " "}, "f", template)
+    assert item == ("a", "b")
