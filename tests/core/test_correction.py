@@ -304,18 +304,18 @@ def test_after_a_scoring_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scales_are_the_inverse_probability_given_another_token() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
     positions = torch.tensor([[0, 2, 5], [1, 2, 4], [1, 3, 4]])  # 3 of 6, 2 of 4, 1 of 2 real tokens
-    found = gradient_scales(positions, {"input_ids": mask, "attention_mask": mask}, 1.0)
+    found = gradient_scales(positions, mask, mask, 1.0)
     assert found.tolist() == [[5 / 2] * 3, [3.0] * 3, [1.0] * 3]
-    whole = gradient_scales(positions, {"input_ids": mask}, 0.5)
+    whole = gradient_scales(positions, mask, None, 0.5)
     assert torch.allclose(whole, torch.full((3, 3), (5 / 2) ** 0.5, dtype=torch.float64))
-    assert gradient_scales(positions, {"input_ids": mask}, 0.0) is None
+    assert gradient_scales(positions, mask, None, 0.0) is None
 
 
 def test_scales_of_weighted_draws_follow_the_weights() -> None:
     labels = torch.tensor([[-100, -100, -100, -100, 7, 7, 7]])  # targets at 3, 4 and 5; no loss at 0, 1, 2 and 6
     inputs = {"input_ids": labels, "labels": labels}
     weights = torch.tensor([[0.0, 0.0, 1.6, 0.0]])  # the target at 5 is there because the draw held none
-    found = gradient_scales(torch.tensor([[0, 2, 3, 5]]), inputs, 1.0, weights)
+    found = gradient_scales(torch.tensor([[0, 2, 3, 5]]), inputs["input_ids"], None, 1.0, weights, inputs["labels"])
     assert torch.allclose(found, torch.tensor([[2.0, 2.0, 1.6, 1.0]], dtype=torch.float64))
 
 

@@ -11,19 +11,19 @@ import torch
 
 from tokentune import UnsupportedModelError
 from tokentune.core.profile import Profile, Rows
-from tokentune.core.step_plan import Loss, ModelState, Selection, plan_step, selects_all
+from tokentune.core.step_plan import Batch, Loss, ModelState, Selection, plan_step, selects_all
 
 POSITIONS = torch.tensor([[0, 2, 3], [1, 2, 4]])
 IDS = torch.arange(10).view(2, 5)
 LABELS = torch.tensor([[-100, 11, 12, 13, 14], [-100, -100, 22, 23, 24]])
-INPUTS = {"input_ids": IDS, "labels": LABELS}
+BATCH = Batch.of({"input_ids": IDS, "labels": LABELS})
 EVERY = torch.arange(5).expand(2, 5)
 SERVED = ModelState(Profile(Rows.SELECTED, None))
 WEIGHTS = torch.ones(2, 3)
 
 
 def plan(state: ModelState = SERVED, positions: torch.Tensor = POSITIONS, **options: object):
-    return plan_step(Selection(positions, **options), INPUTS, state)
+    return plan_step(Selection(positions, **options), BATCH, state)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_what_the_draw_replaced_is_passed_on() -> None:
 def test_all_selected_is_an_ordinary_pass_through_the_layers() -> None:
     found = plan(replace(SERVED, foreign_layer_hooks=True, gradient_correction=1.0), positions=EVERY)
     assert found.all_selected and found.gradient_scales is None and not found.all_rows_between_layers
-    assert not selects_all(POSITIONS, INPUTS) and not selects_all(EVERY, {"pixel_values": IDS})
-    assert selects_all(EVERY, {"inputs_embeds": torch.zeros(2, 5, 4)})
+    assert not selects_all(POSITIONS, IDS) and not selects_all(EVERY, None)
+    assert selects_all(EVERY, torch.zeros(2, 5, 4))
     with pytest.raises(ValueError, match="distinct and ascending"):
-        selects_all(EVERY.flip(1), INPUTS)
+        selects_all(EVERY.flip(1), IDS)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_scales_of_the_correction() -> None:
     """((n - 1) / (c - 1)) ** a, n real tokens of a row, c of them selected."""
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     state = replace(SERVED, gradient_correction=0.5)
-    scales = plan_step(Selection(POSITIONS), INPUTS | {"attention_mask": mask}, state).gradient_scales
+    scales = plan_step(Selection(POSITIONS), replace(BATCH, mask=mask), state).gradient_scales
     expected = torch.tensor([[(4 / 2) ** 0.5] * 3, [(3 / 1) ** 0.5] * 3], dtype=torch.float64)
     assert torch.equal(scales, expected)
     assert plan().gradient_scales is None
@@ -126,5 +126,18 @@ def test_images_are_planned_before_their_tokens_are_known() -> None:
         raise AssertionError("drawn in front of the layers, not here")
 
     labels = torch.tensor([0, 1])
-    found = plan_step(Selection(draw), {"pixel_values": IDS, "labels": labels}, replace(SERVED, token_labels=False))
+    found = plan_step(
+        Selection(draw), Batch.of({"pixel_values": IDS, "labels": labels}), replace(SERVED, token_labels=False)
+    )
     assert found.positions is draw and not found.all_selected and found.replaced == {}
+
+
+def test_what_a_batch_takes_from_the_inputs() -> None:
+    embeddings, mask = torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=torch.long)
+    batch = Batch.of({"inputs_embeds": embeddings, "start_positions": torch.tensor([1, 2]), "end_positions": None})
+    assert batch.tokens is embeddings and batch.input_ids is None and batch.has_labels and len(batch.answers) == 1
+    assert torch.equal(batch.token_mask(), mask)
+    assert not Batch.of({"input_ids": IDS}).has_labels
+    left = Batch.of({"input_ids": IDS, "labels": LABELS, "attention_mask": mask.tril()})
+    assert left.token_mask() is left.mask
+    assert torch.equal(replace(left, mask=torch.ones(2, 1, 5, 5)).token_mask(), mask)

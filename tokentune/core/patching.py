@@ -5,13 +5,15 @@
 `install` adds forward hooks to the given instance and nothing else: its classes, its `forward` methods, its
 configuration and what `save_pretrained` writes do not change. One forward pass:
 
-    _begin_step     pre-hook of the model: chooses the tokens, makes a `StepPlan`, and carries it out (`_carry_out`):
-                    the configuration names our attention function, and the model has the loss function of the plan
+    _begin_step     pre-hook of the model: reads the call, checks it, runs the scoring pass if there is one, chooses the
+                    tokens, makes a `StepPlan` and carries it out: until the end of the step the configuration names our
+                    attention function, and the model has the loss function of the plan
     the model's own forward, with hooks on its layers (`core/selective_layer.py`)
     _end_step       post-hook of the model: puts everything back
 """
 
 import inspect
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,17 +27,18 @@ from tokentune.core.checkpointing import checkpoint_layers
 from tokentune.core.compat.adapters import wrapper_bypassing_hooks
 from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran
 from tokentune.core.compat.foreign_hooks import have_foreign_hooks, move_own_hooks_inside
-from tokentune.core.compat.step_checks import has_foreign_forward, is_causal_lm, require_served_step
+from tokentune.core.compat.step_checks import check_positions, has_foreign_forward, is_causal_lm, require_served_step
 from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, selected_loss, why_not_in_chunks
-from tokentune.core.model_sampling import are_per_token, choose_tokens, has_labels
+from tokentune.core.model_sampling import choose_tokens, without_padding_targets
 from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Settings, owner_of, settings_of
-from tokentune.core.profile import Rows
-from tokentune.core.scoring_pass import use_cached_key_values
+from tokentune.core.profile import Rows, are_per_token, pad_token
+from tokentune.core.scoring_pass import ScoringPass, run_scoring_pass, use_cached_key_values
 from tokentune.core.selective_layer import enter_layer, leave_layer, run_unselected, selective_attention
 from tokentune.core.step import CURRENT_STEP, IMPLEMENTATION, Step, activate, uncompiled
-from tokentune.core.step_plan import Loss, ModelState, Request, StepPlan, plan_step
+from tokentune.core.step_plan import Batch, Loss, ModelState, Request, StepPlan, plan_step, selects_all
+from tokentune.errors import UnsupportedModelError
 
 logger = logging.get_logger(__name__)
 
@@ -96,30 +99,37 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     parameters = inspect.signature(type(model).forward).parameters
     given, inputs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
     request = Request(*(inputs.pop(name, None) for name in Request._fields))
-    if not _is_selective(model, settings, request, inputs):
+    batch = Batch.of(inputs)
+    if not _is_selective(model, settings, request, batch):
         return ((), inputs) if any(name in given for name in Request._fields) else None
     require_served_step(model, settings, inputs)
+    state = _state_of(model, settings, batch)
+    if request.selected_positions is not None:
+        check_positions(request.selected_positions, batch, state.profile.pooling, state.pad_token_id)
+    elif state.causal and state.token_labels and batch.tokens is not None:
+        inputs["labels"] = without_padding_targets(batch)
+        batch = replace(batch, labels=inputs["labels"])
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         inputs["use_cache"] = False
-    state = _state_of(model, settings, inputs)
-    selection = choose_tokens(model, settings, request, inputs, state)
+    scored = _score(model, settings, request, inputs, state)
+    selection = choose_tokens(settings, request, batch, state, scored)
     settings.counts, settings.finish = selection.counts or settings.counts, selection.finish
-    plan = plan_step(selection, inputs | selection.replaced, state)
+    plan = plan_step(selection, batch, state)
     _carry_out(model, settings, plan)
     return (), inputs | plan.replaced
 
 
-def _is_selective(model: PreTrainedModel, settings: Settings, request: Request, inputs: dict[str, Any]) -> bool:
+def _is_selective(model: PreTrainedModel, settings: Settings, request: Request, batch: Batch) -> bool:
     """Whether this forward pass has a selection: a given one, or one that the model draws for a batch with labels."""
     if request.selected_positions is not None:
         return True
     draws = settings.prefix_length is not None and model.training
-    if draws and not has_labels(inputs) and torch.is_grad_enabled():
+    if draws and not batch.has_labels and torch.is_grad_enabled():
         logger.warning_once("called without labels (label smoothing?): an ordinary forward, all tokens get gradients")
-    return draws and has_labels(inputs)
+    return draws and batch.has_labels
 
 
-def _state_of(model: PreTrainedModel, settings: Settings, inputs: dict[str, Any]) -> ModelState:
+def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> ModelState:
     """What of the model a plan depends on."""
     head, layers = model.get_output_embeddings(), settings.stack.layers
     frozen = head is not None and model.training and is_frozen(head)
@@ -129,13 +139,32 @@ def _state_of(model: PreTrainedModel, settings: Settings, inputs: dict[str, Any]
         causal=is_causal_lm(model),
         foreign_forward=has_foreign_forward(model),
         foreign_layer_hooks=have_foreign_hooks(layers),
-        token_labels=are_per_token(model, inputs.get("labels")),
+        token_labels=are_per_token(batch.labels, model.loss_type),
+        pad_token_id=pad_token(model),
         with_gradients=torch.is_grad_enabled(),
         gradient_correction=settings.gradient_correction,
         chunked_loss=settings.chunked_loss,
         prefers_chunks=frozen or checkpointed,
         not_in_chunks=why_not_in_chunks(model, settings.profile),
     )
+
+
+def _score(
+    model: PreTrainedModel, settings: Settings, request: Request, inputs: dict[str, Any], state: ModelState
+) -> ScoringPass | None:
+    """The scoring pass, where the settings ask for one, and the selection is drawn or leaves tokens out."""
+    if settings.scoring is None or not (model.training and state.token_labels):
+        return None
+    if state.rows is Rows.ALL:
+        raise UnsupportedModelError("a scoring pass needs the model's own forward and loss, not a trainer's")
+    options = {"chunk_bytes": settings.chunk_bytes}
+    if request.selected_positions is None:
+        options["num_supervised"] = request.num_supervised
+    elif selects_all(request.selected_positions, Batch.of(inputs).tokens):
+        return None
+    elif request.all_labels is not None:
+        inputs = inputs | {"labels": request.all_labels}
+    return run_scoring_pass(model, settings.stack, inputs, settings.scoring, settings.needs, **options)
 
 
 def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> None:

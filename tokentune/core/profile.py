@@ -41,6 +41,12 @@ class Profile:
     per_token: dict[str, bool] = field(default_factory=dict)
 
 
+def are_per_token(labels: Tensor | None, loss_type: str | None) -> bool:
+    """Whether labels are of tokens (B, S); not classes (B,) or (B, 1), several classes or numbers (B, C)."""
+    whole = loss_type in SEQUENCE_HEADS
+    return labels is not None and labels.ndim == 2 and not labels.is_floating_point() and not whole
+
+
 def pad_token(model: PreTrainedModel) -> int | None:
     """The id by which a model's head recognizes padding."""
     return getattr(model.config.get_text_config(), "pad_token_id", None)

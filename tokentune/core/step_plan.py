@@ -3,8 +3,9 @@
     B sequences, S tokens, K selected, D hidden size, G key-value heads, d head size
 
     Request      what the caller asks for          read by the model's forward hook (`core/patching.py`)
-    Selection    positions, given or drawn         `core/model_sampling.py`
-    ModelState   what of the model matters here    `core/patching.py`
+    Batch        tokens, mask and labels           likewise
+    ModelState   what of the model matters here    likewise
+    Selection    positions, given or drawn         made by `core/model_sampling.py`
     StepPlan     made of these by `plan_step`      carried out by `core/patching.py`, the layers and the loss
 
 `plan_step` runs no part of the model and changes nothing.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokentune.core.attention.correction import gradient_scales
@@ -24,6 +26,7 @@ from tokentune.core.profile import Profile, Rows
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import mask_unselected_labels
 
+_ANSWERS = ("start_positions", "end_positions")
 CachedKeyValues = deque[tuple[Tensor, Tensor]]  # each layer's keys and values of all tokens, 2 x (B, G, S, d)
 
 
@@ -35,6 +38,37 @@ class Request(NamedTuple):
     selection_draws: Tensor | None = None  # (B, S) in [0, 1)
     num_supervised: int | None = None
     all_labels: Tensor | None = None  # (B, S), before the selection masked any
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a forward pass, as far as its selection and its loss depend on them."""
+
+    tokens: Tensor | None = None  # ids (B, S), or embeddings (B, S, D); None: images
+    input_ids: Tensor | None = None  # (B, S)
+    mask: Tensor | None = None  # as the caller gave it, mostly (B, S)
+    labels: Tensor | None = None  # of tokens (B, S), or of whole sequences
+    answers: tuple[Tensor, ...] = ()  # the labels of question answering: positions (B,) or (B, 1)
+    num_items: Any = None  # the number of targets that the caller divides the loss by
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> "Batch":
+        """From the keyword arguments of a model's forward."""
+        ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        answers = tuple(inputs[name] for name in _ANSWERS if inputs.get(name) is not None)
+        tokens = embeddings if ids is None else ids
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        return cls(tokens, ids, mask, labels, answers, inputs.get("num_items_in_batch"))
+
+    @property
+    def has_labels(self) -> bool:
+        return self.labels is not None or bool(self.answers)
+
+    def token_mask(self) -> Tensor:
+        """(B, S), 1 at real tokens; all of them where the caller's mask does not tell."""
+        if self.mask is not None and self.mask.ndim == 2:
+            return self.mask
+        return torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
 
 
 @dataclass
@@ -70,6 +104,7 @@ class ModelState:
     foreign_forward: bool = False  # another library put its own forward on the model
     foreign_layer_hooks: bool = False  # others put hooks on layers, which need all rows
     token_labels: bool = True  # the labels are (B, S), one per token
+    pad_token_id: int | None = None  # by which the head recognizes padding
     with_gradients: bool = True
     gradient_correction: float = 0.0
     chunked_loss: bool | None = None  # as the user asked; None: as the next field says
@@ -106,17 +141,14 @@ class StepPlan:
     replaced: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model's own forward
 
 
-def plan_step(selection: Selection, inputs: Mapping[str, Any], state: ModelState) -> StepPlan:
+def plan_step(selection: Selection, batch: Batch, state: ModelState) -> StepPlan:
     """The plan of one forward pass.
-
-    Args:
-        inputs: the keyword arguments of the model's own forward, the selection's changes included.
 
     Raises:
         UnsupportedModelError: weights, or foreign hooks, that this model's step cannot have.
         ValueError: positions that are not distinct, ascending and inside the sequence.
     """
-    positions, weights, labels = selection.positions, selection.weights, inputs.get("labels")
+    positions, weights, labels = selection.positions, selection.weights, batch.labels
     rows = state.rows
     takes_loss = state.causal and rows is not Rows.ALL and state.token_labels
     if weights is not None and not takes_loss:
@@ -128,11 +160,12 @@ def plan_step(selection: Selection, inputs: Mapping[str, Any], state: ModelState
             replaced["labels"] = mask_unselected_labels(labels, positions_there, causal=state.causal)
         else:
             replaced["labels"] = labels.gather(1, positions_there)
-    all_selected = selects_all(positions, inputs)
+    all_selected = selects_all(positions, batch.tokens)
     loss, recompute_logits = _plan_loss(weights, state, all_selected) if takes_loss else (Loss.UNCHANGED, False)
     scales, between = None, False
     if not all_selected:
-        scales = gradient_scales(positions, inputs, state.gradient_correction, weights)
+        exponent = state.gradient_correction
+        scales = gradient_scales(positions, batch.tokens, batch.mask, exponent, weights, labels)
         between = state.foreign_layer_hooks
     if between and selection.cached_kv is not None:
         raise UnsupportedModelError(
@@ -169,9 +202,8 @@ def _plan_loss(weights: Tensor | None, state: ModelState, all_selected: bool) ->
     return (Loss.CHUNKED, chunked) if chunked or weights is not None else (whole, False)
 
 
-def selects_all(positions: Any, inputs: Mapping[str, Any]) -> bool:
+def selects_all(positions: Any, tokens: Tensor | None) -> bool:
     """Whether every token is selected. Then the step is an ordinary one, and costs what an ordinary one costs."""
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None or not isinstance(positions, Tensor) or positions.shape[1] != tokens.shape[1]:
         return False
     token_order(positions, tokens.shape[1])  # for its checks

@@ -237,7 +237,7 @@ def _compare(trial: _Trial, profile: Profile, correction: float = 0.0) -> None:
     """Raises UnsupportedModelError unless the patched model agrees with the definition."""
     tiny, positions = trial.tiny, trial.positions
     what = f"{type(tiny).__name__}, {trial.side} padding" + (", gradient_correction" if correction else "")
-    scales = gradient_scales(positions, trial.batch, correction)
+    scales = gradient_scales(positions, trial.batch.get("input_ids"), trial.batch.get("attention_mask"), correction)
     defined_layers: list[Tensor] = []
     with (
         definition_of_the_method(tiny, positions, last_output=profile.rows is Rows.ALL, scales=scales),

@@ -25,7 +25,7 @@ factors are the derivative of the softmax). Saved for it are the p_ii, (B, H, K)
 saves all else already.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,22 @@ SCORE_NUMBERS = 2**24  # most (query, key) pairs in one block of `score_sums`: 6
 
 
 def gradient_scales(
-    positions: Tensor, kwargs: dict[str, Any], exponent: float, weights: Tensor | None = None
+    positions: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    exponent: float,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor | None:
     """Factors of the gradient through each selected token's key and value, in the attention of the others.
 
     Args:
         positions: (B, K) int64, the selected ones.
-        kwargs: of the model's forward: the tokens (B, S), and the mask (B, S), 1 at real ones; without a mask all are.
+        tokens: ids (B, S), or embeddings (B, S, D).
+        mask: (B, S), 1 at real tokens; None: all are real.
         exponent: a, in [0, 1]; 0: no correction.
         weights: (B, K), of the losses, where the draw knew its probabilities: 1 / probability at targets.
+        labels: (B, S), needed with weights.
 
     Returns:
         (B, K) float64 (float32 on devices without it); None where nothing is scaled.
@@ -58,11 +65,9 @@ def gradient_scales(
     """
     if exponent == 0.0:
         return None
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    mask, length = kwargs.get("attention_mask"), tokens.shape[1]
     if mask is None:
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != length:
+    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != tokens.shape[1]:
         raise UnsupportedModelError("gradient_correction counts real tokens, for which it needs a mask of shape (B, S)")
     real = (mask != 0).to(positions.device)
     wide = wide_dtype(positions.device)
@@ -72,7 +77,7 @@ def gradient_scales(
         return torch.where(chosen > 1, inverse**exponent, 1.0).repeat(1, positions.shape[1])
     # Tokens without a loss have no weight. Such a draw treats them alike, or nearly: the proportion that was selected
     # stands for their probability. A target of weight 0 was added because the draw had no target: its factor is 1.
-    targets = target_mask(kwargs["labels"].to(positions.device), causal=True)
+    targets = target_mask(labels.to(positions.device), causal=True)
     others = real & ~targets
     inverse = others.sum(1, keepdim=True).to(wide) / others.gather(1, positions).sum(1, keepdim=True).clamp(min=1)
     inverse = inverse.repeat(1, positions.shape[1]).masked_fill(targets.gather(1, positions), 1.0)

@@ -15,8 +15,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
 from tokentune.core.compat.bypassed_hooks import is_called_by_prompt_learning
 from tokentune.core.patched import PROMPT_LEARNING, Settings
-from tokentune.core.profile import Pooling, pad_token, pooled_tokens
+from tokentune.core.profile import Pooling, pooled_tokens
 from tokentune.core.step import CURRENT_STEP
+from tokentune.core.step_plan import Batch
 from tokentune.errors import UnsupportedModelError
 
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
@@ -53,7 +54,7 @@ def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> 
     require_served_adapters(settings.adapters)
 
 
-def check_positions(model: PreTrainedModel, pooling: Pooling | None, positions: Tensor, kwargs: dict[str, Any]) -> None:
+def check_positions(positions: Tensor, batch: Batch, pooling: Pooling | None, pad_token_id: int | None) -> None:
     """Raises ValueError for positions of a wrong shape, or without the token that the head pools."""
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
@@ -64,11 +65,11 @@ def check_positions(model: PreTrainedModel, pooling: Pooling | None, positions: 
         return
     if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    mask, ids = batch.mask, batch.input_ids
     if mask is None and ids is not None:
         mask = torch.ones_like(ids)
     if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD) and mask is not None and mask.ndim == 2:
-        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token(model))
+        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token_id)
         if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
             raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
 
