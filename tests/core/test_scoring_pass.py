@@ -182,7 +182,7 @@ def test_losses_and_gradient_norms_are_those_of_autograd(family: Family, side: s
 @pytest.mark.parametrize("layers", [None, 1])
 @by_family
 def test_attention_received_is_the_sum_of_the_weights(family: Family, layers: int | None, monkeypatch) -> None:
-    monkeypatch.setattr("tokentune.core.scoring_pass._SCORE_BYTES", 4 * 3 * 4 * 15 * 4)  # blocks of four queries
+    monkeypatch.setattr("tokentune.core.attention.received._SCORE_BYTES", 4 * 3 * 4 * 15 * 4)  # blocks of four queries
     model = build(family)
     inputs = batch(model)
     found = scores_of(model, inputs, ("attention",), layers=layers)["attention"]
