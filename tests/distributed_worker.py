@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from torch import Tensor, nn
 
 from tokentune.cli.arguments import parse_arguments
-from tokentune.core.fsdp import is_split, whole_state
+from tokentune.core.compat.fsdp import is_split, whole_state
 from tokentune.data.collators import SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.models.builder import base_dtype, prepare_model

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.core.checkpointing import CHECKPOINT_REST
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 BATCH, LENGTH, SELECTED = 3, 15, 5
 TOLERANCE = 1e-11  # relative to the largest entry

@@ -1,26 +1,25 @@
-"""The public functions: a model is compared with the definition of the method, then patched; or unpatched."""
+"""The public functions: `apply_tokentune` verifies a model and patches it; `remove_tokentune` undoes that."""
+
+import warnings
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tokentune.core.adapter_kinds import require_served_adapters, unserved_adapters
-from tokentune.core.attention import require_served
+from tokentune.core.attention.correction import require_correctable
+from tokentune.core.attention.kernels import require_served
 from tokentune.core.checkpointing import CHECKPOINT_REST
-from tokentune.core.correction import require_correctable
-from tokentune.core.four_bit import keep_4bit_layout
+from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
+from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import why_not_in_chunks
 from tokentune.core.patched import Settings, owner_of, settings_of
 from tokentune.core.patching import install, remove_tokentune
-from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile
-from tokentune.core.scoring_pass import SCORES, LookOptions
-from tokentune.core.selective_layer import (
-    Rows,
-)
+from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
+from tokentune.core.scoring_pass import SCORES, ScoringOptions
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.resolver import find_strategy
-from tokentune.verify.scoring_pass_check import verify_look
+from tokentune.verify.scoring_pass_check import verify_scoring_pass
 from tokentune.verify.verification import verified_profile, verify_correction
 
 __all__ = ["apply_tokentune", "remove_tokentune"]
@@ -35,49 +34,58 @@ def apply_tokentune(
     checkpoint_rest: str = "auto",
     offload_kv: bool = False,
     chunked_loss: bool | None = None,
-    look: LookOptions | None = None,
+    scoring_pass: ScoringOptions | None = None,
     gradient_correction: float = 0.0,
+    look: ScoringOptions | None = None,
 ) -> nn.Module:
-    """Patch this instance, a transformers model or a peft model around one, and return it. Twice is the same as once.
+    """Patch this instance, a transformers model or a peft model around one, and return it.
+
+    A second call replaces the settings of the first one.
 
     Afterwards `model(..., selected_positions=positions)`, with positions (B, K) int64, distinct and ascending in each
     row, runs the selective forward and returns K rows: logits (B, K, V), or last_hidden_state (B, K, D) from a model
     without a head. A causal model's loss is the mean over the selected positions whose next token is supervised (given
     `num_items_in_batch`: their sum divided by it, as everywhere in transformers). A caller that knows on the host how
-    many of them that are can say so, `num_supervised=n`: on an accelerator a chunked loss then leaves out the others.
+    many such positions there are can pass `num_supervised=n`: on an accelerator a chunked loss then skips the others.
     `selection_weights` (B, K) are factors of the positions' losses, whose sum is then divided by the number of all
     supervised targets in `labels`, selected or not (or by `num_items_in_batch`). `all_labels` (B, S) are the labels
-    before the selection masked any, where it did: a look takes the loss over all of them.
+    from before a selection masked any: a scoring pass takes the loss over all of them.
     Without `selected_positions` the model is the original one, generation included, with one exception:
 
     Args:
         prefix_length: tokens per sequence to select, a count (int) or a proportion (float). When given, the model
             draws the selection itself whenever it is in training mode and called with labels; with the uniform numbers
             `selection_draws` (B, S), where these are given.
-        strategy: how it draws, a name that `strategies.find_strategy` knows.
+        strategy: how it draws, a name that `sampling.resolver.find_strategy` accepts.
         verify: first compare a tiny random copy with the definition of the method (`verify/verification.py`), and
-            refuse adapters of kinds that were never compared (`core/adapter_kinds.py`). Without it a model that
+            refuse adapters of kinds that were never compared (`core/compat/adapters.py`). Without it a model that
             cannot be served may be trained wrongly, without an error.
-        look: how it looks at all tokens first (`core/scoring_pass.py`), for strategies that need scores (None: the
-            default ways), or for the loss over all tokens (`last_draw`) and steps that run nothing of the rest, given
-            positions too. Where the strategy knows probabilities, the loss of a token weighs 1 / probability.
-        checkpoint_rest: what gradient checkpointing, once enabled on the model, keeps of the tokens that are not
+        scoring_pass: how a forward pass over all tokens, without gradients, scores them first (`core/scoring_pass.py`).
+            Strategies that need scores get the default where this is None. Otherwise it gives the loss over all tokens
+            (`last_draw`), and the step reuses its keys and values, also for given positions. Where the strategy knows
+            its probabilities, the loss of a token has the weight 1 / probability.
+        checkpoint_rest: what gradient checkpointing, once enabled on the model, saves of the tokens that are not
             selected: one of `tokentune.core.checkpointing.CHECKPOINT_REST`.
-        offload_kv: and whether it keeps that in the CPU's memory, for a model on an accelerator.
+        offload_kv: save that in the CPU's memory, for a model on an accelerator.
         chunked_loss: whether a causal model's loss is taken a chunk of rows at a time (`core/loss.py`): its logits are
-            then never there as a whole, and the output has none of them, (B, 0, V). None: in training, where it costs
-            no time (frozen output embeddings, as with adapters) or gradient checkpointing asks for memory before time.
-        gradient_correction: exponent a in [0, 1] of a causal model's less biased gradient (`core/correction.py`): 0 is
+            then never in memory as a whole, and the output has none, (B, 0, V). None: in training, where it costs no
+            time (frozen output embeddings, as with adapters) or gradient checkpointing prefers memory to time.
+        gradient_correction: exponent a in [0, 1] of a less biased gradient (`core/attention/correction.py`): 0 is
             the method as published; 1 is exact in expectation where one layer mixes tokens, for positions drawn
             uniformly (or with weights), and varies more from draw to draw.
+        look: the old name of `scoring_pass`, for one release.
 
-    Forward hooks that others put on a layer itself, before or after, see and may change all of its rows, (B, S, D), as
-    ever (which costs copies of them, and the last layer's rest; where a hook mixes tokens, those of the rest are
-    constants to it). Modules inside are called once per group, and so are hooks on them.
+    Forward hooks of others on a layer itself, before or after, see and may change all of its rows, (B, S, D), as in the
+    original model. That costs copies of the rows, and the unselected tokens' pass through all of the last layer. Where
+    such a hook mixes tokens, the unselected ones are constants. Modules inside a layer are called once per group, and
+    so are hooks on them.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
     """
+    if look is not None:
+        warnings.warn("apply_tokentune(look=...) is now scoring_pass=...", DeprecationWarning, stacklevel=2)
+        scoring_pass = look if scoring_pass is None else scoring_pass
     owner = owner_of(model)
     require_served_adapters(unserved_adapters(owner, trust_unknown=not verify))
     if checkpoint_rest not in CHECKPOINT_REST:
@@ -87,7 +95,7 @@ def apply_tokentune(
     if before is not None:
         profile = before.profile
     else:
-        # A trainer may move the model to the accelerator later; each attention call looks at its own device again.
+        # A trainer may move the model to the accelerator later; each attention call checks its own device again.
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         for config in transformer_layers(owner).configs:
             require_served(config._attn_implementation, device)
@@ -96,16 +104,16 @@ def apply_tokentune(
     if verify and gradient_correction > 0.0 and (before is None or before.gradient_correction == 0.0):
         verify_correction(owner, profile)
     needs = find_strategy(strategy).needs
-    if look is None and needs and prefix_length is not None:
-        look = LookOptions()
-    for asked, what in ((chunked_loss, "chunked_loss"), (look is not None, "a look at all tokens")):
+    if scoring_pass is None and needs and prefix_length is not None:
+        scoring_pass = ScoringOptions()
+    for asked, what in ((chunked_loss, "chunked_loss"), (scoring_pass is not None, "a scoring pass")):
         if asked and (reason := why_not_in_chunks(owner, profile)):
             raise UnsupportedModelError(f"{what}: {reason}")
-    if look is not None:
-        _check_look(owner, look, needs, checkpoint_rest)
-        known = before is not None and before.look is not None and set(needs) <= set(before.needs)
-        if verify and not (known and before.look.layers == look.layers):
-            verify_look(owner, profile, look, needs)
+    if scoring_pass is not None:
+        _check_scoring_pass(owner, scoring_pass, needs, checkpoint_rest)
+        known = before is not None and before.scoring is not None and set(needs) <= set(before.needs)
+        if verify and not (known and before.scoring.layers == scoring_pass.layers):
+            verify_scoring_pass(owner, profile, scoring_pass, needs)
     stack = transformer_layers(owner)
     settings = Settings(
         prefix_length,
@@ -115,7 +123,7 @@ def apply_tokentune(
         checkpoint_rest,
         offload_kv,
         chunked_loss,
-        look=look,
+        scoring=scoring_pass,
         needs=needs,
         gradient_correction=gradient_correction,
         verify=verify,
@@ -124,24 +132,28 @@ def apply_tokentune(
     return model
 
 
-def _check_look(owner: PreTrainedModel, look: LookOptions, needs: tuple[str, ...], checkpoint_rest: str) -> None:
-    """Raises ValueError for what a look cannot do with this model."""
+def _check_scoring_pass(
+    owner: PreTrainedModel, scoring_pass: ScoringOptions, needs: tuple[str, ...], checkpoint_rest: str
+) -> None:
+    """Raises ValueError for what a scoring pass cannot do with this model."""
     if unknown := sorted(set(needs) - set(SCORES)):
-        raise ValueError(f"a strategy needs scores that no look makes: {', '.join(unknown)}")
+        raise ValueError(f"a strategy needs scores that no scoring pass makes: {', '.join(unknown)}")
     depth = len(transformer_layers(owner).layers)
-    if look.layers is not None and look.layers >= depth:
-        raise ValueError(f"a look through {look.layers} of {depth} layers: leave `layers` out to look through all")
-    if look.layers is None and checkpoint_rest in ("hidden_states", "segments"):
+    if scoring_pass.layers is not None and scoring_pass.layers >= depth:
+        raise ValueError(
+            f"a scoring pass through {scoring_pass.layers} of {depth} layers: leave `layers` out to look through all"
+        )
+    if scoring_pass.layers is None and checkpoint_rest in ("hidden_states", "segments"):
         raise ValueError(
             f"checkpoint_rest={checkpoint_rest!r} keeps hidden states of the tokens that are not selected, which a "
-            "look through all layers has none of: it keeps their keys and values"
+            "scoring pass through all layers has none of: it keeps their keys and values"
         )
-    if "excess_loss" in needs and look.reference is None and not next(owner.parameters()).is_meta:
-        raise ValueError("excess_loss is a loss minus that of another model: give LookOptions a reference")
+    if "excess_loss" in needs and scoring_pass.reference is None and not next(owner.parameters()).is_meta:
+        raise ValueError("excess_loss is a loss minus that of another model: give ScoringOptions a reference")
 
 
 def _assumed_profile(owner: PreTrainedModel) -> Profile:
-    """What most models are, for one that is not to be verified: encoders pool the first token."""
+    """The profile of most models, for one that is not verified: encoders pool the first token."""
     whole = owner.loss_type in SEQUENCE_HEADS
     pooler = any(name.split(".")[-1] == "pooler" for name, _ in owner.named_modules())
     return Profile(Rows.SELECTED, Pooling.FIRST if whole or pooler else None)

@@ -30,9 +30,8 @@ from transformers import PreTrainedConfig, set_seed
 from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
-from tokentune.core.model_sampling import pad_token
 from tokentune.core.patched import profile_of
-from tokentune.core.profile import Pooling
+from tokentune.core.profile import Pooling, pad_token
 from tokentune.data.collators import SeededRows
 from tokentune.data.labelled.splits import ClassificationData, configured, load_data, load_processing
 from tokentune.environment import library_versions

@@ -8,7 +8,7 @@ from tokentune.core.patched import last_draw, profile_of, reference_of, set_pref
 __all__ = ["apply_tokentune", "last_draw", "profile_of", "reference_of", "remove_tokentune", "set_prefix_length"]
 
 warnings.warn(
-    "tokentune.patching is now tokentune.api (apply_tokentune, remove_tokentune) and tokentune.core.patched (the rest)",
+    "tokentune.patching is now tokentune.api (apply_tokentune, remove_tokentune) and tokentune.core.patched (others)",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from tokentune import apply_tokentune, remove_tokentune
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.sampling.sampler import select_positions
 
 BATCH, LENGTH = 32, 128  # sequences, tokens each

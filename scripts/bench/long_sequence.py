@@ -8,7 +8,7 @@ layer of a model, the second ending as the last one does; float32, random weight
 of attending: `blocks` (what TokenTune runs on a CPU), `one call` (masks of K x S and R x S numbers, as far as
 --one_call_up_to) and `plain` (no selection, the fused causal kernel). Every length and way has a process of its own.
 `peak_bytes` is the highest resident memory of the step less that before it (Linux), `saved_bytes` what autograd keeps
-for the backward pass. `block_sizes` is what the sizes in `tokentune/core/blockwise_attention.py` were chosen by:
+for the backward pass. `block_sizes` is what the sizes in `tokentune/core/attention/blockwise.py` were chosen by:
 seconds of the attention of one layer alone, for several numbers of queries in a block, next to one causal kernel over
 the whole sequence for the rest's queries. Under four minutes on 2 quiet cores.
 """
@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from steps.report import fit_power, machine
 
 from tokentune import apply_tokentune
-from tokentune.core import attention
-from tokentune.core import blockwise_attention as blocks
+from tokentune.core.attention import blockwise as blocks
+from tokentune.core.attention import kernels as attention
+from tokentune.core.attention.masks import GroupMask, mask_from_functions
 from tokentune.core.groups import token_order
-from tokentune.core.masks import GroupMask, recipe_from_functions
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 WAYS = ("blocks", "one call", "plain")
 BLOCKS = (32, 64, 128, 256, 512)
@@ -160,8 +160,8 @@ def block_sizes(options: argparse.Namespace, length: int) -> list[dict[str, Any]
     """Seconds of one layer's attention, median of the repeats, for the block sizes in turn within every repeat."""
     size, positions = options.hidden_size // options.heads, drawn(length, options.proportion)
     count = positions.shape[1]
-    order, recipe = token_order(positions, length), recipe_from_functions(1, length, length)
-    groups = {"selected": order[:, :count], "rest": order[:, count:]}
+    order, recipe = token_order(positions, length), mask_from_functions(1, length, length)
+    groups = {"selected": order[:, :count], "unselected": order[:, count:]}
     key, value = (random_heads(length, options.key_value_heads, size) for _ in range(2))
     queries = {group: random_heads(tokens.shape[1], options.heads, size) for group, tokens in groups.items()}
     whole = random_heads(length, options.heads, size)
@@ -173,7 +173,7 @@ def block_sizes(options: argparse.Namespace, length: int) -> list[dict[str, Any]
 
     def rest(block: int) -> None:
         with torch.no_grad():
-            forward("rest", block)
+            forward("unselected", block)
 
     def causal() -> None:
         with torch.no_grad():

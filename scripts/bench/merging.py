@@ -22,7 +22,7 @@ from instruction_tuning import COMMON, command, finetune, load, machine, parse, 
 from peft import PeftModel
 from torch import nn
 
-from tokentune.core.four_bit import keep_4bit_layout
+from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.models.merging.logit_difference import float32_arithmetic
 from tokentune.models.pretrained import load_base_model
 

@@ -33,8 +33,8 @@ from steps.measure import allocations, storage_bytes
 from steps.report import machine, median_with_interval
 
 from tokentune import apply_tokentune, remove_tokentune
-from tokentune.core.saved_bytes import SavedForBackward, gib
-from tokentune.core.scoring_pass import LookOptions
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward, gib
+from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels, select_positions, target_mask
 
 SCHEMA_VERSION = 1
@@ -83,8 +83,8 @@ class Cost:
             options: dict[str, Any] = {}
             if way.looks:
                 reference = self.reference if way.strategy == "excess_loss" else None
-                look = LookOptions(layers=way.layers, reference=reference)
-                options = {"prefix_length": self.proportion, "strategy": way.strategy, "look": look}
+                options = ScoringOptions(layers=way.layers, reference=reference)
+                options = {"prefix_length": self.proportion, "strategy": way.strategy, "scoring_pass": options}
             apply_tokentune(self.model, verify=False, **options)
         core.activation_checkpointing_enable() if way.checkpointing else core.activation_checkpointing_disable()
 

@@ -32,7 +32,7 @@ from steps.cases import DTYPES, METHODS, TRAIN, Case, Shape, shrunk, variants
 from steps.measure import Bench, measure
 from steps.suites import SUITES, cases_of
 
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.errors import UserError
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from style import BLACK, BLUE, LOOKS, ORANGE, RESULTS, SKY, TRAINED, command, describe, panels, read_json, save
 
-from tokentune.core.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
+from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
 from tokentune.errors import UserError
 
 PARTS = {"weights": BLACK, "gradients": ORANGE, "optimizer": SKY, "activations": BLUE}

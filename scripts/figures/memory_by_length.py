@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, NullLocator
 from style import LOOKS, STEP_CPU, command, describe, panels, rows_of, save
 
-from tokentune.core.saved_bytes import BYTES_IN_MIB
+from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_MIB
 
 SUITES = ("length", "gpu_length")
 QUANTITIES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from style import LOOKS, STEP_CPU, TRAINED, command, describe, panels, rows_of, save
 
-from tokentune.core.saved_bytes import BYTES_IN_MIB
+from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_MIB
 
 
 def draw(source: Path, output: Path) -> None:

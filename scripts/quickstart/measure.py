@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when
 
 from tokentune import apply_tokentune
 from tokentune.cli.arguments import parse_arguments
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, ensure_pad_token

@@ -20,7 +20,7 @@ from transformers import (
 
 from tokentune import estimate
 from tokentune.cli.arguments import parse_arguments
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
 from tokentune.memory import estimate_table
 from tokentune.memory.accounting import LiveBytes, quantization_constants

@@ -28,7 +28,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-import tokentune.core.adapter_kinds
+import tokentune.core.compat.adapters
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
 from tokentune.core.patched import last_draw
 from tokentune.sampling.sampler import mask_unselected_labels
@@ -220,7 +220,7 @@ def test_prompts_put_in_front_of_a_patched_model_are_refused() -> None:
 
 
 def test_a_kind_that_nobody_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokentune.core.adapter_kinds, "SERVED", tokentune.core.adapter_kinds.SERVED - {"vera"})
+    monkeypatch.setattr(tokentune.core.compat.adapters, "SERVED", tokentune.core.compat.adapters.SERVED - {"vera"})
     with pytest.raises(UnsupportedModelError, match=r"kind \(vera\) that was never compared"):
         apply_tokentune(adapted(config_of("VERA")))
     model = apply_tokentune(adapted(config_of("VERA")), verify=False)

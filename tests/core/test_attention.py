@@ -27,11 +27,11 @@ from transformers.masking_utils import (
 )
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.core import blockwise_attention as blocks
-from tokentune.core.attention import attend
+from tokentune.core.attention import blockwise as blocks
+from tokentune.core.attention.kernels import attend
+from tokentune.core.attention.masks import DeferredMask, GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.groups import gather_tokens, in_sequence_order, token_order
-from tokentune.core.masks import GroupMask, MaskRecipe, recipe_from_functions, recipe_from_mask
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 37, 6, 2, 8
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 20 + [2] * 8, [0] * 30 + [1] * 7])
@@ -99,9 +99,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Makes `attend` take one of its ways; returns the implementation to name."""
     monkeypatch.setattr(blocks, "CPU_BLOCK", 100 if request.param == "one block" else 5)
     if request.param == "one call":
-        monkeypatch.setattr("tokentune.core.attention._in_blocks", lambda *_: False)
+        monkeypatch.setattr("tokentune.core.attention.kernels._in_blocks", lambda *_: False)
     if request.param == "positions unread":
-        monkeypatch.setattr("tokentune.core.masks._readable", lambda positions: False)
+        monkeypatch.setattr("tokentune.core.attention.masks._readable", lambda positions: False)
     if request.param in ("blocks of other kernels", "heads one by one"):  # as on CUDA
         monkeypatch.setitem(blocks.KERNELS, "cpu", blocks.KERNELS["cuda"])
         monkeypatch.setattr(blocks, "takes_grouped_heads", lambda *_: request.param == "blocks of other kernels")
@@ -123,8 +123,8 @@ def test_every_path_is_attention_by_its_definition(kind: str, side: str, path: s
     options = {"mask_function": function, "attention_mask": real}
     whole = sdpa_mask(BATCH, LENGTH, LENGTH, **options, allow_is_causal_skip=False)
     whole = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool) if whole is None else whole
-    recipe = recipe_from_functions(BATCH, LENGTH, LENGTH, **options)
-    for group, positions in zip(("selected", "rest"), two_groups(13), strict=True):
+    recipe = mask_from_functions(BATCH, LENGTH, LENGTH, **options)
+    for group, positions in zip(("selected", "unselected"), two_groups(13), strict=True):
         query, key, value = leaves = inputs(positions.shape[1], dtype=DTYPE[path])
         mask = None if recipe is None else GroupMask(recipe, group, positions, LENGTH)
         seen = whole.take_along_dim(positions[:, None, :, None], 2)
@@ -139,7 +139,7 @@ def test_finished_masks_are_read_in_pieces(dtype: torch.dtype, heads: int, path:
     whole = seen if dtype == torch.bool else torch.randn(seen.shape, dtype=dtype)
     positions = two_groups(13)[0]
     query, key, value = leaves = inputs(13, dtype=DTYPE[path])
-    mask = GroupMask(recipe_from_mask(whole), "selected", positions, LENGTH)
+    mask = GroupMask(mask_from_tensor(whole), "selected", positions, LENGTH)
     rows = whole.take_along_dim(positions[:, None, :, None], 2)
     found, _ = attend(module(), query, key, value, mask, path, scaling=0.3)
     assert_same(found, definition(*leaves, rows, 0.3), leaves, torch.ones(BATCH, 13, dtype=torch.bool), TOLERANCE[path])
@@ -149,7 +149,7 @@ def test_finished_masks_are_read_in_pieces(dtype: torch.dtype, heads: int, path:
 def test_values_may_have_a_head_size_of_their_own(value_size: int, path: str) -> None:
     positions = two_groups(13)[0]
     leaves = inputs(13, value_size, DTYPE[path])
-    mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
+    mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
     found, _ = attend(module(), *leaves, mask, path, scaling=SIZE**-0.5)
     seen = positions[:, None, :, None] >= torch.arange(LENGTH)
     assert_same(
@@ -162,7 +162,7 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float, monkeypatch: pyt
     monkeypatch.setattr(blocks, "CPU_BLOCK", 5)
     positions = two_groups(13)[0]
     leaves = inputs(13, dtype=dtype)
-    mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
+    mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
     found, _ = attend(module(), *leaves, mask, "sdpa")
     assert found.dtype == dtype
     seen = positions[:, None, :, None] >= torch.arange(LENGTH)
@@ -172,7 +172,7 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float, monkeypatch: pyt
 
 def test_autocast_reaches_the_kernel() -> None:
     leaves = inputs(13, dtype=torch.float32)
-    mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(13)[0], LENGTH)
+    mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(13)[0], LENGTH)
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = attend(module(), *leaves, mask, "sdpa")
     assert found.dtype == torch.bfloat16
@@ -183,7 +183,7 @@ def test_autocast_reaches_the_kernel() -> None:
 def test_gradients_that_are_not_laid_out_densely() -> None:
     positions = two_groups(13)[0]
     leaves = inputs(13)
-    mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
+    mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
     found, _ = attend(module(), *leaves, mask, "sdpa", scaling=1.0)
     expected = definition(*leaves, positions[:, None, :, None] >= torch.arange(LENGTH), 1.0)
     for mine, other in zip(*(torch.autograd.grad(out.sum(), leaves) for out in (found, expected)), strict=True):
@@ -195,7 +195,7 @@ def test_fake_tensors_pass_through() -> None:
     with FakeTensorMode():
         query, key, value = leaves = inputs(13, dtype=torch.float32)
         positions = torch.empty(BATCH, 13, dtype=torch.long)
-        mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
+        mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", positions, LENGTH)
         found, _ = attend(module(), query, key, value, mask, "sdpa")
         gradients = torch.autograd.grad(found.sum(), leaves)
     assert found.shape == (BATCH, 13, HEADS, SIZE)
@@ -204,7 +204,7 @@ def test_fake_tensors_pass_through() -> None:
 
 def test_dropout_drops() -> None:
     leaves = inputs(13)
-    mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(13)[0], LENGTH)
+    mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(13)[0], LENGTH)
     plain, _ = attend(module(), *leaves, mask, "sdpa", dropout=0.0)
     found = torch.stack([attend(module(), *leaves, mask, "sdpa", dropout=0.5)[0] for _ in range(400)])
     assert not torch.equal(found[0], found[1])
@@ -225,7 +225,7 @@ def test_keys_are_joined_in_sequence_order_and_only_the_selected_get_gradients()
     assert torch.equal(selected.grad.transpose(1, 2), gather_tokens(weights.transpose(1, 2), groups[0]))
 
 
-def covered(recipe: MaskRecipe, length: int, block: int) -> float:
+def covered(recipe: DeferredMask, length: int, block: int) -> float:
     """The share of the K x S rectangle that kernels are called on, with every third token selected."""
     spans = GroupMask(recipe, "selected", torch.arange(0, length, 3)[None], length).spans(block)
     assert [span.start for span in spans] == list(range(0, spans[-1].stop, block))
@@ -233,7 +233,7 @@ def covered(recipe: MaskRecipe, length: int, block: int) -> float:
 
 
 def test_keys_that_no_query_of_a_block_sees_are_not_computed() -> None:
-    length, recipe = 1200, partial(recipe_from_functions, 1, 1200, 1200)
+    length, recipe = 1200, partial(mask_from_functions, 1, 1200, 1200)
     assert 0.5 <= covered(recipe(), length, 20) < 0.53
     assert covered(recipe(mask_function=sliding_window_causal_mask_function(60)), length, 20) < 0.11
     documents = torch.arange(length)[None] // 100
@@ -244,7 +244,7 @@ def test_keys_that_no_query_of_a_block_sees_are_not_computed() -> None:
 
 
 def test_only_the_edges_of_a_mask_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_from_functions(1, 1200, 1200, mask_function=sliding_window_causal_mask_function(600))
+    recipe = mask_from_functions(1, 1200, 1200, mask_function=sliding_window_causal_mask_function(600))
     mask = GroupMask(recipe, "selected", torch.arange(0, 1200, 3)[None], 1200)
     span = mask.spans(20)[-1]
     expected = mask.additive(torch.float64)[:, :, span.start : span.stop, span.first : span.last]
@@ -314,7 +314,7 @@ def test_bytes_saved_by_attention_are_those_of_its_inputs_and_output() -> None:
     """No mask, no scores, and no head repeated: queries and outputs of K rows, keys and values of S with G heads."""
     count = 13
     leaves = inputs(count, dtype=torch.float32)
-    mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(count)[0], LENGTH)
+    mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(count)[0], LENGTH)
     with SavedForBackward(nn.Identity()) as saved:
         attend(module(), *leaves, mask, "sdpa")
     numbers = 2 * count * HEADS * SIZE + 2 * LENGTH * GROUPS * SIZE + count * HEADS
@@ -336,7 +336,7 @@ def test_a_mask_of_padding_alone_is_kept_as_one_row() -> None:
 @pytest.mark.parametrize("name", ["flash_attention_2", "paged|sdpa", "kernels-community/flash-attn2"])
 def test_implementations_that_cannot_be_served_are_refused_by_name(name: str) -> None:
     leaves = inputs(13)
-    mask = GroupMask(recipe_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(13)[0], LENGTH)
+    mask = GroupMask(mask_from_functions(BATCH, LENGTH, LENGTH), "selected", two_groups(13)[0], LENGTH)
     with pytest.raises(UnsupportedModelError) as error:
         attend(module(), *leaves, mask, name)
     assert name in str(error.value)
@@ -356,7 +356,7 @@ def test_flex_attention_is_refused_on_cpus() -> None:
 def test_block_masks_of_flex_attention_mean_the_same(kind: str, side: str) -> None:
     """Its forward pass alone, which runs uncompiled on a CPU."""
     options = {"mask_function": MASK_FUNCTIONS[kind], "attention_mask": padding(side)}
-    recipe = recipe_from_functions(BATCH, LENGTH, LENGTH, **options)
+    recipe = mask_from_functions(BATCH, LENGTH, LENGTH, **options)
     if recipe is None:
         return
     positions = two_groups(13)[0]
@@ -372,6 +372,6 @@ def test_block_masks_of_flex_attention_mean_the_same(kind: str, side: str) -> No
 
 
 def test_a_finished_mask_is_refused_by_flex_attention() -> None:
-    recipe = recipe_from_mask(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool))
+    recipe = mask_from_tensor(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool))
     with pytest.raises(UnsupportedModelError, match="finished mask"):
         GroupMask(recipe, "selected", two_groups(3)[0][:1], LENGTH).block_mask()

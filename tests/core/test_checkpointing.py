@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 
 from tokentune import UnsupportedModelError, apply_tokentune
+from tokentune.core.attention.skipped_queries import skipped_query_projections
 from tokentune.core.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers
-from tokentune.core.saved_bytes import SavedForBackward
-from tokentune.core.selective_layer import without_queries
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 LAYERS = 5
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -278,7 +278,7 @@ def test_keys_that_are_made_of_queries_are_found_out() -> None:
     """The verification meets NaN where the projection that was left out is needed after all."""
     model, hidden = build("llama", num_hidden_layers=LAYERS), torch.ones(1, 2, 32).double()
     for layer in model.model.layers:
-        with without_queries(layer):
+        with skipped_query_projections(layer):
             attention = layer.self_attn
             assert attention.q_proj(hidden).isnan().all()
             assert not attention.k_proj(hidden).isnan().any()
@@ -290,8 +290,8 @@ def test_projections_with_dropout_or_hooks_run_as_ever() -> None:
         LlamaModel(tiny_llama_config()), LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, r=2)
     ).train()
     layer = model.get_base_model().layers[0]
-    with without_queries(layer):
+    with skipped_query_projections(layer):
         assert not layer.self_attn.q_proj(torch.ones(1, 2, 32)).isnan().any()
     layer.eval().self_attn.q_proj.register_forward_hook(lambda *_: None)
-    with without_queries(layer):
+    with skipped_query_projections(layer):
         assert not layer.self_attn.q_proj(torch.ones(1, 2, 32)).isnan().any()

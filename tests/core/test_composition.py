@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertModel, BitsAndBytesConfig, LlamaForCausalLM
 
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 LENGTH, SELECTED = 48, 14
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from transformers import BertModel, LlamaForCausalLM
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.core import attention, correction, patching
-from tokentune.core import blockwise_attention as blocks
+from tokentune.core import model_sampling
 from tokentune.core import selective_layer as selective
+from tokentune.core.attention import blockwise as blocks
+from tokentune.core.attention import correction
+from tokentune.core.attention import kernels as attention
+from tokentune.core.attention.correction import OwnTokens, gradient_scales
+from tokentune.core.attention.masks import GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.checkpointing import CHECKPOINT_REST
-from tokentune.core.correction import OwnTokens, gradient_scales
-from tokentune.core.masks import GroupMask, recipe_from_functions, recipe_from_mask
-from tokentune.core.profile import Profile
-from tokentune.core.saved_bytes import SavedForBackward
-from tokentune.core.scoring_pass import LookOptions
-from tokentune.core.selective_layer import Rows
+from tokentune.core.profile import Profile, Rows
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.core.scoring_pass import ScoringOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 LLAMA = Family("Llama", "LlamaForCausalLM")
@@ -273,24 +274,26 @@ def test_without_it_nothing_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_step(model, inputs, selection(inputs, 15), 0.0)
 
 
-def test_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_scoring_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(LLAMA)
     inputs = batch_for(model, "left")
     drawn = []
-    original = patching.draw
+    original = model_sampling.select_tokens
 
     def noted(*args: Any, **options: Any) -> Any:
         drawn.append(original(*args, **options))
         return drawn[-1]
 
-    monkeypatch.setattr(patching, "draw", noted)
-    apply_tokentune(model, 0.4, strategy="gradient", verify=False, look=LookOptions(), gradient_correction=1.0)
+    monkeypatch.setattr(model_sampling, "select_tokens", noted)
+    apply_tokentune(
+        model, 0.4, strategy="gradient", verify=False, scoring_pass=ScoringOptions(), gradient_correction=1.0
+    )
     with Float64():
         _, found = step(model, inputs | {"num_items_in_batch": 30}, None)
-    given = {"selection_weights": drawn[0].weights, "num_items_in_batch": 30}
-    _, expected = patched_step(model, inputs | given, drawn[0].positions, 1.0)
+    given = {"selection_weights": drawn[0][1], "num_items_in_batch": 30}
+    _, expected = patched_step(model, inputs | given, drawn[0][0], 1.0)
     assert_same_gradients(found, expected)
-    _, uncorrected = patched_step(model, inputs | given, drawn[0].positions, 0.0)
+    _, uncorrected = patched_step(model, inputs | given, drawn[0][0], 0.0)
     name = "model.embed_tokens.weight"
     assert (found[name] - uncorrected[name]).norm() > 0.02 * found[name].norm()
 
@@ -301,18 +304,18 @@ def test_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scales_are_the_inverse_probability_given_another_token() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
     positions = torch.tensor([[0, 2, 5], [1, 2, 4], [1, 3, 4]])  # 3 of 6, 2 of 4, 1 of 2 real tokens
-    found = gradient_scales(positions, {"input_ids": mask, "attention_mask": mask}, 1.0)
+    found = gradient_scales(positions, mask, mask, 1.0)
     assert found.tolist() == [[5 / 2] * 3, [3.0] * 3, [1.0] * 3]
-    whole = gradient_scales(positions, {"input_ids": mask}, 0.5)
+    whole = gradient_scales(positions, mask, None, 0.5)
     assert torch.allclose(whole, torch.full((3, 3), (5 / 2) ** 0.5, dtype=torch.float64))
-    assert gradient_scales(positions, {"input_ids": mask}, 0.0) is None
+    assert gradient_scales(positions, mask, None, 0.0) is None
 
 
 def test_scales_of_weighted_draws_follow_the_weights() -> None:
     labels = torch.tensor([[-100, -100, -100, -100, 7, 7, 7]])  # targets at 3, 4 and 5; no loss at 0, 1, 2 and 6
     inputs = {"input_ids": labels, "labels": labels}
     weights = torch.tensor([[0.0, 0.0, 1.6, 0.0]])  # the target at 5 is there because the draw held none
-    found = gradient_scales(torch.tensor([[0, 2, 3, 5]]), inputs, 1.0, weights)
+    found = gradient_scales(torch.tensor([[0, 2, 3, 5]]), inputs["input_ids"], None, 1.0, weights, inputs["labels"])
     assert torch.allclose(found, torch.tensor([[2.0, 2.0, 1.6, 1.0]], dtype=torch.float64))
 
 
@@ -323,7 +326,7 @@ def test_own_weights_are_those_of_the_softmax(finished: bool, monkeypatch: pytes
     batch, heads, groups, length, count, size = 2, 4, 2, 12, 7, 8
     bias = float(finished) * torch.randn(batch, heads, length, length).double()
     bias = bias.masked_fill(torch.ones(length, length).triu(1).bool(), torch.finfo(torch.float64).min)
-    recipe = recipe_from_mask(bias) if finished else recipe_from_functions(batch, length, length)
+    recipe = mask_from_tensor(bias) if finished else mask_from_functions(batch, length, length)
     positions = torch.stack([torch.randperm(length)[:count].sort().values for _ in range(batch)])
     mask = GroupMask(recipe, "selected", positions, length)
     query, output = torch.randn(batch, heads, count, size).double(), torch.zeros(batch, count, heads, size)

@@ -32,7 +32,7 @@ import tokentune.core.model_sampling
 from tokentune import apply_tokentune
 from tokentune.core.patched import profile_of
 from tokentune.core.profile import Pooling
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 BATCH, LENGTH, PROPORTION = 3, 17, 0.4
 SEPARATE = ("q_proj", "k_proj", "v_proj")

@@ -12,10 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.core.groups import TokenGroups
-from tokentune.core.layer_arguments import arguments_per_token, has_row_per_token, map_tensors
-from tokentune.core.layers import transformer_layers
+from tokentune.core.layers import arguments_per_token, has_row_per_token, map_tensors, transformer_layers
 from tokentune.core.patched import profile_of
-from tokentune.core.selective_layer import SELECTED, Step
+from tokentune.core.step import SELECTED, Step
+from tokentune.core.step_plan import StepPlan
 from tokentune.verify.verification import LENGTH, OTHER_LENGTH
 
 
@@ -79,8 +79,8 @@ def test_a_table_as_long_as_the_sequence_is_no_row_per_token(table: int, length:
 
 
 def test_what_had_a_row_per_token_has_one_for_each_token() -> None:
-    step = Step(torch.tensor([[0, 2]]), [], 1, per_token={"numbers": True, "table": False})
-    step.split(torch.zeros(1, 4, 3))
+    step = Step(StepPlan(torch.tensor([[0, 2]])), [], 1, lambda *_: None, per_token={"numbers": True, "table": False})
+    step.set_positions(torch.zeros(1, 4, 3))
     numbers = {"numbers": torch.arange(4.0)[None], "table": torch.arange(4.0)[None], "unknown": torch.arange(4.0)[None]}
     rows = step.rows_of(numbers, SELECTED)
     assert [len(rows[name][0]) for name in numbers] == [2, 4, 2]

@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM, Gemma2Config, Gemma2ForCausalLM, Llama
 import tokentune.core.loss
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
 from tokentune.core.loss import ChunkedLoss
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.verify.tiny_copy import Float64
 
 IDS = torch.arange(3, 33).reshape(2, 15)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tokentune.core.saved_bytes import SavedForBackward, gib
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward, gib
 from tokentune.environment import memory_usage, reset_peak
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from tokentune import apply_tokentune
-from tokentune.core.rotary_state import read, rotary_state, rotary_state_kept, set_rotary_state, written
+from tokentune.core.compat.rotary_state import read, rotary_state, rotary_state_kept, set_rotary_state, written
 from tokentune.data.packing_check import check_separation
 from tokentune.errors import UserError
 from tokentune.verify.tiny_copy import tiny_copy

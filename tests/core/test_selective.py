@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tokentune import apply_tokentune, remove_tokentune
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 BATCH, LENGTH = 3, 11
 TOLERANCE = 1e-12

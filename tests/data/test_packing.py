@@ -18,7 +18,7 @@ from transformers import (
 
 import tokentune.core.model_sampling
 from tokentune import apply_tokentune
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 LENGTHS = (13, 6, 9)
 TOTAL = sum(LENGTHS)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from tokentune import apply_tokentune
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 PRECISIONS = ["float32", "bfloat16", "autocast"]
 

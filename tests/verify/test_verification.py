@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-import tokentune.core.attention
+import tokentune.core.attention.kernels
 import tokentune.core.patching
 import tokentune.core.selective_layer
 from tokentune import UnsupportedModelError, apply_tokentune
@@ -115,7 +115,7 @@ def test_finds_a_wrong_implementation(broken: str, message: str, monkeypatch: py
 
 @pytest.mark.parametrize("option", ["soft cap", "sink", "window"])
 def test_finds_an_option_that_is_not_honored(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attend, recipe = tokentune.core.selective_layer.attend, tokentune.core.patching.recipe_from_functions
+    attend, recipe = tokentune.core.selective_layer.attend, tokentune.core.patching.mask_from_functions
 
     def without_soft_cap(*args: object, **options: object) -> object:
         return attend(*args, **options | {"softcap": None})
@@ -127,9 +127,9 @@ def test_finds_an_option_that_is_not_honored(option: str, monkeypatch: pytest.Mo
     if option == "soft cap":
         monkeypatch.setattr(tokentune.core.selective_layer, "attend", without_soft_cap)
     elif option == "sink":
-        monkeypatch.setattr(tokentune.core.attention, "eager_function", lambda module: eager_attention_forward)
+        monkeypatch.setattr(tokentune.core.attention.kernels, "eager_function", lambda module: eager_attention_forward)
     else:
-        monkeypatch.setattr(tokentune.core.patching, "recipe_from_functions", one_too_wide)
+        monkeypatch.setattr(tokentune.core.patching, "mask_from_functions", one_too_wide)
     model = build(family_of({"soft cap": "Gemma 2", "sink": "GPT-OSS", "window": "Mistral"}[option]))
     with pytest.raises(UnsupportedModelError, match="outputs of layer 0 differ"):
         apply_tokentune(model)

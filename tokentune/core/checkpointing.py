@@ -1,20 +1,20 @@
-"""Selective checkpointing: keep what a layer was given, and recompute it for the selected tokens alone.
+"""Selective checkpointing: each layer's input is saved, and the layer is recomputed for the selected tokens alone.
 
-    B sequences, S tokens, K selected, R = S - K rest, D hidden size, G key-value heads, d head size
+    B sequences, S tokens, K selected, R = S - K unselected, D hidden size, G key-value heads, d head size
 
-Gradient checkpointing keeps each layer's input, (B, S, D), and runs the whole layer again in the backward pass. Here
-the forward pass of the rest has no gradients to recompute: the selected rows need of it only its keys and values. What
-is kept of a layer is its input for the selected rows, (B, K, D), and of the rest one of
+Gradient checkpointing saves each layer's input, (B, S, D), and runs the whole layer again in the backward pass. Here
+the pass of the unselected tokens has no gradients to recompute: the selected tokens need only its keys and values. What
+is saved of a layer is its input for the selected rows, (B, K, D), and of the unselected tokens one of
 
-    keys_values     2 x (B, G, R, d): nothing of the rest is computed twice
-    hidden_states   (B, R, D), its input of the layer, where that is smaller (no grouped heads): the layer's norm and
-                    projections run again for the rest, up to the keys and values
-    segments        (B, R, D) at the first of every √layers layers: the rest's pass is redone from there, through one
+    keys_values     2 x (B, G, R, d): nothing of them is computed twice
+    hidden_states   (B, R, D), their input of the layer, where that is smaller (no grouped heads): the norm and the
+                    projections run again for them, up to the keys and values
+    segments        (B, R, D) at the first of every √layers layers: their pass is computed again from there, through one
                     segment at a time, whose keys and values are held until its layers have their gradients
 
-`auto` takes the smaller of the first two. All are exact, dropout included: a recomputation finds the random states that
-the forward pass had. `torch.utils.checkpoint` does the recomputing. It is handed to the layers, in place of the
-function that `gradient_checkpointing_enable` gave them, for the length of a selective forward.
+`auto` takes the smaller of the first two. All are exact, with dropout too: a recomputation starts from the states that
+the random generators had in the forward pass. `torch.utils.checkpoint` does the recomputing. During a selective forward
+the layers call it in place of the function that `gradient_checkpointing_enable` gave them.
 """
 
 import math
@@ -30,23 +30,25 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tokentune.core.fsdp import gathered
+from tokentune.core.compat.fsdp import gathered
 from tokentune.core.groups import TokenGroups
 from tokentune.core.layers import Stack
-from tokentune.core.offloading import HostMemory
-from tokentune.core.selective_layer import REST, LayerCall, PassDone, Step, activate, run_rest, uncompiled
+from tokentune.core.saved_tensors.offloading import HostMemory
+from tokentune.core.saved_tensors.saved_bytes import in_own_storage
+from tokentune.core.selective_layer import join_key_values, run_unselected
+from tokentune.core.step import UNSELECTED, LayerCall, PassDone, Step, activate, uncompiled
 from tokentune.errors import UnsupportedModelError
 
 CHECKPOINT_REST = ("auto", "keys_values", "hidden_states", "segments")
 _FUNCTION = "_gradient_checkpointing_func"  # transformers' name for what a layer calls instead of its own forward
 
 
-def checkpoint_layers(stack: Stack, step: Step, rest: str, offload_kv: bool) -> list[Callable[[], None]]:
+def checkpoint_layers(stack: Stack, step: Step, choice: str, offload_kv: bool) -> list[Callable[[], None]]:
     """Makes the layers on which gradient checkpointing is enabled use ours. Returns what undoes it, last first.
 
     Args:
-        rest: one of `CHECKPOINT_REST`.
-        offload_kv: keep the rest's part in the CPU's memory, where the model is on an accelerator.
+        choice: one of `CHECKPOINT_REST`.
+        offload_kv: save the part of the unselected tokens in the CPU's memory, where the model is on an accelerator.
 
     Raises:
         UnsupportedModelError: the model checkpoints more than single layers, or `segments` with other layers between.
@@ -59,12 +61,12 @@ def checkpoint_layers(stack: Stack, step: Step, rest: str, offload_kv: bool) -> 
     chosen = [layer for layer in stack.layers if layer.training and getattr(layer, "gradient_checkpointing", False)]
     if not chosen or not torch.is_grad_enabled():
         return []
-    if rest == "segments" and len(chosen) < len(stack.layers):
+    if choice == "segments" and len(chosen) < len(stack.layers):
         raise UnsupportedModelError("checkpoint_rest segments needs gradient checkpointing of every layer")
-    if rest == "segments" and step.whole_between:
+    if choice == "segments" and step.plan.all_rows_between_layers:
         raise UnsupportedModelError("checkpoint_rest segments runs layers again without the hooks that others put on")
-    checkpointing = SelectiveCheckpointing(step, rest, offload_kv)
-    undo: list[Callable[[], None]] = [step.forget_rest]
+    checkpointing = SelectiveCheckpointing(step, choice, offload_kv)
+    undo: list[Callable[[], None]] = [step.forget_unselected]
     for layer in chosen:
         original = getattr(layer, _FUNCTION)
         undo.append(partial(setattr, layer, _FUNCTION, original))
@@ -80,7 +82,7 @@ def _keeps_inputs_on_cpu(function: Callable) -> bool:
 
 @dataclass
 class _Layer:
-    """What it takes to run one layer of the step again."""
+    """What is needed to run one layer of the step again."""
 
     step: Step
     layer: nn.Module
@@ -89,8 +91,8 @@ class _Layer:
     function: Callable  # its own forward, for the selected rows: (hidden (B, K, D), *more_args)
     more_args: tuple
     states_before: list[Tensor]  # of the random generators
-    states_after_rest: list[Tensor] | None = None
-    kept: tuple[Tensor, ...] | None = None  # of the rest, in the backward pass: from `_Keep`, until it was used
+    states_after_unselected: list[Tensor] | None = None
+    saved: tuple[Tensor, ...] | None = None  # of the unselected tokens: set by `_Save` in the backward pass, until used
 
     def call(self, groups: TokenGroups | None, **options: Any) -> LayerCall:
         return LayerCall(self.layer, False, groups, self.args, self.kwargs, **options)
@@ -99,9 +101,9 @@ class _Layer:
 class SelectiveCheckpointing:
     """The checkpointing of one step's layers."""
 
-    def __init__(self, step: Step, rest: str, offload_kv: bool):
+    def __init__(self, step: Step, choice: str, offload_kv: bool):
         self.step = step
-        self.rest = rest
+        self.choice = choice
         self.offload_kv = offload_kv
         self.host: HostMemory | None = None
         self.segment: _Segment | None = None
@@ -110,31 +112,31 @@ class SelectiveCheckpointing:
     def run(self, inputs_on_cpu: bool, function: Callable, hidden: Tensor, *more_args: Any) -> Any:
         """A layer's forward for the selected rows: `function(hidden (B, K, D), *more_args)`, recomputed later."""
         call = self.step.call
-        if call.running == REST or not torch.is_grad_enabled():
+        if call.running == UNSELECTED or not torch.is_grad_enabled():
             return function(hidden, *more_args)
         layer = _Layer(
             *(self.step, call.layer, call.args, call.kwargs, function, more_args), states_before=random_states(hidden)
         )
-        call.rest_pass = partial(_run_rest_and_note_states, layer, call.rest_pass)
+        call.unselected_pass = partial(_run_unselected_and_note_states, layer, call.unselected_pass)
         replay = self._replay(layer, hidden, call)
         with save_on_cpu(pin_memory=hidden.device.type != "cpu") if inputs_on_cpu else nullcontext():
             contexts = partial(_contexts, layer, replay)
             output = checkpoint(function, hidden, *more_args, use_reentrant=False, context_fn=contexts)
-            return self._keep(output, layer, call)
+            return self._save(output, layer, call)
 
     def _replay(self, layer: _Layer, hidden: Tensor, call: LayerCall) -> Callable[[_Layer], LayerCall]:
-        """How the layer's call is to be set up when it is recomputed: what stands in for the rest's pass."""
-        if self.rest != "segments":
-            return _from_kept
+        """How the layer's call is set up when it is recomputed: what replaces the unselected tokens' pass."""
+        if self.choice != "segments":
+            return _from_saved
         if self.segment is None or self.segment.full:
-            self.segment = _Segment(math.ceil(math.sqrt(self.step.expected_calls)), call.groups.rest)
+            self.segment = _Segment(math.ceil(math.sqrt(self.step.expected_calls)), call.groups.unselected)
         return partial(_from_segment, self.segment, self.segment.add(layer, hidden))
 
-    def _keep(self, output: Any, layer: _Layer, call: LayerCall) -> Any:
-        """The layer's output, tied to what is kept of the rest for the layer's recomputation."""
-        if call.rest_kv is None:  # every token is selected
+    def _save(self, output: Any, layer: _Layer, call: LayerCall) -> Any:
+        """The layer's output, tied to what is saved of the unselected tokens for the layer's recomputation."""
+        if call.unselected_kv is None:  # every token is selected
             return output
-        if self.rest == "segments":
+        if self.choice == "segments":
             if not (call.last or self.segment.full):
                 return output
             holder, tensors = self.segment, self.segment.close()
@@ -142,19 +144,19 @@ class SelectiveCheckpointing:
             holder, tensors = layer, self._smaller(call)
         selected, *others = output if isinstance(output, tuple) else (output,)
         with self._offloading(selected):
-            selected = _Keep.apply(selected, holder, *tensors)
+            selected = _Save.apply(selected, holder, *tensors)
         return (selected, *others) if isinstance(output, tuple) else selected
 
     def _smaller(self, call: LayerCall) -> tuple[Tensor, ...]:
-        keys_values, hidden_states = call.rest_kv, (call.groups.rest,)
-        looked = self.step.kept is not None  # whose hidden states nobody has
+        keys_values, hidden_states = call.unselected_kv, (call.groups.unselected,)
+        cached = self.step.plan.cached_kv is not None  # then there are no hidden states of the unselected tokens
         if (
-            self.rest == "keys_values"
-            or looked
-            or (self.rest == "auto" and _bytes(keys_values) <= _bytes(hidden_states))
+            self.choice == "keys_values"
+            or cached
+            or (self.choice == "auto" and _bytes(keys_values) <= _bytes(hidden_states))
         ):
-            return tuple(map(_alone, keys_values))
-        return tuple(map(_alone, hidden_states))
+            return tuple(map(in_own_storage, keys_values))
+        return tuple(map(in_own_storage, hidden_states))
 
     def _offloading(self, selected: Tensor) -> Any:
         if not self.offload_kv or selected.device.type == "cpu":
@@ -167,10 +169,11 @@ class SelectiveCheckpointing:
 # ---------------------------------------------------------------------------------------------------- recomputing
 
 
-class _Keep(torch.autograd.Function):
-    """The identity, which keeps tensors for what runs next in the backward pass: `holder.kept` gets them there.
+class _Save(torch.autograd.Function):
+    """The identity. It saves tensors for what runs next in the backward pass, which finds them in `holder.saved`.
 
-    Kept by autograd, they live as long as the graph, count as saved, and pass through hooks that move saved tensors.
+    Saved by autograd, they live as long as the graph, count as saved, and pass through
+    hooks that move saved tensors.
     """
 
     @staticmethod
@@ -181,7 +184,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        ctx.holder.kept = ctx.saved_tensors
+        ctx.holder.saved = ctx.saved_tensors
         return gradient, None, *(None for _ in ctx.saved_tensors)
 
 
@@ -207,37 +210,37 @@ def _contexts(layer: _Layer, replay: Callable[[_Layer], LayerCall]) -> tuple[Any
     return nullcontext(), _Replay(layer, replay)
 
 
-def _run_rest_and_note_states(layer: _Layer, rest_pass: Callable, step: Step, call: LayerCall) -> None:
-    """The rest's pass of the forward pass; its recomputations go on with the random numbers that come after it."""
-    rest_pass(step, call)
-    layer.states_after_rest = random_states(call.joined_kv[0])
+def _run_unselected_and_note_states(layer: _Layer, unselected_pass: Callable, step: Step, call: LayerCall) -> None:
+    """The unselected tokens' pass; recomputations, which skip it, go on with the random numbers that come after it."""
+    unselected_pass(step, call)
+    layer.states_after_unselected = random_states(call.joined_kv[0])
 
 
-def _from_kept(layer: _Layer) -> LayerCall:
-    """Selected rows over the rest's keys and values as they were kept, or as its kept hidden states give them."""
-    kept, layer.kept = layer.kept, None
-    groups = TokenGroups(None, kept[0]) if kept is not None and len(kept) == 1 else None
+def _from_saved(layer: _Layer) -> LayerCall:
+    """Recomputes the selected rows. The other keys and values were saved, or are made from saved hidden states."""
+    saved, layer.saved = layer.saved, None
+    groups = TokenGroups(None, saved[0]) if saved is not None and len(saved) == 1 else None
 
-    def rest_pass(step: Step, call: LayerCall) -> None:
+    def unselected_pass(step: Step, call: LayerCall) -> None:
         if groups is None:
-            call.rest_kv = kept
-            call.join(step)
+            call.unselected_kv = saved
+            join_key_values(step, call)
         else:
-            run_rest(step, call)
-        set_random_states(layer.states_after_rest, call.joined_kv[0])
+            run_unselected(step, call)
+        set_random_states(layer.states_after_unselected, call.joined_kv[0])
 
-    return layer.call(groups, with_gradients=True, rest_pass=rest_pass, rest_ends_early=True)
+    return layer.call(groups, with_gradients=True, unselected_pass=unselected_pass, unselected_ends_early=True)
 
 
 @dataclass
 class _Segment:
-    """Some layers in a row, through which the rest's forward pass is redone at once."""
+    """Consecutive layers, through which the unselected tokens' pass is recomputed at once."""
 
     length: int
-    first_input: Tensor | None  # (B, R, D), until it is kept by autograd
+    first_input: Tensor | None  # (B, R, D), until autograd saves it
     layers: list[_Layer] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)  # (B, K, D) each, likewise
-    kept: tuple[Tensor, ...] | None = None  # in the backward pass, from `_Keep`: the rest's input, the selected rows'
+    saved: tuple[Tensor, ...] | None = None  # set by `_Save` in the backward pass: unselected input, selected inputs
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -250,50 +253,55 @@ class _Segment:
         return len(self.layers) - 1
 
     def close(self) -> tuple[Tensor, ...]:
-        """What is to be kept of the whole segment."""
-        tensors = (_alone(self.first_input), *self.inputs)
+        """What is to be saved of the whole segment."""
+        tensors = (in_own_storage(self.first_input), *self.inputs)
         self.first_input, self.inputs = None, []
         return tensors
 
     def take(self, index: int, step: Step) -> tuple[Tensor, Tensor]:
-        """The rest's keys and values of one layer; the first time, made for all layers of the segment."""
-        if self.kept is not None:
-            (rest, *inputs), self.kept = self.kept, None
+        """The unselected tokens' keys and values of one layer. The first call makes them for the whole segment."""
+        if self.saved is not None:
+            (unselected, *inputs), self.saved = self.saved, None
             under_way = step.call
             with torch.no_grad():
                 for number, (layer, hidden) in enumerate(zip(self.layers, inputs, strict=True)):
-                    rest = self._redo(number, layer, hidden, rest)
+                    unselected = self._redo(number, layer, hidden, unselected)
             step.call = under_way
         return self.keys_values.pop(index)
 
-    def _redo(self, number: int, layer: _Layer, hidden: Tensor, rest: Tensor) -> Tensor | None:
-        """The rest's pass through one layer, which needs the selected rows' keys and values. Returns (B, R, D)."""
+    def _redo(self, number: int, layer: _Layer, hidden: Tensor, unselected: Tensor) -> Tensor | None:
+        """The unselected tokens' pass through one layer, within the selected tokens' one. Returns (B, R, D)."""
 
-        def rest_pass(step: Step, call: LayerCall) -> None:
-            run_rest(step, call)
-            raise PassDone  # of the selected rows nothing else is needed
+        def unselected_pass(step: Step, call: LayerCall) -> None:
+            run_unselected(step, call)
+            raise PassDone  # nothing else is needed of the selected rows
 
         last = number == len(self.layers) - 1
-        call = layer.call(TokenGroups(hidden, rest), with_gradients=False, rest_pass=rest_pass, rest_ends_early=last)
+        call = layer.call(
+            TokenGroups(hidden, unselected),
+            with_gradients=False,
+            unselected_pass=unselected_pass,
+            unselected_ends_early=last,
+        )
         layer.step.call = call
         set_random_states(layer.states_before, hidden)
-        # Of the segment's layers FSDP has the last one's weights whole now, whose turn it is.
+        # FSDP has gathered the weights of the segment's last layer now, and of no other.
         with suppress(PassDone), gathered(layer.layer, stays=last):
             layer.function(hidden, *layer.more_args)
-        self.keys_values[number] = tuple(map(_alone, call.rest_kv))
-        return call.rest_output
+        self.keys_values[number] = tuple(map(in_own_storage, call.unselected_kv))
+        return call.unselected_output
 
 
 def _from_segment(segment: _Segment, index: int, layer: _Layer) -> LayerCall:
-    def rest_pass(step: Step, call: LayerCall) -> None:
-        call.rest_kv = segment.take(index, step)
-        call.join(step)
-        set_random_states(layer.states_after_rest, call.joined_kv[0])
+    def unselected_pass(step: Step, call: LayerCall) -> None:
+        call.unselected_kv = segment.take(index, step)
+        join_key_values(step, call)
+        set_random_states(layer.states_after_unselected, call.joined_kv[0])
 
-    return layer.call(None, with_gradients=True, rest_pass=rest_pass)
+    return layer.call(None, with_gradients=True, unselected_pass=unselected_pass)
 
 
-# ---------------------------------------------------------------------------------------------------- small things
+# ---------------------------------------------------------------------------------------------------- helpers
 
 
 def random_states(tensor: Tensor) -> list[Tensor]:
@@ -310,11 +318,6 @@ def set_random_states(states: list[Tensor], tensor: Tensor) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         getattr(torch, tensor.device.type).set_rng_state(state, tensor.device)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor without whatever else its storage holds: kept, a slice of a fused projection would keep it all."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:

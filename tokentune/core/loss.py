@@ -2,12 +2,12 @@
 
     B sequences, K selected, D hidden size, V vocabulary, N supervised rows of the batch
 
-The logits of a large vocabulary weigh more than the layers: at V = 128,256 each row has half a MiB in float32, and the
-cross-entropy keeps it for the backward pass. `ChunkedLoss` hands the output head no rows at all, so that the model's
-own code runs on (B, 0, V), and then calls the head on chunks of the rows that have a loss:
+The logits of a large vocabulary need more memory than the layers: at V = 128,256 each row has half a MiB in float32,
+and the cross-entropy saves it for the backward pass. `ChunkedLoss` gives the output head no rows at all, so that the
+model's own code runs on (B, 0, V). Then it calls the head on chunks of the rows that have a loss:
 
-    trained head   each chunk is checkpointed: the hidden rows (N, D) are kept, the logits computed a second time
-    frozen head    the gradient of the hidden rows is taken in the forward pass: (N, D) kept, nothing computed twice
+    trained head   each chunk is checkpointed: the hidden rows (N, D) are saved, the logits are computed twice
+    frozen head    the gradient of the hidden rows (N, D) is computed in the forward pass and saved, nothing twice
 
 What a family's code does to its logits behind the head (scales, soft-capping) is recorded on the empty ones and
 repeated on each chunk; `verify/verification.py` tries it. The value is that of transformers' `ForCausalLMLoss`.
@@ -16,7 +16,7 @@ repeated on each chunk; `verify/verification.py` tries it. The value is that of 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tokentune.core.fsdp import gathered
-from tokentune.core.selective_layer import Rows
+from tokentune.core.compat.fsdp import gathered
+from tokentune.core.profile import Profile, Rows
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 
-if TYPE_CHECKING:
-    from tokentune.core.profile import Profile
-
-CHUNK_BYTES = 64 * 1024**2  # of a chunk's logits in float32; with their softmax and gradient thrice that, for a moment
-# Probabilities down to 6e-8 / 256 are told from zero in a float16 gradient; 256 x 2 x a weight is far from overflow.
+CHUNK_BYTES = 64 * 1024**2  # of a chunk's logits in float32; with softmax and gradient three times that, briefly
+# Probabilities down to 6e-8 / 256 differ from zero in a float16 gradient; 256 x 2 x a weight is far from overflow.
 _FLOAT16_SCALE = 256.0
 
 
@@ -47,8 +44,8 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def why_not_in_chunks(model: PreTrainedModel, profile: "Profile") -> str | None:
-    """What keeps a model's loss from being taken in chunks; None where nothing does."""
+def why_not_in_chunks(model: PreTrainedModel, profile: Profile) -> str | None:
+    """Why a model's loss cannot be taken in chunks; None where it can."""
     name = type(model).__name__
     if not model.can_generate() or model.get_output_embeddings() is None:
         return f"{name} is no language model with an output head"
@@ -60,7 +57,7 @@ def why_not_in_chunks(model: PreTrainedModel, profile: "Profile") -> str | None:
 
 
 class WithheldRows:
-    """The output head, handed no rows: hooks that keep its input back, and what gives the logits of a part of it."""
+    """The output head, which gets no rows: hooks that store its input, and the logits of a part of that input."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head  # the output embeddings, whatever wraps them included
@@ -74,11 +71,11 @@ class WithheldRows:
         return [before.remove, after.remove, self.behind_head.stop]
 
     def _keep_input(self, head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        if self.hidden is not None:  # a chunk's call
+        if self.hidden is not None:  # this is the call for a chunk
             return None
         name = next(iter(kwargs)) if not args else None
         hidden = self.hidden = kwargs[name] if name else args[0]
-        empty = hidden.new_empty(len(hidden), 0, *hidden.shape[2:])  # no slice, which would keep all of `hidden`
+        empty = hidden.new_empty(len(hidden), 0, *hidden.shape[2:])  # a slice would keep all of `hidden` alive
         return ((empty, *args[1:]), kwargs) if args else (args, kwargs | {name: empty})
 
     def _record(self, head: nn.Module, args: tuple, logits: Tensor) -> None:
@@ -86,7 +83,7 @@ class WithheldRows:
             self.behind_head.start(logits)
 
     def finish(self, logits: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The rows (B, K, D), once the model is done with its `logits` (B, 0, V) of none; `shape` is (B, K)."""
+        """The stored rows (B, K, D), after the model returned its `logits` (B, 0, V); `shape` is (B, K)."""
         if self.hidden is None:
             raise UnsupportedModelError("the model computes its logits without calling its output embeddings")
         if self.hidden.shape[:2] != shape:
@@ -97,18 +94,18 @@ class WithheldRows:
         return self.hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Those of some of the rows: (n, D) -> (n, V)."""
+        """The logits of some of the rows: (n, D) -> (n, V)."""
         return self.behind_head.repeat(self._call_head(hidden[None]))[0]
 
     def trained(self) -> bool:
-        """Whether anything behind the rows has gradients of its own."""
+        """Whether any parameter after the rows is trained."""
         return not is_frozen(self.head) or any(tensor.requires_grad for tensor in self.behind_head.tensors())
 
     def _call_head(self, hidden: Tensor) -> Tensor:
         if not isinstance(self.head, FSDPModule):
             return self.head(hidden)
-        # FSDP's hooks would add each chunk's gradients up over the processes by themselves. It gets them all at once
-        # where the rows came from: the weights stay whole from the head's call on empty rows to its gradients.
+        # FSDP's hooks would reduce the gradients of each chunk over the processes. Without them it reduces all at once:
+        # the weights stay gathered from the head's call on no rows to its gradients.
         with gathered(self.head):
             return self.head.forward(hidden)
 
@@ -119,10 +116,11 @@ def next_targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int 
 
 
 def rows_with_loss(supervised: Tensor, count: int | None) -> Tensor | None:
-    """Their numbers, ascending: (R,) bool -> (N,); None: all. At least one, so that all weights get a gradient.
+    """Indices of rows with a loss, ascending: (B K,) bool -> (N,); None: all. At least one, so that all weights get a
+    gradient.
 
-    `count` is N, where the caller knows it on the host; read from `supervised` on the CPU alone, since asking an
-    accelerator would make the host wait. Unknown, all rows are taken.
+    `count` is N, where the caller knows it on the host. Otherwise it is read from `supervised` on a CPU; on an
+    accelerator all rows are taken, because reading it would make the host wait.
     """
     if count is None and supervised.device.type == "cpu" and not is_fake(supervised):
         count = int(supervised.sum())
@@ -132,13 +130,13 @@ def rows_with_loss(supervised: Tensor, count: int | None) -> Tensor | None:
 
 
 def in_chunks(chunk_bytes: int, vocabulary: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors of as many rows, in pieces of rows whose logits take at most so many bytes in float32."""
+    """Splits tensors along their rows, so that the logits of a chunk take at most `chunk_bytes` in float32."""
     chunks = -(-len(tensors[0]) // max(1, chunk_bytes // (4 * vocabulary)))
     return list(zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True))
 
 
 class ChunkedLoss:
-    """One step's loss: what `WithheldRows` keeps from the head, and the function that takes the loss of it."""
+    """The loss function of one step, on the rows that `WithheldRows` stores."""
 
     def __init__(
         self,
@@ -156,7 +154,7 @@ class ChunkedLoss:
             num_supervised: N, see `rows_with_loss`.
             chunk_bytes: most bytes of a chunk's logits in float32.
             weights: (B, K), factors of the rows' losses, which then stand for all supervised targets.
-            recompute: of a trained head keep no logits, and compute them a second time.
+            recompute: save no logits of a trained head, and compute them twice.
         """
         self.rows, self.positions = WithheldRows(head), positions
         self.num_supervised, self.chunk_bytes = num_supervised, chunk_bytes
@@ -193,7 +191,7 @@ class ChunkedLoss:
             if weights is None:
                 return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
             losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
-            return (losses * weights).sum()  # no product of vectors, which autocast would round to 16 bits
+            return (losses * weights).sum()  # not a product of vectors, which autocast would round to 16 bits
 
         loss = self._of_all(summed, in_chunks(self.chunk_bytes, logits.shape[-1], *rows), rows)
         if num_items_in_batch is not None:
@@ -212,8 +210,22 @@ class ChunkedLoss:
         return torch.stack([summed(*piece) for piece in pieces]).sum()
 
 
+def selected_loss(
+    loss_function: Callable, positions: Tensor, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """A causal model's own loss, on logits (B, K, V) of the selected rows and labels (B, S) of the whole sequence.
+
+    Each selected position predicts the next token of the original sequence.
+    """
+    targets = next_targets(labels, kwargs.pop("shift_labels", None))
+    targets = targets.gather(1, positions.to(targets.device))
+    if logits.shape[1] != targets.shape[1]:
+        raise UnsupportedModelError(f"the head returned {logits.shape[1]} rows for {targets.shape[1]} selected tokens")
+    return loss_function(logits, labels, *args, shift_labels=targets, **kwargs)
+
+
 def put_loss(model: PreTrainedModel, loss_function: Callable) -> list[Callable[[], None]]:
-    """Puts it in place of the model's own, with the hooks that it may have; returns what undoes that, last first."""
+    """Replaces the model's loss function, and adds the new one's hooks. Returns what undoes it, last first."""
     undo = loss_function.install() if hasattr(loss_function, "install") else []
     if "_loss_function" in model.__dict__:
         undo.append(partial(setattr, model, "_loss_function", model._loss_function))
@@ -224,10 +236,10 @@ def put_loss(model: PreTrainedModel, loss_function: Callable) -> list[Callable[[
 
 
 def row_gradients(losses_of: Callable, rows: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Losses of rows (n, D), summed or not, with the gradient (n, D) of their sum, and what that is scaled by."""
+    """Losses of rows (n, D), summed or not; the gradient (n, D) of their sum; and the factor in that gradient."""
     scale = _FLOAT16_SCALE if torch.float16 in (rows.dtype, _product_dtype(rows)) else 1.0
-    # Hooks of its own: this graph is gone before the backward pass, so that whoever counts or moves away what is saved
-    # for that has no business with it.
+    # Hooks of its own: this graph is freed before the backward pass, so hooks that count or move saved tensors must not
+    # see its tensors.
     with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
         rows = rows.detach().requires_grad_()
         losses = losses_of(rows, *more)
@@ -236,7 +248,7 @@ def row_gradients(losses_of: Callable, rows: Tensor, *more: Tensor) -> tuple[Ten
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The summed loss of all chunks, with the gradient of the hidden rows (N, D) taken on the way."""
+    """The summed loss of all chunks; its forward also computes the gradient of the hidden rows (N, D)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, summed: Callable, sizes: list[int], *more: Tensor) -> Tensor:
@@ -250,7 +262,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         (of_hidden,) = ctx.saved_tensors
-        # Multiplied in the loss's own type: a factor rounded to 16 bits would bend the length of every gradient.
+        # Multiplied in the loss's own type: a factor rounded to 16 bits would change the length of every gradient.
         of_hidden = (of_hidden.to(gradient.dtype) * (gradient / ctx.scale)).to(of_hidden.dtype)
         return of_hidden, *(None for _ in ctx.needs_input_grad[1:])
 
@@ -265,14 +277,14 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down what is computed from one tensor, to compute the same from others."""
+    """Records what is computed from one tensor, to compute the same from others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.started = self.running = False
         self.values: list[Tensor] = []  # the first tensor, then each result
         self.calls: list[tuple[Callable, list, dict[str, Any]]] = []  # in which a _Place stands for a value
-        self.end = 0  # the place of the value that was wanted
+        self.end = 0  # index of the value that is wanted
 
     def start(self, tensor: Tensor) -> None:
         self.started = self.running = True
@@ -280,7 +292,7 @@ class _Recorder(TorchFunctionMode):
         self.__enter__()
 
     def stop(self) -> None:
-        """Twice is the same as once."""
+        """Has no effect the second time."""
         if self.running:
             self.running = False
             self.__exit__(None, None, None)
@@ -290,7 +302,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         marked, named = [self._mark(value) for value in args], {k: self._mark(value) for k, value in kwargs.items()}
         if isinstance(result, Tensor) and any(isinstance(value, _Place) for value in (*marked, *named.values())):
-            if func is Tensor.float:  # under a mode that turns casts (`tiny_copy.Float64`) it gave another type
+            if func is Tensor.float:  # under a mode that turns casts (`tiny_copy.Float64`) it has another result type
                 func, marked = Tensor.to, [*marked, result.dtype]
             self.calls.append((func, marked, named))
             self.values.append(result)
@@ -300,7 +312,7 @@ class _Recorder(TorchFunctionMode):
         return next((_Place(i) for i, known in enumerate(self.values) if known is value), value)
 
     def finish(self, wanted: Tensor) -> None:
-        """Ends the record: `wanted` is the result to be computed from others."""
+        """Ends the recording: `wanted` is the result that is to be computed from other tensors."""
         self.stop()
         place = self._mark(wanted)
         if not isinstance(place, _Place):
@@ -318,7 +330,7 @@ class _Recorder(TorchFunctionMode):
         return values[self.end]
 
     def tensors(self) -> list[Tensor]:
-        """Those that take part without being computed from the first one."""
+        """The tensors that the computation uses besides the first one."""
         items = [item for _, args, kwargs in self.calls for item in (*args, *kwargs.values())]
         return [item for item in items if isinstance(item, Tensor)]
 

@@ -1,41 +1,28 @@
-"""What a patched model remembers: how it behaves, and its last draw."""
+"""What a patched model stores: its settings, and its last draw."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from tokentune.core.adapter_kinds import Suspect
+from tokentune.core.compat.adapters import Suspect
 from tokentune.core.layers import Stack, inner_model
 from tokentune.core.loss import CHUNK_BYTES
 from tokentune.core.profile import Profile
-from tokentune.core.scoring_pass import LookOptions
+from tokentune.core.scoring_pass import ScoringOptions
+from tokentune.core.step_plan import DrawCounts
 from tokentune.errors import UnsupportedModelError
-
-
-@dataclass
-class DrawCounts:
-    """The last draw, on the device: reading it makes its host wait."""
-
-    positions: Tensor  # (B, K)
-    selected: Tensor  # how many of them are real tokens
-    supervised: Tensor  # selected targets
-    loss: Tensor | None = None  # the sum over all supervised targets, from a look through all layers
-    targets: Tensor | None = None  # how many these are
-
 
 PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
-
-
-SETTINGS_OF_OWNER = "_tokentune_of_owner"  # likewise, of the model inside that holds the layers
+SETTINGS_OF_OWNER = "_tokentune_of_owner"  # the same Settings, on the model inside that holds the layers
 
 
 @dataclass
 class Settings:
-    """How a patched model behaves; kept on the model, so that a deep copy has it too."""
+    """How a patched model behaves. They are stored on the model, so that a deep copy has them too."""
 
     prefix_length: int | float | None
     strategy: str
@@ -45,40 +32,40 @@ class Settings:
     offload_kv: bool = False
     chunked_loss: bool | None = None
     chunk_bytes: int = CHUNK_BYTES
-    look: LookOptions | None = None
-    needs: tuple[str, ...] = ()  # the scores that the strategy needs
+    scoring: ScoringOptions | None = None
+    needs: tuple[str, ...] = ()  # scores, which the strategy needs
     gradient_correction: float = 0.0
-    verify: bool = True  # whether the model was compared, and its adapters are to be of a kind that was
-    adapters: list[Suspect] = field(default_factory=list)  # that cannot be served, active ones or not
-    adapters_of: tuple[int, ...] = ()  # the adapters' configurations that were looked at for these
-    undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the step under way, last first
-    finish: Callable[[Any], None] | None = None  # what the output of the step under way still needs
+    verify: bool = True  # whether model and adapter kinds must have been compared with the definition
+    adapters: list[Suspect] = field(default_factory=list)  # adapters that cannot be served, active or not
+    adapters_of: tuple[int, ...] = ()  # ids of the adapters' configurations that were checked
+    undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the current step, last first
+    finish: Callable[[Any], None] | None = None  # what the output of the current step still needs
     counts: DrawCounts | None = None  # of the last draw
 
 
 def settings_of(owner: nn.Module) -> Settings | None:
-    """How a patched model behaves; None: it is not patched."""
+    """The settings of a patched model; None: it is not patched."""
     return getattr(owner, SETTINGS, None)
 
 
 def set_prefix_length(model: nn.Module, prefix_length: int | float) -> None:
-    """Changes how many tokens a patched model selects that draws itself, as for a schedule over training."""
+    """Changes how many tokens a patched model draws, as for a schedule over training."""
     getattr(owner_of(model), SETTINGS).prefix_length = prefix_length
 
 
 def last_draw(model: nn.Module) -> DrawCounts | None:
-    """The last selection that a patched model drew itself, in numbers; None where it drew none yet."""
+    """The last draw of a patched model in numbers; None: it has not drawn yet."""
     return getattr(owner_of(model), SETTINGS).counts
 
 
 def reference_of(model: nn.Module) -> PreTrainedModel | None:
-    """The second model that a patched model compares losses with, where it does."""
+    """The reference model whose losses a scoring pass subtracts, where there is one."""
     settings: Settings | None = getattr(owner_of(model), SETTINGS, None)
-    return None if settings is None or settings.look is None else settings.look.reference
+    return None if settings is None or settings.scoring is None else settings.scoring.reference
 
 
 def profile_of(model: nn.Module) -> Profile:
-    """What was found out about a model when it was patched: the token that its head pools, the rows that it needs."""
+    """What the verification found out about a patched model: the token that its head pools, the rows that it needs."""
     return getattr(owner_of(model), SETTINGS).profile
 
 

@@ -1,22 +1,23 @@
-"""Look, then choose: a pass over all tokens without gradients, which says what each of them is worth.
+"""The scoring pass: a forward pass over all tokens without gradients, which scores them before the selection.
 
     B sequences, S tokens, N supervised targets, D hidden size, H heads, G key-value heads, d head size
 
-The model's own forward runs once under `no_grad`, with its own attention kernels and masks; the attention function
-that its configuration names for that long (`looking_attention`) sets each layer's keys and values aside, which is all
-that the selected tokens need of the others: their step (`selective.Step.kept`) runs the rest no second time. With a
-token's forward 2 units and its backward 4, that is 2 + 6r in place of 2 + 4r.
+The model's own forward runs once under `no_grad`, with its own attention kernels and masks. During it the configuration
+names an attention function (`scoring_attention`) that also stores each layer's keys and values. They are all that the
+selected tokens need of the others, so the step that follows does not run the unselected tokens a second time
+(`use_cached_key_values`). With a token's forward as 2 units of work and its backward as 4, a step then costs 2 + 6r in
+place of 2 + 4r, where r is the proportion of selected tokens.
 
-The output head is handed no rows (`loss.WithheldRows`), so that logits are there a chunk at a time. Scores, each
-(B, S) float32 and 0 where there is nothing to score:
+The output head gets no rows (`loss.WithheldRows`), so logits exist only a chunk at a time. The scores, each (B, S)
+float32 and 0 where there is nothing to score:
 
     loss         of the target that a position predicts
     gradient     the norm of that loss's gradient with respect to the position's hidden state in front of the head
     excess_loss  the loss minus that of a reference model
     attention    the attention that a token receives in the last layer: over all real queries, the mean of the heads
 
-`LookOptions.layers` looks through the first layers alone, with the final norm and the head behind them: a cheaper
-guess, of which no keys and values are kept. Dropout is on in the look as in the step.
+`ScoringOptions.layers` runs the first layers alone, with the final norm and the head behind them: scores that are
+cheaper and less exact, and no cached keys and values. Dropout is on in the scoring pass as in the step.
 """
 
 from collections import deque
@@ -33,7 +34,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentune.core.attention import eager_function
+from tokentune.core.attention.kernels import eager_function
+from tokentune.core.attention.received import attention_received
+from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import Stack, attention_modules
 from tokentune.core.loss import (
     CHUNK_BYTES,
@@ -44,25 +47,26 @@ from tokentune.core.loss import (
     row_gradients,
     rows_with_loss,
 )
-from tokentune.core.masks import read_mask
-from tokentune.core.selective_layer import Kept
+from tokentune.core.saved_tensors.saved_bytes import in_own_storage
+from tokentune.core.selective_layer import join_key_values
+from tokentune.core.step import UNSELECTED, LayerCall, Step, uncompiled
+from tokentune.core.step_plan import CachedKeyValues
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.strategies import DRAWS
 
 SCORES = ("loss", "gradient", "excess_loss", "attention")
-_NAME = "tokentune_look"  # with the model's own implementation behind it: registered with transformers
-_SCORE_BYTES = 64 * 1024**2  # of the attention weights of a block of queries in float32
+_NAME = "tokentune_scoring_pass"  # with the model's own implementation behind it: registered with transformers
 
 
 @dataclass(frozen=True)
-class LookOptions:
-    """How a model looks before it draws.
+class ScoringOptions:
+    """How a scoring pass runs, and what its scores do.
 
     Args:
         draw: what the scores do: "proportional" (probabilities in proportion to them) or "top" (the highest win).
-        layers: look through the first N layers alone; None: through all, whose keys and values are then kept.
-        reference: the model whose loss `excess_loss` takes off.
+        layers: run the first N layers alone; None: all layers, whose keys and values are then cached.
+        reference: the model whose loss `excess_loss` subtracts.
     """
 
     draw: str = "proportional"
@@ -76,73 +80,86 @@ class LookOptions:
             raise ValueError(f"layers must be at least 1, not {self.layers}")
 
 
+LookOptions = ScoringOptions  # the old name, for one release
+
+
 @dataclass
-class Look:
-    """What a look found."""
+class ScoringPass:
+    """The result of a scoring pass."""
 
     scores: dict[str, Tensor]  # (B, S) float32 by name
-    kept: Kept | None = None
-    loss: Tensor | None = None  # the sum over all supervised targets; None where only some layers were looked through
+    cached_kv: CachedKeyValues | None = None
+    loss: Tensor | None = None  # the sum over all supervised targets; None where only some layers ran
     supervised: Tensor | None = None  # N
 
 
-def look(
+def run_scoring_pass(
     model: PreTrainedModel,
     stack: Stack,
     kwargs: dict[str, Any],
-    options: LookOptions,
+    options: ScoringOptions,
     needs: tuple[str, ...],
     *,
     num_supervised: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Look:
+) -> ScoringPass:
     """Runs the model once over all tokens without gradients.
 
     Args:
         model: a causal model whose head may be run on chunks of rows (`loss.why_not_in_chunks`).
         kwargs: of its forward, "labels" among them.
-        needs: of `SCORES`; a look through all layers makes the losses anyway.
+        needs: of `SCORES`; a pass through all layers makes the losses in any case.
         num_supervised: N, where the caller knows it on the host.
 
     Raises:
-        UnsupportedModelError: something between attention and head cannot be looked at.
+        UnsupportedModelError: something between attention and head cannot be recorded.
     """
-    watch = _Watch(stack, keep=options.layers is None, chunk_bytes=chunk_bytes)
+    recording = _Recording(stack, keep=options.layers is None, chunk_bytes=chunk_bytes)
     if "attention" in needs:
-        watch.attended = attention_modules(stack.layers[(options.layers or len(stack.layers)) - 1])[0]
-        watch.real = kwargs.get("attention_mask")
+        recording.scored_module = attention_modules(stack.layers[(options.layers or len(stack.layers)) - 1])[0]
+        recording.real = kwargs.get("attention_mask")
     losses = TokenLosses(model, "gradient" in needs, num_supervised, chunk_bytes)
     if options.layers is not None and needs == ("attention",):
-        kwargs = kwargs | {"labels": None}  # no losses: the head, which gets no rows, costs nothing
+        kwargs = kwargs | {"labels": None}  # no losses are needed: the head gets no rows and costs nothing
     with torch.no_grad(), ExitStack() as undo:
-        undo.enter_context(_watched(watch))
+        undo.enter_context(_recorded(recording))
         undo.enter_context(_plain_layers(stack))
         if options.layers is not None:
             undo.enter_context(_first_layers(stack, options.layers))
         for action in put_loss(model, losses):
             undo.callback(action)
-        # `forward`, not the model itself: its hooks, which started this, run once per step.
+        # `forward`, not the model itself: its hooks started this, and run once per step.
         model.forward(**kwargs)
     scores = losses.scores()
-    if watch.attended is not None:
-        if watch.received is None:
-            raise UnsupportedModelError(f"{type(watch.attended).__name__} was not reached by the look")
-        scores["attention"] = watch.received
+    if recording.scored_module is not None:
+        if recording.received is None:
+            raise UnsupportedModelError(f"{type(recording.scored_module).__name__} was not reached by the scoring pass")
+        scores["attention"] = recording.received
     if "excess_loss" in needs:
         scores["excess_loss"] = scores["loss"] - _reference_losses(options.reference, kwargs, losses)
-    found = Look(scores)
+    found = ScoringPass(scores)
     if options.layers is None:
-        if len(watch.kept) != stack.calls:
-            raise UnsupportedModelError(f"{len(watch.kept)} attention calls were looked at, not {stack.calls}")
-        found.kept = watch.kept
+        if len(recording.cached_kv) != stack.calls:
+            raise UnsupportedModelError(f"{len(recording.cached_kv)} attention calls were recorded, not {stack.calls}")
+        found.cached_kv = recording.cached_kv
         found.loss, found.supervised = losses.total()
     return found
 
 
+@uncompiled
+def use_cached_key_values(step: Step, call: LayerCall) -> None:
+    """In place of the unselected tokens' pass: their keys and values from the scoring pass, removed from its cache."""
+    cached = step.plan.cached_kv.popleft()  # 2 x (B, G, S, d)
+    indices = step.indices(UNSELECTED)
+    call.unselected_kv = tuple(gather_tokens(tensor.transpose(1, 2), indices).transpose(1, 2) for tensor in cached)
+    del cached
+    join_key_values(step, call)
+
+
 def _reference_losses(reference: PreTrainedModel, kwargs: dict[str, Any], own: "TokenLosses") -> Tensor:
-    """(B, S): what the reference loses on the same targets."""
+    """(B, S): the losses of the reference model on the same targets."""
     if reference is None:
-        raise ValueError("excess_loss is a loss minus that of another model: give LookOptions a reference")
+        raise ValueError("excess_loss is a loss minus that of another model: give ScoringOptions a reference")
     losses = TokenLosses(reference, False, own.num_supervised, own.chunk_bytes)
     device = own.losses.device
     if next(reference.parameters()).device != device:
@@ -184,9 +201,9 @@ class TokenLosses:
         shape, hidden, targets = targets.shape, hidden.flatten(0, 1), targets.flatten()
         supervised, wide = targets != ignore_index, logits.float().dtype
         self.count = supervised.sum()
-        places = rows_with_loss(supervised, self.num_supervised)
-        if places is not None:
-            hidden, targets = hidden[places], targets[places]
+        numbers = rows_with_loss(supervised, self.num_supervised)
+        if numbers is not None:
+            hidden, targets = hidden[numbers], targets[numbers]
 
         def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
             predicted = self.rows.logits(hidden)
@@ -200,24 +217,24 @@ class TokenLosses:
             else:
                 of_rows = losses_of(rows, wanted)
             losses.append(of_rows)
-        self.losses = _put_back(torch.cat(losses), places, shape)
-        self.norms = _put_back(torch.cat(norms), places, shape) if norms else None
+        self.losses = _put_back(torch.cat(losses), numbers, shape)
+        self.norms = _put_back(torch.cat(norms), numbers, shape) if norms else None
         return self.losses.sum()
 
     def scores(self) -> dict[str, Tensor]:
-        """Those that were made."""
+        """The scores that were made."""
         found = {"loss": self.losses, "gradient": self.norms}
         return {name: score for name, score in found.items() if score is not None}
 
     def total(self) -> tuple[Tensor, Tensor]:
-        """The sum of all losses, and of how many."""
+        """The sum of all losses, and their number."""
         return self.losses.sum(), self.count
 
 
-def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+def _put_back(values: Tensor, numbers: Tensor | None, shape: torch.Size) -> Tensor:
     """(N,) -> (B, S), 0 elsewhere."""
-    if places is not None:
-        values = values.new_zeros(shape.numel()).index_copy_(0, places, values)
+    if numbers is not None:
+        values = values.new_zeros(shape.numel()).index_copy_(0, numbers, values)
     return values.view(shape)
 
 
@@ -225,110 +242,59 @@ def _put_back(values: Tensor, places: Tensor | None, shape: torch.Size) -> Tenso
 
 
 @dataclass
-class _Watch:
-    """What the attention function notes during a look."""
+class _Recording:
+    """What the attention function records during a scoring pass."""
 
     stack: Stack
     keep: bool
     chunk_bytes: int
     implementations: list[tuple[Any, str]] = field(default_factory=list)
-    kept: Kept = field(default_factory=deque)
-    attended: nn.Module | None = None  # the attention whose weights are asked for
+    cached_kv: CachedKeyValues = field(default_factory=deque)
+    scored_module: nn.Module | None = None  # the attention module whose weights are wanted
     real: Tensor | None = None  # (B, S), 0 at padding
     received: Tensor | None = None  # (B, S)
 
 
-_WATCH: ContextVar[_Watch | None] = ContextVar("tokentune_look", default=None)
+_RECORDING: ContextVar[_Recording | None] = ContextVar("tokentune_scoring_pass", default=None)
 
 
 @contextmanager
-def _watched(watch: _Watch) -> Iterator[None]:
-    """Within it the model's attention calls come by `looking_attention`."""
-    watch.implementations = [(config, config._attn_implementation) for config in watch.stack.configs]
-    token = _WATCH.set(watch)
+def _recorded(recording: _Recording) -> Iterator[None]:
+    """Within it the model's attention calls `scoring_attention`."""
+    recording.implementations = [(config, config._attn_implementation) for config in recording.stack.configs]
+    token = _RECORDING.set(recording)
     try:
-        for config, own in watch.implementations:
+        for config, own in recording.implementations:
             name = f"{_NAME}_{own}"  # a name per implementation, because masks are made by name
-            AttentionInterface.register(name, looking_attention)
+            AttentionInterface.register(name, scoring_attention)
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
             config._attn_implementation_internal = name
         yield
     finally:
-        _WATCH.reset(token)
-        for config, own in watch.implementations:
+        _RECORDING.reset(token)
+        for config, own in recording.implementations:
             config._attn_implementation_internal = own
 
 
-def looking_attention(
+def scoring_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """The model's own attention, noted: what a model's attention calls during a look, on its own arguments."""
-    watch = _WATCH.get()
-    if watch.keep:
-        watch.kept.append((alone(key), alone(value)))
-    if module is watch.attended:
-        watch.received = attention_received(module, query, key, attention_mask, watch.real, **options)
-    own = next((own for config, own in watch.implementations if config is module.config), None)
+    """What a model's attention calls during a scoring pass: its own attention function, whose inputs are recorded."""
+    recording = _RECORDING.get()
+    if recording.keep:
+        recording.cached_kv.append((in_own_storage(key), in_own_storage(value)))
+    if module is recording.scored_module:
+        recording.received = attention_received(module, query, key, attention_mask, recording.real, **options)
+    own = next((own for config, own in recording.implementations if config is module.config), None)
     if own is None:
         raise UnsupportedModelError(f"{type(module).__name__} has a configuration of its own")
     function = eager_function(module) if own == "eager" else ALL_ATTENTION_FUNCTIONS[own]
     return function(module, query, key, value, attention_mask, **options)
 
 
-def alone(tensor: Tensor) -> Tensor:
-    """The tensor without whatever else its storage holds: kept, a slice of a fused projection would keep it all."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def attention_received(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Any, real: Tensor | None = None, **options: Any
-) -> Tensor:
-    """The attention that each token receives: the mean over heads of the sum over queries of softmax weights.
-
-    For a block of queries at a time, so that no weights of all pairs of tokens are held.
-
-    Args:
-        query: (B, H, S, d); key: (B, G, S, d); `mask` as the model's attention was handed it.
-        real: (B, S), 0 at padding, whose queries do not count; None: there is none.
-        options: of the model's attention call: `scaling`, `softcap` and `s_aux` (sinks) are honoured.
-
-    Returns:
-        (B, S) float32.
-    """
-    if options.get("position_bias") is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} passes a position bias, which attention scores leave out")
-    batch, heads, length, size = query.shape
-    groups, recipe = key.shape[1], read_mask(mask, batch, length)
-    scaling = options.get("scaling")
-    scaling = size**-0.5 if scaling is None else scaling
-    sinks, cap = options.get("s_aux"), options.get("softcap")
-    received = query.new_zeros(batch, length).float()
-    block = max(1, _SCORE_BYTES // (4 * batch * heads * length))
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        last = stop if recipe.causal else length
-        rows = query[:, :, start:stop].unflatten(1, (groups, -1)).flatten(2, 3)  # (B, G, H / G * n, d)
-        weights = rows @ key[:, :, :last].transpose(2, 3)
-        weights = weights.view(batch, heads, stop - start, last).float() * scaling
-        if cap is not None:
-            weights = torch.tanh(weights / cap) * cap
-        seen = recipe.visible(torch.arange(start, stop, device=query.device).expand(batch, -1), 0, last)
-        smallest = torch.finfo(weights.dtype).min
-        weights = weights.masked_fill(~seen, smallest) if seen.dtype == torch.bool else weights + seen
-        if sinks is not None:
-            columns = sinks.view(1, -1, 1, 1).expand(batch, -1, stop - start, 1).to(weights.dtype)
-            weights = torch.cat([weights, columns], dim=-1).softmax(-1)[..., :-1]
-        else:
-            weights = weights.softmax(-1)
-        if real is not None:
-            weights = weights * (real[:, None, start:stop, None] != 0)
-        received[:, :last] += weights.mean(1).sum(1)
-    return received if real is None else received * (real != 0)
-
-
 @contextmanager
 def _plain_layers(stack: Stack) -> Iterator[None]:
-    """Within it nothing is checkpointed: without gradients that would only note random states."""
+    """Within it no layer is checkpointed: without gradients, checkpointing would only store random states."""
     modules = [module for module in (*stack.layers, *stack.around) if getattr(module, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False
@@ -341,13 +307,13 @@ def _plain_layers(stack: Stack) -> Iterator[None]:
 
 @contextmanager
 def _first_layers(stack: Stack, count: int) -> Iterator[None]:
-    """Within it the model has its first `count` layers alone."""
-    places = [
+    """Within it the model has only its first `count` layers."""
+    holders = [
         (module, name) for module in stack.around for name, child in module._modules.items() if child is stack.layers
     ]
-    if len(places) != 1:
+    if len(holders) != 1:
         raise UnsupportedModelError("the model's list of layers stands in several places")
-    (module, name) = places[0]
+    (module, name) = holders[0]
     module._modules[name] = nn.ModuleList(list(stack.layers)[:count])
     try:
         yield

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokentune.core.model_sampling import pooled_tokens
-from tokentune.core.profile import Pooling
+from tokentune.core.profile import Pooling, pooled_tokens
 from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.sampler import (
     IGNORED_LABEL,

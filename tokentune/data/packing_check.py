@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokentune.core.compat.rotary_state import rotary_state_kept
 from tokentune.core.layers import inner_model, transformer_layers
 from tokentune.core.patched import SETTINGS, Settings, settings_of
 from tokentune.core.patching import install_hooks
-from tokentune.core.rotary_state import rotary_state_kept
 from tokentune.data.collators import CausalCollator
 from tokentune.data.packing import PackedCollator, real_tokens
 from tokentune.errors import UnsupportedModelError, UserError

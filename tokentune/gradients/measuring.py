@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import inner_model, transformer_layers
-from tokentune.core.saved_bytes import SavedForBackward
-from tokentune.core.selective_layer import CURRENT_STEP
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.core.step import CURRENT_STEP
 from tokentune.data.collators import CausalCollator
 from tokentune.errors import UserError
 from tokentune.gradients.draw_statistics import Gradient

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from tokentune.core.breakdown import ATTENTION as IN_ATTENTION
-from tokentune.core.breakdown import kinds_of_modules
 from tokentune.core.layers import inner_model, transformer_layers
+from tokentune.core.saved_tensors.breakdown import ATTENTION as IN_ATTENTION
+from tokentune.core.saved_tensors.breakdown import kinds_of_modules
 
 # Names of an attention's projections in transformers, by what comes out of them.
 _PROJECTIONS = {

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from tokentune.core.layers import inner_model
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.data.packing import PackedRows, lengths_of
 from tokentune.memory.footprint import NOT_MEASURED, measure_run
 from tokentune.sampling.sampler import selected_count

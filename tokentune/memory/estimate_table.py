@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokentune.core.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
+from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_GIB, BYTES_IN_MIB
 from tokentune.memory.footprint import FRAGMENTATION, Footprint, fits
 from tokentune.memory.presets import Subject
 from tokentune.memory.sharding import describe

@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from tokentune.core.breakdown import KindOfModule
 from tokentune.core.layers import inner_model
 from tokentune.core.patched import reference_of, settings_of
 from tokentune.core.profile import Profile
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.breakdown import KindOfModule
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.accounting import LiveBytes, claim_model
 from tokentune.memory.fake_device import fake_device, replaced, run_backward, to_fake
@@ -57,7 +57,7 @@ class Footprint:
         peak: most that is alive at once.
         peak_phase: when that is: "forward", "backward" or "optimizer".
         at_peak: the peak by kind; "rest" is what is there for a moment.
-        activations_by: `activations` by the kind of module that kept them (`core/breakdown.py`).
+        activations_by: `activations` by the kind of module that kept them (`core/saved_tensors/breakdown.py`).
         host: bytes in the CPU's memory beside the device (paged optimizer states, offloaded keys and values).
         sent: to other processes, in an optimizer step (`memory/sharding.py`).
     """

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.errors import UserError
 from tokentune.memory.available_memory import available_bytes
 from tokentune.memory.footprint import NOT_MEASURED, Footprint, measure_run

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.environment import device_facts
 from tokentune.errors import UserError
 from tokentune.memory.accounting import quantization_constants

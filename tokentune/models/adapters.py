@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tokentune.core.four_bit import keep_4bit_layout
+from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tokentune.api import apply_tokentune
-from tokentune.core.fsdp import made_whole
+from tokentune.core.compat.fsdp import made_whole
 from tokentune.core.layers import inner_model
 from tokentune.core.patched import reference_of
-from tokentune.core.scoring_pass import LookOptions
+from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.models.adapters import add_adapters, say_adapters
 from tokentune.models.pretrained import (
@@ -172,7 +172,7 @@ def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrained
             options["prefix_length"] = selection.selected
             options["strategy"] = selection.selection
         reference = reference_of(model) if reference is None else reference
-        options["look"] = LookOptions(selection.selection_draw, selection.selection_layers, reference)
+        options["scoring_pass"] = ScoringOptions(selection.selection_draw, selection.selection_layers, reference)
     # ZeRO-3 gathers the head's weights in each of its calls, on all processes; of chunks they have different numbers.
     chunked = {"auto": False if is_deepspeed_zero3_enabled() else None, "on": True, "off": False}
     with unsupported_models_refused(), made_whole():

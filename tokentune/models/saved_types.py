@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from tokentune.core.fsdp import made_whole, own_class
+from tokentune.core.compat.fsdp import made_whole, own_class
 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:

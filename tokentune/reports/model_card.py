@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tokentune.card_file import MARK, own_card
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.file_names import CARD_NAME
 from tokentune.models.tasks import CAUSAL_LM, HEADS
 from tokentune.sampling.strategies import REGISTRY

@@ -49,7 +49,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tokentune.core.saved_bytes import BYTES_IN_GIB
+from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_GIB
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.instruction_data import InstructionData
 from tokentune.environment import device_facts, library_versions

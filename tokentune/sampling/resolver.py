@@ -10,7 +10,7 @@ def find_strategy(name: str) -> Registered:
     """The strategy of that name, or the function of `path/file.py:function`, whose file is run.
 
     Raises:
-        ValueError: there is none; the message names the nearest, and all. Of a file: what is wrong with it.
+        ValueError: there is no such strategy (the message names the nearest one, and all), or the file is wrong.
     """
     if name in REGISTRY:
         return REGISTRY[name]

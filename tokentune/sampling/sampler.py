@@ -1,8 +1,8 @@
 """Which token positions keep gradients: the draw, and the labels that remain.
 
-A strategy (`sampling/strategies.py`) says how much it wants each token. What holds for every strategy is here: how many
-tokens a row selects, that a row with supervised tokens selects one, what is selected always, and what fills up shorter
-rows.
+A strategy (`sampling/strategies.py`) gives each token a priority. What is the same for every strategy is here: how many
+tokens a row selects, that a row with supervised tokens selects at least one of them, which tokens are always selected,
+and how shorter rows are filled up.
 
 Legend: B sequences, S tokens of the padded batch, K selected positions per sequence. A *target position* is one whose
 output has a loss: the token before a supervised one in a causal model, the supervised one itself otherwise.
@@ -19,7 +19,7 @@ from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.strategies import DRAWS, Tokens, answer_of
 from tokentune.sampling.weighted_draw import wide_dtype
 
-REFERENCE = "reference"  # the strategy that counts as the released code did
+REFERENCE = "reference"  # the strategy with the counts of the released code
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -40,7 +40,7 @@ def _reference_count(prefix_length: int | float, length: int) -> int:
 
 def counts_of_rows(prefix_length: int | float, lengths: Tensor, strategy: str) -> Tensor:
     """`selected_count` or `_reference_count` of every row, on the rows' device: lengths (B,) -> counts (B,)."""
-    # float64, so that a product rounds as it does in Python; MPS has none, and may be one off on an exact half.
+    # float64, so that a product rounds as in Python; MPS has no float64, and may differ by one on an exact half.
     wide = wide_dtype(lengths.device)
     proportion = isinstance(prefix_length, float)
     if strategy == REFERENCE:
@@ -93,12 +93,12 @@ def select_tokens(
     token_scores: dict[str, Tensor] | None = None,
     draw: str = "proportional",
 ) -> tuple[Tensor, Tensor | None]:
-    """Draws the positions that keep gradients, and what the loss at each of them counts.
+    """Draws the positions that keep gradients, and the weights of their losses.
 
-    Each row takes its own count of its own real tokens. K is the batch's common size, and shorter rows are filled up
-    to it with padding positions, which attention masks and which carry no loss. K is the count of the longest row
-    where `attention_mask` is on the CPU, and that of a row of S tokens elsewhere, where looking at the lengths would
-    stop the host until the device has caught up.
+    Each row has its own count, of its own real tokens. K is the same for the whole batch: shorter rows are filled up
+    with padding positions, which are masked in attention and have no loss. K is the count of the longest row where
+    `attention_mask` is on the CPU. On other devices it is the count of a row of S tokens, because reading the lengths
+    would make the host wait.
 
     Args:
         attention_mask: (B, S), 1 at real tokens; padding may stand on either side.
@@ -109,20 +109,20 @@ def select_tokens(
         preferred: (B, S) bool, the targets that "supervised" selects before the others.
         strategy: a name that `find_strategy` knows. "reference" has counts of its own and promises no target.
         generator: draws the scores, on the device of `attention_mask`.
-        scores: (B, S), uniform in [0, 1), instead of `generator`: the draw depends on nothing else.
-        input_ids, labels: (B, S), for strategies that look at them.
-        token_scores: (B, S) each, by name, those that the strategy needs.
-        draw: what these do, one of `strategies.DRAWS`.
+        scores: (B, S), uniform in [0, 1), instead of `generator`: the draw has no other source of chance.
+        input_ids, labels: (B, S), for strategies that use them.
+        token_scores: (B, S) each, by name: those that the strategy needs.
+        draw: how these scores are used, one of `strategies.DRAWS`.
 
     Returns:
         positions (B, K) int64: distinct, ascending in each row. weights (B, K) float32, None where the strategy knows
         no probabilities: 1 / probability at selected targets (at all selected real tokens where `targets` is None), 1
-        where they are selected always, 0 elsewhere. A sum of losses with these weights has the expectation of the sum
-        over all targets. So that it stays that, a target that is there only because the row's draw held none weighs 0.
+        where they are always selected, 0 elsewhere. A sum of losses with these weights has the expectation of the sum
+        over all targets. For that, a target that was added only because the row's draw had none has weight 0.
 
     Raises:
         ValueError: unknown strategy or draw, scores missing.
-        StrategyError: a ValueError too; the strategy's answer is of the wrong shape, or NaN.
+        StrategyError: a ValueError too; the strategy's answer has the wrong shape, or NaN.
     """
     registered = find_strategy(strategy)
     if draw not in DRAWS:
@@ -148,8 +148,8 @@ def select_tokens(
     tokens = real.shape[1]
     forced = torch.zeros_like(real)
     if targets is not None and strategy != REFERENCE:
-        # The first target goes to the front of its row. A draw that holds any target holds this one already, so only
-        # draws that missed all targets change: theirs replaces the last one drawn.
+        # The first target goes to the front of its row. A draw with any target already has this one, so only draws
+        # without a target change: in these, the target replaces the token that was drawn last.
         at = place.masked_fill(~targets, tokens)
         front = (at == at.amin(-1, keepdim=True)) & targets
         forced = front & (place >= counts)
@@ -173,12 +173,12 @@ def select_tokens(
 
 
 def select_positions(attention_mask: Tensor, prefix_length: int | float, **options: Any) -> Tensor:
-    """The positions of `select_tokens`, (B, K), for whoever has no use for the weights."""
+    """The positions of `select_tokens`, (B, K), without the weights."""
     return select_tokens(attention_mask, prefix_length, **options)[0]
 
 
 def mask_unselected_labels(labels: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
-    """Labels that leave a loss at the selected target positions alone, so that counting labels counts loss terms.
+    """Labels with a loss at selected target positions only, so that the number of labels is the number of losses.
 
     Args:
         labels: (B, S) int64, -100 where no loss.
@@ -186,7 +186,7 @@ def mask_unselected_labels(labels: Tensor, positions: Tensor, *, causal: bool) -
         causal: as in `target_mask`.
 
     Returns:
-        (B, S) int64; `labels` itself is left as it is.
+        (B, S) int64; `labels` itself does not change.
     """
     selected = torch.zeros_like(labels, dtype=torch.bool).scatter(1, positions, True)  # (B, S)
     if causal:  # the label at t + 1 belongs to the output at t; the label at 0 to none
@@ -195,11 +195,11 @@ def mask_unselected_labels(labels: Tensor, positions: Tensor, *, causal: bool) -
 
 
 def draw_scores(seeds: Sequence[int], length: int) -> Tensor:
-    """Uniform scores for `select_positions` that depend on nothing but the row's own seed.
+    """Uniform scores for `select_positions` that depend only on the row's own seed.
 
-    One generator per row: a row keeps its draw whatever batch, batch size or worker it comes in, and however far it is
-    padded on the right (the first scores of a longer row are those of a shorter one). NumPy's, because a torch CPU
-    generator uses 32 bits of its seed.
+    There is one generator per row. So a row has the same draw in every batch, batch size and worker, with any padding
+    on the right (the first scores of a longer row are those of a shorter one). The generators are NumPy's, because a
+    torch CPU generator uses only 32 bits of its seed.
 
     Args:
         seeds: B seeds, each in [0, 2**64).

@@ -17,11 +17,11 @@ class Schedule:
 
     @property
     def largest(self) -> int | float:
-        """What memory is needed for."""
+        """The size that decides how much memory is needed."""
         return max(self.start, self.end)
 
     def at(self, step: int, steps: int) -> int | float:
-        """The size at an optimizer step: 0 is the first of so many, steps - 1 the last."""
+        """The size at an optimizer step: 0 is the first, steps - 1 the last."""
         share = min(1.0, step / max(1, steps - 1))
         value = self.start + (self.end - self.start) * share
         return round(value) if isinstance(self.start, int) else value

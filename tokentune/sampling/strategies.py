@@ -1,10 +1,10 @@
-"""How tokens are chosen: the strategies of `--selection`, one function each, and a place for your own.
+"""How tokens are chosen: the strategies of `--selection`, one function each, and how to add your own.
 
     B sequences, S tokens of the padded batch, K selected positions per sequence
 
-A strategy looks at a batch's `Tokens` and says how much it wants each of them: a priority (B, S), the highest of each
-row's real tokens win. What every draw needs (a row's own count, padding, a supervised token where there is one) is
-`sampling/sampler.py`'s affair, so that a strategy of one's own is five lines:
+A strategy gets a batch's `Tokens` and returns a priority (B, S): the real tokens of a row with the highest ones are
+selected. What every draw needs (the row's count, padding, a supervised token where there is one) is done in
+`sampling/sampler.py`, so that your own strategy has five lines:
 
     from tokentune.sampling.strategies import Tokens, strategy
 
@@ -12,7 +12,7 @@ row's real tokens win. What every draw needs (a row's own count, padding, a supe
     def rare(tokens: Tokens):
         return tokens.input_ids + tokens.uniform   # tokenizers give rare pieces high numbers
 
-for `--selection rare.py:rare`, or under its name wherever the file was imported.
+for `--selection rare.py:rare`, or by its name after the file was imported.
 """
 
 from collections.abc import Callable
@@ -39,21 +39,21 @@ DRAWS = ("proportional", "top")
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a strategy sees of a batch. All tensors are on one device.
+    """A batch as a strategy gets it. All tensors are on one device.
 
     Attributes:
         real: (B, S) bool, False at padding.
-        uniform: (B, S) in [0, 1), each row's own random numbers, the same under the same seed.
+        uniform: (B, S) in [0, 1), random numbers of each row, equal for equal seeds.
         counts: (B,) how many positions each row will get.
         input_ids: (B, S) int64; None for images.
         labels: (B, S) int64, -100 where no loss; (B,) classes; None where there are none.
         targets: (B, S) bool, positions whose output has a loss; None where losses have no position.
         preferred: (B, S) bool, the targets that matter most (words inside of entities); None: all alike.
-        always: (B, S) bool, real positions that are selected whatever the strategy says; None: none.
-        scores: (B, S) float32 by name, as far as the strategy `needs` them: of each position's output ("loss",
+        always: (B, S) bool, real positions that are selected in any case; None: none.
+        scores: (B, S) float32 by name, those that the strategy `needs`: of each position's output ("loss",
             "excess_loss", "gradient", 0 where there is no target), or of the token itself ("attention").
-        draw: what scores do, one of `DRAWS`: "proportional" draws at random with these weights and says with which
-            probability, "top" takes the highest.
+        draw: how scores are used, one of `DRAWS`: "proportional" draws at random with these weights and returns the
+            probabilities, "top" takes the highest.
     """
 
     real: Tensor
@@ -69,10 +69,10 @@ class Tokens:
 
 
 class Choice(NamedTuple):
-    """A strategy's answer where each position's probability of being selected is known."""
+    """A strategy's answer where the probability of each position is known."""
 
     priority: Tensor  # (B, S)
-    probability: Tensor  # (B, S) in [0, 1]: a loss counts 1 / probability, so that the draws' mean is the whole loss
+    probability: Tensor  # (B, S) in [0, 1]: a loss has weight 1 / probability, so the mean of draws is the whole loss
 
 
 Strategy = Callable[[Tokens], Tensor | Choice]
@@ -81,7 +81,7 @@ Strategy = Callable[[Tokens], Tensor | Choice]
 class Registered(NamedTuple):
     name: str
     choose: Strategy
-    needs: tuple[str, ...] = ()  # scores that a forward pass over all tokens has to make first
+    needs: tuple[str, ...] = ()  # scores of a forward pass over all tokens that comes first
     even: bool = False  # whether every token of a row has the same probability
 
 
@@ -95,10 +95,10 @@ def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> C
     Args:
         name: for `--selection`.
         needs: of `SCORES`; see `Tokens.scores`.
-        even: that every token of a row is selected with the same probability, as the gradient's correction assumes.
+        even: every token of a row has the same probability, as the gradient's correction assumes.
 
     Raises:
-        ValueError: an unknown score, or a name that another module's strategy has.
+        ValueError: an unknown score, or the name of a strategy of another module.
     """
     if unknown := [score for score in needs if score not in SCORES]:
         raise ValueError(f"strategy {name!r} needs {', '.join(unknown)}: there are {', '.join(SCORES)}")
@@ -113,15 +113,15 @@ def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> C
 
 
 class StrategyError(UserError, ValueError):
-    """What a strategy answered that is no answer."""
+    """A strategy returned an invalid answer."""
 
 
 def answer_of(registered: Registered, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
     """A strategy's priorities (B, S), and its probabilities (B, S) where it knows them.
 
     Raises:
-        StrategyError: of another shape, NaN, or no probabilities. On an accelerator the values are not looked at, for
-            which the host would have to wait.
+        StrategyError: a wrong shape, NaN, or values that are no probabilities. On an accelerator the values are not
+            checked, because the host would have to wait for them.
     """
     answer = registered.choose(tokens)
     parts = {"priorities": answer}
@@ -143,7 +143,7 @@ def answer_of(registered: Registered, tokens: Tokens) -> tuple[Tensor, Tensor | 
 
 
 def strategy_names(*, scored: bool | None = None) -> list[str]:
-    """The names registered; with `scored` those that need scores, or those that do not."""
+    """The registered names; with `scored` only those that need scores, or only the others."""
     return [entry.name for entry in REGISTRY.values() if scored is None or bool(entry.needs) == scored]
 
 
@@ -177,8 +177,8 @@ strategy("labelled")(_supervised)
 
 @strategy("stratified", even=True)
 def _stratified(tokens: Tokens) -> Tensor:
-    # The row is closed to a ring, turned at random and cut into `count` parts of floor or ceil(n / count) tokens. As
-    # every turn is equally likely, every token is in a part of each size equally often: its probability is count / n.
+    # The row is closed to a ring, turned at random and cut into `count` parts of floor or ceil(n / count) tokens. Every
+    # turn is equally likely, so every token is in a part of each size equally often: its probability is count / n.
     lengths = tokens.real.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
     turn = (one_number_per_row(tokens.uniform, tokens.real) * lengths).long()
     place = (tokens.real.cumsum(-1) - 1 + turn) % lengths  # (B, S)
@@ -209,7 +209,7 @@ def _contiguous(tokens: Tokens) -> Tensor:
 
 def _by_score(tokens: Tokens, scores: Tensor, candidates: Tensor) -> Tensor | Choice:
     """The highest scores of the candidates, or a draw in proportion to them; then other tokens at random."""
-    scores = scores.nan_to_num(nan=0.0)  # a loss that is no number is training's affair, which stops at it
+    scores = scores.nan_to_num(nan=0.0)  # training itself stops at a loss that is NaN
     if tokens.draw == "top":
         return scores.masked_fill(~candidates, -torch.inf)
     always = torch.zeros_like(tokens.real) if tokens.always is None else tokens.always & tokens.real
@@ -236,7 +236,7 @@ def _loss(tokens: Tokens) -> Tensor | Choice:
 
 @strategy("excess_loss", needs=("excess_loss",))
 def _excess_loss(tokens: Tokens) -> Tensor | Choice:
-    # As Rho-1 does (Lin et al., arXiv 2404.07965); what is below the reference counts as 0 in a draw.
+    # As Rho-1 does (Lin et al., arXiv 2404.07965); an excess below 0 counts as 0 in a draw.
     return _of_targets(tokens, "excess_loss")
 
 
@@ -253,7 +253,7 @@ def _attention(tokens: Tokens) -> Tensor | Choice:
 @strategy("tokenseek", needs=("attention", "gradient"))
 def _tokenseek(tokens: Tokens) -> Tensor | Choice:
     # Zeng et al., arXiv 2601.19739: log(attention received) + min-max normalised gradient, both weights 1 by default.
-    # A draw takes what the score is above the row's lowest, as probabilities have to be positive.
+    # A draw uses the score minus the row's lowest one, because probabilities have to be positive.
     score = tokenseek_score(tokens.scores["attention"], tokens.scores["gradient"], tokens.real)
     lowest = score.masked_fill(~tokens.real, torch.inf).amin(-1, keepdim=True)
     return _by_score(tokens, score if tokens.draw == "top" else score - lowest, tokens.real)

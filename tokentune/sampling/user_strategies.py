@@ -1,4 +1,4 @@
-"""A strategy of one's own, from a file: `--selection path/file.py:function`."""
+"""The user's own strategy, from a file: `--selection path/file.py:function`."""
 
 import importlib.util
 import inspect
@@ -13,12 +13,12 @@ from tokentune.sampling.strategies import REGISTRY, Registered, Tokens, answer_o
 
 
 def load_strategy(name: str) -> Registered:
-    """Runs the file and returns its function, registered under `name`, tried on a small batch.
+    """Runs the file and returns its function, registered under `name`, after a trial on a small batch.
 
     The function may be a plain one that takes `Tokens`, or one that the file registers (`@strategy`), with its needs.
 
     Raises:
-        ValueError: no such file or function, an error in the file or the function, an answer that is none.
+        ValueError: no such file or function, an error in the file or the function, or an invalid answer.
     """
     file, _, function = name.rpartition(":")
     if not file or not function:
@@ -40,12 +40,12 @@ def load_strategy(name: str) -> Registered:
 
 
 def _run(path: Path, name: str) -> ModuleType:
-    """That file alone as a module; nothing is put on the import path."""
+    """The file as a module; the import path does not change."""
     resolved = path.resolve()
     known_as = f"tokentune_strategy_{path.stem}_{crc32(str(resolved).encode()):x}"
     spec = importlib.util.spec_from_file_location(known_as, resolved)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[known_as] = module  # dataclasses and pickle look a module up there
+    sys.modules[known_as] = module  # dataclasses and pickle search for modules there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -55,7 +55,7 @@ def _run(path: Path, name: str) -> ModuleType:
 
 
 def _try(registered: Registered) -> None:
-    """Asks for a choice among two rows, the second one padded. Raises ValueError unless the answer is one."""
+    """Calls it on two rows, the second one padded. Raises ValueError unless the answer is valid."""
     real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     ids = torch.arange(1, 13).reshape(2, 6)
     labels = torch.where(torch.tensor([False, False, False, True, True, True]) & real, ids, -100)

@@ -1,26 +1,26 @@
-"""Draws of a fixed size in which each token's probability follows its score, exactly, for all rows of a batch at once.
+"""Draws of a fixed size in which each token has exactly the probability that its score gives, for a whole batch.
 
     B sequences, S tokens of the padded batch
 
-Two steps. Probabilities in proportion to the scores, none above 1, which sum up to the row's count; then systematic
-sampling (Madow, "On the Theory of Systematic Sampling II", 1949): tokens lie side by side on a line, each as long as
-its probability, and are chosen by points at distance 1 whose first place is random. A draw then has the row's count,
-and each token exactly its probability, whatever the order on the line. That order is random within two groups, target
-positions in front of the others, so that a draw holds a target wherever the targets' probabilities sum up to 1.
+There are two steps. First, probabilities in proportion to the scores, none above 1, whose sum is the row's count. Then
+systematic sampling (Madow, "On the Theory of Systematic Sampling II", 1949): tokens lie side by side on a line, each as
+long as its probability, and points at distance 1 choose them; the first point is random. A draw then has the row's
+count, and each token exactly its probability, for any order on the line. The order is random within two groups, target
+positions before the others, so that a draw has a target wherever the targets' probabilities sum up to 1.
 """
 
 import torch
 from torch import Tensor
 
-# The share of a draw that is uniform over the candidates, whatever their scores are. A row that draws c of n candidates
-# then gives each at least FLOOR * c / n: no loss weighs more than 1 / FLOOR = 10 times what it does in a uniform draw.
-# Without it a token that scored 0 by accident would never be learnt from, and one near 0 would weigh without bound.
+# The part of a draw that is uniform over the candidates, for any scores. A row that draws c of n candidates then gives
+# each at least FLOOR * c / n: no loss has more than 1 / FLOOR = 10 times its weight in a uniform draw. Without it, a
+# token with score 0 would never be learnt from, and the weight of one near 0 would have no bound.
 FLOOR = 0.1
-_LARGEST = 1e30  # scores above it count as it: a row with an infinite one keeps finite sums
+_LARGEST = 1e30  # larger scores count as this one, so that a row with an infinite score has finite sums
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, in which rounding is out of the way; float32 on MPS, which has none."""
+    """float64, in which rounding does not matter; float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -61,17 +61,17 @@ def inclusion_probabilities(shares: Tensor, counts: Tensor) -> Tensor:
     m = torch.arange(shares.shape[1], device=shares.device)  # (S,)
     within = (counts - m) * largest <= left * (1 + 1e-12)
     capped = torch.where(within.any(-1, keepdim=True), within.int().argmax(-1, keepdim=True), counts)  # (B, 1)
-    rest = left.gather(1, capped.clamp(max=shares.shape[1] - 1))
-    scale = (counts - capped) / rest.clamp(min=torch.finfo(shares.dtype).tiny)
+    remaining = left.gather(1, capped.clamp(max=shares.shape[1] - 1))
+    scale = (counts - capped) / remaining.clamp(min=torch.finfo(shares.dtype).tiny)
     probabilities = torch.where(m < capped, torch.ones_like(largest), (scale * largest).clamp(max=1.0))
     probabilities = probabilities.masked_fill(counts == 0, 0.0)
     return torch.zeros_like(shares).scatter(1, order, probabilities)
 
 
 def with_a_target(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Raises the targets' probabilities to a sum of 1 where it is below that, at the others' cost. All (B, S).
+    """Raises the targets' probabilities to a sum of 1 where it is below 1, and lowers the others'. All (B, S).
 
-    The row's sum stays. Rows without a target of positive probability, and rows whose sum is below 1, stay as they are.
+    The row's sum does not change, nor do rows without a target of positive probability, or with a sum below 1.
     """
     of_targets = probabilities.masked_fill(~targets, 0.0).sum(-1, keepdim=True)  # (B, 1)
     total = probabilities.sum(-1, keepdim=True)
@@ -98,6 +98,6 @@ def systematic_draw(probabilities: Tensor, uniform: Tensor, start: Tensor, first
     order = uniform.argsort(dim=-1, stable=True)
     order = order.gather(1, (~first).gather(1, order).to(torch.uint8).argsort(dim=-1, stable=True))
     ends = probabilities.gather(1, order).cumsum(-1)  # (B, S)
-    points = (ends - start).ceil()  # so many points lie in front of a token's end
+    points = (ends - start).ceil()  # the number of points before a token's end
     before = torch.nn.functional.pad(points[:, :-1], (1, 0))
     return torch.zeros_like(first).scatter(1, order, points > before)

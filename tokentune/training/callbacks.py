@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from tokentune.core.saved_bytes import gib
+from tokentune.core.saved_tensors.saved_bytes import gib
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
 
 from tokentune.core.layers import inner_model, transformer_layers
-from tokentune.core.model_sampling import pad_token
 from tokentune.core.patched import profile_of
-from tokentune.core.selective_layer import Rows
+from tokentune.core.profile import Rows, pad_token
 from tokentune.data.collators import ClassificationCollator, EncoderDraw, SeededRows, stack_images
 from tokentune.data.labelled.labels import Labels
 from tokentune.errors import UnsupportedModelError

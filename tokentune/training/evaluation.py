@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tokentune.core.fsdp import runs_together
+from tokentune.core.compat.fsdp import runs_together
 from tokentune.core.layers import inner_model
 from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, put_loss
 from tokentune.sampling.sampler import IGNORED_LABEL

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tokentune.core.patched import DrawCounts
-from tokentune.core.saved_bytes import BYTES_IN_GIB
+from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_GIB
 from tokentune.environment import memory_usage, reset_peak
 
 # What a checkpoint holds as it is.

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from tokentune.core.fsdp import is_split, own_class, own_part, size_of, whole_tensor
+from tokentune.core.compat.fsdp import is_split, own_class, own_part, size_of, whole_tensor
 from tokentune.errors import UserError
 from tokentune.models.saved_types import hold_in, kept_in_float32
 from tokentune.training.checkpoints.saving import StorageError, written_into

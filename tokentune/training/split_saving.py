@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
-from tokentune.core.fsdp import own_class, whole_state
+from tokentune.core.compat.fsdp import own_class, whole_state
 
 
 def save_split_model(

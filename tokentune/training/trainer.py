@@ -24,11 +24,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput, seed_worker
 
-from tokentune.core.breakdown import KindOfModule
-from tokentune.core.fsdp import runs_together
+from tokentune.core.compat.fsdp import runs_together
+from tokentune.core.compat.rotary_state import rotary_state_kept
 from tokentune.core.patched import last_draw, set_prefix_length
-from tokentune.core.rotary_state import rotary_state_kept
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.breakdown import KindOfModule
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
 from tokentune.sampling.schedule import Schedule
 from tokentune.training.callbacks import Progress

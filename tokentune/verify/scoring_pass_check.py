@@ -1,8 +1,8 @@
-"""A look is compared with its definition before it is trusted, on the tiny copy that `verify/verification.py` makes.
+"""The verification of the scoring pass: on the tiny copy of the model, it is compared with its definition.
 
-The definition is plain autograd: scores come from the whole logits (B, S, V) and the whole attention weights
-(B, H, S, S) of the unmodified model, whose layers behind the last one looked through are replaced by identities; the
-step on kept keys and values has to give what `verification.definition_of_the_method` gives for the same positions.
+The definition is plain autograd. Scores come from the whole logits (B, S, V) and the whole attention weights
+(B, H, S, S) of the unmodified model, in which identities replace the layers that a shorter scoring pass leaves out. The
+step with cached keys and values has to give what `verification.definition_of_the_method` gives for the same positions.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from tokentune.core.attention import eager_function
+from tokentune.core.attention.kernels import eager_function
 from tokentune.core.layers import attention_modules, transformer_layers
 from tokentune.core.patched import Settings, last_draw
 from tokentune.core.patching import install_hooks, remove_tokentune
 from tokentune.core.profile import Profile
-from tokentune.core.scoring_pass import LookOptions, look
+from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels
 from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
@@ -30,11 +30,13 @@ _WEIGHTS = "tokentune_weights"
 _OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of two losses
 
 
-def verify_look(model: PreTrainedModel, profile: Profile, options: LookOptions, needs: tuple[str, ...]) -> None:
-    """Compares looks at a tiny copy of a causal `model`, and a step after one, with their definitions.
+def verify_scoring_pass(
+    model: PreTrainedModel, profile: Profile, options: ScoringOptions, needs: tuple[str, ...]
+) -> None:
+    """Compares scoring passes on a tiny copy of a causal `model`, and a step after one, with their definitions.
 
     Raises:
-        UnsupportedModelError: with the place and the size of the first mismatch, and what works without a look.
+        UnsupportedModelError: with the place and the size of the first mismatch, and what works without a scoring pass.
     """
     try:
         with undisturbed():
@@ -42,20 +44,20 @@ def verify_look(model: PreTrainedModel, profile: Profile, options: LookOptions, 
             layers = None if options.layers is None else min(options.layers, len(transformer_layers(tiny).layers) - 1)
             for side in ("right", "left"):
                 trial = _trial(tiny, side)
-                # Padding in front of a row sees no real token, whatever stands in its place.
+                # Padding in front of a row sees no real token, so its output means nothing.
                 before_real = F.pad(trial.batch["attention_mask"][:, :-1], (1, 0)) == 0
                 trial.batch["labels"] = trial.batch["labels"].masked_fill(before_real, IGNORED_LABEL)
                 _compare_scores(trial, layers, needs)
                 if layers is None:
                     _compare_step(trial, profile)
     except UnsupportedModelError as error:
-        cure = "" if options.layers else "look through its first layers alone (--selection_layers), or "
+        cure = "" if options.layers else "run it through the first layers alone (--selection_layers), or "
         raise UnsupportedModelError(
-            f"a look at all tokens does not serve {type(model).__name__}: {error}; {cure}take a strategy without scores"
+            f"a scoring pass does not serve {type(model).__name__}: {error}; {cure}take a strategy without scores"
         ) from error
-    except Exception as error:  # whatever a family's own code raises where it is looked at
+    except Exception as error:  # the model's own code may raise anything here
         raise UnsupportedModelError(
-            f"a look at all tokens fails in {type(model).__name__}: {type(error).__name__}: {error}"
+            f"a scoring pass fails in {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -63,7 +65,7 @@ def _compare_scores(trial: _Trial, layers: int | None, needs: tuple[str, ...]) -
     tiny, batch = trial.tiny, trial.batch
     wanted = tuple(name for name in _OF_ITSELF if name in needs)
     with Float64():
-        found = look(tiny, transformer_layers(tiny), batch, LookOptions(layers=layers), wanted).scores
+        found = run_scoring_pass(tiny, transformer_layers(tiny), batch, ScoringOptions(layers=layers), wanted).scores
     defined = _scores(tiny, batch, layers, "attention" in wanted)
     for name in found:
         _agree(found[name], defined[name], f"{trial.side} padding, {name} of tokens")
@@ -78,7 +80,7 @@ def _scores(tiny: PreTrainedModel, batch: dict[str, Tensor], layers: int | None,
     handles.append(tiny.get_output_embeddings().register_forward_pre_hook(lambda head, args: hidden.append(args[0])))
     try:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with Float64(), _weights_noted(tiny, stack.layers[(layers or 0) - 1], attention) as noted:
+        with Float64(), _recorded_weights(tiny, stack.layers[(layers or 0) - 1], attention) as noted:
             logits = tiny(**inputs).logits
     finally:
         for handle in handles:
@@ -99,8 +101,8 @@ def _identity(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
 
 
 @contextmanager
-def _weights_noted(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Within it, the attention weights (B, H, S, S) of a layer are noted, as its own file's eager function has them."""
+def _recorded_weights(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Within it, the attention weights (B, H, S, S) of a layer are recorded, by its own eager function."""
     noted: list[Tensor] = []
     configs = [(config, config._attn_implementation) for config in transformer_layers(tiny).configs] if wanted else []
     watched = attention_modules(layer)[0]
@@ -123,10 +125,12 @@ def _weights_noted(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Ite
 
 
 def _compare_step(trial: _Trial, profile: Profile) -> None:
-    """The gradients of a step that a look and a random draw came before, with those of the definition."""
+    """Compares the gradients of a step after a scoring pass and a random draw with those of the definition."""
     tiny = trial.tiny
     install_hooks(tiny)
-    settings = Settings(SELECTED, "random", profile, transformer_layers(tiny), chunked_loss=False, look=LookOptions())
+    settings = Settings(
+        SELECTED, "random", profile, transformer_layers(tiny), chunked_loss=False, scoring=ScoringOptions()
+    )
     tiny._tokentune = settings
     try:
         _, found = _step(tiny, trial.batch, trial.positions)
@@ -138,5 +142,5 @@ def _compare_step(trial: _Trial, profile: Profile) -> None:
         _, defined = _step(tiny, trial.batch | {"labels": labels}, positions)
     scale = max(gradient.abs().max() for gradient in defined.values())
     for name, gradient in defined.items():
-        what = f"{trial.side} padding, gradient of {name} after a look"
+        what = f"{trial.side} padding, gradient of {name} after a scoring pass"
         _agree(found[name], gradient, what, 1e-3 * scale)

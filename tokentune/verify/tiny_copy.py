@@ -1,8 +1,8 @@
-"""A small model that computes as a large one does, and a quiet place to try it in.
+"""A tiny copy of a model that computes in the same way, and a context to try it in without side effects.
 
-Same class and head, same options and every kind of layer; few layers, heads, experts and words. Whatever acts at some
-distance in the sequence (windows, chunks, scales that change with the position) is brought down to a few tokens, so
-that a short batch reaches it.
+It has the same class and head, the same options and every kind of layer, but few layers, heads, experts and words.
+Whatever depends on distance in the sequence (windows, chunks, scales that change with the position) is reduced to a few
+tokens, so that a short batch reaches it.
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tokentune.core.layers import transformer_layers
 from tokentune.errors import UnsupportedModelError
 
-MOST_PARAMETERS = 100_000_000  # beyond it a copy is not small: something in its configuration was not understood
+MOST_PARAMETERS = 100_000_000  # a larger copy is not tiny: some size in its configuration has an unknown name
 _MODEL_CODE = ("transformers.models.", "transformers.activations", "transformers_modules.")
 _HEADS = 4
 _HIDDEN = 80
@@ -36,7 +36,7 @@ _MOST = {
     "ffn_dim": 48,
     "n_inner": 48,
     "hidden_dim": 48,
-    "q_lora_rank": 24,  # of latent attention; its head sizes stay
+    "q_lora_rank": 24,  # of latent attention; its head sizes do not change
     "kv_lora_rank": 16,
     "num_experts": 4,
     "num_local_experts": 4,
@@ -44,13 +44,13 @@ _MOST = {
     "num_experts_per_tok": 2,
     "n_group": 2,
     "topk_group": 1,
-    # Towers beside the language model, which text alone does not reach.
+    # Other towers of a multimodal model, which text alone does not reach.
     "depth": 2,
     "out_hidden_size": 48,
     "vision_layers": 2,
     "encoder_layers": 2,
 }
-# Numbers of tokens: what happens beyond them has to happen within the short batch.
+# Numbers of tokens: what happens beyond them has to happen within a short batch.
 _REACH = re.compile(
     r"window(_size)?$|chunk_size$|block_size$|^local_attention$|floor_scale$|^original_max_position_embeddings$"
 )
@@ -60,7 +60,7 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "s
 
 
 class Float64(TorchFunctionMode):
-    """Turns casts to float32 inside a model's own code into casts to float64, so that no error hides in rounding."""
+    """Turns casts to float32 inside a model's own code into casts to float64, so that rounding hides no error."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.float:
@@ -72,9 +72,9 @@ class Float64(TorchFunctionMode):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within it, models are built and run on the CPU, seeded; random states, modes and messages outside stay as were.
+    """Within it, models are built and run on the CPU with fixed seeds. Random states, modes and messages are restored.
 
-    Accelerators' generators are not touched: seeding them would wake up every device.
+    Generators of accelerators are not seeded: that would initialize every device.
     """
     numbers, arrays, tensors = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     dtype, verbosity = torch.get_default_dtype(), transformers.logging.get_verbosity()
@@ -104,13 +104,13 @@ def undisturbed() -> Iterator[None]:
 def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A float64 model of the same class, head and options with random weights, in training mode.
 
-    The given model's weights are not looked at: they may be on the meta device, quantized or adapted.
+    The given model's weights are not used: they may be on the meta device, quantized or adapted.
     Raises UnsupportedModelError when some kind of layer is missing in the copy, or the copy is not small.
     """
     layers = transformer_layers(model).layers
     config = tiny_config(model.config, _prefix_with_all(kinds_of(layer) for layer in layers))
     vars(config).pop("quantization_config", None)
-    config._experts_implementation = "eager"  # the fused ones know no float64, and experts act on each token alone
+    config._experts_implementation = "eager"  # fused ones have no float64, and experts act on each token alone
     own = implementation(model)
     with torch.device("meta"):
         size = sum(p.numel() for p in type(model)._from_config(copy.deepcopy(config)).parameters())
@@ -120,7 +120,7 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
     with Float64():
         tiny = type(model)._from_config(config, attn_implementation=own, dtype=torch.float64)
     for module in tiny.modules():
-        if isinstance(module, nn.Dropout):  # some heads bring one that no setting of the configuration turns off
+        if isinstance(module, nn.Dropout):  # some heads have one that the configuration cannot turn off
             module.p = 0.0
     _randomize(tiny)
     present = {kind for layer in transformer_layers(tiny).layers for kind in kinds_of(layer)}
@@ -134,12 +134,12 @@ def _randomize(tiny: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in tiny.parameters():
             noise = torch.randn_like(parameter)
-            # Weights large enough for every path to matter, vectors (norms, biases) near what they were.
+            # Weights large enough for every path to matter; vectors (norms, biases) near their initial values.
             parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else parameter + 0.1 * noise)
 
 
 def implementation(model: PreTrainedModel) -> str:
-    """The attention that stands for the model's own: its eager function, or fused attention for all others."""
+    """The attention implementation of the copy: eager for eager, fused attention for all others."""
     return "eager" if transformer_layers(model).backbone.config._attn_implementation == "eager" else "sdpa"
 
 
@@ -147,7 +147,7 @@ def kinds_of(layer: nn.Module) -> frozenset[str]:
     """What distinguishes a layer from others of its model: the classes of its parts, with their switches.
 
     A switch is an attribute that is true or false, a word, or absent (None). Numbers are sizes, which a copy changes.
-    Parts that are not model code (adapters, quantized projections) do not count.
+    Modules that are not model code (adapters, quantized projections) do not count.
     """
     kinds = set()
     for module in layer.modules():
@@ -164,7 +164,7 @@ def kinds_of(layer: nn.Module) -> frozenset[str]:
 
 
 def _prefix_with_all(kinds: Iterable[frozenset[str]]) -> int:
-    """How many layers from the first on hold every kind."""
+    """The number of first layers that contain every kind."""
     seen, needed = set(), 0
     for index, kind in enumerate(kinds):
         if kind not in seen:
@@ -174,7 +174,7 @@ def _prefix_with_all(kinds: Iterable[frozenset[str]]) -> int:
 
 
 def tiny_config(config: PreTrainedConfig, layers: int = 0) -> PreTrainedConfig:
-    """A copy with few layers (at least `layers`), heads, experts and words; what changes the computation stays.
+    """A copy with few layers (at least `layers`), heads, experts and words; whatever changes the computation stays.
 
     Head sizes are kept (rotary tables depend on them), as is whether heads are grouped; dropout is turned off.
     """
@@ -218,8 +218,8 @@ def _layer_types(config: PreTrainedConfig) -> list[frozenset[str]]:
 
 
 def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
-    """Four heads of the same size. The hidden size follows them, unless the model has it apart from them."""
-    tower = hasattr(config, "embed_dim") and not hasattr(config, "vocab_size")  # its hidden size is what it hands over
+    """Four heads of the same size. The hidden size follows them, unless the model sets it independently."""
+    tower = hasattr(config, "embed_dim") and not hasattr(config, "vocab_size")  # its hidden size is that of its output
     width = "embed_dim" if tower else "hidden_size"
     if not getattr(config, width, None):
         return
@@ -233,7 +233,7 @@ def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
 
 
 def _rope_types(parameters: Any) -> list[str]:
-    """Of a model's layers, which may have several."""
+    """The rope types of a model, whose layers may have several."""
     if not isinstance(parameters, dict):
         return []
     own = parameters.get("rope_type")

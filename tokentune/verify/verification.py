@@ -1,13 +1,13 @@
-"""Trust nothing: a model is compared with the definition of the method before it is patched.
+"""The verification: a model is compared with the definition of the method before it is patched.
 
-A tiny random copy of the model (`verify/tiny_copy.py`) runs twice on a padded batch: once patched, once as the
-definition says (Simoulin et al., EMNLP 2024, section 3):
+A tiny random copy of the model (`verify/tiny_copy.py`) runs twice on a padded batch: once patched, once by the
+definition (Simoulin et al., EMNLP 2024, section 3):
 
     run the unmodified model; replace each row of a layer's input outside of the selection by a constant, and
     likewise each query, key and value inside attention; take the loss over the selected rows.
 
-Outputs and all parameter gradients have to agree, and the definition's outputs with the untouched model's. On the way
-it is found out which rows the head needs (`selective.Rows`) and which token it pools.
+Outputs and all parameter gradients have to agree, and the definition's outputs have to be those of the unpatched model.
+The verification also finds out which rows the head needs (`profile.Rows`) and which token it pools.
 """
 
 import inspect
@@ -23,21 +23,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentune.core.attention import eager_function
-from tokentune.core.correction import gradient_scales
-from tokentune.core.layer_arguments import arguments_per_token
-from tokentune.core.layers import attention_modules, transformer_layers
+from tokentune.core.attention.correction import gradient_scales
+from tokentune.core.attention.kernels import eager_function
+from tokentune.core.groups import TokenGroups
+from tokentune.core.layers import arguments_per_token, attention_modules, transformer_layers
+from tokentune.core.loss import why_not_in_chunks
 from tokentune.core.patched import Settings
 from tokentune.core.patching import install_hooks, remove_tokentune
-from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile
-from tokentune.core.selective_layer import Rows, TokenGroups
+from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import mask_unselected_labels
 from tokentune.verify.tiny_copy import Float64, implementation, tiny_copy, undisturbed
 
-# Sizes that differ from one another and from every size of the tiny model, so that no dimension passes for another.
+# Sizes that differ from one another and from every size of the tiny model, so that none is mistaken for another.
 BATCH, LENGTH, PADDING, SELECTED = 3, 19, 4, 7
-OTHER_LENGTH = 23  # at which layers are looked at once more: what has another size there too has a row per token
+OTHER_LENGTH = 23  # a second length: arguments whose size changes with it have a row per token
 TOLERANCE = 1e-9  # relative, in float64 throughout
 _DEFINITION = "tokentune_definition"
 _TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
@@ -45,7 +45,7 @@ _TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 
 @dataclass
 class _Trial:
-    """A tiny model with a batch to try it on, and what the untouched model makes of that."""
+    """A tiny model, a batch for it, and the unpatched model's output for that batch."""
 
     tiny: PreTrainedModel
     batch: dict[str, Tensor]
@@ -72,7 +72,7 @@ def verified_profile(model: PreTrainedModel) -> Profile:
             trials = [_trial(tiny, side) for side in ("right", "left")]
         except UnsupportedModelError:
             raise
-        except Exception as error:  # whatever a family's own code raises on sizes it was not written for
+        except Exception as error:  # the model's own code may raise anything on sizes that it was not written for
             raise UnsupportedModelError(
                 f"no small copy of {type(model).__name__} could be run to verify it: {type(error).__name__}: {error}"
             ) from error
@@ -90,7 +90,7 @@ def verified_profile(model: PreTrainedModel) -> Profile:
 
 
 def verify_correction(model: PreTrainedModel, profile: Profile) -> None:
-    """Compare a tiny copy of a causal `model` with the definition of the corrected gradient (`core/correction.py`).
+    """Compare a tiny copy of a causal `model` with the definition of the corrected gradient.
 
     Raises:
         UnsupportedModelError: with the place and the size of the first mismatch.
@@ -102,9 +102,9 @@ def verify_correction(model: PreTrainedModel, profile: Profile) -> None:
 
 
 def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
-    """What in the model's code explains a mismatch, as far as it can be seen; empty where it cannot."""
+    """What in the model's code explains a mismatch; empty where nothing is found."""
     attention = attention_modules(transformer_layers(tiny).layers)[0]
-    if "MaskRecipe" in message:
+    if "DeferredMask" in message:
         return f" ({type(attention).__name__} computes with the mask itself, before attention)"
     if "arange" in inspect.unwrap(type(attention).forward).__code__.co_names:
         return f" ({type(attention).__name__} counts the tokens it is given, which are one group's, not the sequence's)"
@@ -114,14 +114,14 @@ def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
 def _arguments_per_token(tiny: PreTrainedModel) -> dict[str, bool]:
     def run(length: int) -> None:
         mask = torch.ones(BATCH, length, dtype=torch.long)
-        mask[1, length - PADDING :] = 0  # without padding many models make no mask
+        mask[1, length - PADDING :] = 0  # without padding, many models make no mask
         with Float64(), torch.no_grad():
             tiny(**_inputs(tiny, mask))
 
     return arguments_per_token(transformer_layers(tiny), run, BATCH, (LENGTH, OTHER_LENGTH))
 
 
-# --- what it is tried on ----------------------------------------------------------------------------------------------
+# --- what is tried ----------------------------------------------------------------------------------------------
 
 
 def _trial(tiny: PreTrainedModel, side: str) -> _Trial:
@@ -132,17 +132,17 @@ def _trial(tiny: PreTrainedModel, side: str) -> _Trial:
     batch = _inputs(tiny, mask)
     batch |= _labels(tiny, mask)
 
-    kept = []
-    handle = transformer_layers(tiny).layers[-1].register_forward_hook(lambda *call: kept.append(_hidden(call[2])))
+    outputs = []
+    handle = transformer_layers(tiny).layers[-1].register_forward_hook(lambda *call: outputs.append(_hidden(call[2])))
     untouched, result = _forward(tiny, batch)
     handle.remove()
-    length = kept[-1].shape[1]
+    length = outputs[-1].shape[1]
     mask = mask if "attention_mask" in batch else torch.ones(BATCH, length, dtype=torch.long)
-    pooling = _pooling(result, kept[-1], mask, batch.get("input_ids"))
-    if pooling is Pooling.FIRST and side == "left" and not mask.all():  # it would be padding that is pooled
+    pooling = _pooling(result, outputs[-1], mask, batch.get("input_ids"))
+    if pooling is Pooling.FIRST and side == "left" and not mask.all():  # it would pool padding
         return _trial(tiny, "no")
     scores = torch.rand(BATCH, length).masked_fill(mask == 0, 2.0)
-    scores[1, mask[1].argmin()] = -1.0  # one padding position: short rows are filled up with them
+    scores[1, mask[1].argmin()] = -1.0  # one padding position, as short rows are filled up with padding
     if pooling is Pooling.FIRST:
         scores[:, 0] = -1.0
     if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD):
@@ -153,7 +153,7 @@ def _trial(tiny: PreTrainedModel, side: str) -> _Trial:
 
 
 def _inputs(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
-    """Random images, or random words where `mask` (B, S) is 1; of a vision-language model the words alone."""
+    """Random images, or random words where `mask` (B, S) is 1; for a vision-language model only words."""
     accepted = inspect.signature(type(tiny).forward).parameters
     if "input_ids" not in accepted and tiny.main_input_name == "pixel_values":
         vision = getattr(tiny.config, "vision_config", tiny.config)
@@ -161,13 +161,13 @@ def _inputs(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(BATCH, vision.num_channels, size, size, dtype=torch.float64)}
     text = tiny.config.get_text_config()
     ids = torch.randint(1, text.vocab_size, mask.shape).masked_fill(mask == 0, 0)
-    if getattr(text, "pad_token_id", None) == 0 and mask[0].all():  # real tokens of that id too, as where it ends texts
+    if getattr(text, "pad_token_id", None) == 0 and mask[0].all():  # also at real tokens, as where it ends texts
         ids[0, -2:] = 0
         ids[2, mask.shape[1] // 2] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in accepted and getattr(text, "type_vocab_size", 0):
         batch["token_type_ids"] = torch.randint(0, text.type_vocab_size, mask.shape)
-    elif "token_type_ids" in accepted and text is not tiny.config:  # tokens of an image, which may see one another
+    elif "token_type_ids" in accepted and text is not tiny.config:  # tokens of an image, which may see later ones
         batch["token_type_ids"] = torch.zeros_like(mask).index_fill_(1, torch.arange(6, 10), 1)
     if "mm_token_type_ids" in accepted:
         batch["mm_token_type_ids"] = torch.zeros_like(mask)
@@ -209,7 +209,7 @@ def _forward(tiny: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, A
 
 
 def _last(mask: Tensor) -> Tensor:
-    """(B,): where each row of (B, S) is true for the last time."""
+    """(B,): the last true position of each row of (B, S)."""
     return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
 
 
@@ -223,21 +223,21 @@ def _pooling(result: Any, hidden: Tensor, mask: Tensor, ids: Tensor | None) -> P
     weights = torch.linspace(-1, 1, pooled[0].numel(), dtype=pooled.dtype)
     (gradient,) = torch.autograd.grad((pooled.flatten(1) * weights).sum(), hidden, retain_graph=True)
     used = gradient.abs().sum(-1) > 0  # (B, S)
-    places = {Pooling.FIRST: torch.zeros(len(mask), dtype=torch.long), Pooling.LAST: _last(mask)}
+    pooled_at = {Pooling.FIRST: torch.zeros(len(mask), dtype=torch.long), Pooling.LAST: _last(mask)}
     if ids is not None:
-        places[Pooling.LAST_NON_PAD] = _last(ids != 0)  # in the tiny copy the pad token has id 0
+        pooled_at[Pooling.LAST_NON_PAD] = _last(ids != 0)  # in the tiny copy the pad token has id 0
     index = torch.arange(mask.shape[1])
-    return next((way for way, place in places.items() if torch.equal(used, index == place[:, None])), Pooling.ALL)
+    return next((way for way, at in pooled_at.items() if torch.equal(used, index == at[:, None])), Pooling.ALL)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
 def _compare(trial: _Trial, profile: Profile, correction: float = 0.0) -> None:
-    """Raises UnsupportedModelError unless the patched model does what the definition says."""
+    """Raises UnsupportedModelError unless the patched model agrees with the definition."""
     tiny, positions = trial.tiny, trial.positions
     what = f"{type(tiny).__name__}, {trial.side} padding" + (", gradient_correction" if correction else "")
-    scales = gradient_scales(positions, trial.batch, correction)
+    scales = gradient_scales(positions, trial.batch.get("input_ids"), trial.batch.get("attention_mask"), correction)
     defined_layers: list[Tensor] = []
     with (
         definition_of_the_method(tiny, positions, last_output=profile.rows is Rows.ALL, scales=scales),
@@ -257,7 +257,7 @@ def _compare(trial: _Trial, profile: Profile, correction: float = 0.0) -> None:
             found, gradients = _step(tiny, trial.batch | {"selected_positions": positions}, positions)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # whatever a family's own code raises on half of a sequence
+    except Exception as error:  # the model's own code may raise anything on a part of a sequence
         raise UnsupportedModelError(f"{what} fails on groups of tokens: {type(error).__name__}: {error}") from error
     finally:
         remove_tokentune(tiny)
@@ -278,9 +278,7 @@ def _compare(trial: _Trial, profile: Profile, correction: float = 0.0) -> None:
 
 
 def _why_whole_logits(trial: _Trial, profile: Profile) -> str | None:
-    """Tries the loss in chunks of two rows against the loss as a whole; returns what is wrong with it, or None."""
-    from tokentune.core.loss import why_not_in_chunks
-
+    """Compares the loss in chunks of two rows with the whole loss. Returns what is wrong with it, or None."""
     tiny, gradients = trial.tiny, []
     if reason := why_not_in_chunks(tiny, profile):
         return reason
@@ -295,7 +293,7 @@ def _why_whole_logits(trial: _Trial, profile: Profile) -> str | None:
         scale = max(gradient.abs().max() for gradient in gradients[0].values())
         for name in gradients[0]:
             _agree(gradients[1][name], gradients[0][name], f"gradient of {name}", 1e-3 * scale)
-    except Exception as error:  # whatever a family's own code raises on no rows
+    except Exception as error:  # the model's own code may raise anything on no rows
         return f"the loss of {type(tiny).__name__} differs in chunks, or fails: {str(error).splitlines()[0]}"
     finally:
         remove_tokentune(tiny)
@@ -347,7 +345,7 @@ def definition_of_the_method(
 ) -> Iterator[None]:
     """Within it, the unmodified model computes what the method is defined to compute for `positions` (B, K).
 
-    `last_output`: the rest's rows of the last layer's output are constants too (for a head that looks at all rows).
+    `last_output`: the unselected rows of the last layer's output are constants too (for a head that uses all rows).
     `scales` (B, K): factors of the gradient of each selected token's key and value in the attention of the others.
     """
     own = implementation(model)
@@ -403,7 +401,7 @@ def _scaled_attention(
 
     def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         output = attention(query, *scaled, *args, **kwargs)[0]  # (B, S, H, d)
-        for own in positions.T[..., None, None]:  # once more for each selected token, with its own key and value
+        for own in positions.T[..., None, None]:  # again for each selected token, with its own unscaled key and value
             at = own == index  # (B, S, 1)
             pairs = [torch.where(at[:, None], *pair) for pair in zip((key, value), scaled, strict=True)]
             output = torch.where(at[..., None], attention(query, *pairs, *args, **kwargs)[0], output)
@@ -414,5 +412,5 @@ def _scaled_attention(
 
 def _agree(found: Tensor, expected: Tensor, what: str, floor: float | Tensor = 1e-9) -> None:
     error = (found - expected).abs().max() / expected.abs().max().clamp(min=floor)
-    if not error <= TOLERANCE:  # also where it is NaN
+    if not error <= TOLERANCE:  # also if it is NaN
         raise UnsupportedModelError(f"{what} differ from the definition of the method by {error:.1e} (relative)")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from steps.cases import DTYPES, Case, Variant, build, switch
-from tokentune.core.saved_bytes import SavedForBackward
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.sampling.sampler import select_positions
 
 

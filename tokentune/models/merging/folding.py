@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from tokentune.core.four_bit import keep_4bit_layout
+from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
 from tokentune.models.merging.logit_difference import probe_logits
 from tokentune.models.merging.merge_folder import write_errors_refused

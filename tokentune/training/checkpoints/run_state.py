@@ -7,7 +7,7 @@
     data                a digest of the training rows; null: they are read as a stream
     versions            {tokentune, torch, transformers}
     evaluation_pending  whether the validation that is due at this step has still to be made
-    rotary              of each process, the frequencies that follow the lengths of batches (`core/rotary_state.py`)
+    rotary              of each process, the frequencies that follow batch lengths (`core/compat/rotary_state.py`)
     progress            the run's figures so far, as `RunFigures` and the training loop keep them
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from tokentune.core.rotary_state import read, rotary_state, set_rotary_state, written
+from tokentune.core.compat.rotary_state import read, rotary_state, set_rotary_state, written
 from tokentune.version import __version__
 
 RUN_STATE_NAME = "run_state.json"

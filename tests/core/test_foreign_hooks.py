@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
 from tokentune.core.groups import TokenGroups
-from tokentune.core.scoring_pass import LookOptions
+from tokentune.core.scoring_pass import ScoringOptions
 
 POSITIONS = torch.tensor([[0, 2, 5, 9], [0, 3, 4, 6], [0, 1, 2, 4]])
 
@@ -134,11 +134,11 @@ def test_hooks_on_every_layer_with_checkpointing() -> None:
         model(ids, attention_mask=mask, selected_positions=POSITIONS)
 
 
-def test_a_look_keeps_nothing_that_hooks_could_see() -> None:
+def test_a_scoring_pass_keeps_nothing_that_hooks_could_see() -> None:
     model, (ids, mask) = build("llama"), padded_batch()
     model.__dict__.pop("_loss_function", None)
     put(model, oracle.LLAMA, 0, late, {})
-    apply_tokentune(model, 4, look=LookOptions(), verify=False)
+    apply_tokentune(model, 4, scoring_pass=ScoringOptions(), verify=False)
     with pytest.raises(UnsupportedModelError, match="others' hooks on the layers"):
         model(ids, attention_mask=mask, labels=ids)
 

@@ -1,9 +1,9 @@
-"""Attention of one group of tokens over all tokens: the kernel that runs.
+"""Attention of one group of tokens over all tokens: which kernel runs, and how.
 
 B sequences, S tokens, Q queries of one group, H heads, G key-value heads, d head size.
 
-The queries of a group are not consecutive tokens; the S keys are all tokens, in sequence order. Rotary positions were
-applied before the keys were joined, and the mask (`core/masks.py`) knows where each query stands.
+The queries of a group are not consecutive tokens; the S keys are all tokens, in sequence order. Rotary embeddings were
+applied before the keys were joined, and the mask (`attention/masks.py`) has the position of each query.
 """
 
 import sys
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from tokentune.core import blockwise_attention as blocks
-from tokentune.core import correction
-from tokentune.core.correction import OwnTokens
-from tokentune.core.masks import GroupMask
+from tokentune.core.attention import blockwise as blocks
+from tokentune.core.attention import correction
+from tokentune.core.attention.correction import OwnTokens
+from tokentune.core.attention.masks import GroupMask
 from tokentune.errors import UnsupportedModelError
 
 IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")  # what `attn_implementation` may name
@@ -35,12 +35,17 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of `query` (B, H, Q, d) over `key`, `value` (B, G, S, d); without a mask, every query sees every key.
 
-    `implementation` is the model's own choice: `eager` runs the eager function of the model's own file, which knows
-    the family's soft-capping, sinks and biases; `flex_attention` transformers' own function of that name, with a block
-    mask; `sdpa` fused attention. `options` are the keyword arguments of the model's attention call: each one is
-    honored, ignored where transformers' own `sdpa` ignores it, or refused. `own`: the queries' own tokens, where the
-    gradients of their keys and values are scaled (`core/correction.py`). Returns the output (B, Q, H, d), and None in
-    place of attention weights.
+    Args:
+        implementation: the model's own choice. `eager` runs the eager function of the model's own file, which has the
+            family's soft-capping, sinks and biases; `flex_attention` runs transformers' function of that name, with a
+            block mask; `sdpa` runs fused attention.
+        own: the queries' own tokens, where the gradients of their keys and values are scaled
+            (`attention/correction.py`).
+        options: the keyword arguments of the model's attention call. Each is honored, ignored where transformers' own
+            `sdpa` ignores it, or refused.
+
+    Returns:
+        The output (B, Q, H, d), and None in place of attention weights.
     """
     require_served(implementation, query.device)
     if options.get("position_bias") is not None:
@@ -90,10 +95,10 @@ def _fused(
     scaling: float | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fused attention -> (B, Q, H, d): over blocks of queries, or in one call where there is nothing to gain by that.
+    """Fused attention -> (B, Q, H, d): over blocks of queries, or in one call where blocks bring nothing.
 
-    One call takes what has no mask, or one row of it for all queries (padding alone). Dropout takes one call too, which
-    on CPUs holds all scores (B, H, Q, S), as it does without a selection. `with_sums`: as `attend_by_blocks` has it.
+    One call serves attention without a mask, or with one mask row for all queries (padding alone), and dropout, which
+    on CPUs has all scores (B, H, Q, S) in memory, as without a selection. `with_sums`: see `attend_by_blocks`.
     """
     for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
@@ -116,11 +121,11 @@ def _fused(
 
 def _in_blocks(query: Tensor, heads: int, mask: GroupMask) -> bool:
     if query.device.type == "cpu":
-        return not mask.recipe.alike
+        return not mask.deferred.alike
     if query.device.type != "cuda":
         return False
     long = len(query) * mask.length**2 > blocks.CUDA_MASK_NUMBERS
-    return heads > 1 or (long and not mask.recipe.alike)
+    return heads > 1 or (long and not mask.deferred.alike)
 
 
 def eager_function(module: nn.Module) -> Callable:

@@ -8,7 +8,7 @@ from conftest import tiny_bert_config, tiny_llama_config
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
-import tokentune.core.past_hooks
+import tokentune.core.compat.bypassed_hooks
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
 
 IDS = torch.arange(3, 33).reshape(2, 15)
@@ -27,7 +27,7 @@ class Distiller:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(tokentune.core.past_hooks.logger, "warning_once", messages.append)
+    monkeypatch.setattr(tokentune.core.compat.bypassed_hooks.logger, "warning_once", messages.append)
     return messages
 
 
@@ -38,7 +38,9 @@ def llama() -> nn.Module:
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_training_pass_with_labels_is_refused_by_the_callers_name(copied: bool, told: list[str]) -> None:
     model = copy.deepcopy(llama()) if copied else llama()
-    with pytest.raises(UnsupportedModelError, match=r"called by Distiller\.loss \(test_past_hooks\) past the hooks"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"called by Distiller\.loss \(test_bypassed_hooks\) past the hooks"
+    ):
         Distiller(model).loss(input_ids=IDS, labels=IDS)
     assert model(input_ids=IDS, labels=IDS).loss.isfinite()  # nothing is left behind
     assert Distiller(remove_tokentune(model)).loss(input_ids=IDS, labels=IDS).isfinite()
@@ -53,7 +55,7 @@ def test_heads_for_whole_sequences_too() -> None:
 
 def test_selected_positions_past_the_hooks(told: list[str]) -> None:
     model = apply_tokentune(LlamaForCausalLM(tiny_llama_config()).train())
-    with pytest.raises(RuntimeError, match=r"Distiller\.loss \(test_past_hooks\) called `forward`"):
+    with pytest.raises(RuntimeError, match=r"Distiller\.loss \(test_bypassed_hooks\) called `forward`"):
         Distiller(model).loss(input_ids=IDS, labels=IDS, selected_positions=torch.tensor([[1], [2]]))
 
 

@@ -1,4 +1,4 @@
-"""Look, then choose: the same step as without a look, the scores by definition, and the loss over all tokens.
+"""The scoring pass: the same step as without it, the scores by definition, and the loss over all tokens.
 
 B sequences, S tokens, K selected, V vocabulary
 """
@@ -26,10 +26,9 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.core import model_sampling as drawing
 from tokentune.core.layers import transformer_layers
 from tokentune.core.patched import last_draw
-from tokentune.core.profile import Profile
-from tokentune.core.saved_bytes import SavedForBackward
-from tokentune.core.scoring_pass import LookOptions, look
-from tokentune.core.selective_layer import Rows
+from tokentune.core.profile import Profile, Rows
+from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.memory.footprint import measure
 from tokentune.models.builder import prepare_model
 
@@ -72,14 +71,14 @@ def drawing_these(monkeypatch: pytest.MonkeyPatch, positions: Tensor, weights: T
     monkeypatch.setattr(drawing, "select_tokens", lambda *args, **options: (positions, weights))
 
 
-def looking(model: nn.Module, strategy: str = "random", **options: Any) -> nn.Module:
+def with_scoring_pass(model: nn.Module, strategy: str = "random", **options: Any) -> nn.Module:
     given = {name: options.pop(name) for name in ("draw", "layers", "reference") if name in options}
-    return apply_tokentune(model, 0.4, strategy=strategy, verify=False, look=LookOptions(**given), **options)
+    return apply_tokentune(model, 0.4, strategy=strategy, verify=False, scoring_pass=ScoringOptions(**given), **options)
 
 
 def scores_of(model: nn.Module, inputs: dict[str, Tensor], needs: tuple[str, ...], **options: Any) -> dict[str, Tensor]:
     with Float64():
-        return look(model, transformer_layers(model), inputs, LookOptions(**options), needs).scores
+        return run_scoring_pass(model, transformer_layers(model), inputs, ScoringOptions(**options), needs).scores
 
 
 def whole(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -100,7 +99,9 @@ def whole(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @by_family
-def test_a_step_after_a_look_is_the_ordinary_one(family: Family, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_after_a_scoring_pass_is_the_ordinary_one(
+    family: Family, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(family)
     inputs = batch(model, side)
     positions = selection(inputs, inputs["input_ids"].shape[1])
@@ -109,11 +110,11 @@ def test_a_step_after_a_look_is_the_ordinary_one(family: Family, side: str, monk
         model._tokentune.profile = Profile(Rows.GATHERED, None)
     expected = step(model, **inputs, selected_positions=positions)
     drawing_these(monkeypatch, positions)
-    assert_same(step(looking(model), **inputs), expected)
+    assert_same(step(with_scoring_pass(model), **inputs), expected)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_checkpointing_after_a_look_gives_the_same_gradients_to_the_last_bit(
+def test_checkpointing_after_a_scoring_pass_gives_the_same_gradients_to_the_last_bit(
     adapted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, saved = [], []
@@ -125,7 +126,7 @@ def test_checkpointing_after_a_look_gives_the_same_gradients_to_the_last_bit(
             torch.manual_seed(2)
             config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, init_lora_weights=False)
             model = get_peft_model(model, config)
-        model = looking(model, "random", chunked_loss=True)
+        model = with_scoring_pass(model, "random", chunked_loss=True)
         if checkpointed:
             (model.get_base_model() if adapted else model).activation_checkpointing_enable()
         torch.manual_seed(3)
@@ -139,8 +140,8 @@ def test_checkpointing_after_a_look_gives_the_same_gradients_to_the_last_bit(
     assert saved[1] < saved[0]
 
 
-def test_nothing_of_the_rest_runs_after_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = looking(llama())
+def test_nothing_of_the_rest_runs_after_a_scoring_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_scoring_pass(llama())
     inputs = batch(model)
     rows: list[int] = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
@@ -151,14 +152,14 @@ def test_nothing_of_the_rest_runs_after_a_look(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_keys_and_values_are_dropped_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = looking(llama(num_hidden_layers=3))
+    model = with_scoring_pass(llama(num_hidden_layers=3))
     left = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, args: left.append(current()))
-    from tokentune.core.selective_layer import CURRENT_STEP
+    from tokentune.core.step import CURRENT_STEP
 
     def current() -> int | None:
-        return None if CURRENT_STEP.get() is None else len(CURRENT_STEP.get().kept)
+        return None if CURRENT_STEP.get() is None else len(CURRENT_STEP.get().plan.cached_kv)
 
     step(model, **batch(model))
     assert left == [None] * 3 + [2, 1, 0]
@@ -181,7 +182,7 @@ def test_losses_and_gradient_norms_are_those_of_autograd(family: Family, side: s
 @pytest.mark.parametrize("layers", [None, 1])
 @by_family
 def test_attention_received_is_the_sum_of_the_weights(family: Family, layers: int | None, monkeypatch) -> None:
-    monkeypatch.setattr("tokentune.core.scoring_pass._SCORE_BYTES", 4 * 3 * 4 * 15 * 4)  # blocks of four queries
+    monkeypatch.setattr("tokentune.core.attention.received._SCORE_BYTES", 4 * 3 * 4 * 15 * 4)  # blocks of four queries
     model = build(family)
     inputs = batch(model)
     found = scores_of(model, inputs, ("attention",), layers=layers)["attention"]
@@ -212,7 +213,7 @@ def test_excess_loss_is_the_difference_to_the_reference() -> None:
     inputs = batch(model)
     found = scores_of(model, inputs, ("excess_loss",), reference=reference)["excess_loss"]
     torch.testing.assert_close(found, whole(model, inputs)[0] - whole(reference, inputs)[0], rtol=1e-11, atol=1e-12)
-    with pytest.raises(ValueError, match="give LookOptions a reference"):
+    with pytest.raises(ValueError, match="give ScoringOptions a reference"):
         scores_of(model, inputs, ("excess_loss",))
 
 
@@ -256,7 +257,7 @@ def test_weights_are_refused_where_they_have_no_place() -> None:
 
 @pytest.mark.parametrize("strategy", ["gradient", "loss", "tokenseek"])
 def test_the_mean_over_draws_is_the_loss_over_all_tokens(strategy: str) -> None:
-    model = looking(llama(), strategy)
+    model = with_scoring_pass(llama(), strategy)
     inputs = batch(model)
     torch.manual_seed(5)
     losses = [step(model, **inputs, selection_draws=torch.rand(3, 15))[0] for _ in range(200)]
@@ -275,7 +276,7 @@ def test_draws_depend_on_the_given_numbers_alone(strategy: str, draw: str) -> No
     inputs = batch(llama()) | {"selection_draws": torch.rand(3, 15, generator=torch.Generator().manual_seed(3))}
     found = []
     for seed in (1, 2):
-        model = looking(llama(), strategy, draw=draw)
+        model = with_scoring_pass(llama(), strategy, draw=draw)
         torch.manual_seed(seed)
         found.append((*step(model, **inputs), last_draw(model).positions))
     assert torch.equal(found[0][2], found[1][2])
@@ -283,7 +284,7 @@ def test_draws_depend_on_the_given_numbers_alone(strategy: str, draw: str) -> No
 
 
 def test_counts_of_the_last_draw() -> None:
-    model = looking(llama(), "attention")
+    model = with_scoring_pass(llama(), "attention")
     inputs = batch(model)
     assert last_draw(model) is None
     step(model, **inputs)
@@ -300,12 +301,12 @@ def test_all_tokens_selected_is_ordinary_training(strategy: str) -> None:
     inputs = batch(llama())
     expected = step(llama(), **inputs)
     model = llama()
-    apply_tokentune(model, 1.0, strategy=strategy, look=LookOptions(), verify=False)
+    apply_tokentune(model, 1.0, strategy=strategy, scoring_pass=ScoringOptions(), verify=False)
     assert_same(step(model, **inputs), expected, 1e-9)
 
 
 def test_a_step_after_the_first_layers_is_the_ordinary_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = looking(llama(num_hidden_layers=3), "gradient", layers=1)
+    model = with_scoring_pass(llama(num_hidden_layers=3), "gradient", layers=1)
     inputs = batch(model)
     positions = selection(inputs, 15)
     expected = step(model, **inputs, selected_positions=positions)
@@ -314,8 +315,8 @@ def test_a_step_after_the_first_layers_is_the_ordinary_one(monkeypatch: pytest.M
     assert last_draw(model).loss is None
 
 
-def test_a_look_is_in_the_mode_of_the_step_and_outside_of_training_there_is_none(monkeypatch) -> None:
-    model = looking(llama(), "gradient")
+def test_a_scoring_pass_is_in_the_mode_of_the_step_and_outside_of_training_there_is_none(monkeypatch) -> None:
+    model = with_scoring_pass(llama(), "gradient")
     modes: list[bool] = []
     model.model.norm.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     inputs = batch(model)
@@ -327,8 +328,8 @@ def test_a_look_is_in_the_mode_of_the_step_and_outside_of_training_there_is_none
     assert torch.equal(found, expected) and len(modes) == 4
 
 
-def test_what_a_look_changes_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = looking(llama(), "gradient", layers=1)
+def test_what_a_scoring_pass_changes_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_scoring_pass(llama(), "gradient", layers=1)
     model.activation_checkpointing_enable()
     inputs = batch(model)
     monkeypatch.setattr("tokentune.core.scoring_pass.row_gradients", lambda *_: 1 / 0)
@@ -346,9 +347,9 @@ def test_what_a_look_changes_is_put_back_after_an_error(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"look": LookOptions(layers=2)}, ValueError, "a look through 2 of 2 layers"),
-        ({"look": LookOptions(), "checkpoint_rest": "segments"}, ValueError, "keeps hidden states"),
-        ({"strategy": "excess_loss"}, ValueError, "give LookOptions a reference"),
+        ({"scoring_pass": ScoringOptions(layers=2)}, ValueError, "a scoring pass through 2 of 2 layers"),
+        ({"scoring_pass": ScoringOptions(), "checkpoint_rest": "segments"}, ValueError, "keeps hidden states"),
+        ({"strategy": "excess_loss"}, ValueError, "give ScoringOptions a reference"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict, error: type, words: str) -> None:
@@ -358,17 +359,25 @@ def test_what_does_not_go_together_is_refused(options: dict, error: type, words:
 
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="draw must be one of"):
-        LookOptions("best")
+        ScoringOptions("best")
     with pytest.raises(ValueError, match="layers must be at least 1"):
-        LookOptions(layers=0)
+        ScoringOptions(layers=0)
+
+
+def test_old_names_work_with_a_warning() -> None:
+    assert tokentune.core.scoring_pass.LookOptions is ScoringOptions
+    options = ScoringOptions("top")
+    with pytest.warns(DeprecationWarning, match="is now scoring_pass"):
+        model = apply_tokentune(llama(), 0.4, strategy="loss", verify=False, look=options)
+    assert model._tokentune.scoring is options
 
 
 def test_encoders_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"a look at all tokens: .* is no language model"):
+    with pytest.raises(UnsupportedModelError, match=r"a scoring pass: .* is no language model"):
         apply_tokentune(BertForMaskedLM(tiny_bert_config()), 0.4, strategy="gradient", verify=False)
 
 
-def test_verification_finds_a_look_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_finds_a_scoring_pass_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     right = tokentune.core.scoring_pass.attention_received
     wrong = lambda *args, **options: 1.001 * right(*args, **options)  # noqa: E731
     monkeypatch.setattr("tokentune.core.scoring_pass.attention_received", wrong)
@@ -419,7 +428,7 @@ def test_a_run_logs_the_loss_that_an_evaluation_finds(
 
 
 @pytest.mark.parametrize("words", [["--selection", "supervised"], ["--packing"], ["--prefix_length", "0.2:0.4"]])
-def test_a_look_changes_nothing_of_a_selection_without_scores(
+def test_a_scoring_pass_changes_nothing_of_a_selection_without_scores(
     words: list[str], tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path
 ) -> None:
     """Whatever the split into micro-batches: the weights of a run with `--selection_pass` are those of one without."""
@@ -448,7 +457,7 @@ def test_a_look_changes_nothing_of_a_selection_without_scores(
         (["--gradient_checkpointing", "--checkpoint_rest", "segments"], "--checkpoint_rest segments keeps hidden"),
     ],
 )
-def test_flags_that_a_look_cannot_follow_are_refused(words: list[str], reason: str, refused: Callable) -> None:
+def test_flags_that_a_scoring_pass_cannot_follow_are_refused(words: list[str], reason: str, refused: Callable) -> None:
     assert reason in refused("--tokentune", "--selection", "gradient", *words)
 
 

@@ -1,38 +1,34 @@
-"""Weights that FSDP (torch's `fully_shard`) holds in parts, one per process: gathering, and saving them whole."""
+"""Weights that FSDP (torch's `fully_shard`) splits over the processes: gathering them, and saving them whole."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import deepspeed
 
-if TYPE_CHECKING:
-    pass
-
 
 def is_split(model: nn.Module) -> bool:
-    """Whether FSDP holds this model's weights in parts."""
+    """Whether FSDP splits this model's weights."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def runs_together(model: nn.Module) -> bool:
-    """Whether each call of a part of the model is one of all processes: FSDP, or DeepSpeed ZeRO-3, gathers its weights.
+    """Whether all processes must call each part of the model together: FSDP, or DeepSpeed ZeRO-3, gathers its weights.
 
-    A process that makes one call more than the others waits for them for ever.
+    A process that makes one call more than the others waits without end.
     """
     return is_split(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def own_part(parameter: Tensor) -> Tensor:
-    """What this process has of a weight: all of it, or where DeepSpeed ZeRO-3 has split it, a part."""
+    """What this process has of a weight: all of it, or a part where DeepSpeed ZeRO-3 has split it."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
 def size_of(parameter: Tensor) -> int:
-    """The numbers in a weight, of which a process may have a part or none."""
+    """The number of elements of a weight, of which this process may have a part or none."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -43,9 +39,9 @@ def own_class(model: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def made_whole() -> Iterator[None]:
-    """Within it the models that are made have all their weights: DeepSpeed ZeRO-3 splits any that transformers makes.
+    """Within it new models have whole weights: DeepSpeed ZeRO-3 splits every model that transformers makes.
 
-    For those without data and for tiny ones, which flags and layers are checked on.
+    For models without data and tiny ones, on which flags and layers are checked.
     """
     known = deepspeed._hf_deepspeed_config_weak_ref
     config = None if known is None else known()
@@ -59,7 +55,7 @@ def made_whole() -> Iterator[None]:
 
 @contextmanager
 def gathered(module: nn.Module, *, stays: bool = True) -> Iterator[None]:
-    """Within it a module that is run outside of its turn has its weights whole; afterwards too where it `stays`."""
+    """Within it a module that runs outside of FSDP's order has whole weights; afterwards too where it `stays`."""
     split = isinstance(module, FSDPModule)
     if split:
         module.unshard()
@@ -71,14 +67,14 @@ def gathered(module: nn.Module, *, stays: bool = True) -> Iterator[None]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be split; to be called on every process."""
+    """The whole of a tensor that may be split. Every process has to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_state(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
-    """The weights of a split model on the CPU of the first process, one after the other; on others nothing.
+    """The weights of a split model, gathered one by one on the CPU of the first process; empty on the others.
 
-    To be called on every process.
+    Every process has to call it.
 
     Args:
         trained_only: leave the frozen ones out.

@@ -1,8 +1,8 @@
 """Which of peft's adapters act on each token alone, as the two groups of a selective forward need it.
 
-A verified model says nothing about adapters, which are put into it before or afterwards. They are told by where their
-code stands (`peft.tuners.<kind>`). `test_adapter_kinds.py` compares each served kind with the definition of the
-method, and finds the ones that a new version of peft brings.
+The verification of a model does not cover adapters, which are added before or after it. Their kind is told by the
+module of their code (`peft.tuners.<kind>`). `test_adapter_kinds.py` compares each served kind with the definition
+of the method, and finds new kinds in a new version of peft.
 """
 
 from collections.abc import Iterator
@@ -83,8 +83,8 @@ class Suspect:
         return self.adapter is None or self.adapter in getattr(self.module, "active_adapters", [])
 
 
-def wrapper_past_hooks(model: nn.Module) -> nn.Module | None:
-    """peft's part around a model that calls its `forward`, not the model with its hooks; None: there is none.
+def wrapper_bypassing_hooks(model: nn.Module) -> nn.Module | None:
+    """The peft module around a model that calls the model's `forward`, and so bypasses its hooks; None: there is none.
 
     AdaLoRA's and adaption prompts' do.
     """
@@ -96,10 +96,10 @@ def wrapper_past_hooks(model: nn.Module) -> nn.Module | None:
 
 
 def unserved_adapters(model: nn.Module, *, trust_unknown: bool) -> list[Suspect]:
-    """The modules of a model whose adapters cannot be served, active ones or not.
+    """The modules of a model whose adapters cannot be served, active or not.
 
     Args:
-        trust_unknown: take kinds that were never compared for ones that can.
+        trust_unknown: accept kinds that were never compared.
     """
     return [
         Suspect(name, module, adapter, reason)
@@ -134,7 +134,7 @@ def _reasons(module: nn.Module, trust_unknown: bool) -> Iterator[tuple[str | Non
             yield adapter, reason
     for name in ("rank_dropout", "module_dropout", "oft_dropout", "boft_dropout"):
         for adapter, dropout in _items(module, name):
-            # LoHa and LoKr keep the probability itself; OFT and BOFT a module.
+            # LoHa and LoKr store the probability itself; OFT and BOFT store a module.
             if dropout if isinstance(dropout, int | float) else getattr(dropout, "p", 0):
                 yield adapter, f"{_CHANCE} ({name} above 0)"
 

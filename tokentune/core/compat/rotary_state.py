@@ -1,8 +1,8 @@
-"""What a model remembers of the batches that it saw, beside its weights: rotary frequencies that follow their lengths.
+"""State of a model besides its weights: rotary frequencies that follow the lengths of batches.
 
-transformers' dynamic NTK scaling computes its frequencies anew whenever a batch is longer than all before, and goes
-back only for one shorter than the pretraining length; LongRoPE's follow each batch. No checkpoint of weights holds
-these numbers.
+transformers' dynamic NTK scaling computes new frequencies whenever a batch is longer than all before, and resets them
+only for a batch shorter than the pretraining length. LongRoPE's frequencies follow each batch. A checkpoint of weights
+does not contain these numbers.
 """
 
 from collections.abc import Iterator
@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # whose frequencies stay what they are
+_STATIC = ("default", "linear", "yarn", "llama3", "proportional")  # kinds whose frequencies do not change
 
 State = dict[str, dict[str, Any]]  # by the module's path, then by attribute: a tensor or a number
 
 
 def rotary_state(model: nn.Module) -> State:
-    """The frequencies as they are now, and the lengths that they follow; empty for a model whose frequencies stay."""
+    """The current frequencies, and the lengths that they follow; empty for a model whose frequencies do not change."""
     return {name: _numbers(module) for name, module in model.named_modules() if _follows_lengths(module)}
 
 
 def set_rotary_state(model: nn.Module, state: State) -> None:
-    """Puts back what `rotary_state` returned, or `read` read."""
+    """Restores what `rotary_state` or `read` returned."""
     modules = dict(model.named_modules())
     for name, numbers in state.items():
         module = modules[name]
-        for attribute in _numbers(module).keys() - numbers.keys():  # lengths of a kind of layers, once they grew
+        for attribute in _numbers(module).keys() - numbers.keys():  # lengths that exist once they grew
             delattr(module, attribute)
         for attribute, value in numbers.items():
-            if attribute in module._buffers:  # not written into: it may be the tensor of the pretraining length too
+            if attribute in module._buffers:  # a new tensor: the buffer may also be the one of the pretraining length
                 module._buffers[attribute] = value.to(module._buffers[attribute].device, copy=True)
             else:
                 setattr(module, attribute, value)
@@ -38,7 +38,7 @@ def set_rotary_state(model: nn.Module, state: State) -> None:
 
 @contextmanager
 def rotary_state_kept(model: nn.Module) -> Iterator[None]:
-    """Within it other batches pass through the model; afterwards its frequencies are what they were."""
+    """Within it other batches may run; afterwards the model's frequencies are as before."""
     state = rotary_state(model)
     try:
         yield
@@ -47,7 +47,7 @@ def rotary_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def written(state: State) -> dict[str, dict[str, Any]]:
-    """For a JSON file, which keeps every bit: float32 numbers pass through Python's own, which are float64."""
+    """For a JSON file, without loss: Python's numbers are float64, and hold every float32."""
     return {
         name: {
             attribute: {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
@@ -73,7 +73,7 @@ def read(state: dict[str, dict[str, Any]]) -> State:
 
 
 def _follows_lengths(module: nn.Module) -> bool:
-    """Whether it is a rotary embedding (transformers', or of its kind) whose frequencies are not known to stay."""
+    """Whether it is a rotary embedding (transformers', or one like it) whose frequencies may change."""
     if "max_seq_len_cached" not in vars(module):
         return False
     kinds = getattr(module, "rope_type", None)

@@ -1,10 +1,10 @@
-"""What a step is asked for: the questions about a call of a patched model, and what it cannot do, said with a reason.
+"""Checks of a selective forward pass: what it cannot do is refused with a reason.
 
 B sequences, S tokens, K selected
 """
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +12,20 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tokentune.core.adapter_kinds import require_served_adapters, unserved_adapters
-from tokentune.core.groups import token_order
-from tokentune.core.model_sampling import pad_token, pooled_tokens
-from tokentune.core.past_hooks import is_called_by_prompt_learning
-from tokentune.core.patched import PROMPT_LEARNING
-from tokentune.core.profile import Pooling
-from tokentune.core.selective_layer import CURRENT_STEP
+from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
+from tokentune.core.compat.bypassed_hooks import is_called_by_prompt_learning
+from tokentune.core.patched import PROMPT_LEARNING, Settings
+from tokentune.core.profile import Pooling, pooled_tokens
+from tokentune.core.step import CURRENT_STEP
+from tokentune.core.step_plan import Batch
 from tokentune.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from tokentune.core.patched import Settings
 
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
 _POOLED = {Pooling.LAST: "last real token", Pooling.LAST_NON_PAD: "last token that has not the pad token's id"}
-_PASS_ON = ("accelerate", "torch", "transformers")  # whose wrappers of `forward` call what they wrap, on all arguments
+_PASS_ON = ("accelerate", "torch", "transformers")  # their wrappers of `forward` pass on all arguments
 
 
-def require_served_step(model: PreTrainedModel, settings: "Settings", kwargs: dict[str, Any]) -> None:
+def require_served_step(model: PreTrainedModel, settings: Settings, kwargs: dict[str, Any]) -> None:
     """Raises for what a selective forward cannot do."""
     if getattr(model, "_is_replica", False):
         raise UnsupportedModelError(
@@ -49,8 +45,8 @@ def require_served_step(model: PreTrainedModel, settings: "Settings", kwargs: di
             raise ValueError(f"`{name}` cannot be had together with a selection")
 
 
-def _require_served_adapters_now(model: PreTrainedModel, settings: "Settings") -> None:
-    """Adapters may have come, or become active, after the model was patched."""
+def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> None:
+    """Adapters may have been added, or made active, after the model was patched."""
     configs = getattr(model, "peft_config", None)
     known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
     if known != settings.adapters_of:
@@ -58,33 +54,24 @@ def _require_served_adapters_now(model: PreTrainedModel, settings: "Settings") -
     require_served_adapters(settings.adapters)
 
 
-def check_positions(model: PreTrainedModel, pooling: Pooling | None, positions: Tensor, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for given positions of another shape, or without the token that the head pools."""
+def check_positions(positions: Tensor, batch: Batch, pooling: Pooling | None, pad_token_id: int | None) -> None:
+    """Raises ValueError for positions of a wrong shape, or without the token that the head pools."""
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
             f"got {positions.dtype} of shape {tuple(positions.shape)}"
         )
-    if positions.device.type != "cpu" or is_fake(positions):  # reading them would make the host wait
+    if positions.device.type != "cpu" or is_fake(positions):  # reading the values would make the host wait
         return
     if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    mask, ids = batch.mask, batch.input_ids
     if mask is None and ids is not None:
         mask = torch.ones_like(ids)
     if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD) and mask is not None and mask.ndim == 2:
-        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token(model))
+        pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token_id)
         if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
             raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
-
-
-def is_whole_sequence(positions: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether every token is selected, so that the step is an ordinary one and costs what it costs."""
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if tokens is None or not isinstance(positions, Tensor) or positions.shape[1] != tokens.shape[1]:
-        return False
-    token_order(positions, tokens.shape[1])  # for its checks
-    return True
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:
@@ -94,9 +81,9 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
 def has_foreign_forward(model: PreTrainedModel) -> bool:
     """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
 
-    Such a forward calls the backbone and applies (B, S) labels itself, so that it gets all rows, in place. Wrappers
-    that pass everything on (accelerate's, torch's) do not count. They are told by where their code stands: that a
-    function names another in `__wrapped__` does not mean that it calls it (TRL's only wears the other's signature).
+    Such a forward calls the backbone and applies (B, S) labels itself, so it gets all rows in sequence order. Wrappers
+    that pass everything on (accelerate's, torch's) do not count. They are told by the module of their code: a function
+    with another one in `__wrapped__` may not call it (TRL's only has the other's signature).
     """
     own = inspect.unwrap(type(model).forward)
     link = model.forward

@@ -1,67 +1,73 @@
-"""A less biased gradient: the paths between selected tokens stand for those through tokens that were not drawn.
+"""A less biased gradient: paths between selected tokens also count for paths through tokens that were not drawn.
 
     B sequences, S tokens, K selected, H heads, G key-value heads, d head size
     n real tokens of a row, c selected ones of these
 
-Keys and values of the rest are constants, so that of all paths from a token's loss through another token's key or value
-only those through selected tokens count: in expectation the gradient is too small, and bent. Given that token i is
-selected, token j ≠ i is with probability (c - 1) / (n - 1) in a uniform draw. `gradient_correction` scales the gradient
-that reaches j through the attention of the others by the inverse of that,
+Keys and values of the unselected tokens are constants. So of all paths from a token's loss through another token's key
+or value, only those through selected tokens count: the expected gradient is too small, and has another direction. In a
+uniform draw where token i is selected, token j ≠ i is selected with probability (c - 1) / (n - 1).
+`gradient_correction` scales the gradient that reaches j through the attention of the others by the inverse of that,
 
     s_j = ((n - 1) / (c - 1)) ** a        a = 1: exact in expectation, for one layer; a = 0: the paper's method
 
-(or by probability_j ** -a, where the draw knows its probabilities). Between 0 and 1, a trades bias for variance. What
-is computed forward does not change. A token's path to itself is there whenever the token is: it has to stay unscaled.
+(or by probability_j ** -a, where the draw knows its probabilities). Between 0 and 1, a trades bias for variance. The
+forward pass does not change. A token's path to itself is there whenever the token is selected: it must stay unscaled.
 
-Attention kernels know nothing of that. Keys and values enter them with their gradient scaled as a whole, and what is
-then too much of a token's own path is taken back, with o_i the output of head h at query i, p_ii its weight of its own
-key, g_i the gradient of o_i, and q_i, k_i, v_i the token's query, key and value:
+Attention kernels cannot do that. So the whole gradient of keys and values is scaled, and then each token's own path is
+corrected. With o_i the output of head h at query i, p_ii its weight of its own key, g_i the gradient of
+o_i, and q_i, k_i, v_i the token's query, key and value:
 
     gradient of v_i   += sum over the group's heads of  (1 - s_i) p_ii g_i
     gradient of k_i   += sum over the group's heads of  (1 - s_i) p_ii slope <g_i, v_i - o_i> q_i
 
-where `slope`, the derivative of a score by the product <q_i, k_i>, is attention's scaling (softmax's derivative has the
-rest). Kept for it are the p_ii, (B, H, K) numbers in float32 per layer; all else is kept by attention already.
+where `slope`, the derivative of a score by the product <q_i, k_i>, is attention's scaling (the other
+factors are the derivative of the softmax). Saved for it are the p_ii, (B, H, K) numbers in float32 per layer; attention
+saves all else already.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tokentune.core.attention.masks import GroupMask
 from tokentune.core.layers import Stack, attention_modules
-from tokentune.core.masks import GroupMask
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import target_mask
 from tokentune.sampling.weighted_draw import wide_dtype
 
-SCORE_NUMBERS = 2**24  # of (query, key) pairs that one block of `score_sums` holds at most: 64 MiB in float32
+SCORE_NUMBERS = 2**24  # most (query, key) pairs in one block of `score_sums`: 64 MiB in float32
 
 
 def gradient_scales(
-    positions: Tensor, kwargs: dict[str, Any], exponent: float, weights: Tensor | None = None
+    positions: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    exponent: float,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor | None:
-    """How much more the gradient through each selected token's key and value counts, in the others' attention.
+    """Factors of the gradient through each selected token's key and value, in the attention of the others.
 
     Args:
         positions: (B, K) int64, the selected ones.
-        kwargs: of the model's forward: the tokens (B, S), and the mask (B, S), 1 at real ones; without it all are.
+        tokens: ids (B, S), or embeddings (B, S, D).
+        mask: (B, S), 1 at real tokens; None: all are real.
         exponent: a, in [0, 1]; 0: no correction.
         weights: (B, K), of the losses, where the draw knew its probabilities: 1 / probability at targets.
+        labels: (B, S), needed with weights.
 
     Returns:
-        (B, K) float64 (float32 where a device knows no other); None where there is nothing to scale.
+        (B, K) float64 (float32 on devices without it); None where nothing is scaled.
 
     Raises UnsupportedModelError where the mask does not tell which tokens are real.
     """
     if exponent == 0.0:
         return None
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    mask, length = kwargs.get("attention_mask"), tokens.shape[1]
     if mask is None:
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != length:
+    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != tokens.shape[1]:
         raise UnsupportedModelError("gradient_correction counts real tokens, for which it needs a mask of shape (B, S)")
     real = (mask != 0).to(positions.device)
     wide = wide_dtype(positions.device)
@@ -69,9 +75,9 @@ def gradient_scales(
         count, chosen = real.sum(1, keepdim=True), real.gather(1, positions).sum(1, keepdim=True)  # (B, 1)
         inverse = (count - 1).to(wide) / (chosen - 1).clamp(min=1).to(wide)
         return torch.where(chosen > 1, inverse**exponent, 1.0).repeat(1, positions.shape[1])
-    # Tokens without a loss have no weight. They are alike for such a draw, or nearly: their share of their kind counts.
-    # A target of weight 0 is there because the draw held none, whatever it was: it stands for itself.
-    targets = target_mask(kwargs["labels"].to(positions.device), causal=True)
+    # Tokens without a loss have no weight. Such a draw treats them alike, or nearly: the proportion that was selected
+    # stands for their probability. A target of weight 0 was added because the draw had no target: its factor is 1.
+    targets = target_mask(labels.to(positions.device), causal=True)
     others = real & ~targets
     inverse = others.sum(1, keepdim=True).to(wide) / others.gather(1, positions).sum(1, keepdim=True).clamp(min=1)
     inverse = inverse.repeat(1, positions.shape[1]).masked_fill(targets.gather(1, positions), 1.0)
@@ -80,7 +86,7 @@ def gradient_scales(
 
 
 def require_correctable(exponent: float, stack: Stack) -> None:
-    """Raises for a `gradient_correction` that is none, or that a model cannot have.
+    """Raises for an invalid `gradient_correction`, or one that this model cannot have.
 
     Raises:
         ValueError: `exponent` is no number from 0 to 1.
@@ -102,7 +108,7 @@ def require_correctable(exponent: float, stack: Stack) -> None:
 
 
 def require_correctable_call(module: nn.Module, mask: GroupMask | None, implementation: str, options: dict) -> None:
-    """Raises UnsupportedModelError for an attention call whose tokens' weights of themselves cannot be known."""
+    """Raises UnsupportedModelError for an attention call in which a token's weight of itself cannot be known."""
     name = type(module).__name__
     if mask is None:
         raise UnsupportedModelError(f"gradient_correction: {name} lets every token see every other")
@@ -123,12 +129,12 @@ def _require_no_dropout(module: nn.Module, dropout: float) -> None:
 
 
 class OwnTokens(NamedTuple):
-    """The selected tokens of an attention call, their keys and values as they are before their gradients are scaled."""
+    """The selected tokens of an attention call: their keys and values before their gradients are scaled."""
 
     key: Tensor  # (B, G, K, d)
     value: Tensor  # (B, G, K, d)
     scales: Tensor  # (B, K)
-    places: Tensor  # (B K,): their rows among the B S of all sequences
+    flat_indices: Tensor  # (B K,): their rows among the B S of all sequences
     positions: Tensor  # (B, K)
 
 
@@ -151,11 +157,11 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _OwnPaths(torch.autograd.Function):
-    """The identity on attention's output (B, K, H, d); its backward pass unscales each token's path to itself.
+    """The identity on attention's output (B, K, H, d); its backward pass corrects each token's path to itself.
 
     Args of `apply`: the scores' scaling; the output; the tokens' own key and value (B, G, K, d); query (B, H, K, d) and
     value (B, G, S, d) as attention took them; the queries' weights of their own keys, (B, H, K), in float32 or wider;
-    scales and places; the derivative of what soft-capping does to the own scores, (B, H, K), or None.
+    scales and flat_indices; the derivative of soft-capping at the own scores, (B, H, K), or None.
     """
 
     @staticmethod
@@ -167,17 +173,17 @@ class _OwnPaths(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        output, query, value, weights, scales, places, damping = ctx.saved_tensors
+        output, query, value, weights, scales, flat_indices, damping = ctx.saved_tensors
         wide, by_group = weights.dtype, (value.shape[1], -1)  # the heads (H,) of each group: (G, h)
         excess = weights.transpose(1, 2) * (1 - scales.to(gradient.device, wide))[..., None]  # (B, K, H)
         of_output = gradient.to(wide).unflatten(2, by_group)  # (B, K, G, h, d)
         of_key = of_value = None
-        # Products and sums, no matrix products, which autocast would round.
+        # Products and sums, not matrix products, which autocast would round.
         if ctx.needs_input_grad[3]:
             of_value = (excess.unflatten(2, by_group)[..., None] * of_output).sum(3)  # (B, K, G, d)
             of_value = of_value.transpose(1, 2).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
-            values = _rows(value, places, scales.shape)[:, :, :, None].to(wide)  # (B, K, G, 1, d)
+            values = _rows(value, flat_indices, scales.shape)[:, :, :, None].to(wide)  # (B, K, G, 1, d)
             of_score = (of_output * (values - output.unflatten(2, by_group))).sum(-1)  # (B, K, G, h)
             slope = excess * ctx.scaling if damping is None else excess * ctx.scaling * damping.transpose(1, 2)
             of_score = of_score * slope.unflatten(2, by_group)
@@ -198,16 +204,16 @@ def correct_fused(
 ) -> Tensor:
     """The output (B, K, H, d) of fused attention over scaled keys and values, its own-token paths unscaled.
 
-    `sums` are the logarithms of the softmax's sums (B, H, K) where the kernel told them; computed otherwise.
+    `sums` are the logarithms of the softmax's sums (B, H, K), computed here where the kernel returned none.
     """
     scaling = _scaling(query, options)
     with torch.no_grad():
         if sums is None:
             sums = score_sums(query, key, mask, scaling)
         scores = _own_scores(query, key, scaling, own)
-        if not hasattr(mask.recipe.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
+        if not hasattr(mask.deferred.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
             scores = scores + _own_bias(mask, own.positions, scores.dtype, query.shape[1])
-        # A padding query may see no key at all, itself included; its numbers mean nothing, but have to be finite.
+        # A padding query may see no key at all, not even itself; its result means nothing, but has to be finite.
         weights = (scores - sums).clamp(max=0.0).exp()
     return _unscaled(output, query, value, weights, scaling, own)
 
@@ -215,7 +221,7 @@ def correct_fused(
 def correct_eager(
     output: Tensor, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, own: OwnTokens, options: dict
 ) -> Tensor:
-    """The same for eager attention, which returns its weights (B, H, K, S), and knows soft-capping and sinks."""
+    """The same for eager attention, which returns its weights (B, H, K, S), and has soft-capping and sinks."""
     scaling, softcap = _scaling(query, options), options.get("softcap")
     damping = None
     with torch.no_grad():
@@ -234,7 +240,7 @@ def _unscaled(
     own: OwnTokens,
     damping: Tensor | None = None,
 ) -> Tensor:
-    tensors = output, own.key, own.value, query, value, weights, own.scales, own.places, damping
+    tensors = output, own.key, own.value, query, value, weights, own.scales, own.flat_indices, damping
     return _OwnPaths.apply(scaling, *tensors)
 
 
@@ -246,12 +252,12 @@ def _scaling(query: Tensor, options: dict) -> float:
 def _own_scores(query: Tensor, key: Tensor, scaling: float, own: OwnTokens) -> Tensor:
     """Scaled products of each selected query (B, H, K, d) and its own key, of (B, G, S, d): (B, H, K), wide."""
     queries = query.unflatten(1, (key.shape[1], -1)).to(_wide(query))  # (B, G, h, K, d)
-    keys = _rows(key, own.places, own.positions.shape).transpose(1, 2)[:, :, None].to(queries.dtype)
+    keys = _rows(key, own.flat_indices, own.positions.shape).transpose(1, 2)[:, :, None].to(queries.dtype)
     return (queries * keys).sum(-1).flatten(1, 2) * scaling
 
 
 def score_sums(query: Tensor, key: Tensor, mask: GroupMask, scaling: float) -> Tensor:
-    """The logarithms of the softmax's sums (B, H, K), over blocks of queries: never a number per pair of tokens."""
+    """The logarithms of the softmax's sums (B, H, K), over blocks of queries: no matrix of all pairs of tokens."""
     batch, heads, count, _ = query.shape
     wide, groups = _wide(query), key.shape[1]
     keys = key.to(wide).transpose(2, 3)  # (B, G, d, S)
@@ -268,7 +274,7 @@ def score_sums(query: Tensor, key: Tensor, mask: GroupMask, scaling: float) -> T
 
 
 def _own_bias(mask: GroupMask, positions: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
-    """What a finished mask adds to each query's own score, (B, H, K)."""
+    """What a finished mask adds to the score of each query with its own key, (B, H, K)."""
     found = []
     for span in mask.spans(positions.shape[1]):
         at = (positions[:, None, span.start : span.stop, None] - span.first).clamp(0, span.last - span.first - 1)
@@ -278,9 +284,9 @@ def _own_bias(mask: GroupMask, positions: Tensor, dtype: torch.dtype, heads: int
     return torch.cat(found, dim=2)
 
 
-def _rows(tokens: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+def _rows(tokens: Tensor, flat_indices: Tensor, shape: torch.Size) -> Tensor:
     """The selected ones (B, K, G, d) of all tokens' keys or values (B, G, S, d)."""
-    return tokens.transpose(1, 2).flatten(0, 1).index_select(0, places).unflatten(0, shape)
+    return tokens.transpose(1, 2).flatten(0, 1).index_select(0, flat_indices).unflatten(0, shape)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What a training step holds in memory: bytes that autograd keeps, and the device's own figures."""
+"""The bytes that autograd saves for the backward pass: the activation memory of a training step."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,26 +15,26 @@ BYTES_IN_MIB = 1024**2
 
 
 class SavedForBackward:
-    """Counts the bytes that autograd keeps for the backward pass: the activation memory of a training step.
+    """Counts the bytes that autograd saves for the backward pass.
 
     >>> with SavedForBackward(model) as saved:
     ...     loss = model(**batch).loss
     >>> saved.bytes
 
-    Each storage counts once, however many operations keep it; parameters and buffers do not count, as they are there
-    anyway (those that FSDP gathers for a layer are freed behind it). Exact and the same on every device, but blind to
-    the temporary memory of kernels.
+    Each storage counts once, however many operations save it. Parameters and buffers do not count, as they are in
+    memory anyway (those that FSDP gathers for a layer are freed after it). The count is exact, and the same on every
+    device. Temporary memory of kernels is not in it.
 
     Args:
-        kind: says of a tensor, when it is first kept, what it is; `bytes_by` then has the bytes by kind.
+        kind: tells the kind of a tensor when it is first saved; `bytes_by` then has the bytes by kind.
     """
 
     def __init__(self, model: nn.Module, kind: Callable[[Tensor], str] | None = None):
         self.bytes = 0
         self.bytes_by: Counter[str] = Counter()
         self._kind = kind
-        # Held, as all that counts: a buffer that the forward pass replaces (rotary frequencies that follow the length)
-        # would be freed, and its address given to a storage that then did not count.
+        # Kept alive, like all tensors that are counted. A buffer that the forward pass replaces (rotary frequencies
+        # that follow the length) would be freed, and its address reused by a storage that then would not count.
         self._alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self._seen = {_address(tensor) for tensor in self._alive}
         self._counted: dict[int, tuple[int, str | None]] = {}  # address -> its bytes and kind
@@ -60,7 +60,7 @@ class SavedForBackward:
             self.bytes_by[kind] += sign * size
 
     def _leave_out_gathered(self, module: nn.Module, *_: Any) -> None:
-        """Forward hook of all modules: FSDP puts whole parameters in place while a module runs, kept or not by then."""
+        """Forward hook of all modules: FSDP gives a running module whole parameters, which autograd may have saved."""
         for tensor in module._parameters.values():
             if tensor is not None and _address(tensor) not in self._seen:
                 self._seen.add(_address(tensor))
@@ -88,6 +88,11 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # of the storage's own object: fake tensors have no data to point to
 
 
+def in_own_storage(tensor: Tensor) -> Tensor:
+    """The tensor without other data in its storage: a saved slice of a fused projection would keep all of it alive."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def gib(count: int) -> str:
-    """Bytes for people: "1.23 GiB", "45.6 MiB" below a tenth of a GiB."""
+    """Bytes as text: "1.23 GiB", or "45.6 MiB" below a tenth of a GiB."""
     return f"{count / BYTES_IN_GIB:.2f} GiB" if count >= BYTES_IN_GIB / 10 else f"{count / BYTES_IN_MIB:.1f} MiB"

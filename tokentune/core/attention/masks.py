@@ -2,10 +2,10 @@
 
 B sequences, S tokens, Q queries of one group, H heads.
 
-Masks come from transformers' own mask functions, so that sliding windows, chunks, packing and padding mean what they
-always mean. What travels through the model is a `MaskRecipe`; each kind of attention takes from it what it needs for
-one group's queries: the rows as a whole, made once per step; pieces of them for a block of queries, made and dropped
-in each layer, so that S x S numbers are never held; or FlexAttention's block mask.
+Masks come from transformers' own mask functions, so that sliding windows, chunks, packing and padding keep their
+meaning. A `DeferredMask` passes through the model in place of a mask. Each kind of attention takes from it what the
+queries of one group need: all rows, made once per step; parts of them for a block of queries, made and freed in each
+layer, so that S x S numbers are never in memory; or FlexAttention's block mask.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ class Span(NamedTuple):
     open_to: int  # a run of keys, within first:last, that every one of the queries sees
 
 
-class MaskRecipe:
-    """How to make an attention mask: what transformers' mask functions return during a selective forward.
+class DeferredMask:
+    """An attention mask, made when it is needed: what transformers' mask functions return in a selective forward.
 
-    It travels through the model where a mask would. What is made of it is shared by all layers that were handed it.
+    It passes through the model in place of a mask. What is made of it is shared by all layers that get it.
     """
 
     def __init__(
@@ -48,46 +48,46 @@ class MaskRecipe:
         """`visible(queries (B, Q), first, last)` -> (B, 1 or H, Q, last - first), bool (True: seen) or additive float.
 
         Args:
-            triangle: it is the causal mask and nothing else.
-            causal: no query sees a key behind its own position.
+            triangle: it is exactly the causal mask.
+            causal: no query sees a key after its own position.
             alike: all queries of a sequence see the same keys.
         """
         self.visible = visible
         self.triangle = triangle
         self.causal = causal or triangle
         self.alike = alike
-        self.made: dict[tuple, object] = {}  # by group, then whatever else it was made for
+        self.made: dict[tuple, object] = {}  # by group, then by dtype, block size or kind
 
     def forget(self, group: str) -> None:
-        """Drops the finished masks of `group`."""
+        """Frees the finished masks of `group`."""
         self.made = {key: made for key, made in self.made.items() if key[0] != group or not isinstance(made, Tensor)}
 
 
 @dataclass
 class GroupMask:
-    """What the queries of one group see: a recipe, and the positions (B, Q) of the queries, ascending."""
+    """A deferred mask for the queries of one group, whose positions (B, Q) are ascending."""
 
-    recipe: MaskRecipe
+    deferred: DeferredMask
     group: str
     positions: Tensor
     length: int  # S
 
     def _once(self, make: Callable[[], object], *key: object) -> object:
         key = (self.group, *key, self.positions.device)
-        if key not in self.recipe.made:
-            self.recipe.made[key] = make()
-        return self.recipe.made[key]
+        if key not in self.deferred.made:
+            self.deferred.made[key] = make()
+        return self.deferred.made[key]
 
     def additive(self, dtype: torch.dtype) -> Tensor:
-        """All rows as an additive mask (B, 1 or H, Q, S), which holds S numbers only where all rows are alike.
+        """All rows as an additive mask (B, 1 or H, Q, S). Where all rows are alike, one of them is stored.
 
-        Additive and in the `dtype` that attention computes in, because any other mask is converted anew by each
-        layer's kernel, and every one of those copies would be kept for the backward pass.
+        It has the `dtype` that attention computes in: each layer's kernel would convert any other mask, and each of
+        these copies would be saved for the backward pass.
         """
 
         def make() -> Tensor:
-            queries = self.positions[:, :1] if self.recipe.alike else self.positions
-            return _aligned(_additive(self.recipe.visible(queries, 0, self.length), dtype))
+            queries = self.positions[:, :1] if self.deferred.alike else self.positions
+            return _aligned(_additive(self.deferred.visible(queries, 0, self.length), dtype))
 
         mask = self._once(make, dtype)
         return mask.expand(-1, -1, self.positions.shape[1], -1)
@@ -100,7 +100,7 @@ class GroupMask:
         count = self.positions.shape[1]
         starts = range(0, count, block)
         stops = [min(start + block, count) for start in starts]
-        # Reading positions makes an accelerator's host wait: once per step, and only where there are keys to leave out.
+        # Reading positions makes the host wait for an accelerator: once per step, and only where keys can be left out.
         host = self.positions.device.type == "cpu"
         if not _readable(self.positions) or (count <= block and not host):
             return [Span(start, stop, 0, self.length, 0, 0) for start, stop in zip(starts, stops, strict=True)]
@@ -108,11 +108,11 @@ class GroupMask:
         highest = self.positions[:, [stop - 1 for stop in stops]].amax(0).tolist()
         spans = []
         for start, stop, low, high in zip(starts, stops, lowest, highest, strict=True):
-            last = high + 1 if self.recipe.causal else self.length
-            if self.recipe.triangle:
+            last = high + 1 if self.deferred.causal else self.length
+            if self.deferred.triangle:
                 extents = 0, last, 0, low + 1
             elif host:
-                extents = _extents(self.recipe.visible(self.positions[:, start:stop], 0, last))
+                extents = _extents(self.deferred.visible(self.positions[:, start:stop], 0, last))
             else:
                 extents = 0, last, 0, 0
             spans.append(Span(start, stop, *extents))
@@ -121,7 +121,7 @@ class GroupMask:
     def piece(self, span: Span, dtype: torch.dtype) -> Tensor | None:
         """The additive mask (B, 1 or H, n, last - first) of one block; None where it hides nothing.
 
-        Only keys outside of the open run are asked about: of a causal mask that is a small part.
+        Only keys outside of the open run are computed, which is a small part of a causal mask.
         """
         queries = self.positions[:, span.start : span.stop]
         edges = [(span.first, span.open_from), (span.open_to, span.last)]
@@ -129,8 +129,8 @@ class GroupMask:
         if not edges:
             return None
         if span.open_from == span.open_to:
-            return _aligned(_additive(self.recipe.visible(queries, span.first, span.last), dtype))
-        parts = [(first, last, self.recipe.visible(queries, first, last)) for first, last in edges]
+            return _aligned(_additive(self.deferred.visible(queries, span.first, span.last), dtype))
+        parts = [(first, last, self.deferred.visible(queries, first, last)) for first, last in edges]
         heads = parts[0][2].shape[1]
         mask = queries.new_zeros(len(queries), heads, queries.shape[1], span.last - span.first, dtype=dtype)
         for first, last, seen in parts:
@@ -138,13 +138,13 @@ class GroupMask:
         return _aligned(mask)
 
     def block_mask(self) -> object:
-        """FlexAttention's `BlockMask`, made once per step: which tiles of (Q, S) hold anything, and what."""
+        """FlexAttention's `BlockMask`, made once per step: which tiles of (Q, S) are visible, and how."""
         return self._once(self._make_block_mask, "flex")
 
     def _make_block_mask(self) -> object:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        function = getattr(self.recipe.visible, "mask_function", None)
+        function = getattr(self.deferred.visible, "mask_function", None)
         if function is None:
             raise UnsupportedModelError(
                 "flex_attention was handed a finished mask, which holds one number for every pair of tokens: "
@@ -162,22 +162,22 @@ class GroupMask:
             Q_LEN=positions.shape[1],
             KV_LEN=self.length,
             device=positions.device,
-            _compile=positions.device.type != "cpu",  # uncompiled, it holds the whole mask for a moment
+            _compile=positions.device.type != "cpu",  # uncompiled, it briefly has the whole mask in memory
         )
 
 
 def _readable(positions: Tensor) -> bool:
-    """Whether blocks may depend on the positions' values: not on fake tensors, whose bytes are counted all the same."""
+    """Whether the positions have values: fake tensors, with which memory is estimated, have none."""
     return not (positions.is_meta or isinstance(positions, FakeTensor))
 
 
 def _extents(seen: Tensor) -> tuple[int, int, int, int]:
-    """Of (B, 1 or H, n, W): first and last key seen by any query, and the longest run between seen by all of them."""
+    """Of (B, 1 or H, n, W): the range of keys that any query sees, and the longest run in it that all queries see."""
     width = seen.shape[-1]
-    if seen.dtype != torch.bool:  # a bias may be any number, and is needed everywhere
+    if seen.dtype != torch.bool:  # a bias may be any number, so all of it is needed
         return 0, width, 0, 0
     keys = seen.flatten(0, 2).any(0).nonzero()
-    if len(keys) == 0:  # padding only: the numbers mean nothing, but have to be numbers
+    if len(keys) == 0:  # padding only: the result means nothing, but has to be finite
         return 0, 1, 0, 0
     first, last = int(keys[0]), int(keys[-1]) + 1
     gaps = (~seen[..., first:last].flatten(0, 2).all(0)).nonzero().flatten()
@@ -188,13 +188,13 @@ def _extents(seen: Tensor) -> tuple[int, int, int, int]:
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
-        # The smallest finite number, not -inf: a padding row that sees nothing must not turn into NaN.
+        # The smallest finite number, not -inf: a padding row that sees nothing must not become NaN.
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     return mask.to(dtype)
 
 
 def _aligned(mask: Tensor) -> Tensor:
-    """The same mask in rows of a multiple of 16 numbers: CUDA's kernels copy any other one, in each layer."""
+    """The same mask, with rows of a multiple of 16 numbers: CUDA's kernels copy any other mask in each layer."""
     if mask.device.type == "cpu" or mask.shape[-1] % 16 == 0:
         return mask
     wide = mask.new_empty(*mask.shape[:-1], -(-mask.shape[-1] // 16) * 16)
@@ -202,7 +202,7 @@ def _aligned(mask: Tensor) -> Tensor:
     return wide[..., : mask.shape[-1]]
 
 
-def recipe_from_functions(
+def mask_from_functions(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -213,8 +213,8 @@ def recipe_from_functions(
     use_vmap: bool = False,
     device: torch.device | None = None,
     **_: object,
-) -> MaskRecipe | None:
-    """The mask interface of transformers (`AttentionMaskInterface`), making a recipe instead of a mask.
+) -> DeferredMask | None:
+    """The mask interface of transformers (`AttentionMaskInterface`), which makes a deferred mask.
 
     Args follow `transformers.masking_utils.sdpa_mask`; `attention_mask` is (B, S), True at real tokens. None means that
     every token sees every token. Raises UnsupportedModelError when the keys are not exactly the queries' tokens.
@@ -224,12 +224,12 @@ def recipe_from_functions(
             f"a mask over {kv_length} keys for {q_length} queries was asked for: selective backpropagation serves "
             "self-attention over one whole sequence, without a key-value cache and without cross-attention"
         )
-    # Reading the mask's values would synchronize an accelerator; there it is kept even where it hides nothing.
+    # Reading the mask's values would synchronize an accelerator: there it is used even where it hides nothing.
     if attention_mask is not None and attention_mask.device.type == "cpu" and bool(attention_mask.all()):
         attention_mask = None
     if mask_function is bidirectional_mask_function and attention_mask is None:
         return None
-    if use_vmap:  # a caller's own mask function, not known to broadcast over index tensors
+    if use_vmap:  # a caller's own mask function, which may not broadcast over index tensors
         mask = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -240,7 +240,7 @@ def recipe_from_functions(
             use_vmap=True,
             device=device,
         )
-        return recipe_from_mask(mask)
+        return mask_from_tensor(mask)
 
     def seen(rows: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         found = mask_function(rows, heads, queries, keys)
@@ -254,7 +254,7 @@ def recipe_from_functions(
         return found.expand(batch_size, 1, queries.shape[1], last - first)
 
     visible.mask_function = seen
-    return MaskRecipe(
+    return DeferredMask(
         visible,
         triangle=mask_function is causal_mask_function and attention_mask is None,
         causal=_is_causal(mask_function),
@@ -265,7 +265,7 @@ def recipe_from_functions(
 def _is_causal(mask_function: Callable) -> bool:
     """Whether a mask function is known to hide every later key: the causal one itself, or in an intersection.
 
-    The answer for any other function is no, which is always right, as it only costs a look at the later keys.
+    For any other function the answer is False, which is always safe: it only costs computing the later keys too.
     """
     if mask_function is causal_mask_function:
         return True
@@ -275,27 +275,27 @@ def _is_causal(mask_function: Callable) -> bool:
     return any(_is_causal(part) for part in parts["mask_functions"].cell_contents)
 
 
-def recipe_from_mask(mask: Tensor) -> MaskRecipe:
-    """The recipe that gathers from a finished mask (B or 1, H or 1, S, S), bool or additive, in sequence order."""
+def mask_from_tensor(mask: Tensor) -> DeferredMask:
+    """Defers a finished mask (B or 1, H or 1, S, S), bool or additive: its rows are gathered when they are needed."""
 
     def visible(queries: Tensor, first: int, last: int) -> Tensor:
         full = mask[..., first:last].to(queries.device).expand(queries.shape[0], -1, -1, -1)
         return full.take_along_dim(queries[:, None, :, None], dim=2)
 
-    return MaskRecipe(visible)
+    return DeferredMask(visible)
 
 
-def read_mask(mask: object, batch: int, length: int) -> MaskRecipe:
-    """The recipe of what a model handed to its attention: a recipe, a mask (B, 1 or H, S, S), or None: causal.
+def read_mask(mask: object, batch: int, length: int) -> DeferredMask:
+    """Defers what a model handed to its attention: a deferred mask, a finished one (B, 1 or H, S, S), or None: causal.
 
     FlexAttention's block masks carry their function. Raises UnsupportedModelError for anything else.
     """
     if mask is None:
-        return recipe_from_functions(batch, length, length)
-    if isinstance(mask, MaskRecipe):
+        return mask_from_functions(batch, length, length)
+    if isinstance(mask, DeferredMask):
         return mask
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (length, length):
-        return recipe_from_mask(mask)
+        return mask_from_tensor(mask)
     if callable(getattr(mask, "mask_mod", None)):
-        return recipe_from_functions(batch, length, length, mask_function=mask.mask_mod)
+        return mask_from_functions(batch, length, length, mask_function=mask.mask_mod)
     raise UnsupportedModelError(f"the attention was handed a mask that cannot be read: {type(mask).__name__}")

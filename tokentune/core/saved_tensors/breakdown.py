@@ -1,4 +1,4 @@
-"""Which part of a model keeps what: the kind of module at work when autograd saves a tensor."""
+"""Which part of a model saves what for the backward pass: the kind of module that runs when autograd saves a tensor."""
 
 from types import TracebackType
 from typing import Any
@@ -15,10 +15,11 @@ KINDS = (ATTENTION, MLP, NORMS, BETWEEN, ADAPTERS, EMBEDDINGS, HEAD, CASTS)
 
 
 class KindOfModule:
-    """Within it, `now(tensor)` tells the kind of the innermost module that is being run.
+    """Within it, `now(tensor)` tells the kind of the innermost module that is running.
 
-    Kinds go by a model's structure: what stands inside of a layer and holds its attention is attention, what is called
-    a norm is one, everything else in a layer is its MLP; outside of the layers stand embeddings, and head with loss.
+    Kinds follow the structure of the model. In a layer, the child that holds the attention is attention, a module with
+    "norm" in its class is a norm, and everything else is the MLP. Outside of the layers are embeddings, and the head
+    with the loss.
     """
 
     def __init__(self, model: nn.Module):
@@ -44,11 +45,11 @@ class KindOfModule:
         self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        while self._stack and self._stack.pop() is not module:  # of a pass that ended early nobody took leave
+        while self._stack and self._stack.pop() is not module:  # no hook ran for modules of a pass that ended early
             pass
 
     def now(self, tensor: Tensor) -> str:
-        """The kind to which a tensor belongs that autograd saves now."""
+        """The kind of a tensor that autograd saves now."""
         if _is_cast_weight(tensor):
             return CASTS
         for module in reversed(self._stack):
@@ -59,7 +60,7 @@ class KindOfModule:
 
 
 def _is_cast_weight(tensor: Tensor) -> bool:
-    """Whether autograd made it from a weight by nothing but a change of type (and of strides)."""
+    """Whether the tensor is a weight in another type (or with other strides)."""
     node, cast = tensor.grad_fn, False
     while node is not None:
         name = node.name().split("::")[-1]

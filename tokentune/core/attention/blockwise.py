@@ -2,10 +2,10 @@
 
 B sequences, S tokens, Q queries of one group, H heads, G key-value heads, d head size, n queries in a block.
 
-Each block is one call of a fused kernel over the keys up to the last one that any of its queries sees, so that a
-causal mask costs about half of the Q x S rectangle, and a sliding window its own width. The piece of the mask that a
-block needs is made from the recipe when it is needed, and again in the backward pass: kept are queries, keys, values,
-output and the logarithms of the softmax's sums, (B, H, Q), nothing else.
+Each block is one call of a fused kernel, over the keys up to the last one that any of its queries sees. So a causal
+mask costs about half of the Q x S rectangle, and a sliding window costs its width. The part of the mask that a block
+needs is made from the deferred mask when it is needed, and again in the backward pass. Saved for the backward pass are
+queries, keys, values, output and the logarithms of the softmax's sums, (B, H, Q), and nothing else.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokentune.core.masks import GroupMask, Span
+from tokentune.core.attention.masks import GroupMask, Span
 
-# Queries in a block. More of them, and the block sees keys that most of its queries do not; fewer, and the calls
-# themselves weigh. Measured on a CPU by scripts/bench/long_sequence.py.
-CPU_BLOCK, CPU_LONG_BLOCK, CPU_LONG = 64, 128, 2048  # the second one from so many queries on
+# Queries in a block. In larger blocks, most queries do not see many of the keys; smaller ones need more calls.
+# Measured on a CPU by scripts/bench/long_sequence.py.
+CPU_BLOCK, CPU_LONG_BLOCK, CPU_LONG = 64, 128, 2048  # the second size from CPU_LONG queries on
 CUDA_BLOCK = 1024  # fills a GPU with tiles of queries x heads; not measured
 CUDA_MASK_NUMBERS = 2**25  # below that many, both groups' masks are made once per step there and kept (64 MiB)
 
@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    tells_sums: bool  # its state is the logarithms of the softmax's sums (B, H, n)
+    returns_sums: bool  # its state is the logarithms of the softmax's sums (B, H, n)
 
 
 def attend_by_blocks(
@@ -39,12 +39,12 @@ def attend_by_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of `query` (B, H, Q, d) over `key`, `value` (B, G, S, d), in sequence order -> (B, Q, H, d).
 
-    Head sizes of keys and values may differ; heads of a group are not repeated. CPU and CUDA only. `with_sums`: returns
-    the logarithms of the softmax's sums (B, H, Q) too, without gradients, where the kernel tells them; otherwise None.
+    Head sizes of keys and values may differ. Grouped heads are not repeated. CPU and CUDA only. `with_sums`: returns
+    the logarithms of the softmax's sums (B, H, Q) too, without gradients; None where the kernel does not return them.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     width, own = max(query.shape[-1], value.shape[-1]), value.shape[-1]
-    if query.shape[-1] != own:  # the kernels want one size; zeros change neither scores nor outputs
+    if query.shape[-1] != own:  # the kernels need one size; zeros change neither scores nor outputs
         query, key, value = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, value))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     output, sums = _BlockAttention.apply(query, key, value, mask, scale, with_sums)
@@ -73,7 +73,7 @@ class _BlockAttention(torch.autograd.Function):
             states.extend(state)
         ctx.mask, ctx.scale, ctx.kernel, ctx.spans = mask, scale, kernel, spans
         ctx.save_for_backward(query, key, value, output, *states)
-        if not (with_sums and kernel.tells_sums):
+        if not (with_sums and kernel.returns_sums):
             return output, None
         sums = torch.cat(states, dim=2)
         ctx.mark_non_differentiable(sums)
@@ -104,7 +104,7 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Tensor,
 
 
 def _sum_like(tensor: Tensor) -> Tensor:
-    """Zeros (B, G, S, d), laid out (B, S, G, d). 16-bit numbers would lose what the many small summands add up to."""
+    """Zeros (B, G, S, d), laid out (B, S, G, d). Sums of many small numbers need more than 16 bits."""
     batch, heads, length, size = tensor.shape
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.new_zeros(batch, length, heads, size, dtype=dtype).transpose(1, 2)
@@ -137,7 +137,7 @@ def _cpu_backward(
 def _sdpa_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, tuple[()]]:
-    """Whatever kernel torch chooses; where none takes grouped heads under a mask, one call per head of a group."""
+    """The kernel that torch chooses. Where none takes grouped heads with a mask, one call per head of a group."""
     heads = query.shape[1] // key.shape[1]
     if heads == 1 or takes_grouped_heads(query, key, value, mask):
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=heads > 1), ()
@@ -159,7 +159,7 @@ def _sdpa_backward(
     output: Tensor,
     state: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the block's forward again: what a kernel's backward needs differs between kernels and versions of torch."""
+    """Runs the block's forward again, because a kernel's backward needs other state in each version of torch."""
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     with torch.enable_grad():
         again, _ = _sdpa_forward(*leaves, mask, scale)
@@ -167,15 +167,15 @@ def _sdpa_backward(
 
 
 KERNELS = {
-    "cpu": Kernel(_cpu_forward, _cpu_backward, tells_sums=True),
-    "cuda": Kernel(_sdpa_forward, _sdpa_backward, tells_sums=False),
+    "cpu": Kernel(_cpu_forward, _cpu_backward, returns_sums=True),
+    "cuda": Kernel(_sdpa_forward, _sdpa_backward, returns_sums=False),
 }
 
 
 def takes_grouped_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether a fused kernel takes grouped heads under this mask; torch's fallback would hold all scores.
+    """Whether a fused kernel takes grouped heads with this mask; torch's fallback would have all scores in memory.
 
-    On CPUs yes. On CUDA it depends on the card and on torch: FlashAttention knows no masks, cuDNN's kernel (Hopper,
+    On CPUs yes. On CUDA it depends on the card and on torch: FlashAttention takes no masks, cuDNN's kernel (Hopper,
     16 bits) takes both, and the memory-efficient one takes grouped heads in versions after 2.13 only.
     """
     if query.device.type == "cpu":

@@ -1,8 +1,8 @@
-"""Forward passes that go past the hooks which make the selection: `model.forward(...)` in place of `model(...)`.
+"""Forward passes that bypass the hooks which make the selection: `model.forward(...)` in place of `model(...)`.
 
-Such a pass reaches the layers all the same, and would train on all tokens without a word. Whether it was to have a
-selection is known to the model's hooks and arguments alone, so that callers are looked for on Python's stack: only
-where a patched model that draws itself is reached in training while none of its hooks is at work.
+Such a pass would train on all tokens without a message. Only the model's hooks and arguments know whether it should
+have a selection, so the callers are searched for on Python's stack. That happens only where a patched model that draws
+its own selection is reached in training while none of its hooks is running.
 """
 
 import sys
@@ -15,23 +15,30 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from tokentune.core.groups import TokenGroups
 from tokentune.errors import UnsupportedModelError
 
 logger = logging.get_logger(__name__)
-# Whether the hooks of a patched model are at work: with a selection, or having decided that there is none to make.
+# Whether the hooks of a patched model are running: with a selection, or after they decided that there is none.
 HOOKS_AT_WORK: ContextVar[bool] = ContextVar("tokentune_hooks_at_work", default=False)
-_PASS_ON = ("accelerate", "torch", "transformers", "contextlib", "functools")  # wrappers, which are nobody's wish
+_PASS_ON = (
+    "accelerate",
+    "torch",
+    "transformers",
+    "contextlib",
+    "functools",
+)  # wrappers; a user wants their caller
 
 
 def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
-    """Raises UnsupportedModelError where a training pass with labels reaches `backbone` past its model's hooks.
+    """Raises UnsupportedModelError where a training pass with labels reaches `backbone` and bypasses its model's hooks.
 
     Args:
-        settings: of the patched model (`patching.Settings`) that `backbone` belongs to.
+        settings: of the patched model (`patched.Settings`) that `backbone` belongs to.
     """
     if HOOKS_AT_WORK.get() or settings.prefix_length is None or not (backbone.training and torch.is_grad_enabled()):
         return
-    if torch.compiler.is_compiling():  # no stack to look at; called once uncompiled, it is found out
+    if torch.compiler.is_compiling():  # there is no Python stack; an uncompiled call finds it
         return
     for frame in _frames():
         owner = frame.f_locals.get("self")
@@ -49,14 +56,29 @@ def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
         logger.warning_once(f"{name} was called by itself: an ordinary forward, all tokens get gradients")
 
 
-def caller_of_forward() -> str:
-    """Who called the `forward` of the model that is running now, as `AdaLoraModel.forward (peft.tuners...)`."""
+def require_ordinary_call(hidden: Any, of_layer: dict[str, Any]) -> None:
+    """Raises RuntimeError where a layer gets what belongs to a selective forward, outside of one.
+
+    Args:
+        of_layer: its keyword arguments; not called `kwargs`, by which `_argument` finds the frames of others.
+    """
+    if "selected_positions" in of_layer:  # swallowed by the model's **kwargs, where its hooks did not run
+        raise RuntimeError(
+            f"selected_positions reached a layer past the model's hooks: {_caller_of_forward()} called `forward` "
+            "in place of the model itself"
+        )
+    if isinstance(hidden, TokenGroups):
+        raise RuntimeError("a layer is run again outside of its forward pass (a checkpointing wrapper does this)")
+
+
+def _caller_of_forward() -> str:
+    """The caller of the running model's `forward`, as `AdaLoraModel.forward (peft.tuners...)`."""
     frame = next((frame for frame in _frames() if _argument(frame, "selected_positions") is not None), None)
     return "its caller" if frame is None else _caller(frame)
 
 
 def is_called_by_prompt_learning() -> bool:
-    """Whether peft's prompt learning called the model, with tokens of its own in front of the batch's."""
+    """Whether peft's prompt learning called the model, with its own tokens in front of the batch."""
     for frame in _frames():
         config = getattr(frame.f_locals.get("self"), "active_peft_config", None)
         if getattr(config, "is_prompt_learning", False):
@@ -77,7 +99,7 @@ def _argument(frame: FrameType, name: str) -> Any:
 
 
 def _caller(frame: FrameType) -> str:
-    """The function that called the one of `frame`, those left out that only pass a call on."""
+    """The function that called the one of `frame`; functions that only pass a call on are skipped."""
     while frame.f_back is not None:
         frame = frame.f_back
         home = frame.f_globals.get("__name__", "")

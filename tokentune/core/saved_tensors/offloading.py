@@ -1,4 +1,4 @@
-"""Saved tensors in the CPU's memory: copied there beside the forward pass, and back one layer ahead of the backward's.
+"""Saved tensors in the CPU's memory: copied there during the forward pass, and back one layer before they are needed.
 
 Not run on a GPU yet.
 """
