@@ -2,7 +2,7 @@
 
 The definition is plain autograd. Scores come from the whole logits (B, S, V) and the whole attention weights
 (B, H, S, S) of the unmodified model, in which identities replace the layers that a shorter scoring pass leaves out. The
-step with cached keys and values has to give what `verification.definition_of_the_method` gives for the same positions.
+step with cached keys and values has to give what `definition.definition_of_the_method` gives for the same positions.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,9 @@ from tokentune.core.profile import Profile
 from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels
+from tokentune.verify.definition import definition_of_the_method
 from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
-from tokentune.verify.verification import SELECTED, _agree, _step, _Trial, _trial, definition_of_the_method
+from tokentune.verify.verification import SELECTED, _agree, _step, _Trial, _trial
 
 _WEIGHTS = "tokentune_weights"
 _OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of two losses
