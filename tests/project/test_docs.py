@@ -21,6 +21,7 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.sampling.sampler import select_positions
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
+from tokentune.settings.merge import MergeArguments
 
 ROOT = docs.ROOT
 README, *PAGES = docs.PAGES
@@ -63,7 +64,8 @@ def test_a_generated_part_that_is_not_up_to_date_is_made_anew() -> None:
     old = "before\n<!-- generated flags_merge -->\nold\n<!-- end -->\nafter"
     new = docs.filled(old)
     assert new.startswith("before\n<!-- generated flags_merge -->\n| flag |") and new.endswith("<!-- end -->\nafter")
-    assert "| `--output_dir` | required |" in new and "old" not in new.split()
+    assert "| `--output_dir` | - | the merged model's folder; an earlier merge is replaced (required) |" in new
+    assert "old" not in new.split()
 
 
 def test_every_module_says_what_it_is() -> None:
@@ -148,14 +150,12 @@ def check_own_command(command: str, words: list[str]) -> None:
     assert command in COMMANDS
     if words in (["--help"], ["--version"]):
         return
-    if command == "merge":
-        docs.parser_of("merge").parse_args(words)
-    elif command == "estimate":
+    if command == "estimate":
         estimate.parse(words)
     elif "--config" in words:  # a file that is not here: the flags beside it
         assert all(word in docs.parser_of(command)._option_string_actions for word in words if word.startswith("--"))
     else:
-        kinds = {"classify": ClassificationArguments, "diagnose": DiagnoseArguments}
+        kinds = {"classify": ClassificationArguments, "diagnose": DiagnoseArguments, "merge": MergeArguments}
         assert parse_arguments(words, kinds[command]) if command in kinds else parse_arguments(words)
 
 
