@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import docs
 from tokentune import estimate
 from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.start import arguments_of, flags_given
 from tokentune.sampling.sampler import select_positions
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
@@ -150,12 +151,14 @@ def check_own_command(command: str, words: list[str]) -> None:
     assert command in COMMANDS
     if words in (["--help"], ["--version"]):
         return
-    if command == "estimate":
+    if command == "merge":
+        assert arguments_of(flags_given(words, MergeArguments), MergeArguments)
+    elif command == "estimate":
         estimate.parse(words)
     elif "--config" in words:  # a file that is not here: the flags beside it
         assert all(word in docs.parser_of(command)._option_string_actions for word in words if word.startswith("--"))
     else:
-        kinds = {"classify": ClassificationArguments, "diagnose": DiagnoseArguments, "merge": MergeArguments}
+        kinds = {"classify": ClassificationArguments, "diagnose": DiagnoseArguments}
         assert parse_arguments(words, kinds[command]) if command in kinds else parse_arguments(words)
 
 
