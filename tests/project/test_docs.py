@@ -18,15 +18,22 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import docs
 from tokentune import estimate
 from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.start import flags_given
 from tokentune.sampling.sampler import select_positions
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
+from tokentune.settings.merge import MergeArguments
 
 ROOT = docs.ROOT
 README, *PAGES = docs.PAGES
 TEXTS = {page: page.read_text(encoding="utf-8") for page in docs.PAGES}
 COMMANDS = ("finetune", "classify", "diagnose", "estimate", "merge")
-SET_UP = ("python3 -m venv .venv && source .venv/bin/activate", "pip install -r requirements.txt", "pip install .")
+SET_UP = (
+    "python3 -m venv .venv && source .venv/bin/activate",
+    "pip install -r requirements.txt",
+    "pip install .",
+    "pip install '.[train]'",
+)
 NEEDED = ["--model_name_or_path", "model", "--dataset_name_or_path", "rows.jsonl"]  # what training scripts give
 FLAGS_OF_SCRIPTS = {"--small", "--help", "--check", "--markdown"}
 
@@ -120,6 +127,18 @@ def test_versions_are_those_of_the_package() -> None:
     assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in TEXTS[README]
 
 
+def test_the_oldest_and_the_newest_transformers_are_said() -> None:
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    oldest, newest = configuration["tool"]["tokentune"]["tested-transformers"]
+    assert any(
+        line.startswith(f"transformers>={oldest.removesuffix('.0')},")
+        for line in configuration["project"]["dependencies"]
+    )
+    assert f"transformers=={oldest}\n" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    assert f"tested with transformers {oldest} and {newest}" in TEXTS[README]
+    assert f"bash scripts/test.sh --transformers {newest}" in TEXTS[ROOT / "docs" / "contributing.md"]
+
+
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
@@ -131,6 +150,8 @@ def check_command(line: str) -> None:
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
     place = next((n for n, word in enumerate(words) if re.search(r"(^|/)tokentune/\w+\.py$", word)), None)
+    if words[0] == "tokentune":
+        return check_own_command(words[1], words[2:])
     if place is not None:
         check_own_command(Path(words[place]).stem, words[place + 1 :])
         words = words[:place]
@@ -149,7 +170,7 @@ def check_own_command(command: str, words: list[str]) -> None:
     if words in (["--help"], ["--version"]):
         return
     if command == "merge":
-        docs.parser_of("merge").parse_args(words)
+        flags_given(words, MergeArguments)
     elif command == "estimate":
         estimate.parse(words)
     elif "--config" in words:  # a file that is not here: the flags beside it
