@@ -150,6 +150,8 @@ def check_command(line: str) -> None:
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
     place = next((n for n, word in enumerate(words) if re.search(r"(^|/)tokentune/\w+\.py$", word)), None)
+    if words == ["tokentune", "--help"]:
+        return None
     if words[0] == "tokentune":
         return check_own_command(words[1], words[2:])
     if place is not None:
