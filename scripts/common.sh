@@ -86,13 +86,13 @@ find_python() {
 
 # ensure_venv [MODULE ...]: sets PYTHON to one with all that the commands need (and MODULE ...): $PYTHON where given,
 # the active environment's where it has the packages, else that of .venv, which is created where it is missing and
-# filled where it does not hold this requirements.txt yet.
+# filled where it does not hold this requirements.txt yet. OWN_VENV and REQUIREMENTS: that environment alone, and its file.
 ensure_venv() {
-    local venv=$PROJECT_ROOT/.venv requirements=$PROJECT_ROOT/requirements.txt candidate
+    local venv=${OWN_VENV:-$PROJECT_ROOT/.venv} requirements=${REQUIREMENTS:-$PROJECT_ROOT/requirements.txt} candidate
     local stamp=$venv/requirements.installed.txt  # a copy of what was installed, written after success only
     set -- torch transformers peft accelerate datasets bitsandbytes sentencepiece google.protobuf matplotlib rich \
         tensorboard lm_eval "$@"
-    if [[ -n ${PYTHON:-} ]]; then
+    if [[ -n ${PYTHON:-} && -z ${OWN_VENV:-} ]]; then
         find_python "$@"
         return
     fi
@@ -102,7 +102,7 @@ ensure_venv() {
             PYTHON=$candidate
             return
         fi
-    done < <(active_pythons)
+    done < <([[ -n ${OWN_VENV:-} ]] || active_pythons)
 
     PYTHON=$venv/bin/python
     if ! has_modules "$PYTHON"; then
@@ -113,7 +113,7 @@ ensure_venv() {
     # Without pip: an interrupted `python3 -m venv`, or one made by uv.
     has_modules "$PYTHON" pip || "$PYTHON" -m ensurepip --upgrade >/dev/null
     if ! cmp -s "$requirements" "$stamp"; then
-        say "installing requirements.txt into $venv (several minutes the first time)"
+        say "installing $(basename "$requirements") into $venv (several minutes the first time)"
         # Of pip's hundreds of lines, show the large downloads and the long last step; its errors come on stderr.
         # shellcheck disable=SC2046  # cpu_torch_index prints two words or none
         "$PYTHON" -m pip install --progress-bar off --requirement "$requirements" $(cpu_torch_index) |

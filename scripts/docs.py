@@ -9,14 +9,10 @@ Each generated part stands between `<!-- generated NAME -->` and `<!-- end -->`.
 
 import argparse
 import ast
-import contextlib
-import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "figures"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import result_tables
 from result_tables import markdown
 
+from tokentune.cli import start
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tokentune"
+REQUIRED = " (required)"  # as the help says it
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -54,15 +53,9 @@ def filled(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- flags
 
 
-@cache
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser whose help `python tokentune/COMMAND.py --help` prints."""
-    found: list[argparse.ArgumentParser] = []
-    run = importlib.import_module(f"tokentune.{command}").main
-    caught = mock.patch.object(argparse.ArgumentParser, "print_help", lambda parser, file=None: found.append(parser))
-    with caught, contextlib.suppress(SystemExit):
-        run(["--help"])
-    return found[0]
+    return start.parser_of(start.COMMANDS[command])
 
 
 def flags(command: str, beside: str | None = None) -> str:
@@ -86,12 +79,17 @@ def flag_groups(command: str) -> Iterator[tuple[str, list[list[str]]]]:
     """Title and rows of each group of flags; those that every command has (--help, --version, --config) come last."""
     groups = parser_of(command)._action_groups
     for group in sorted(groups, key=lambda group: group.title == "options"):
-        actions = [action for action in group._group_actions if "--help" not in action.option_strings]
-        yield "general" if group.title == "options" else group.title, [flag_row(action) for action in actions]
+        actions = [
+            action
+            for action in group._group_actions
+            if "--help" not in action.option_strings and action.help != argparse.SUPPRESS
+        ]
+        if actions:
+            yield "general" if group.title == "options" else group.title, [flag_row(action) for action in actions]
 
 
 def flag_row(action: argparse.Action) -> list[str]:
-    meaning = action.help or ""
+    meaning = (action.help or "").removesuffix(REQUIRED)
     choices = [str(choice) for choice in action.choices or () if not isinstance(choice, bool)]
     if not all(re.search(rf"\b{re.escape(choice)}\b", meaning) for choice in choices):
         meaning += f"; one of {', '.join(choices)}"
@@ -101,7 +99,7 @@ def flag_row(action: argparse.Action) -> list[str]:
 
 def default_of(action: argparse.Action) -> str:
     default = action.default
-    if action.required:
+    if (action.help or "").endswith(REQUIRED):
         return "required"
     if default is False:
         return "off"

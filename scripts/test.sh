@@ -2,9 +2,18 @@
 # Linter and tests, in .venv (made on the first call) or the active environment:
 #     bash scripts/test.sh
 #     bash scripts/test.sh tests/sampling/test_selection.py -k padding     # flags go to pytest
+#     bash scripts/test.sh --transformers 5.24.0                 # first: with that version, in an environment of its own
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$PROJECT_ROOT"
 
+if [[ ${1:-} == --transformers ]]; then
+    [[ ${2:-} =~ ^[0-9]+(\.[0-9]+)+$ ]] || die "--transformers needs a version, such as 5.24.0"
+    OWN_VENV=$PROJECT_ROOT/.venv-transformers-$2
+    REQUIREMENTS=$(mktemp)
+    trap 'rm -f "$REQUIREMENTS"' EXIT
+    sed "s/^transformers==.*/transformers==$2/" requirements.txt >"$REQUIREMENTS"
+    shift 2
+fi
 ensure_venv pytest xdist hypothesis ruff importlinter
 
 say "ruff check"

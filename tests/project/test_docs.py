@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import docs
 from tokentune import estimate
 from tokentune.cli.arguments import parse_arguments
-from tokentune.cli.start import arguments_of, flags_given
+from tokentune.cli.start import flags_given
 from tokentune.sampling.sampler import select_positions
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
@@ -28,7 +28,12 @@ ROOT = docs.ROOT
 README, *PAGES = docs.PAGES
 TEXTS = {page: page.read_text(encoding="utf-8") for page in docs.PAGES}
 COMMANDS = ("finetune", "classify", "diagnose", "estimate", "merge")
-SET_UP = ("python3 -m venv .venv && source .venv/bin/activate", "pip install -r requirements.txt", "pip install .")
+SET_UP = (
+    "python3 -m venv .venv && source .venv/bin/activate",
+    "pip install -r requirements.txt",
+    "pip install .",
+    "pip install '.[train]'",
+)
 NEEDED = ["--model_name_or_path", "model", "--dataset_name_or_path", "rows.jsonl"]  # what training scripts give
 FLAGS_OF_SCRIPTS = {"--small", "--help", "--check", "--markdown"}
 
@@ -123,6 +128,18 @@ def test_versions_are_those_of_the_package() -> None:
     assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in TEXTS[README]
 
 
+def test_the_oldest_and_the_newest_transformers_are_said() -> None:
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    oldest, newest = configuration["tool"]["tokentune"]["tested-transformers"]
+    assert any(
+        line.startswith(f"transformers>={oldest.removesuffix('.0')},")
+        for line in configuration["project"]["dependencies"]
+    )
+    assert f"transformers=={oldest}\n" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    assert f"tested with transformers {oldest} and {newest}" in TEXTS[README]
+    assert f"bash scripts/test.sh --transformers {newest}" in TEXTS[ROOT / "docs" / "contributing.md"]
+
+
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
@@ -134,6 +151,10 @@ def check_command(line: str) -> None:
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
     place = next((n for n, word in enumerate(words) if re.search(r"(^|/)tokentune/\w+\.py$", word)), None)
+    if words == ["tokentune", "--help"]:
+        return None
+    if words[0] == "tokentune":
+        return check_own_command(words[1], words[2:])
     if place is not None:
         check_own_command(Path(words[place]).stem, words[place + 1 :])
         words = words[:place]
@@ -152,7 +173,7 @@ def check_own_command(command: str, words: list[str]) -> None:
     if words in (["--help"], ["--version"]):
         return
     if command == "merge":
-        assert arguments_of(flags_given(words, MergeArguments), MergeArguments)
+        flags_given(words, MergeArguments)
     elif command == "estimate":
         estimate.parse(words)
     elif "--config" in words:  # a file that is not here: the flags beside it

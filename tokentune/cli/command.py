@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from tokentune.errors import UserError
+from tokentune.processes import process_count
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -22,9 +23,12 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        from tokentune.training.distributed.peers import say_once  # too large an import for `--help`
+        if process_count() == 1:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            from tokentune.training.distributed.peers import say_once  # imports torch: seconds, for a misspelt flag
 
-        say_once(f"error: {error}")
+            say_once(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt as error:  # `interruptions.Interrupted` among it
         if os.environ.get("RANK", "0") == "0":  # a launcher interrupts all its processes
