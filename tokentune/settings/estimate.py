@@ -71,7 +71,7 @@ class EstimationArguments:
             self.find is None or self.memory is not None,
             f"--find {self.find} needs the size of the card: add --memory 24 (GB)",
         )
-        require(self.memory is None or self.memory > 0, f"--memory {self.memory:g}: must be above 0 (GB)")
+        require(self.memory is None or self.memory > 0, f"--memory {self.memory or 0:g}: must be above 0 (GB)")
         require(self.memory is None or self.find is not None, "--memory goes with --find proportion, batch or length")
         require(self.num_processes >= 1, f"--num_processes {self.num_processes}: must be 1 or more")
         require(
