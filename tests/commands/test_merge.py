@@ -406,5 +406,5 @@ def test_bad_input_ends_with_exit_code_2_and_a_message(tiny_llama_dir, capsys):
 def test_flags_that_are_wrong(words):
     required = ["--base_model_name_or_path", "b", "--peft_model_path", "a", "--output_dir", "o"] if words else []
     with pytest.raises(SystemExit) as exit_:
-        main([*required, *words])
+        run_command(lambda: main([*required, *words]))
     assert exit_.value.code == 2

@@ -106,8 +106,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"the following arguments are required: {', '.join(missing)}")
 
     def error(self, message: str) -> NoReturn:
-        # argparse would print the usage first and bury the sentence, and repeat a value of any length.
-        message = re.sub(r"\S{120,}", lambda word: f"{word[0][:60]}...", message)
+        # argparse would print the usage first and bury the sentence, and repeats a value of any length.
+        message = message if len(message) <= 500 else f"{message[:500]}..."
         raise UserError(f"{message} (--help lists all flags)")
 
 
