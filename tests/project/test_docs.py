@@ -70,7 +70,7 @@ def test_a_generated_part_that_is_not_up_to_date_is_made_anew() -> None:
     old = "before\n<!-- generated flags_merge -->\nold\n<!-- end -->\nafter"
     new = docs.filled(old)
     assert new.startswith("before\n<!-- generated flags_merge -->\n| flag |") and new.endswith("<!-- end -->\nafter")
-    assert "| `--output_dir` | - | the merged model's folder; an earlier merge is replaced (required) |" in new
+    assert "| `--output_dir` | required | the merged model's folder; an earlier merge is replaced |" in new
     assert "old" not in new.split()
 
 
