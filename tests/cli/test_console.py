@@ -13,7 +13,6 @@ import yaml
 import tokentune
 from tokentune.cli import main as console
 from tokentune.cli.start import COMMANDS
-from tokentune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("accelerate", "datasets", "numpy", "peft", "torch", "transformers")
@@ -78,13 +77,17 @@ def test_a_command_that_there_is_not(words: list[str], message: str, capsys: pyt
     assert ended.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'peft'", name="peft")
-
-    monkeypatch.setattr(console.importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r"tokentune finetune needs the package peft, .* pip install '\.\[train\]'"):
-        console.imported("finetune")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_packages_that_are_not_installed_are_named(name: str) -> None:
+    """`-S`: without site-packages."""
+    needed = {"merge": "--base_model_name_or_path b --peft_model_path a --output_dir o"}
+    words = needed.get(name, "--model_name_or_path m --dataset_name_or_path d").split()
+    words = words[:2] if name == "estimate" else words
+    for start in ([ROOT / "tokentune" / f"{name}.py"], ["-m", "tokentune", name]):
+        command = [sys.executable, "-S", *map(str, start), *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert re.fullmatch(r"error: \S+ lacks torch, transformers, .*: pip install '\.\[train\]'\n", done.stderr)
 
 
 @pytest.mark.slow

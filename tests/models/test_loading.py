@@ -69,7 +69,8 @@ def quantizable_dir(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "a/b/c", "nowhere/", "../x"])
 @pytest.mark.parametrize("loader", [load, load_config, load_tokenizer])
-def test_missing_local_folder(loader, name):
+def test_missing_local_folder(loader, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"{FLAG} {name}: no such folder"):
         loader(name)
 

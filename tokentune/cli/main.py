@@ -29,22 +29,7 @@ def call(words: Sequence[str]) -> None:
         raise UserError(f"{what}: " + (f"did you mean {near[0]}?" if near else f"give one of {', '.join(COMMANDS)}"))
     else:
         start(name, rest, f"tokentune {name}")
-        run = imported(name)
-        run(rest)
-
-
-def imported(name: str):
-    """A command's `main`. Its module is imported here, after the flags were read: it takes torch and transformers."""
-    try:
-        return importlib.import_module(f"tokentune.{name}").main
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "tokentune"):
-            raise
-        raise UserError(
-            f"tokentune {name} needs the package {package}, which is not installed: install the extra `train` too, "
-            "in the project's folder with pip install '.[train]'"
-        ) from error
+        importlib.import_module(f"tokentune.{name}").main(rest)
 
 
 def help_text() -> str:

@@ -6,11 +6,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from tokentune.cli.command import run_command
-from tokentune.cli.config_file import read_config
 from tokentune.cli.parser import Parser
+from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
 from tokentune.settings.estimate import EstimateArguments
@@ -25,6 +26,10 @@ COMMANDS: dict[str, Any] = {
     "estimate": EstimateArguments,
     "diagnose": DiagnoseArguments,
 }
+PACKAGES = (  # without which no command starts
+    *("torch", "transformers", "numpy", "accelerate", "datasets", "huggingface_hub", "jinja2", "peft", "psutil"),
+    *("pyarrow", "safetensors", "tqdm", "yaml"),
+)
 Command = TypeVar("Command")
 
 
@@ -37,7 +42,7 @@ def start(name: str, words: Sequence[str] | None = None, prog: str | None = None
         prog: how the command was called, for its usage.
 
     Raises:
-        SystemExit: 0 after `--help` and `--version`, 2 after a flag that cannot be read.
+        SystemExit: 0 after `--help` and `--version`, 2 after a flag that cannot be read, or without the packages.
     """
     # Other packages' words on their own internals, which a user can do nothing about.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -45,7 +50,18 @@ def start(name: str, words: Sequence[str] | None = None, prog: str | None = None
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
     if name in ("estimate", "diagnose"):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run_command(lambda: flags_given(words, COMMANDS[name], prog))
+    run_command(lambda: _check(words, COMMANDS[name], prog))
+
+
+def _check(words: Sequence[str] | None, command: type, prog: str | None) -> None:
+    """Refuses, UserError, mistaken flags, and a Python that lacks what the commands import."""
+    parser_of(command, prog).read(sys.argv[1:] if words is None else words)
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise UserError(
+            f"{sys.executable} lacks {', '.join(missing)}. Activate the environment that has the requirements, or "
+            "install them, in the project's folder: pip install '.[train]'"
+        )
+    flags_given(words, command, prog)
 
 
 def parser_of(command: type, prog: str | None = None) -> Parser:
@@ -69,6 +85,8 @@ def flags_given(words: Sequence[str] | None, command: type, prog: str | None = N
     files = given.pop("config", [])
     require(len(files) <= 1, f"--config is given {len(files)} times: put the flags into one file")
     if files:
+        from tokentune.cli.config_file import read_config  # PyYAML, which `_check` may find to be missing
+
         given = read_config(files[0], parser) | given
     parser.check_needed(given)
     return given
