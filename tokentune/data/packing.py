@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows
+from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows, pad_rows, round_up
 from tokentune.sampling.sampler import IGNORED_LABEL, target_mask
 
 logger = logging.getLogger(__name__)
@@ -75,17 +75,17 @@ def lengths_of(rows: Dataset | Sequence[dict[str, Any]]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *lengths])
 
 
+@dataclass(eq=False)
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of several documents each: the item is {"documents": [...]}, each with the draw seed that it has alone."""
+    """Rows of several documents each: {"documents": [...]}, each document with the draw seed that it has alone.
 
-    def __init__(self, rows: SeededRows, bins: Sequence[Sequence[int]]) -> None:
-        """
-        Args:
-            rows: the documents.
-            bins: for each packed row the numbers of its documents (`bins_of`).
-        """
-        self.rows = rows
-        self.bins = bins
+    Args:
+        rows: the documents.
+        bins: for each packed row the numbers of its documents (`bins_of`).
+    """
+
+    rows: SeededRows
+    bins: Sequence[Sequence[int]]
 
     def set_epoch(self, epoch: int) -> None:
         """As of `SeededRows`."""
@@ -137,60 +137,38 @@ class PackedCollator:
             When selecting also "selected_positions" (B, K), "num_supervised" and, where the strategy has them,
             "selection_weights" (B, K), as of `CausalCollator.draw`.
 
-            Rows that select fewer than K positions are filled up with their padding, which stands behind the documents
-            and becomes as wide as that takes. Padding has position 0, each token of it: a document of its own.
+            Rows that select fewer than K positions select padding too, and S is as large as that takes. Each padding
+            token has position 0, and so is a document of its own.
         """
         drawn = self.documents([document for example in examples for document in example["documents"]])
-        lengths = drawn["attention_mask"].sum(1).tolist()  # (N,)
-        placed, first = [], 0  # of each row its documents: (number in the batch, where it starts)
-        for example in examples:
-            starts = np.cumsum([0, *lengths[first : first + len(example["documents"])]]).tolist()
-            placed.append((list(enumerate(starts[:-1], start=first)), starts[-1]))
-            first += len(example["documents"])
-        selected = [self._selected(drawn, lengths, documents) for documents, _ in placed]
-        most = max(map(len, selected))
-        length = max(tokens + most - len(own) for (_, tokens), own in zip(placed, selected, strict=True))
-        multiple = self.documents.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-
-        input_ids = torch.full((len(examples), length), self.documents.pad_token_id, dtype=torch.int64)
-        labels = {name: torch.full_like(input_ids, IGNORED_LABEL) for name in ("labels", ALL_LABELS) if name in drawn}
-        position_ids = torch.zeros_like(input_ids)
-        for row, (documents, _) in enumerate(placed):
-            for number, start in documents:
-                n = lengths[number]
-                input_ids[row, start : start + n] = drawn["input_ids"][number, :n]
-                for name, placed_labels in labels.items():  # nothing predicts a document's first token
-                    placed_labels[row, start + 1 : start + n] = drawn[name][number, 1:n]
-                position_ids[row, start : start + n] = torch.arange(n)
-        batch = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False} | labels
-        if self.documents.prefix_length is None:
-            return batch
-        filled = [
-            torch.cat([own, torch.arange(tokens, tokens + most - len(own))])
-            for (_, tokens), own in zip(placed, selected, strict=True)
-        ]
-        batch |= {"selected_positions": torch.stack(filled), "num_supervised": drawn["num_supervised"]}
-        if "selection_weights" in drawn:
-            weights = [self._weights(drawn, lengths, documents, most) for documents, _ in placed]
-            batch["selection_weights"] = torch.stack(weights)
-        return batch
-
-    @staticmethod
-    def _weights(drawn: dict[str, Tensor], lengths: list[int], documents: list[tuple[int, int]], most: int) -> Tensor:
-        """(K,): of one row's documents, 0 where padding fills it up."""
-        own = [drawn["selection_weights"][number][drawn["selected_positions"][number] < lengths[number]]
-               for number, _ in documents]  # fmt: skip
-        joined = torch.cat(own)
-        return torch.nn.functional.pad(joined, (0, most - len(joined)))
-
-    @staticmethod
-    def _selected(drawn: dict[str, Tensor], lengths: list[int], documents: list[tuple[int, int]]) -> Tensor:
-        """The positions within one row that its documents drew, ascending; none where nothing is drawn."""
-        if "selected_positions" not in drawn:
-            return torch.zeros(0, dtype=torch.int64)
-        own = [(drawn["selected_positions"][number], lengths[number], start) for number, start in documents]
-        return torch.cat([positions[positions < n] + start for positions, n, start in own])
+        counts = [len(example["documents"]) for example in examples]
+        real = drawn["attention_mask"].bool()  # (N, tokens of the longest document)
+        lengths = real.sum(1)  # (N,)
+        tokens = torch.stack([own.sum() for own in lengths.split(counts)])  # (B,)
+        selection, width = {}, int(tokens.max())
+        if self.documents.prefix_length is not None:
+            positions = drawn["selected_positions"]
+            chosen = positions < lengths[:, None]  # not the padding of the document's own row
+            starts = torch.cat([own.cumsum(0) - own for own in lengths.split(counts)])  # (N,)
+            selected = _joined(positions + starts[:, None], chosen, counts, fill=-1)  # (B, K)
+            padding = (selected < 0).cumsum(1) - 1 + tokens[:, None]
+            selected = torch.where(selected < 0, padding, selected)
+            selection = {"selected_positions": selected, "num_supervised": drawn["num_supervised"]}
+            if "selection_weights" in drawn:
+                selection["selection_weights"] = _joined(drawn["selection_weights"], chosen, counts)
+            width = max(width, int(selected.max()) + 1)
+        width = round_up(width, self.documents.pad_to_multiple_of)
+        places = torch.arange(real.shape[1]).expand_as(real)
+        batch = {
+            "input_ids": _joined(drawn["input_ids"], real, counts, self.documents.pad_token_id, width),
+            "position_ids": _joined(places, real, counts, width=width),
+            "use_cache": False,
+        }
+        for name in ("labels", ALL_LABELS):
+            if name in drawn:
+                drawn[name][:, 0] = IGNORED_LABEL  # nothing predicts a document's first token
+                batch[name] = _joined(drawn[name], real, counts, IGNORED_LABEL, width)
+        return batch | selection
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,6 +179,17 @@ class PackedCollator:
         supervised = target_mask(batch["labels"], causal=True)
         learnt = supervised if positions is None else supervised.gather(1, positions)
         return tokens.sum(), selected, learnt.sum()
+
+
+def _joined(values: Tensor, kept: Tensor, counts: Sequence[int], fill: float = 0, width: int | None = None) -> Tensor:
+    """Of the documents (N, any) the kept values, those of so many documents in each row: (B, width).
+
+    Args:
+        counts: documents of each row.
+        width: of the rows; None: that of the longest.
+    """
+    sizes = [int(own.sum()) for own in kept.split(counts)]
+    return pad_rows(values[kept].split(sizes), fill, max(sizes) if width is None else width)
 
 
 def real_tokens(position_ids: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset
 
-from tokentune.data.collators import SeededRows
+from tokentune.data.collators import SeededRows, draw_seed
 from tokentune.data.encoding import LengthLimit, TokenRow
 from tokentune.data.formats.bad_rows import NAMED, BadRowPolicy
 from tokentune.data.formats.data_formats import FORMATS, SOURCE_COLUMN
@@ -127,7 +126,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                     logger.warning("--bad_rows skip: %s", error)
             fruitless = 0 if row is not None else fruitless + 1
             if row is not None:
-                yield {"input_ids": row.ids, "labels": row.labels, "draw_seed": self._draw_seed(drawn.number)}
+                yield {"input_ids": row.ids, "labels": row.labels, "draw_seed": draw_seed(self.seed, drawn.number)}
             elif fruitless >= FRUITLESS_ROWS:
                 limit.report.check(self.max_length)  # says what is the matter, if it was so from the beginning
                 raise UserError(f"{drawn.where} and {fruitless:,} rows before it hold no token to learn.")
@@ -144,10 +143,6 @@ class StreamedRows(torch.utils.data.IterableDataset):
         self._noted |= notes.found.keys()
         notes.log(logger)
         return row
-
-    def _draw_seed(self, number: int) -> int:
-        mixed = np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0]
-        return int(mixed >> np.uint64(1))  # 63 bits: fits int64
 
     def _shuffled(self) -> Iterator[Drawn]:
         """The stream in drawn order: each row leaves a full buffer from a place that is drawn."""
