@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 def data_table(
     findings: Findings, data: "InstructionData", arguments: FinetuneArguments, tokenizer: PreTrainedTokenizerBase
 ) -> Table:
-    """A column each for training and validation data.
-
-    Args:
-        findings: of the data (`data_checks.look_at`).
-    """
-    train = _counts(findings.train, data.train_report, tokenizer)
-    train |= _selected(findings, arguments) | _packed(findings, arguments)
+    """A column each for training and validation data. `findings`: of the data (`checks.look_at`)."""
+    train = _counts(findings.train, data.train_report, tokenizer) | _selected_and_packed(findings, arguments)
     columns = {"training": train}
     if findings.validation is not None:
         columns["validation"] = _counts(findings.validation, data.validation_report, tokenizer)
@@ -63,27 +58,22 @@ def _counts(
     return counts
 
 
-def _selected(findings: Findings, arguments: FinetuneArguments) -> dict[str, str]:
-    """Of the first epoch's draw; estimated where only some of the rows were drawn for."""
-    if findings.drawn is None:
-        return {}
-    sample, selected, learnt = findings.drawn
-    lengths, supervised = findings.train.lengths, findings.train.supervised
-    about = "" if len(sample) == len(lengths) else "≈ "
-    of_selected = selected.sum() * lengths.sum() / max(lengths[sample].sum(), 1)
-    of_learnt = learnt.sum() * supervised.sum() / max(supervised[sample].sum(), 1)
-    return {
-        f"selected tokens (--prefix_length {arguments.selection.prefix_length})": about
-        + _share(round(of_selected), int(lengths.sum())),
-        "selected and supervised tokens": about + _share(round(of_learnt), int(lengths.sum())),
-    }
-
-
-def _packed(findings: Findings, arguments: FinetuneArguments) -> dict[str, str]:
-    if findings.bins is None:
-        return {}
-    fill = fill_rate(findings.train.lengths, findings.bins, arguments.data.max_length)
-    return {f"packed rows of {arguments.data.max_length:,} tokens": f"{len(findings.bins):,} ({fill:.1%} full)"}
+def _selected_and_packed(findings: Findings, arguments: FinetuneArguments) -> dict[str, str]:
+    """The first epoch's selection, estimated where only some of the rows were drawn for; and the packed rows."""
+    counts, lengths, max_length = {}, findings.train.lengths, arguments.data.max_length
+    if findings.drawn is not None:
+        sample, selected, learnt = findings.drawn
+        supervised = findings.train.supervised
+        about = "" if len(sample) == len(lengths) else "≈ "
+        of_selected = selected.sum() * lengths.sum() / max(lengths[sample].sum(), 1)
+        of_learnt = learnt.sum() * supervised.sum() / max(supervised[sample].sum(), 1)
+        named = f"selected tokens (--prefix_length {arguments.selection.prefix_length})"
+        for name, count in ((named, of_selected), ("selected and supervised tokens", of_learnt)):
+            counts[name] = about + _share(round(count), int(lengths.sum()))
+    if findings.bins is not None:
+        fill = fill_rate(lengths, findings.bins, max_length)
+        counts[f"packed rows of {max_length:,} tokens"] = f"{len(findings.bins):,} ({fill:.1%} full)"
+    return counts
 
 
 def _share(count: int, whole: int) -> str:
