@@ -1,23 +1,23 @@
 """Rows that are read, tokenized and shuffled while training, for data that does not fit on the disk.
 
-The stream has no end: data sets begin anew when they are exhausted, and `--max_steps` ends the run. The same seed gives
-the same rows in the same order, so a resumed run, which skips what was trained on already, continues exactly.
+The stream has no end: data sets are read again and again, and `--max_steps` ends the run. The same seed gives the same
+rows in the same order, so a resumed run, which skips the rows that it was trained on, continues exactly.
 """
 
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 
 from tokentune.data.collators import SeededRows, draw_seed
-from tokentune.data.encoding import LengthLimit, TokenRow
+from tokentune.data.encoding import LengthLimit, Notes, TokenRow
 from tokentune.data.formats.bad_rows import NAMED, BadRowPolicy
-from tokentune.data.formats.data_formats import FORMATS, SOURCE_COLUMN
+from tokentune.data.formats.data_formats import SOURCE_COLUMN
 from tokentune.data.formats.records import DROPPED_SOURCES, Placed, RecordSource
-from tokentune.data.prompts import PromptTemplate
 from tokentune.data.record_encoding import RecordEncoder
 from tokentune.errors import UserError
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SHUFFLED_ROWS = 10_000  # rows that the order is drawn among
 SHUFFLED_CHARACTERS = 2**25  # fewer rows where they are long
-FRUITLESS_ROWS = 100_000  # without one to learn from: nothing will come any more
+FRUITLESS_ROWS = 100_000  # without one to learn from: none is expected any more
 
 
 class WorkerError(UserError):
@@ -36,11 +36,10 @@ class WorkerError(UserError):
 
 
 class StreamedSource(NamedTuple):
-    """A data set and the name of its format. `told`: as of `DataFormat.read`."""
+    """A data set, and what encodes its records."""
 
     source: RecordSource
-    data_format: str
-    told: bool
+    encoder: RecordEncoder
 
 
 class Drawn(NamedTuple):
@@ -52,6 +51,7 @@ class Drawn(NamedTuple):
     record: dict[str, Any] | UserError
 
 
+@dataclass(eq=False, kw_only=True)
 class StreamedRows(torch.utils.data.IterableDataset):
     """An endless stream of items "input_ids", "labels" and "draw_seed", for a `DataLoader` of any number of workers.
 
@@ -63,41 +63,28 @@ class StreamedRows(torch.utils.data.IterableDataset):
     same for any number of workers, as long as no row is dropped for want of anything to learn.
 
     Args:
-        encoder: an item's tokens and labels, uncut.
         weights: one for each source, not all zero; None reads one after another.
-        batch_size: sequences of a micro-batch and process.
-        world_size: processes that share the stream; each takes its share of every batch (accelerate's
-            `IterableDatasetShard`).
-        bad_rows: "stop" raises where the stream comes to a row that cannot be used, "skip" leaves it out. How many
-            there are is known when all are read, which a stream never is: the first are named in the log.
+        block: sequences of a micro-batch of all processes; each takes its share (accelerate's `IterableDatasetShard`).
+        bad_rows: "stop" raises at the first row that cannot be used, "skip" leaves such rows out. A stream is never
+            read to its end, so they cannot be counted: the log names the first.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[StreamedSource],
-        template: PromptTemplate,
-        encoder: RecordEncoder,
-        *,
-        max_length: int,
-        long_rows: str,
-        weights: Sequence[float] | None,
-        seed: int,
-        batch_size: int,
-        world_size: int = 1,
-        bad_rows: BadRowPolicy = "stop",
-    ) -> None:
-        self.sources, self.template, self.encoder = sources, template, encoder
-        self.max_length, self.long_rows, self.weights, self.seed = max_length, long_rows, weights, seed
-        self.block, self.bad_rows = batch_size * world_size, bad_rows
-        self._noted: set[str] = set()  # said by this process
+    sources: Sequence[StreamedSource]
+    max_length: int
+    long_rows: str
+    weights: Sequence[float] | None
+    seed: int
+    block: int
+    bad_rows: BadRowPolicy = "stop"
+    noted: set[str] = field(default_factory=set)  # notes that this process has logged
 
     def set_epoch(self, epoch: int) -> None:
-        """Does nothing: there is one epoch without an end, and rows that come again have other numbers."""
+        """Does nothing: there is one endless epoch, and a row has another number each time."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """
         Raises:
-            UserError: a malformed row, where the stream comes to it; nothing to learn in many rows.
+            UserError: a malformed row, when it is reached; nothing to learn in many rows.
         """
         worker = torch.utils.data.get_worker_info()
         if worker is None:
@@ -128,24 +115,20 @@ class StreamedRows(torch.utils.data.IterableDataset):
             if row is not None:
                 yield {"input_ids": row.ids, "labels": row.labels, "draw_seed": draw_seed(self.seed, drawn.number)}
             elif fruitless >= FRUITLESS_ROWS:
-                limit.report.check(self.max_length)  # says what is the matter, if it was so from the beginning
+                limit.report.check(self.max_length)  # names the cause, if no row before was learnt from either
                 raise UserError(f"{drawn.where} and {fruitless:,} rows before it hold no token to learn.")
 
     def _encoded(self, drawn: Drawn) -> TokenRow:
-        if isinstance(drawn.record, UserError):
-            raise drawn.record
-        data_format, told = FORMATS[drawn.source.data_format], drawn.source.told
-        item = self.encoder.read(drawn.record, drawn.where, data_format, self.template, told=told)
-        row = self.encoder(item, drawn.where)
-        notes = self.encoder.take_notes()
-        for sentence in self._noted & notes.found.keys():
-            del notes.found[sentence]
-        self._noted |= notes.found.keys()
-        notes.log(logger)
+        chunk = drawn.source.encoder([(drawn.where, drawn.record)])
+        Notes({text: note for text, note in chunk.notes.found.items() if text not in self.noted}).log(logger)
+        self.noted |= chunk.notes.found.keys()
+        ((_, _, row),) = chunk.rows
+        if isinstance(row, UserError):
+            raise row
         return row
 
     def _shuffled(self) -> Iterator[Drawn]:
-        """The stream in drawn order: each row leaves a full buffer from a place that is drawn."""
+        """The stream in drawn order: of a full buffer, a drawn row is taken out."""
         rng = random.Random(f"order {self.seed}")
         buffer: list[Drawn] = []
         characters = 0
@@ -175,7 +158,7 @@ def _endless(sources: Sequence[StreamedSource]) -> Iterator[tuple[StreamedSource
     while found:
         found = False
         for source in sources:
-            for where, record in source.source.rows(FORMATS[source.data_format].columns):
+            for where, record in source.source.rows(source.encoder.data_format.columns):
                 if isinstance(record, UserError) or record.get(SOURCE_COLUMN) not in DROPPED_SOURCES:
                     found = True
                     yield source, (where, record)
@@ -190,5 +173,5 @@ def _characters(value: Any) -> int:
 
 
 def seeded_rows(rows: Dataset | StreamedRows, seed: int) -> SeededRows | StreamedRows:
-    """Rows whose items carry the seed of their selection; a stream's do already."""
+    """Rows whose items have the seed of their selection; a stream's items have it already."""
     return rows if isinstance(rows, StreamedRows) else SeededRows(rows, seed)

@@ -113,16 +113,17 @@ class RecordSource:
 
     def fingerprint(self) -> str:
         """Changes when the content does: a hash of all files' bytes, and of what `datasets` made of tables."""
-        digest, files = hashlib.sha256(), list(self.files)
+        files, made = list(self.files), ""
         if isinstance(self.table, Dataset):
             files += [Path(file["filename"]) for file in self.table.cache_files]
-        for file in files:
-            with open(file, "rb") as opened:
-                content = hashlib.file_digest(opened, "sha256")
-            digest.update(f"{kind_of_file(file)} {content.hexdigest()}\n".encode())
-        if isinstance(self.table, Dataset):
-            digest.update(self.table._fingerprint.encode())
-        return digest.hexdigest()
+            made = self.table._fingerprint
+        return hashlib.sha256(repr([made, *((kind_of_file(f), file_hash(f)) for f in files)]).encode()).hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """The SHA-256 of its content. Raises OSError."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _placed(rows: Rows, name: str) -> Iterator[Placed]:
