@@ -251,7 +251,7 @@ def test_rows_of_a_stream_are_of_the_first_one_s_form(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 'history', which the prompt template has no place for"):
         list(zip(range(5), stream(name), strict=False))
     other = stream(write(tmp_path / "b.jsonl", [turn | {"history": [["c", "d"]]}, turn]))
-    assert other.sources[0].data_format == "alpaca_chat"
+    assert other.sources[0].encoder.data_format is FORMATS["alpaca_chat"]
 
 
 def test_no_format_reads_what_it_ignores() -> None:

@@ -1,4 +1,4 @@
-"""What names of files and folders tell: splits, configurations, shards."""
+"""Splits, configurations and shards by the names of files and folders."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +18,8 @@ NUMBERS = re.compile(r"(?:(?<![a-z])(?:part|shard|chunk|file|of)(?![a-z])|[-_. (
 
 
 def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[str | None, list]]:
-    """Files, given with their stem and the folders around them, by what these tell."""
-    # Where one sharded name tells a split, all of them are splits: "unsupervised-00000-of-00001" too.
+    """Configuration -> split -> files, by each file's stem and the folders around it."""
+    # Where the name of one shard is a split's, all are: "unsupervised-00000-of-00001" too.
     sharded = any((match := SHARD.match(stem)) and base_of(match[1]) for stem, _ in paths.values())
     catalogue: dict[str, dict[str | None, list]] = {}
     for path, (stem, folders) in paths.items():
@@ -35,7 +35,7 @@ def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[s
 
 
 def check_one_configuration(urls: Iterable[str], where: str) -> None:
-    """Refuses files of a hub data set whose folders are configurations: without a README's word they would be joined.
+    """Refuses files of a hub data set whose folders are configurations: if no README names these, they would be joined.
 
     Args:
         urls: of the files of one split: hf://datasets/owner/name@revision/folder/file.
@@ -64,6 +64,6 @@ def _unnumbered(text: str) -> str:
 
 
 def base_of(name: str) -> str | None:
-    """What a split's name says that it is for: "train", "validation" or "test"; None: nothing."""
+    """What a split is for by its name: "train", "validation" or "test"; None: none of these."""
     words = re.findall("[a-z]+", name.lower())
     return next((base for word in reversed(words) for base, known in SPLIT_WORDS.items() if word in known), None)
