@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from datasets.data_files import FILES_TO_IGNORE, resolve_pattern, sanitize_patterns
@@ -36,16 +36,13 @@ Splits = dict[str | None, list[Path]]
 Catalogue = dict[str, Splits]  # configuration -> its splits; "": the folder itself
 
 
-class Found(NamedTuple):
-    """The files of the split, or the folder of a saved data set."""
+def find_files(
+    folder: Path, flag: str, *, role: str, split: str | None = None, config: str | None = None
+) -> list[Path]:
+    """The files that are asked for, or the folder of a saved data set alone (`is_saved`). The log names files that are
+    not read.
 
-    files: list[Path]
-    saved: Path | None = None
-
-
-def find_files(folder: Path, flag: str, *, role: str, split: str | None = None, config: str | None = None) -> Found:
-    """The files that are asked for, sorted: rows, and so every seeded draw, have one order on any file system. The log
-    names those that are not read.
+    They are sorted: rows, and so every seeded draw, have the same order on any file system.
 
     Args:
         flag: that named the folder.
@@ -63,10 +60,10 @@ def find_files(folder: Path, flag: str, *, role: str, split: str | None = None, 
     if any(is_saved(file) for file in files):
         if len(files) > 1:
             raise UserError(f"{where}: holds several saved data sets ({_paths(files, folder)}). Name one of them.")
-        return Found([], files[0])
+        return files
     _check_kinds(files, folder, where)
     _tell_unread(folder, where, files, catalogue)
-    return Found(files)
+    return files
 
 
 def tells_split(name_or_path: str, role: str) -> bool:
@@ -133,7 +130,7 @@ def _card_configs(folder: Path, where: str) -> MetadataConfigs:
     except (OSError, UnicodeDecodeError):
         return MetadataConfigs()
     head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    if head is None or not re.search(r"^configs\s*:", head[1], re.MULTILINE):
+    if head is None or not re.search(r"^configs\s*:", head[1], re.MULTILINE):  # what else it holds may be malformed
         return MetadataConfigs()
     try:
         configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(configs=yaml.safe_load(head[1])["configs"]))
@@ -164,11 +161,11 @@ def _card_splits(folder: Path, name: str, card: dict[str, Any], where: str) -> S
         for pattern in patterns:
             if "://" in pattern:
                 raise UserError(f"{where}: its README.md names a file elsewhere ({pattern:.80}). Download it first.")
-            try:
-                matching = map(Path, resolve_pattern(pattern, str(folder.absolute())))
-            except FileNotFoundError:  # a copy of some of the data, where it matters only once it is chosen
-                matching = [folder.absolute() / pattern]
             at = folder.absolute()
+            try:
+                matching = map(Path, resolve_pattern(pattern, str(at)))
+            except FileNotFoundError:  # an incomplete copy: refused only if this split is chosen
+                matching = [at / pattern]
             found |= {folder / path.relative_to(at) if path.is_relative_to(at) else path: None for path in matching}
         splits[split] = list(found)
     return splits
@@ -219,7 +216,10 @@ def _chosen_config(catalogue: Catalogue, where: str, role: str, config: str | No
             return catalogue[config]
         there = f"only {', '.join(sorted(names))}" if names else f"nor any other: leave {config_flag} out"
         raise UserError(f"{where}: no configuration {config!r}, {there}.")
-    meant = {name: _meant(splits, wanted) for name, splits in catalogue.items()}
+    meant = {
+        name: [file for split in _fitting(splits, wanted) for file in splits[split]]
+        for name, splits in catalogue.items()
+    }
     having = [name for name, files in meant.items() if _present(files)] or [name for name in meant if meant[name]]
     if len(having) == 1 or len(catalogue) == 1:
         return catalogue[having[0] if having else next(iter(catalogue))]
@@ -235,18 +235,12 @@ def _chosen_config(catalogue: Catalogue, where: str, role: str, config: str | No
     )
 
 
-def _fitting(splits: Splits, wanted: str) -> list[str]:
-    """The splits that a name means: the one of that name, or all for the same purpose."""
-    if wanted in splits:
-        return [wanted]
+def _fitting(splits: Splits, wanted: str) -> list[str | None]:
+    """The splits that a name means: the one of that name, or all for the same purpose; None where none has a name."""
+    if wanted in splits or list(splits) == [None]:
+        return [wanted if wanted in splits else None]
     named = [name for name in splits if name is not None and wanted in SPLIT_WORDS and base_of(name) == wanted]
     return [name for name in named if _present(splits[name])] or named
-
-
-def _meant(splits: Splits, wanted: str) -> list[Path]:
-    if list(splits) == [None]:
-        return splits[None]
-    return [file for name in _fitting(splits, wanted) for file in splits[name]]
 
 
 def _present(files: Iterable[Path]) -> bool:
@@ -255,20 +249,17 @@ def _present(files: Iterable[Path]) -> bool:
 
 def _chosen_split(splits: Splits, where: str, role: str, split: str | None) -> list[Path]:
     split_flag, wanted = f"{CHOICES[role]}_split", split or role
-    if list(splits) == [None]:
-        if split is not None:
-            raise UserError(f"{where}: tells no splits, so there is no {split!r}: leave {split_flag} out.")
-        return splits[None]
-    there = [name for name in splits if name is not None]
-    fitting = _fitting(splits, wanted)
-    if len(fitting) == 1:
-        return splits[fitting[0]]
+    if split is not None and list(splits) == [None]:
+        raise UserError(f"{where}: tells no splits, so there is no {split!r}: leave {split_flag} out.")
+    fitting, there = _fitting(splits, wanted), [name for name in splits if name is not None]
     if not fitting:
         raise _no_split(where, role, wanted, there)
-    raise UserError(
-        f"{where}: holds several splits for {wanted}: {', '.join(sorted(fitting))}. Choose one with {split_flag}; "
-        f"there are {', '.join(there)}."
-    )
+    if len(fitting) > 1:
+        raise UserError(
+            f"{where}: holds several splits for {wanted}: {', '.join(sorted(fitting))}. Choose one with {split_flag}; "
+            f"there are {', '.join(there)}."
+        )
+    return splits[fitting[0]]
 
 
 def _no_split(where: str, role: str, wanted: str, there: list[str]) -> UserError:

@@ -28,7 +28,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from tokentune.data.formats.bad_rows import BadRows
-from tokentune.data.formats.dataset_layout import CHOICES, find_files
+from tokentune.data.formats.dataset_layout import CHOICES, find_files, is_saved
 from tokentune.data.formats.record_files import (
     columns_of_file,
     kind_of_file,
@@ -150,8 +150,10 @@ def open_source(
         table = _load_from_hub(name, flag, role, split or role, config, streaming=streaming)
         return RecordSource(name, flag, table=table)
     if path.is_dir():
-        files, saved = find_files(path, flag, role=role, split=split, config=config)
-        return RecordSource(name, flag, tuple(files), None if saved is None else _load_saved(saved, flag))
+        files = find_files(path, flag, role=role, split=split, config=config)
+        if files and is_saved(files[0]):
+            return RecordSource(name, flag, table=_load_saved(files[0], flag))
+        return RecordSource(name, flag, files=tuple(files))
     for asked, what in ((split, "split"), (config, "config")):
         if asked is not None:
             asking = f"{CHOICES[role]}_{what} {asked}"
