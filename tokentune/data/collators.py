@@ -164,18 +164,20 @@ class CausalCollator:
         return drawn
 
     def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a batch that this collator made: real tokens, selected ones, and supervised targets of the selection.
+        """`token_counts`; where the model draws, the tokens that it will select, and all supervised targets."""
+        counts = token_counts(batch["attention_mask"], batch)
+        if "selection_draws" not in batch:
+            return counts
+        rows = batch["attention_mask"].sum(-1)
+        return counts[0], counts_of_rows(self.prefix_length, rows, self.strategy).sum(), counts[2]
 
-        Where the model is to draw: as many selected tokens as it will draw, and all supervised targets.
-        """
-        mask, positions = batch["attention_mask"], batch.get("selected_positions")  # (B, S), (B, K)
-        supervised = target_mask(batch["labels"], causal=True)
-        if positions is not None:
-            return mask.sum(), mask.gather(1, positions).sum(), supervised.gather(1, positions).sum()
-        selected = mask.sum()
-        if "selection_draws" in batch:
-            selected = counts_of_rows(self.prefix_length, mask.sum(-1), self.strategy).sum()
-        return mask.sum(), selected, supervised.sum()
+
+def token_counts(mask: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a causal model's batch: real tokens (B, S), selected ones, and supervised targets of the selection."""
+    targets, positions = target_mask(batch["labels"], causal=True), batch.get("selected_positions")
+    if positions is None:
+        return mask.sum(), mask.sum(), targets.sum()
+    return mask.sum(), mask.gather(1, positions).sum(), targets.gather(1, positions).sum()
 
 
 @dataclass

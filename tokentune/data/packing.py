@@ -1,11 +1,11 @@
-"""Packing: several documents in one row, none of which sees another.
+"""Packing: several documents in one row, none of which attends to another.
 
     python -u ./tokentune/finetune.py ... --packing
 
-A document is a row of the data. It keeps the draw of its selection, and its labels, that it has in a row of its own;
-only then are documents joined. Their position ids restart, and from that, in a batch without an attention mask,
-transformers builds masks that keep them apart (`masking_utils.find_packed_sequence_indices`), for all its own mask
-functions and in any number of rows. Whether a model really keeps them apart, `data/packing_check.py` tries.
+A document is a row of the data. Its selection is drawn, and its labels are masked, as in a row of its own; then
+documents are joined. Their position ids restart, and in a batch without an attention mask transformers builds masks
+from that which keep them apart (`masking_utils.find_packed_sequence_indices`). `data/packing_check.py` tests whether a
+model does keep them apart.
 
 Legend: B rows of a batch, S tokens of the padded batch, K selected positions per row, N documents of the batch.
 """
@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows, pad_rows, round_up
-from tokentune.sampling.sampler import IGNORED_LABEL, target_mask
+from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows, pad_rows, round_up, token_counts
+from tokentune.sampling.sampler import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 def bins_of(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
     """Which documents share a row: best-fit decreasing, the longest first, each into the fullest row that has room.
 
-    The answer depends on the lengths alone. It needs at most about 11/9 of the fewest rows possible (Johnson et al.,
-    "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974).
+    It needs at most about 11/9 of the fewest rows possible (Johnson et al., "Worst-case performance bounds for simple
+    one-dimensional packing algorithms", 1974).
 
     Args:
         lengths: tokens of each document.
@@ -67,7 +67,7 @@ def bins_of(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[i
 
 
 def lengths_of(rows: Dataset | Sequence[dict[str, Any]]) -> np.ndarray:
-    """Tokens of each encoded row, (rows,) int64. Of a `Dataset` only the lists' ends are looked at."""
+    """Tokens of each encoded row, (rows,) int64. Of a `Dataset` only the lists' offsets are read."""
     if not isinstance(rows, Dataset):
         return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
@@ -172,13 +172,9 @@ class PackedCollator:
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a batch that this collator made: real tokens, selected ones, and supervised targets of the selection."""
-        tokens = real_tokens(batch["position_ids"])  # (B,)
-        positions = batch.get("selected_positions")
-        selected = tokens.sum() if positions is None else (positions < tokens[:, None]).sum()
-        supervised = target_mask(batch["labels"], causal=True)
-        learnt = supervised if positions is None else supervised.gather(1, positions)
-        return tokens.sum(), selected, learnt.sum()
+        """`token_counts` of a batch that this collator made."""
+        tokens, places = real_tokens(batch["position_ids"]), torch.arange(batch["labels"].shape[1])
+        return token_counts(places.to(tokens.device) < tokens[:, None], batch)
 
 
 def _joined(values: Tensor, kept: Tensor, counts: Sequence[int], fill: float = 0, width: int | None = None) -> Tensor:
@@ -195,7 +191,7 @@ def _joined(values: Tensor, kept: Tensor, counts: Sequence[int], fill: float = 0
 def real_tokens(position_ids: Tensor) -> Tensor:
     """Tokens in front of the padding, (B, S) -> (B,): up to the last one that is not the first of a document.
 
-    A document of a single token at a row's end passes for padding; nothing can be learnt from it.
+    A document of one token at a row's end counts as padding; nothing can be learnt from it.
     """
     places = torch.arange(1, position_ids.shape[1] + 1, device=position_ids.device)
     return (places * (position_ids > 0)).amax(1)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -18,12 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from tokentune.data.collators import SeededRows
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.inspection.row_statistics import RowStatistics, draws, row_statistics
+from tokentune.data.instruction_data import InstructionData
 from tokentune.data.packing import bins_of, fill_rate
 from tokentune.errors import UserError
 from tokentune.settings.finetune import FinetuneArguments
-
-if TYPE_CHECKING:
-    from tokentune.data.instruction_data import InstructionData
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class Findings:
 
 
 def check_data(
-    data: "InstructionData", tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
+    data: InstructionData, tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
 ) -> Findings:
     """Checks all rows, warns in the log, and refuses what would waste the run.
 
@@ -65,7 +63,7 @@ def check_data(
 
 
 def look_at(
-    data: "InstructionData", tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
+    data: InstructionData, tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
 ) -> Findings:
     """`check_data` that neither warns nor raises."""
     streamed = not isinstance(data.train, Dataset | list)
