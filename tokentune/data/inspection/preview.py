@@ -227,7 +227,7 @@ def mark_line(line: Text, marks: dict[str, str]) -> str:
     return "".join(mark * cell_len(character) for mark, character in zip(below, line.plain, strict=True)).rstrip()
 
 
-# ---- the table of counts ----------------------------------------------------------------------------------------------
+# ---- the table of counts ---------------------------------------------------------------------------------------------
 
 
 def _data_table(
