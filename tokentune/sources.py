@@ -27,11 +27,8 @@ def is_local_path(name: str) -> bool:
 
 
 def check_model_folder(name: str, flag: str) -> None:
-    """Refuses a local model folder that is missing or holds no full model; a hub id passes.
-
-    Raises:
-        UserError: no such folder, not a folder, an adapter's folder, or no `config.json` in it.
-    """
+    """Refuses a local model folder that is missing or holds no full model; a hub id passes. Raises UserError: no such
+    folder, not a folder, an adapter's folder, or no `config.json` in it."""
     if not is_local_path(name):
         return
     folder = Path(name)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -111,11 +112,11 @@ def load_instruction_data(
     validation = validation_report = None
     if held is not None:
         part = loader.load(held, None)
-        validation, validation_report = part.rows("train"), part.report("train")
+        validation, validation_report = part.tables["train"], part.reports["train"]
         validation_report.check(data.max_length)
-        sources.append(part.summary(len(validation)))
+        sources.append(part.summary)
     elif data.eval_fraction is not None:
-        validation = concatenate_datasets([part.rows("validation") for part in parts])
+        validation = concatenate_datasets([part.tables["validation"] for part in parts])
         validation_report = _sum(parts, "validation")
         logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
     if data.chat_template is not None and not loader.conversations:
@@ -123,23 +124,12 @@ def load_instruction_data(
     return InstructionData(train, validation, train_report, validation_report, sources)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One encoded data set. Its tables: "train", and "validation" where a part of it is held out."""
+class _Part(NamedTuple):
+    """One encoded data set. Its sides: "train", and "validation" where a part of it is held out."""
 
-    source: RecordSource
-    entry: Entry
-
-    def rows(self, side: str) -> Dataset:
-        return self.entry.tables[side]
-
-    def report(self, side: str) -> EncodingReport:
-        return EncodingReport(**self.entry.facts["reports"][side])
-
-    def summary(self, used: int) -> SourceReport:
-        facts, source = self.entry.facts, self.source
-        lost = facts["left_out"], facts["bad"]["count"]
-        return SourceReport(source.flag, source.name, facts["format"], len(self.rows("train")), used, *lost)
+    tables: dict[str, Dataset]
+    reports: dict[str, EncodingReport]
+    summary: SourceReport
 
 
 @dataclass
@@ -157,15 +147,17 @@ class _Loader:
         folder = cache_folder(self.data.data_cache)
         key = "" if folder is None else cache_key(source, self.data, self.tokenizer, self.template, fraction)
         entry = cached(folder, key, lambda target: self._encode(source, fraction, target), source.where, keep=self.keep)
-        part, facts = _Part(source, entry), entry.facts
+        facts, rows = entry.facts, len(entry.tables["train"])
+        reports = {side: EncodingReport(**counts) for side, counts in facts["reports"].items()}
         if left_out := facts["left_out"]:
             logger.warning("%s: %d rows left out, data_source %s", source.name, left_out, " or ".join(DROPPED_SOURCES))
         self.conversations |= facts["conversations"]
         Notes(facts["notes"]).log(logger)
         BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
         read = f"{facts['read']:,} rows{source.read_from} read"
-        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], part.report("train"))
-        return part
+        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], reports["train"])
+        lost = left_out, facts["bad"]["count"]
+        return _Part(entry.tables, reports, SourceReport(source.flag, source.name, facts["format"], rows, rows, *lost))
 
     def open_stream(self, number: int) -> StreamedSource:
         """The data set of this number, to be read while training."""
@@ -232,7 +224,7 @@ class _Loader:
 def _mixed(parts: list[_Part], data: DataArguments, seed: int) -> tuple[Dataset, EncodingReport, list[SourceReport]]:
     """The training rows of an epoch."""
     report = _sum(parts, "train")
-    sizes = counts = [len(part.rows("train")) for part in parts]
+    sizes = counts = [part.summary.rows for part in parts]
     if data.eval_fraction is None:
         report.check(data.max_length)
     else:
@@ -244,16 +236,16 @@ def _mixed(parts: list[_Part], data: DataArguments, seed: int) -> tuple[Dataset,
                     f"--eval_fraction {data.eval_fraction} of {report.rows + held.rows} rows leaves none for {side}: "
                     f"{cure} it, or name data with {VALIDATION_FLAG}."
                 )
-    rows = concatenate_datasets([part.rows("train") for part in parts])
+    rows = concatenate_datasets([part.tables["train"] for part in parts])
     if data.dataset_weights:
-        for part, size, weight in zip(parts, sizes, data.dataset_weights, strict=True):
+        for name, size, weight in zip(data.dataset_name_or_path, sizes, data.dataset_weights, strict=True):
             if weight > 0 and size == 0:
-                raise UserError(f"{part.source.where}: --dataset_weights {weight}, but no row is left to learn from.")
+                raise UserError(f"{TRAIN_FLAG} {name}: --dataset_weights {weight}, but no row is left to learn from.")
         counts = mixture_counts(sizes, data.dataset_weights)
         rows = rows.select(mixture_rows(sizes, counts, seed))
         tokens, supervised = sum(map(len, rows["input_ids"])), sum(map(count_supervised, rows["labels"]))
         report = replace(report, rows=len(rows), tokens=tokens, supervised_tokens=supervised)
-    summaries = [part.summary(count) for part, count in zip(parts, counts, strict=True)]
+    summaries = [replace(part.summary, used=count) for part, count in zip(parts, counts, strict=True)]
     if len(parts) > 1:
         for summary in summaries:
             logger.info("%s: %s rows in an epoch, of %s", summary.name, f"{summary.used:,}", f"{summary.rows:,}")
@@ -261,7 +253,7 @@ def _mixed(parts: list[_Part], data: DataArguments, seed: int) -> tuple[Dataset,
 
 
 def _sum(parts: list[_Part], side: str) -> EncodingReport:
-    return sum((part.report(side) for part in parts), EncodingReport())
+    return sum((part.reports[side] for part in parts), EncodingReport())
 
 
 def mixture_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -81,11 +81,7 @@ def tells_split(name_or_path: str, role: str) -> bool:
 
 def subfolder_of_split(folder: Path, where: str, role: str, split: str | None) -> Path | None:
     """The subfolder that is asked for; None where none is asked for, and there are not several that `datasets` would
-    join.
-
-    Raises:
-        UserError: there is no such one, or several are meant.
-    """
+    join. Raises UserError: there is no such one, or several are meant."""
     named = {path.name: [path] for path in sorted(folder.iterdir()) if path.is_dir() and base_of(path.name)}
     if split is None and len([name for name in named if base_of(name) == role]) < 2:
         return None

@@ -49,11 +49,8 @@ def stem_of(path: PurePath) -> str:
 
 
 def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
-    """The rows of a file, with the given columns alone (of JSON, with all).
-
-    Raises:
-        UserError: an unknown kind of file, or one that cannot be read.
-    """
+    """The rows of a file, with the given columns alone (of JSON, with all). Raises UserError: an unknown kind of file,
+    or one that cannot be read."""
     kind = _known_kind(path, flag)
     with readable(path, flag):
         if kind == ".parquet":
@@ -65,11 +62,8 @@ def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
 
 
 def columns_of_file(path: Path, flag: str) -> list[str] | None:
-    """The names of a file's columns; None for JSON, whose rows have names of their own.
-
-    Raises:
-        UserError: as `rows_of_file`.
-    """
+    """The names of a file's columns; None for JSON, whose rows have names of their own. Raises UserError: as
+    `rows_of_file`."""
     kind = _known_kind(path, flag)
     with readable(path, flag):
         if kind == ".parquet":
@@ -166,11 +160,8 @@ def _rows_of_parquet(path: Path, columns: Sequence[str] | None) -> Rows:
 
 
 def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | None, where: str) -> Rows:
-    """The rows of a table of `datasets`, of which only the given columns are converted.
-
-    Raises:
-        UserError: a value that cannot be converted; a stream that breaks off.
-    """
+    """The rows of a table of `datasets`, of which only the given columns are converted. Raises UserError: a value that
+    cannot be converted; a stream that breaks off."""
     names = table.column_names  # None: a streamed table whose columns are not known before its first row
     if columns is not None and names is not None:
         chosen = [name for name in names if name in columns]

@@ -80,11 +80,8 @@ class RecordSource:
         return list(dict.fromkeys(name for names in of_files for name in names or ())), None not in of_files
 
     def peek(self, columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The names of the columns, with those of the first good row, and the given columns of this row.
-
-        Raises:
-            UserError: it cannot be read, or holds no rows.
-        """
+        """The names of the columns, with those of the first good row, and the given columns of this row. Raises
+        UserError: it cannot be read, or holds no rows."""
         (names, _), bad = self.columns(), BadRows("stop")
         for _, row in self.rows(columns):
             if not isinstance(row, UserError):

@@ -44,11 +44,8 @@ class Encoded:
 def encode_texts(
     split: Split, columns: Columns, labels: Labels | None, *, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
-    """Texts or pairs to token ids. `labels` None: rows to predict, without labels.
-
-    Raises:
-        UserError: a text is missing, no text or empty; a label is unknown.
-    """
+    """Texts or pairs to token ids. `labels` None: rows to predict, without labels. Raises UserError: a text is missing,
+    no text or empty; a label is unknown."""
 
     def check(values: dict[str, Any], where: str) -> tuple[list[str], int | float | None]:
         texts = [text_of(values[column], f"{where}: {column!r}") for column in columns.inputs]
@@ -73,11 +70,8 @@ def encode_texts(
 
 
 def _checked(split: Split, columns: Columns, labels: Labels | None, check: Callable) -> Iterator[list[Any]]:
-    """What `check(values, where)` returns for the good rows, in batches to be tokenized.
-
-    Raises:
-        UserError: there are bad rows (after all were read); with --bad_rows skip they are left out.
-    """
+    """What `check(values, where)` returns for the good rows, in batches to be tokenized. Raises UserError: there are
+    bad rows (after all were read); with --bad_rows skip they are left out."""
     needed = columns.inputs if labels is None else (*columns.inputs, columns.label)
 
     def good() -> Iterator[Any]:

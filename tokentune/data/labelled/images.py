@@ -58,10 +58,7 @@ def load_image_processor(
     name: str, config: PreTrainedConfig, *, from_scratch: bool, trust_remote_code: bool = False
 ) -> Any:
     """What turns images into a model's pixels; with `from_scratch`, the model type's own where the folder has none.
-
-    Raises:
-        UserError: there is none, or it needs a package that is not installed.
-    """
+    Raises UserError: there is none, or it needs a package that is not installed."""
     try:
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:

@@ -103,11 +103,7 @@ def find_labels(rows: Dataset, column: str, where: str, *, task: GlueTask | None
 
 
 def find_token_labels(rows: Dataset, column: str, where: str) -> Labels:
-    """The labels of a training set whose rows have one for each word.
-
-    Raises:
-        UserError: as `find_labels`.
-    """
+    """The labels of a training set whose rows have one for each word. Raises UserError: as `find_labels`."""
     lists = _values_of(rows, column, where)
     if not any(isinstance(value, list) for value in lists):
         raise UserError(f"{where}, row 1: {column!r} is {lists[0]!r:.60}, not a list with one label for each word.")
@@ -131,11 +127,8 @@ def _classes(rows: Dataset, column: str, values: Sequence[Any]) -> Labels:
 
 
 def _values_of(rows: Dataset, column: str, where: str) -> list[Any]:
-    """A column's values; the others are not converted.
-
-    Raises:
-        UserError: they cannot be converted, such as a date beyond Python's.
-    """
+    """A column's values; the others are not converted. Raises UserError: they cannot be converted, such as a date
+    beyond Python's."""
     try:
         return rows[column][:]
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError, RuntimeError, ImportError) as error:
@@ -143,11 +136,8 @@ def _values_of(rows: Dataset, column: str, where: str) -> list[Any]:
 
 
 def _type_of(values: Sequence[Any], column: str, where: str, unit: str) -> type:
-    """The one type of all values that can be labels: int (booleans too), float or str.
-
-    Raises:
-        UserError: none can, or two are of different types.
-    """
+    """The one type of all values that can be labels: int (booleans too), float or str. Raises UserError: none can, or
+    two are of different types."""
     kinds: dict[type, int] = {}
     for number, value in enumerate(values, start=1):
         if isinstance(value, LABEL_TYPES):

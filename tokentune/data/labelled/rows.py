@@ -20,11 +20,6 @@ from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.glue import COLUMN_NAMES, HUB_ID
 from tokentune.sources import is_local_path, listed
 
-FLAGS = {
-    "train": "--dataset_name_or_path",
-    "validation": "--eval_dataset_name_or_path",
-    "test": "--test_dataset_name_or_path",
-}
 # Task -> the names that its column of labels may have, and what the messages call its other columns.
 TASK_COLUMNS = {
     "text": (("label", "labels"), "of texts"),
@@ -51,11 +46,8 @@ class Split:
         return f"{self.where}, row {self.numbers[row] + 1}"
 
     def good_rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row, its values in these columns) of the rows that could be read; other columns are not converted.
-
-        Raises:
-            UserError: the values cannot be converted.
-        """
+        """(row, its values in these columns) of the rows that could be read; other columns are not converted. Raises
+        UserError: the values cannot be converted."""
         for row, values in enumerate(rows_of_table(self.rows, columns, self.where)):
             if isinstance(values, UserError):
                 self.bad.add(values)
@@ -83,19 +75,19 @@ def read_split(arguments: ClassificationArguments, split: str) -> Split | None:
         UserError: as `load_records`; no validation data.
     """
     data, glue = arguments.data, arguments.task.glue
-    name, flag = getattr(data, FLAGS[split].removeprefix("--")), FLAGS[split]
+    prefix = CHOICES[split].removeprefix("--")
+    name, asked_split, config = (getattr(data, f"{prefix}_{what}") for what in ("name_or_path", "split", "config"))
+    flag = f"{CHOICES[split]}_name_or_path"
     if name is None and split == "test":
         return None
     if name is None:
-        name, flag = data.dataset_name_or_path, FLAGS["train"]
-        told = data.eval_dataset_split is not None or name is None or tells_split(name, "validation")
-        if split == "validation" and not told and is_local_path(name):
+        name, flag = data.dataset_name_or_path, f"{CHOICES['train']}_name_or_path"
+        told = asked_split is not None or name is None or not is_local_path(name) or tells_split(name, "validation")
+        if split == "validation" and not told:
             raise UserError(
                 f"{flag} {name} names no validation split, by which the best checkpoint is chosen: "
                 "give --eval_dataset_name_or_path."
             )
-    prefix = CHOICES[split].removeprefix("--")
-    asked_split, config = (getattr(data, f"{prefix}_{what}") for what in ("split", "config"))
     if name == data.dataset_name_or_path:  # all splits of one source are of one configuration
         config = config or data.dataset_config
     if glue is not None and (name is None or name == HUB_ID):
@@ -131,11 +123,8 @@ def some_rows(split: Split, most: int | None) -> Split:
 
 
 def find_columns(arguments: ClassificationArguments, train: Split) -> Columns:
-    """The columns that the flags or the task name, or that are known by their names and types.
-
-    Raises:
-        UserError: a named column is not there, or none or too many could be meant.
-    """
+    """The columns that the flags or the task name, or that are known by their names and types. Raises UserError: a
+    named column is not there, or none or too many could be meant."""
     task, features = arguments.task, train.rows.features
     names, kind = TASK_COLUMNS[task.task_type]
     label = task.label_column or ("label" if task.glue is not None else next((n for n in names if n in features), None))

@@ -35,11 +35,8 @@ class ClassificationData:
 
 
 def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig) -> Any:
-    """The tokenizer, with a pad token, or the image processor.
-
-    Raises:
-        UserError: none could be read, the weights are missing, or `--max_length` is more than the model takes.
-    """
+    """The tokenizer, with a pad token, or the image processor. Raises UserError: none could be read, the weights are
+    missing, or `--max_length` is more than the model takes."""
     model = arguments.model
     if not model.from_scratch:
         hint = "--from_scratch trains random ones"
@@ -63,11 +60,8 @@ def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig
 
 
 def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, processing: Any) -> ClassificationData:
-    """Reads, checks and encodes all splits.
-
-    Raises:
-        UserError: whatever is wrong with them, with the file, the row and the column.
-    """
+    """Reads, checks and encodes all splits. Raises UserError: whatever is wrong with them, with the file, the row and
+    the column."""
     train, validation, test = (read_split(arguments, split) for split in ("train", "validation", "test"))
     columns = find_columns(arguments, train)
     task_type = arguments.task.task_type
