@@ -17,7 +17,7 @@ from tokentune.data.collators import SeededRows, draw_seed
 from tokentune.data.encoding import LengthLimit, Notes, TokenRow
 from tokentune.data.formats.bad_rows import NAMED, BadRowPolicy
 from tokentune.data.formats.data_formats import SOURCE_COLUMN
-from tokentune.data.formats.records import DROPPED_SOURCES, Placed, RecordSource
+from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource
 from tokentune.data.record_encoding import RecordEncoder
 from tokentune.errors import UserError
 
@@ -42,12 +42,15 @@ class StreamedSource(NamedTuple):
     encoder: RecordEncoder
 
 
+Encodable = tuple[RecordEncoder, str, dict[str, Any] | UserError]  # what encodes a record, its place, and itself
+
+
 class Drawn(NamedTuple):
     """A record of the stream: its number since the beginning, its place for messages, and itself, or what is wrong."""
 
     number: int
+    encoder: RecordEncoder
     where: str
-    source: StreamedSource
     record: dict[str, Any] | UserError
 
 
@@ -119,7 +122,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 raise UserError(f"{drawn.where} and {fruitless:,} rows before it hold no token to learn.")
 
     def _encoded(self, drawn: Drawn) -> TokenRow:
-        chunk = drawn.source.encoder([(drawn.where, drawn.record)])
+        chunk = drawn.encoder([(drawn.where, drawn.record)])
         Notes({text: note for text, note in chunk.notes.found.items() if text not in self.noted}).log(logger)
         self.noted |= chunk.notes.found.keys()
         ((_, _, row),) = chunk.rows
@@ -132,10 +135,9 @@ class StreamedRows(torch.utils.data.IterableDataset):
         rng = random.Random(f"order {self.seed}")
         buffer: list[Drawn] = []
         characters = 0
-        for number, (source, (where, record)) in enumerate(self._mixed()):
-            drawn = Drawn(number, where, source, record)
-            buffer.append(drawn)
-            characters += _characters(drawn.record)
+        for number, record in enumerate(self._mixed()):
+            buffer.append(Drawn(number, *record))
+            characters += _characters(buffer[-1].record)
             while len(buffer) >= SHUFFLED_ROWS or characters > SHUFFLED_CHARACTERS:
                 place = rng.randrange(len(buffer))
                 buffer[place], buffer[-1] = buffer[-1], buffer[place]
@@ -143,7 +145,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 characters -= _characters(taken.record)
                 yield taken
 
-    def _mixed(self) -> Iterator[tuple[StreamedSource, Placed]]:
+    def _mixed(self) -> Iterator[Encodable]:
         if self.weights is None:
             yield from _endless(self.sources)
         endless = [_endless([source]) for source in self.sources]
@@ -152,7 +154,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             yield next(endless[number])
 
 
-def _endless(sources: Sequence[StreamedSource]) -> Iterator[tuple[StreamedSource, Placed]]:
+def _endless(sources: Sequence[StreamedSource]) -> Iterator[Encodable]:
     """Their records, one source after another, again and again."""
     found = True
     while found:
@@ -161,7 +163,7 @@ def _endless(sources: Sequence[StreamedSource]) -> Iterator[tuple[StreamedSource
             for where, record in source.source.rows(source.encoder.data_format.columns):
                 if isinstance(record, UserError) or record.get(SOURCE_COLUMN) not in DROPPED_SOURCES:
                     found = True
-                    yield source, (where, record)
+                    yield source.encoder, where, record
     raise UserError(f"{sources[0].source.where}: holds no rows to train on.")
 
 

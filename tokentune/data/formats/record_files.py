@@ -49,10 +49,8 @@ def stem_of(path: PurePath) -> str:
 
 
 def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
-    """The rows of a file, with the given columns alone (of JSON, with all). Raises UserError: an unknown kind of file,
-    or one that cannot be read."""
-    kind = _known_kind(path, flag)
-    with readable(path, flag):
+    """The rows of a file, with the given columns alone (of JSON, with all). Raises UserError: as `readable`."""
+    with readable(path, flag) as kind:
         if kind == ".parquet":
             yield from _rows_of_parquet(path, columns)
         elif kind == ".csv":
@@ -62,30 +60,31 @@ def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
 
 
 def columns_of_file(path: Path, flag: str) -> list[str] | None:
-    """The names of a file's columns; None for JSON, whose rows have names of their own. Raises UserError: as
-    `rows_of_file`."""
-    kind = _known_kind(path, flag)
-    with readable(path, flag):
+    """The names of a file's columns; None for JSON, whose rows have names of their own. Raises UserError."""
+    with readable(path, flag) as kind:
         if kind == ".parquet":
             return parquet_schema(path).names
         return [name for name in next(_csv_records(path))[1] if name] if kind == ".csv" else None
 
 
 @contextmanager
-def readable(path: Path, flag: str) -> Iterator[None]:
-    """Turns a file that cannot be read into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read: {error.strerror or first_line(error)}.") from error
-
-
-def _known_kind(path: Path, flag: str) -> str:
+def readable(path: Path, flag: str) -> Iterator[str]:
+    """To read a file within, of which it yields the kind. Raises UserError: it is of no known kind, or cannot be
+    read."""
     kind = kind_of_file(path)
     if kind is None:
         compressed = "" if path.suffix.lower() not in COMPRESSIONS else f" (compressed: {', '.join(KINDS[:-1])} alone)"
         raise UserError(f"{flag} {path}: unknown file type; {', '.join(KINDS)} can be read{compressed}.")
-    return kind
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty.")
+        yield kind
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror or first_line(error)}.") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if kind != ".parquet":
+            raise
+        raise UserError(f"{path}: not a valid Parquet file: {first_line(error)}") from error
 
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
@@ -128,33 +127,16 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def parquet_schema(path: Path) -> pyarrow.Schema:
-    """The columns of a Parquet file. Raises UserError: not a Parquet file, or a name that occurs twice."""
-    with _valid_parquet(path):
-        schema = pyarrow.parquet.read_schema(path)
+    """The columns of a Parquet file. Raises UserError: a name that occurs twice."""
+    schema = pyarrow.parquet.read_schema(path)
     if twice := name_twice(schema.names):
         raise UserError(f"{path}: {twice} among its columns. Rename or remove one of them.")
     return schema
 
 
-@contextmanager
-def _valid_parquet(path: Path) -> Iterator[None]:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty.")
-    try:
-        yield
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a valid Parquet file: {first_line(error)}") from error
-
-
-def read_parquet(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """These columns of a Parquet file, as a table. Raises UserError."""
-    with _valid_parquet(path):
-        return pyarrow.parquet.read_table(path, columns=list(columns))
-
-
 def _rows_of_parquet(path: Path, columns: Sequence[str] | None) -> Rows:
     chosen = [name for name in parquet_schema(path).names if columns is None or name in columns]
-    with _valid_parquet(path), pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(path) as file:
         batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=chosen)
         yield from _rows_of_arrow(map(pyarrow.table, batches), str(path))
 

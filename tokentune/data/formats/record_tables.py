@@ -9,10 +9,11 @@ from typing import Any
 
 import pyarrow
 import pyarrow.compute
+import pyarrow.parquet
 from datasets import Dataset, Features, concatenate_datasets
 
 from tokentune.data.formats.bad_rows import BadRows
-from tokentune.data.formats.record_files import kind_of_file, parquet_schema, read_parquet, readable, rows_of_file
+from tokentune.data.formats.record_files import kind_of_file, parquet_schema, readable, rows_of_file
 from tokentune.errors import UserError
 from tokentune.sources import first_line, listed
 
@@ -44,7 +45,7 @@ def _parquet_table(path: Path, flag: str) -> Dataset:
     """A Parquet file without the columns whose type `datasets` does not know."""
     with readable(path, flag):
         known = [field.name for field in parquet_schema(path) if _has_feature(field)]
-        return Dataset(read_parquet(path, known))
+        return Dataset(pyarrow.parquet.read_table(path, columns=known))
 
 
 def _has_feature(field: pyarrow.Field) -> bool:

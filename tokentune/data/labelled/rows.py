@@ -135,7 +135,7 @@ def find_columns(arguments: ClassificationArguments, train: Split) -> Columns:
         )
     inputs = _named_inputs(arguments)
     if not inputs:
-        inputs = {"text": _texts, "token": _words, "image": _images}[task.task_type](train.rows, label)
+        inputs = _candidates(train.rows, task.task_type, label)
         if not inputs:
             raise UserError(
                 f"{train.where}: no column {kind}. It has {listed(features)}: name one with --text_columns."
@@ -163,21 +163,18 @@ def require_columns(rows: Dataset, columns: Sequence[str], where: str, which: st
         raise UserError(f"{where}: no column {listed(missing)}{which}. It has {listed(rows.column_names)}.")
 
 
-def _texts(rows: Dataset, label: str) -> tuple[str, ...]:
-    texts = [name for name, feature in rows.features.items() if name != label and _holds_texts(rows, name, feature)]
-    known = next((names for names in COLUMN_NAMES if all(name in texts for name in names)), None)
-    return known or tuple(texts)
+def _candidates(rows: Dataset, task_type: str, label: str) -> tuple[str, ...]:
+    """Columns that may hold what is classified, by their names and types."""
+    features = {name: feature for name, feature in rows.features.items() if name != label}
+    if task_type == "token":
+        return tuple(name for name in WORD_COLUMNS if isinstance(features.get(name), List))[:1]
+    if task_type == "image":
+        return tuple(name for name in IMAGE_COLUMNS if name in features)[:1]
+    texts = [name for name, feature in features.items() if _holds_texts(rows, name, feature)]
+    return next((names for names in COLUMN_NAMES if {*names} <= {*texts}), tuple(texts))
 
 
 def _holds_texts(rows: Dataset, name: str, feature: Any) -> bool:
     if isinstance(feature, Json):  # the values are of several types: texts, except in bad rows
         return isinstance(next((value for value in rows[name] if value is not None), None), str)
     return isinstance(feature, Value) and "string" in feature.dtype
-
-
-def _words(rows: Dataset, label: str) -> tuple[str, ...]:
-    return tuple(name for name in WORD_COLUMNS if isinstance(rows.features.get(name), List) and name != label)[:1]
-
-
-def _images(rows: Dataset, label: str) -> tuple[str, ...]:
-    return tuple(name for name in IMAGE_COLUMNS if name in rows.features and name != label)[:1]
