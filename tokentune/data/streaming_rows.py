@@ -90,12 +90,11 @@ class StreamedRows(torch.utils.data.IterableDataset):
             UserError: a malformed row, when it is reached; nothing to learn in many rows.
         """
         worker = torch.utils.data.get_worker_info()
-        if worker is None:
-            yield from self._share(0, 1)
-            return
         try:
-            yield from self._share(worker.id, worker.num_workers)
+            yield from self._share(*((0, 1) if worker is None else (worker.id, worker.num_workers)))
         except UserError as error:
+            if worker is None:
+                raise
             raise WorkerError(str(error)) from error
 
     def _share(self, index: int, workers: int) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,10 @@ from JSON Lines reliably, and it copies every file into a cache.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow
@@ -34,9 +35,10 @@ from tokentune.data.formats.record_files import (
     kind_of_file,
     rows_of_file,
     rows_of_table,
+    stem_of,
 )
 from tokentune.data.formats.record_tables import table_of_files
-from tokentune.data.formats.split_names import check_one_configuration
+from tokentune.data.formats.split_names import labelled
 from tokentune.errors import UserError
 from tokentune.sources import first_line, hub_error, is_local_path, listed
 
@@ -187,7 +189,14 @@ def _check_hub_files(name: str, flag: str, split: str) -> None:
         pass
     except (OSError, ValueError, RuntimeError, DatasetsError):  # loading it raises the same, with the cure
         return
-    check_one_configuration(map(str, files.get(split, [])), f"{flag} {name}")
+    # hf://datasets/owner/name@revision/folder/file
+    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in map(str, files.get(split, []))}
+    configs = [c for c in labelled({url: (stem_of(path), path.parts[:-1]) for url, path in paths.items()}) if c]
+    if len(configs) > 1:
+        raise UserError(
+            f"{flag} {name}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
+            "Download it (hf download), and give the folder of one."
+        )
 
 
 def _load_saved(folder: Path, flag: str) -> Dataset:

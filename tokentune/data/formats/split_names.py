@@ -1,12 +1,8 @@
 """Splits, configurations and shards by the names of files and folders."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from tokentune.data.formats.record_files import stem_of
-from tokentune.errors import UserError
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -32,21 +28,6 @@ def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[s
         around = [part for part in around if part.lower() != "data" and _unnumbered(part)]
         catalogue.setdefault("/".join(around), {}).setdefault(split, []).append(path)
     return catalogue
-
-
-def check_one_configuration(urls: Iterable[str], where: str) -> None:
-    """Refuses files of a hub data set whose folders are configurations: if no README names these, they would be joined.
-
-    Args:
-        urls: of the files of one split: hf://datasets/owner/name@revision/folder/file.
-    """
-    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in urls}
-    configs = [c for c in labelled({url: (stem_of(p), p.parts[:-1]) for url, p in paths.items()}) if c]
-    if len(configs) > 1:
-        raise UserError(
-            f"{where}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
-            "Download it (hf download), and give the folder of one."
-        )
 
 
 def _split_told(text: str) -> str | None:

@@ -83,28 +83,26 @@ class ImageRows(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        stored = self.images[row]
-        image = open_image(stored, self.where)
-        try:
-            # Cameras store the sensor's pixels, and how the image has to be turned.
-            image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _unreadable(stored, self.where, error) from error
+        image = open_image(self.images[row], self.where, "L" if self.channels == 1 else "RGB")
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": 0 if self.numbers is None else self.numbers[row]}
 
 
-def open_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
-    """A stored image, its header read. `where`: how a message begins. Raises UserError: Pillow cannot read it."""
+def open_image(stored: dict[str, Any] | None, where: str, mode: str | None = None) -> Image.Image:
+    """A stored image: its header read, or with one of Pillow's modes its pixels, turned upright.
+
+    Args:
+        where: how a message begins.
+
+    Raises:
+        UserError: Pillow cannot read it.
+    """
     try:
-        if stored.get("bytes") is not None:
-            return Image.open(BytesIO(stored["bytes"]))
-        return Image.open(stored.get("path"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise _unreadable(stored, where, error) from error
-
-
-def _unreadable(stored: dict[str, Any] | None, where: str, error: BaseException) -> UserError:
-    path = (stored or {}).get("path")
-    reason = "no image" if stored is None else first_line(error)
-    return UserError(f"{where}: the image{f' {path}' if path else ''} cannot be read: {reason}. Repair or remove it.")
+        content = stored.get("bytes")
+        image = Image.open(stored.get("path") if content is None else BytesIO(content))
+        # Cameras store the sensor's pixels, and how the image has to be turned.
+        return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
+    except (OSError, ValueError, SyntaxError, AttributeError) as error:
+        path = (stored or {}).get("path")
+        named, reason = f" {path}" if path else "", "no image" if stored is None else first_line(error)
+        raise UserError(f"{where}: the image{named} cannot be read: {reason}. Repair or remove it.") from error
