@@ -5,12 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from tokentune.errors import UserError

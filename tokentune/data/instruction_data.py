@@ -25,13 +25,7 @@ from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
 from tokentune.data.formats.record_files import chunks
 from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource, open_source
 from tokentune.data.prompts import PromptTemplate
-from tokentune.data.record_encoding import (
-    CHUNK,
-    RecordEncoder,
-    killed_workers_told,
-    ordered_map,
-    worker_count,
-)
+from tokentune.data.record_encoding import CHUNK, RecordEncoder, killed_workers_told, ordered_map, worker_count
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError

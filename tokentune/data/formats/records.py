@@ -17,26 +17,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow
-from datasets import (
-    Dataset,
-    IterableDataset,
-    load_dataset,
-    load_dataset_builder,
-    load_from_disk,
-)
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.dataset_layout import CHOICES, find_files, is_saved
-from tokentune.data.formats.record_files import (
-    columns_of_file,
-    kind_of_file,
-    rows_of_file,
-    rows_of_table,
-    stem_of,
-)
+from tokentune.data.formats.record_files import columns_of_file, kind_of_file, rows_of_file, rows_of_table, stem_of
 from tokentune.data.formats.record_tables import table_of_files
 from tokentune.data.formats.split_names import labelled
 from tokentune.errors import UserError
