@@ -1,8 +1,8 @@
 """Writes the model card (`README.md`) of a run's folder or of a merged model, in the Hugging Face hub's format.
 
-The text is in `model_card.jinja`; all figures come from `training_summary.json` and `merge_summary.json`, and what these
-do not tell, such as the licence, is left out. A card that the user wrote or changed is never replaced: TokenTune's own
-cards end in a mark.
+The text is in `model_card.jinja`; all figures come from `training_summary.json` and `merge_summary.json`. What is not
+known, such as the licence, is left out. A card that the user wrote or changed is never replaced: TokenTune's own cards
+end in a mark.
 """
 
 import json
