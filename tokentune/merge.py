@@ -59,23 +59,25 @@ from tokentune.models.merging.folding import (
     plan_fold,
     release_memory,
     trained_logits,
-)
-from tokentune.models.merging.logit_difference import LogitDifference, logit_difference, probe_logits
-from tokentune.models.merging.merge_folder import (
-    OUTPUT_FLAG,
-    SUMMARY,
-    check_output_folder,
-    replacing_folder,
     write_errors_refused,
 )
-from tokentune.models.merging.merge_report import QLORA_FLAG, merge_summary, report
-from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
-from tokentune.models.merging.trained_head import head_of, with_outputs
-from tokentune.models.merging.vocabulary import check_tokenizer, highest_token
+from tokentune.models.merging.logit_difference import LogitDifference, logit_difference
+from tokentune.models.merging.merge_result import SUMMARY, check_output_folder, merge_summary, replacing_folder, report
+from tokentune.models.merging.trained_adapter import (
+    ADAPTER_FLAG,
+    BASE_FLAG,
+    OUTPUT_FLAG,
+    QLORA_FLAG,
+    Adapter,
+    check_recorded_base,
+    read_adapter,
+)
+from tokentune.models.merging.trained_shapes import head_of, with_outputs
 from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config, load_tokenizer
 from tokentune.models.tasks import IMAGE
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import model_name, write_merged_card
+from tokentune.settings.flags import require
 from tokentune.settings.merge import MergeArguments
 from tokentune.sources import check_model_folder
 
@@ -134,8 +136,8 @@ def merge(
             processing.save_pretrained(partial)
         options = {"dtype": plan.dtype, "quantize_4bit": False, "trust_remote_code": trust_remote_code}
         merged = load_base_model(str(partial), flag=OUTPUT_FLAG, head=plan.head, **options).to(plan.place)
-        same = logit_difference(reference.in_dtype, probe_logits(merged, in_float32=False, head=plan.head))
-        in_float32 = probe_logits(merged, in_float32=True, head=plan.head)
+        same = logit_difference(reference.in_dtype, plan.logits(merged, in_float32=False))
+        in_float32 = plan.logits(merged, in_float32=True)
         exact = logit_difference(reference.in_float32, in_float32)
         if plan.dtype is torch.float32 and not exact.relative <= LARGEST_FLOAT32_DIFFERENCE:
             raise RuntimeError(f"the merged model's logits differ from base + adapter by {exact}; nothing was written")
@@ -197,9 +199,16 @@ def _processing(plan: Plan) -> Any:
     source, flag = (str(folder), ADAPTER_FLAG) if own else (plan.base, BASE_FLAG)
     trusted = {"trust_remote_code": plan.trust.trust_remote_code}
     tokenizer = load_tokenizer(source, flag=flag, **trusted)
-    if own and highest_token(tokenizer) >= plan.rows:
-        base_tokenizer = load_tokenizer(plan.base, flag=BASE_FLAG, **trusted)
-        check_tokenizer(tokenizer, base_tokenizer, plan.rows, f"{ADAPTER_FLAG} {folder}")
+    highest = max(tokenizer.get_vocab().values())
+    # a base whose own tokenizer gives ids without a row is as it was published
+    if own and highest >= plan.rows:
+        of_base = load_tokenizer(plan.base, flag=BASE_FLAG, **trusted)
+        require(
+            max(of_base.get_vocab().values()) >= highest,
+            f"{ADAPTER_FLAG} {folder}: its tokenizer has {highest + 1} tokens, but {BASE_FLAG} has embeddings for "
+            f"{plan.rows}, and the adapter's file holds none for the others.\nGive the resized base that it was "
+            "trained on.",
+        )
     text = plan.config.get_text_config()
     if plan.head.is_new and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks for the last token in front of padding

@@ -18,7 +18,7 @@ from transformers import (
 from tokentune.merge import merge
 from tokentune.models.adapters import add_adapters
 from tokentune.models.merging.logit_difference import float32_arithmetic, probe_logits
-from tokentune.models.merging.merge_folder import SUMMARY
+from tokentune.models.merging.merge_result import SUMMARY
 from tokentune.models.pretrained import load_base_model
 
 

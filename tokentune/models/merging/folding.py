@@ -1,10 +1,10 @@
 """An adapter folded into a base, and how far the result is from what was trained.
 
-What a QLoRA adapter was trained on is the base in 4 bits. It can be folded into the base's own weights, which it has
-never seen, or into the values that the 4-bit layers computed with. Neither is what was trained to the last bit: 16
-bits round a weight with the adapter in it otherwise than the two apart. So both are measured.
+A QLoRA adapter was trained on the base in 4 bits. It can be folded into the base's own weights, which it has never
+seen, or into the values that the 4-bit layers computed with. Neither is exactly what was trained: rounding a weight to
+16 bits with the adapter in it gives another value than rounding the two apart. So both are measured.
 
-Of a model there is never more than one copy besides its 4-bit one, which is turned into 16 bits layer by layer.
+There is never more than one copy of the model besides its 4-bit one, which is turned into 16 bits layer by layer.
 """
 
 import copy
@@ -15,9 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -25,23 +26,24 @@ from transformers.utils import logging
 from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
 from tokentune.models.merging.logit_difference import probe_logits
-from tokentune.models.merging.merge_folder import write_errors_refused
-from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, attach_adapter
-from tokentune.models.merging.trained_head import check_head
-from tokentune.models.merging.vocabulary import is_tied, needed_rows, resize, settle_tying, untie_adapted_embeddings
+from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, OUTPUT_FLAG, Adapter, attach_adapter
+from tokentune.models.merging.trained_shapes import (
+    check_head,
+    is_tied,
+    needed_rows,
+    settle_tying,
+    untie_adapted_embeddings,
+)
 from tokentune.models.pretrained import checkpoint_dtype, load_base_model
 from tokentune.models.saved_types import hold_in
 from tokentune.models.tasks import IMAGE, Head
 from tokentune.sources import first_line
 
-if TYPE_CHECKING:
-    import peft
-
 BaseKind = Literal["16bit", "dequantized"]
 
 
 class Trust(NamedTuple):
-    """What of a base that was asked for by flag: to run its own code, and to read weights from pickle files."""
+    """What the user allows a base to do: run its own code, have its weights in pickle files."""
 
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -49,7 +51,7 @@ class Trust(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is folded into what: all that could be refused before a weight is read has been looked at."""
+    """What is folded into what. All that can be refused before a weight is read has been checked."""
 
     base: str  # local folder or hub id
     config: PreTrainedConfig  # of the merged model: a classifier's has the trained head's outputs
@@ -61,9 +63,12 @@ class Plan:
     place: torch.device
     trust: Trust
 
+    def logits(self, model: torch.nn.Module, *, in_float32: bool) -> Tensor:
+        """A model's logits on the fixed inputs for this kind of model."""
+        return probe_logits(model, in_float32=in_float32, head=self.head)
 
-@dataclass(frozen=True)
-class Reference:
+
+class Reference(NamedTuple):
     """Logits of base + adapter, before folding: computed in the weights' type, and in float32."""
 
     in_dtype: Tensor
@@ -87,8 +92,9 @@ def plan_fold(
     """
     with torch.device("meta"):
         skeleton = head.auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust.trust_remote_code)
-    rows = None if head is IMAGE else needed_rows(adapter, skeleton)
-    base_rows = None if head is IMAGE else skeleton.get_input_embeddings().weight.shape[0]
+    rows = base_rows = None
+    if head is not IMAGE:
+        rows, base_rows = needed_rows(adapter, skeleton), skeleton.get_input_embeddings().weight.shape[0]
     size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
     return Plan(base, config, head, adapter, base_rows, rows, dtype, choose_device(device, size), trust)
 
@@ -110,8 +116,7 @@ def choose_device(device: str, model_bytes: int) -> torch.device:
 
 def load_16bit(plan: Plan) -> PreTrainedModel:
     """The base's own weights, in the plan's type, with as many embeddings as in training."""
-    model = _load(plan, dtype=plan.dtype, quantize_4bit=False)
-    return model.to(plan.place)
+    return _load(plan, dtype=plan.dtype, quantize_4bit=False).to(plan.place)
 
 
 def load_4bit(plan: Plan) -> PreTrainedModel:
@@ -126,23 +131,23 @@ def _load(plan: Plan, **options: Any) -> PreTrainedModel:
     config = copy.deepcopy(plan.config) if plan.head.is_new else None
     options |= plan.trust._asdict() | {"check_new": partial(check_head, adapter=plan.adapter, base=plan.base)}
     model = load_base_model(plan.base, flag=BASE_FLAG, head=plan.head, config=config, **options)
-    if plan.rows is not None:
-        resize(model, plan.rows)
+    if plan.rows != plan.base_rows:  # values of new rows are in the adapter's file
+        model.resize_token_embeddings(plan.rows, mean_resizing=False)
     return model
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Replaces each 4-bit layer by the values that it computes with, one after another, in place.
 
-    A 4-bit layer's forward dequantises its NF4 weights into the type of its matrix product, so that `dtype` loses
-    nothing against a training that computed in it, and float32 nothing at all.
+    A 4-bit layer's forward dequantizes its NF4 weights into the type of its matrix product, so that `dtype` is exact
+    for a training that computed in it, and float32 for any.
     """
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            state.dtype = dtype  # else they would pass through the type that they were quantised from
+            state.dtype = dtype  # else they would pass through the type that they were quantized from
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would explain what dequantising is
+    logging.set_verbosity_error()  # it would explain what dequantizing is
     try:
         model = model.dequantize(dtype)
     finally:
@@ -160,20 +165,26 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def trained_logits(plan: Plan) -> tuple[Tensor, PreTrainedModel]:
     """Logits of the 4-bit base + adapter, computed in float32, and that base without the adapter."""
     model = attach_adapter(load_4bit(plan), plan.adapter)
-    logits = probe_logits(model, in_float32=True, head=plan.head)
-    return logits, model.unload()
+    return plan.logits(model, in_float32=True), model.unload()
 
 
-def reference_logits(plan: Plan, model: "peft.PeftModel") -> Reference:
-    """Of base + adapter. Raises UserError where they are no numbers."""
-    logits = [probe_logits(model, in_float32=exact, head=plan.head) for exact in (False, True)]
-    if not all(torch.isfinite(values).all() for values in logits):
-        raise UserError(f"--dtype: base + adapter gives NaN or infinite logits in {plan.dtype}. Try --dtype float32.")
-    return Reference(*logits)
+def fold(plan: Plan, base: PreTrainedModel, *, compared: bool) -> tuple[PreTrainedModel, Reference | None]:
+    """Adds the adapter's change to every weight of `base`, in place.
 
+    Args:
+        compared: return the logits of base + adapter before folding, too.
 
-def fold(plan: Plan, model: "peft.PeftModel", *, was_tied: bool) -> PreTrainedModel:
-    """The adapter's change of every weight added to it, in place. `was_tied`: the base's embeddings."""
+    Raises:
+        UserError: these logits or the folded weights exceed the range of their type, or peft refuses to merge.
+    """
+    was_tied = is_tied(base)
+    model, reference = attach_adapter(base, plan.adapter), None
+    if compared:
+        reference = Reference(plan.logits(model, in_float32=False), plan.logits(model, in_float32=True))
+        if not all(torch.isfinite(logits).all() for logits in reference):
+            raise UserError(
+                f"--dtype: base + adapter gives NaN or infinite logits in {plan.dtype}. Try --dtype float32."
+            )
     untie_adapted_embeddings(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
@@ -181,16 +192,14 @@ def fold(plan: Plan, model: "peft.PeftModel", *, was_tied: bool) -> PreTrainedMo
         if "NaNs detected" in str(error):  # peft's check of the folded weights, infinite ones too
             raise UserError(f"--dtype: the folded weights exceed {plan.dtype}'s range. Try --dtype float32.") from error
         raise UserError(f"{ADAPTER_FLAG} {plan.adapter.folder}: cannot be merged: {first_line(error)}") from error
-    settle_tying(merged, was_tied=was_tied)
-    return merged
+    if was_tied:
+        settle_tying(merged)
+    return merged, reference
 
 
 def fold_and_save(plan: Plan, base: PreTrainedModel, folder: Path, *, max_shard_size: str) -> Reference:
     """Folds the adapter into `base`, in place, and saves the model. Returns the logits before folding."""
-    was_tied = is_tied(base)
-    model = attach_adapter(base, plan.adapter)
-    reference = reference_logits(plan, model)
-    merged = fold(plan, model, was_tied=was_tied)
+    merged, reference = fold(plan, base, compared=True)
     with write_errors_refused():
         merged.save_pretrained(folder, max_shard_size=max_shard_size)
     return reference
@@ -198,15 +207,15 @@ def fold_and_save(plan: Plan, base: PreTrainedModel, folder: Path, *, max_shard_
 
 def folded_logits(plan: Plan, base: PreTrainedModel) -> Tensor:
     """Logits with the adapter folded into `base`, in place, computed in float32."""
-    merged = fold(plan, attach_adapter(base, plan.adapter), was_tied=is_tied(base))
-    return probe_logits(merged, in_float32=True, head=plan.head)
+    merged, _ = fold(plan, base, compared=False)
+    return plan.logits(merged, in_float32=True)
 
 
 def release_memory() -> None:
-    """Gives the memory of models that are gone back to the system.
+    """Gives the memory of deleted models back to the system.
 
-    glibc keeps freed blocks of up to 32 MiB, which most weights are, in the process: a second model would come on top
-    of the first one's (measured: 1.7 GiB of a 1.3 GiB model and its 4-bit copy).
+    glibc keeps freed blocks of up to 32 MiB, which most weights are, in the process: a second model would be added to
+    the first one's memory (measured: 1.7 GiB for a 1.3 GiB model and its 4-bit copy).
     """
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # another system's C library
@@ -220,3 +229,12 @@ def out_of_memory_refused(device: str, place: torch.device) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"--device {device}: out of memory on {place}. Merge with --device cpu.") from error
+
+
+@contextmanager
+def write_errors_refused() -> Iterator[None]:
+    """Turns what happens on a full disk, above all, into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{OUTPUT_FLAG}: the model could not be written: {first_line(error)}") from error
