@@ -30,22 +30,14 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Taken:
-    """One gradient over all rows, and what taking it took.
-
-    Attributes:
-        gradient: by weight, on the CPU.
-        loss: what was differentiated, in nats per token.
-        saved_bytes: what autograd kept for the first micro-batch's backward pass.
-        selected, supervised: tokens with gradients, and those of them whose output has a loss.
-        seconds: of forward and backward passes, without copying gradients.
-    """
+    """One gradient over all rows, and its cost."""
 
     gradient: Gradient
-    loss: float
-    saved_bytes: int
-    selected: int
-    supervised: int
-    seconds: float
+    loss: float  # what was differentiated, in nats per token
+    saved_bytes: int  # that autograd kept for the first micro-batch's backward pass
+    selected: int  # tokens with gradients
+    supervised: int  # those of them whose output has a loss
+    seconds: float  # of forward and backward passes, without copying gradients
 
 
 def take_gradient(model: nn.Module, batches: Sequence[Batch], *, items: int, bf16: bool) -> Taken:

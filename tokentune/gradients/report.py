@@ -64,23 +64,15 @@ ALL_TARGETS = 0.95  # of the targets are as good as all
 LEAST_CORRECTED = 0.2  # proportion: below, a corrected gradient's variance is many times the other's
 
 
-def build_report(
-    arguments: DiagnoseArguments,
-    model: dict[str, Any],
-    data: dict[str, Any],
-    full: dict[str, Any],
-    results: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The report, as the schema above has it. Args: the parts of that name."""
+def build_report(arguments: DiagnoseArguments, **measured: Any) -> dict[str, Any]:
+    """The report, as the schema above has it. `measured`: its `model`, `data`, `full` and `results`."""
+    targets = measured["data"]["supervised_tokens"]
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": arguments.settings(),
-        "model": model,
-        "data": data,
-        "full": full,
-        "results": results,
-        "warnings": [warning for result in results for warning in failure_signs(result, data["supervised_tokens"])],
+        **measured,
+        "warnings": [warning for result in measured["results"] for warning in failure_signs(result, targets)],
         "device": device_facts(),
         "versions": library_versions(),
     }
