@@ -1,4 +1,4 @@
-"""What `diagnose.py` leaves: `diagnosis.json`, a table, and warnings of the method's failure signs.
+"""What `diagnose.py` reports: `diagnosis.json`, a table, and warnings.
 
 The JSON's schema, version 1. Norms are in nats per token per unit of weight; a *ratio* is a norm over the full
 gradient's, 1 its size; null: not defined (the full gradient is zero there).
@@ -9,10 +9,9 @@ gradient's, 1 its size; null: not defined (the full gradient is zero there).
     model                    {class, parameters, trainable_parameters, base_dtype}
     data                     {rows (compared), row_numbers (in the training data, from 0), tokens (real ones),
                              supervised_tokens (targets), micro_batch_size (sequences)}
-    full                     the gradient of all tokens: {loss (nats per token), norm, saved_bytes (kept for the
-                             backward pass by the first micro-batch), seconds, row_variance (T of
-                             `gradients/draw_statistics.py`, norm squared), noise_scale (rows: T / |g|^2 without what T
-                             adds to |g|^2; null where nothing is left)}
+    full                     the gradient of all tokens: {loss (nats per token), norm, saved_bytes (by autograd, in the
+                             first micro-batch), seconds, row_variance (T of `gradients/draw_statistics.py`, norm
+                             squared), noise_scale (rows: T over an unbiased estimate of |g|^2; null: not positive)}
     results                  [one for each strategy, correction and proportion]:
         strategy, correction, proportion   as they were asked for
         draws                int
@@ -82,7 +81,7 @@ def build_report(arguments: DiagnoseArguments, **measured: Any) -> dict[str, Any
 
 
 def failure_signs(result: dict[str, Any], targets: int) -> list[dict[str, Any]]:
-    """What the paper warns of, and what else makes a selection a poor one, with what helps.
+    """Warnings of the signs that a selection is a poor one, the paper's among them, each with what helps.
 
     Args:
         targets: how many tokens have a loss, selected or not.

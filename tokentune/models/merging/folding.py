@@ -1,4 +1,4 @@
-"""An adapter folded into a base, and how far the result is from what was trained.
+"""Folds an adapter into a base, and measures how far the result is from what was trained.
 
 A QLoRA adapter was trained on the base in 4 bits. It can be folded into the base's own weights, which it has never
 seen, or into the values that the 4-bit layers computed with. Neither is exactly what was trained: rounding a weight to
@@ -85,7 +85,7 @@ def plan_fold(
     device: str,
     trust: Trust,
 ) -> Plan:
-    """Checks what a model without weights can tell.
+    """The plan, checked on a model without weights.
 
     Raises:
         UserError: embeddings that cannot be made as they were in training, or a device that cannot be used.
@@ -100,7 +100,7 @@ def plan_fold(
 
 
 def choose_device(device: str, model_bytes: int) -> torch.device:
-    """The device named, or for "auto" the GPU when it has room for the model (and half as much again), else the CPU."""
+    """The named device; for "auto" the GPU if 1.5 times the model's bytes are free on it, else the CPU."""
     if device == "auto":
         roomy = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * model_bytes
         return torch.device("cuda" if roomy else "cpu")
@@ -120,7 +120,7 @@ def load_16bit(plan: Plan) -> PreTrainedModel:
 
 
 def load_4bit(plan: Plan) -> PreTrainedModel:
-    """The base as a QLoRA run has it: NF4 of the same weights, the others in the same type; computes in float32."""
+    """The base as in a QLoRA run: the same weights in NF4, the others in the same type; it computes in float32."""
     dtype = plan.adapter.record.base_dtype or checkpoint_dtype(plan.config)
     model = _load(plan, dtype=dtype, quantize_4bit=True, compute_dtype=torch.float32, device_map={"": str(plan.place)})
     keep_4bit_layout(model)
@@ -224,7 +224,7 @@ def release_memory() -> None:
 
 @contextmanager
 def out_of_memory_refused(device: str, place: torch.device) -> Iterator[None]:
-    """Turns a GPU's lack of memory into a UserError. `device`: as the flag has it."""
+    """Turns a GPU's lack of memory into a UserError. `device`: the flag's value."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -233,7 +233,7 @@ def out_of_memory_refused(device: str, place: torch.device) -> Iterator[None]:
 
 @contextmanager
 def write_errors_refused() -> Iterator[None]:
-    """Turns what happens on a full disk, above all, into a UserError."""
+    """Turns failures to write, such as on a full disk, into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,8 +1,7 @@
-"""Output head and embeddings of a model that an adapter is folded into: with as many rows as in training.
+"""The base's output head and embeddings are given the shapes that they had in training, read from the adapter's files.
 
-Both are told by the adapter's files. A classifier's head is mostly trained whole and stands in the adapter's file; its
-base's configuration then knows nothing of it. Where the base is a classifier already, its head may have been left as it
-is, or got an adapter. Embeddings may have been resized, tied or untied.
+A classifier's head is mostly trained whole and saved with the adapter; the base's configuration does not know it. If the
+base is a classifier already, its head may be unchanged or have an adapter. Embeddings may have been resized and untied.
 
 Legend: V rows of the base's embedding (its vocabulary, padding rows included), D hidden size, r rank.
 """
@@ -56,9 +55,9 @@ def head_of(adapter: Adapter) -> Head:
 
 
 def with_outputs(config: PreTrainedConfig, adapter: Adapter, head: Head) -> PreTrainedConfig:
-    """A copy of the base's configuration with the outputs of the head that the adapter's file holds.
+    """A copy of the base's configuration with as many outputs as the head in the adapter's file has.
 
-    Where it holds none the base's own is meant, and the configuration stays what it is.
+    If the file holds no head, the base's own is used and the configuration does not change.
     """
     config = copy.deepcopy(config)
     count = _output_count(config, adapter, head) if head.is_new else None
@@ -79,7 +78,7 @@ def with_outputs(config: PreTrainedConfig, adapter: Adapter, head: Head) -> PreT
 
 
 def _output_count(config: PreTrainedConfig, adapter: Adapter, head: Head) -> int | None:
-    """The outputs of the head in the adapter's file; None: it holds no whole head."""
+    """The number of outputs of the head in the adapter's file; None: it holds no whole head."""
     marked = copy.deepcopy(config)
     marked.num_labels = _MARKED_OUTPUTS
     with torch.device("meta"):
@@ -89,7 +88,7 @@ def _output_count(config: PreTrainedConfig, adapter: Adapter, head: Head) -> int
 
 
 def check_head(random: Sequence[str], adapter: Adapter, base: str) -> None:
-    """Refuses a head of which neither the base nor the adapter's file holds all.
+    """Refuses a head that neither the base nor the adapter's file holds completely.
 
     Args:
         random: weights of the head that the base lacks, or has for other outputs.
@@ -110,8 +109,7 @@ def needed_rows(adapter: Adapter, base: PreTrainedModel) -> int:
     """The rows V that the embedding had in training, by what the adapter's file holds of it.
 
     Raises:
-        UserError: not the base's own number, while the file lacks the rows that the base has not: what they were is
-            lost. With both numbers.
+        UserError: the number differs from the base's, and the new rows are not in the file: they are lost.
     """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     own = embedding.weight.shape[0]
@@ -147,17 +145,16 @@ def _rows_in_file(shapes: Mapping[str, tuple[int, ...]], module: str) -> tuple[s
 
 
 def _trained_tokens(config: "peft.LoraConfig") -> set[int]:
-    """The tokens whose rows alone were trained, and are in the file."""
+    """The tokens of `trainable_token_indices`, whose rows are in the file."""
     chosen = getattr(config, "trainable_token_indices", None) or []
     lists = chosen.values() if isinstance(chosen, Mapping) else [chosen]
     return {token for tokens in lists for token in tokens}
 
 
 def untie_adapted_embeddings(model: "peft.PeftModel") -> None:
-    """Gives the output head its own weights where it shares the input embedding's and an adapter sits on either.
+    """Unties output head and input embedding if either has an adapter: folding into shared weights would change both.
 
-    Folding into the shared weights would change both, while the adapter changes one only. (Modules trained whole have
-    no base layer: peft puts their own copy in place of the shared weights.)
+    (Modules trained whole have no base layer: peft replaces the shared weights by their own copy.)
     """
     base = model.get_base_model()
     pair = [base.get_input_embeddings(), base.get_output_embeddings()]
@@ -176,7 +173,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 def settle_tying(merged: PreTrainedModel) -> None:
     """Ties head and embedding of a folded model, which were tied in the base, if they are still equal.
 
-    Its configuration says then which they are.
+    The configuration is set accordingly.
     """
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     same = head.weight.shape == embedding.weight.shape and bool((head.weight == embedding.weight).all())
