@@ -51,17 +51,12 @@ from tokentune.models.merging.folding import (
     BaseKind,
     Plan,
     Trust,
-    dequantize,
-    fold_and_save,
-    folded_logits,
-    load_16bit,
+    fold_all,
     out_of_memory_refused,
     plan_fold,
-    release_memory,
-    trained_logits,
     write_errors_refused,
 )
-from tokentune.models.merging.logit_difference import LogitDifference, logit_difference
+from tokentune.models.merging.logit_difference import logit_difference
 from tokentune.models.merging.merge_result import SUMMARY, check_output_folder, merge_summary, replacing_folder, report
 from tokentune.models.merging.trained_adapter import (
     ADAPTER_FLAG,
@@ -131,7 +126,7 @@ def merge(
     earlier_card = own_card(output)
 
     with replacing_folder(output) as partial, out_of_memory_refused(device, plan.place):
-        trained, others, reference = _fold_all(plan, kinds, partial, max_shard_size)
+        reference, trained, others = fold_all(plan, kinds, partial, max_shard_size=max_shard_size)
         with write_errors_refused():
             processing.save_pretrained(partial)
         options = {"dtype": plan.dtype, "quantize_4bit": False, "trust_remote_code": trust_remote_code}
@@ -151,7 +146,7 @@ def merge(
             }
         with write_errors_refused():
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            write_merged_card(summary, plan.adapter.record.summary, partial, name=model_name(output), own=earlier_card)
+            write_merged_card(summary, plan.adapter.summary, partial, name=model_name(output), own=earlier_card)
 
     report(summary, same, exact)
     print(f"saved {output}")
@@ -221,7 +216,7 @@ def _kinds(adapter: Adapter, flag: str) -> tuple[list[BaseKind], bool | None]:
     Raises:
         UserError: the flag asks for a base that the adapter was not trained on.
     """
-    known, start = adapter.record.qlora, adapter.start_in_base
+    known, start = adapter.qlora, adapter.start_in_base
     if start is not None and (known or flag != "auto"):
         raise UserError(
             f"{QLORA_FLAG} {flag}: the start of {adapter.folder} ({start}) changed the base's weights, which is found "
@@ -249,33 +244,6 @@ def _kinds(adapter: Adapter, flag: str) -> tuple[list[BaseKind], bool | None]:
         return ["16bit"], known
     chosen: BaseKind = "dequantized" if flag == "dequantized" else "16bit"
     return [chosen, *(kind for kind in get_args(BaseKind) if kind != chosen)], known
-
-
-def _fold_all(
-    plan: Plan, kinds: Sequence[BaseKind], partial: Path, max_shard_size: str
-) -> tuple[Any, dict[BaseKind, LogitDifference], Any]:
-    """Folds the adapter into each kind of base, one after another; the first of `kinds` is saved into `partial`.
-
-    Returns:
-        Logits of the 4-bit base + adapter (None for one kind), the differences of the kinds that are not saved from
-        them, and the logits of base + adapter of the one that is.
-    """
-    trained, others, reference = None, {}, None
-    if len(kinds) > 1:
-        trained, base = trained_logits(plan)
-        base = dequantize(base, plan.dtype)
-        if kinds[0] == "dequantized":
-            reference = fold_and_save(plan, base, partial, max_shard_size=max_shard_size)
-        else:
-            others["dequantized"] = logit_difference(trained, folded_logits(plan, base))
-        del base  # never two copies of the model
-        release_memory()
-    if kinds[0] == "16bit":
-        reference = fold_and_save(plan, load_16bit(plan), partial, max_shard_size=max_shard_size)
-    else:
-        others["16bit"] = logit_difference(trained, folded_logits(plan, load_16bit(plan)))
-    release_memory()
-    return trained, others, reference
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ There is never more than one copy of the model besides its 4-bit one, which is t
 import copy
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
-from tokentune.models.merging.logit_difference import probe_logits
+from tokentune.models.merging.logit_difference import LogitDifference, logit_difference, probe_logits
 from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, OUTPUT_FLAG, Adapter, attach_adapter
 from tokentune.models.merging.trained_shapes import (
     check_head,
@@ -121,7 +121,7 @@ def load_16bit(plan: Plan) -> PreTrainedModel:
 
 def load_4bit(plan: Plan) -> PreTrainedModel:
     """The base as in a QLoRA run: the same weights in NF4, the others in the same type; it computes in float32."""
-    dtype = plan.adapter.record.base_dtype or checkpoint_dtype(plan.config)
+    dtype = plan.adapter.base_dtype or checkpoint_dtype(plan.config)
     model = _load(plan, dtype=dtype, quantize_4bit=True, compute_dtype=torch.float32, device_map={"": str(plan.place)})
     keep_4bit_layout(model)
     return model
@@ -162,12 +162,6 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 # --- folding ----------------------------------------------------------------------------------------------------------
 
 
-def trained_logits(plan: Plan) -> tuple[Tensor, PreTrainedModel]:
-    """Logits of the 4-bit base + adapter, computed in float32, and that base without the adapter."""
-    model = attach_adapter(load_4bit(plan), plan.adapter)
-    return plan.logits(model, in_float32=True), model.unload()
-
-
 def fold(plan: Plan, base: PreTrainedModel, *, compared: bool) -> tuple[PreTrainedModel, Reference | None]:
     """Adds the adapter's change to every weight of `base`, in place.
 
@@ -197,18 +191,34 @@ def fold(plan: Plan, base: PreTrainedModel, *, compared: bool) -> tuple[PreTrain
     return merged, reference
 
 
-def fold_and_save(plan: Plan, base: PreTrainedModel, folder: Path, *, max_shard_size: str) -> Reference:
-    """Folds the adapter into `base`, in place, and saves the model. Returns the logits before folding."""
-    merged, reference = fold(plan, base, compared=True)
-    with write_errors_refused():
-        merged.save_pretrained(folder, max_shard_size=max_shard_size)
-    return reference
+def fold_all(
+    plan: Plan, kinds: Sequence[BaseKind], folder: Path, *, max_shard_size: str
+) -> tuple[Reference, Tensor | None, dict[BaseKind, LogitDifference]]:
+    """Folds the adapter into one kind of base, or into both, one after another; the first of `kinds` is saved.
 
-
-def folded_logits(plan: Plan, base: PreTrainedModel) -> Tensor:
-    """Logits with the adapter folded into `base`, in place, computed in float32."""
-    merged, _ = fold(plan, base, compared=False)
-    return plan.logits(merged, in_float32=True)
+    Returns:
+        The logits of base + adapter for the kind that is saved. For two kinds also the float32 logits of the 4-bit base
+        + adapter, and the difference of the other kind from these.
+    """
+    reference, trained, others = None, None, {}
+    for kind in ("dequantized", "16bit")[-len(kinds) :]:
+        if kind == "dequantized":
+            model = attach_adapter(load_4bit(plan), plan.adapter)
+            trained = plan.logits(model, in_float32=True)
+            model = dequantize(model.unload(), plan.dtype)
+        else:
+            model = load_16bit(plan)
+        saved = kind == kinds[0]
+        model, before = fold(plan, model, compared=saved)
+        if saved:
+            reference = before
+            with write_errors_refused():
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            others[kind] = logit_difference(trained, plan.logits(model, in_float32=True))
+        del model  # never two copies of it
+        release_memory()
+    return reference, trained, others
 
 
 def release_memory() -> None:

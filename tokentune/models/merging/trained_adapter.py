@@ -37,23 +37,16 @@ _BASE_FOUND_AGAIN = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
-class TrainingRecord:
-    """What a run's folder tells of the training; None for what is not known."""
-
-    summary: dict[str, Any] | None  # training_summary.json
-    qlora: bool | None  # whether the base was in 4 bits
-    base_dtype: torch.dtype | None  # of the weights that were not quantized
-    classes: tuple[str, ...] | None  # the names of a classifier's outputs
-
-
-@dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on disk."""
+    """A LoRA adapter on disk, and what its run's folder tells of the training; None for what is not known."""
 
     folder: Path
     config: peft.LoraConfig
     shapes: dict[str, tuple[int, ...]]  # of its weights, by their names in the file
-    record: TrainingRecord
+    summary: dict[str, Any] | None  # training_summary.json
+    qlora: bool | None  # whether the base was in 4 bits
+    base_dtype: torch.dtype | None  # of the weights that were not quantized
+    classes: list[str] | None  # the names of a classifier's outputs
 
     @property
     def start_in_base(self) -> str | None:
@@ -94,7 +87,7 @@ def read_adapter(folder: Path) -> Adapter:
     _check_trained(weights, where)
     config.inference_mode = True
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    return Adapter(folder, config, shapes, _read_record(folder))
+    return Adapter(folder, config, shapes, **_training_record(folder))
 
 
 def _newest_checkpoint(folder: Path) -> str:
@@ -142,19 +135,19 @@ def _check_trained(weights: dict[str, torch.Tensor], where: str) -> None:
     require(not broken, f"{where} NaN or infinite weights in it (the first: {''.join(broken[:1])}).")
 
 
-def _read_record(folder: Path) -> TrainingRecord:
-    """The record of the run whose folder, checkpoint or seed this is. Never fails: a file that is no record is none."""
+def _training_record(folder: Path) -> dict[str, Any]:
+    """What is known of the run whose folder, checkpoint or seed this is. A damaged file counts as missing."""
     summary = next(_found(folder, SUMMARY_NAME), None)
     settings = (summary or {}).get("settings") or next(_found(folder, RUN_CONFIG_NAME), {})  # there from the beginning
     dtype = ((summary or {}).get("model") or {}).get("base_dtype")
     classes = next(_found(folder, SCORES_NAME), {}).get("classes")
     qlora = settings.get("qlora") if isinstance(settings, dict) else None
-    return TrainingRecord(
-        summary,
-        qlora if isinstance(qlora, bool) else None,
-        getattr(torch, dtype) if dtype in ("float32", "float16", "bfloat16") else None,
-        tuple(map(str, classes)) if isinstance(classes, list) else None,
-    )
+    return {
+        "summary": summary,
+        "qlora": qlora if isinstance(qlora, bool) else None,
+        "base_dtype": getattr(torch, dtype) if dtype in ("float32", "float16", "bfloat16") else None,
+        "classes": list(map(str, classes)) if isinstance(classes, list) else None,
+    }
 
 
 def _found(folder: Path, name: str) -> Iterator[dict[str, Any]]:

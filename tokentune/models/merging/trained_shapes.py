@@ -1,7 +1,7 @@
 """The base's output head and embeddings are given the shapes that they had in training, read from the adapter's files.
 
-A classifier's head is mostly trained whole and saved with the adapter; the base's configuration does not know it. If the
-base is a classifier already, its head may be unchanged or have an adapter. Embeddings may have been resized and untied.
+A classifier's head is mostly trained whole and saved with the adapter; the base's configuration does not know of it. If
+the base is a classifier already, its head may be unchanged or have an adapter. Embeddings may be resized and untied.
 
 Legend: V rows of the base's embedding (its vocabulary, padding rows included), D hidden size, r rank.
 """
@@ -66,8 +66,8 @@ def with_outputs(config: PreTrainedConfig, adapter: Adapter, head: Head) -> PreT
     changed = count != config.num_labels
     if changed:
         config.num_labels = count  # names of other classes go with it
-    if adapter.record.classes is not None and len(adapter.record.classes) == count:
-        config.id2label = dict(enumerate(adapter.record.classes))
+    if adapter.classes is not None and len(adapter.classes) == count:
+        config.id2label = dict(enumerate(adapter.classes))
         config.label2id = {name: number for number, name in config.id2label.items()}
         config.problem_type = "single_label_classification"
     elif count == 1 and (changed or config.problem_type is None):
