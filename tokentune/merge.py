@@ -50,7 +50,6 @@ from tokentune.errors import UserError
 from tokentune.models.merging.folding import (
     BaseKind,
     Plan,
-    Trust,
     fold_all,
     out_of_memory_refused,
     plan_fold,
@@ -58,25 +57,14 @@ from tokentune.models.merging.folding import (
 )
 from tokentune.models.merging.logit_difference import logit_difference
 from tokentune.models.merging.merge_result import SUMMARY, check_output_folder, merge_summary, replacing_folder, report
-from tokentune.models.merging.trained_adapter import (
-    ADAPTER_FLAG,
-    BASE_FLAG,
-    OUTPUT_FLAG,
-    QLORA_FLAG,
-    Adapter,
-    check_recorded_base,
-    read_adapter,
-)
-from tokentune.models.merging.trained_shapes import head_of, with_outputs
-from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config, load_tokenizer
+from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, OUTPUT_FLAG, QLORA_FLAG, Adapter
+from tokentune.models.pretrained import load_base_model, load_tokenizer
 from tokentune.models.tasks import IMAGE
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import model_name, write_merged_card
 from tokentune.settings.flags import require
 from tokentune.settings.merge import MergeArguments
-from tokentune.sources import check_model_folder
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # Relative to the logits' standard deviation. A float32 fold is exact up to rounding (measured: 5e-6): more is a defect.
 LARGEST_FLOAT32_DIFFERENCE = 1e-3
@@ -120,8 +108,10 @@ def merge(
     output = Path(output_dir)
     check_push(push_to_hub, output)
     check_shard_size(max_shard_size)
-    trust = Trust(trust_remote_code, allow_pickle)
-    plan, processing = _prepare(base_model_name_or_path, peft_model_path, output, device, dtype, trust)
+    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    plan = plan_fold(base_model_name_or_path, peft_model_path, dtype=dtype, device=device, trust=trust)
+    check_output_folder(output, [base_model_name_or_path, peft_model_path])
+    processing = _processing(plan)
     kinds, recorded = _kinds(plan.adapter, qlora_base)
     earlier_card = own_card(output)
 
@@ -161,29 +151,8 @@ def check_shard_size(size: str) -> None:
         raise UserError(f"--max_shard_size {size}: give a number with its unit, such as 5GB or 500MB.")
 
 
-def _prepare(
-    base: str, adapter_folder: str, output: Path, device: str, dtype: str | None, trust: Trust
-) -> tuple[Plan, Any]:
-    """Reads and checks everything but the base's weights.
-
-    Returns:
-        The plan, and the tokenizer or image processor: the adapter's own where it has one, else the base's.
-    """
-    check_model_folder(base, BASE_FLAG)
-    adapter = read_adapter(Path(adapter_folder))
-    head = head_of(adapter)
-    config = load_config(base, flag=BASE_FLAG, head=head, trust_remote_code=trust.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
-    check_recorded_base(adapter.config.base_model_name_or_path, base, config)
-    check_output_folder(output, [base, adapter_folder])
-    held = checkpoint_dtype(config) if dtype in (None, "auto") else DTYPES[dtype]
-    config = with_outputs(config, adapter, head)
-    plan = plan_fold(base, config, head, adapter, dtype=held, device=device, trust=trust)
-    return plan, _processing(plan)
-
-
 def _processing(plan: Plan) -> Any:
+    """The merged model's tokenizer or image processor: the adapter's own where it has one, else the base's."""
     folder = plan.adapter.folder
     if plan.head is IMAGE:
         from tokentune.data.labelled.images import load_image_processor  # its packages take a second to import
@@ -192,7 +161,7 @@ def _processing(plan: Plan) -> Any:
         return load_image_processor(str(folder) if own else plan.base, plan.config, from_scratch=False)
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     source, flag = (str(folder), ADAPTER_FLAG) if own else (plan.base, BASE_FLAG)
-    trusted = {"trust_remote_code": plan.trust.trust_remote_code}
+    trusted = {"trust_remote_code": plan.trust["trust_remote_code"]}
     tokenizer = load_tokenizer(source, flag=flag, **trusted)
     highest = max(tokenizer.get_vocab().values())
     # a base whose own tokenizer gives ids without a row is as it was published

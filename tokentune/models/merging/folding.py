@@ -26,27 +26,30 @@ from transformers.utils import logging
 from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
 from tokentune.models.merging.logit_difference import LogitDifference, logit_difference, probe_logits
-from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, OUTPUT_FLAG, Adapter, attach_adapter
+from tokentune.models.merging.trained_adapter import (
+    ADAPTER_FLAG,
+    BASE_FLAG,
+    OUTPUT_FLAG,
+    Adapter,
+    attach_adapter,
+    check_recorded_base,
+    read_adapter,
+)
 from tokentune.models.merging.trained_shapes import (
     check_head,
+    head_of,
     is_tied,
     needed_rows,
     settle_tying,
     untie_adapted_embeddings,
+    with_outputs,
 )
-from tokentune.models.pretrained import checkpoint_dtype, load_base_model
+from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config
 from tokentune.models.saved_types import hold_in
 from tokentune.models.tasks import IMAGE, Head
-from tokentune.sources import first_line
+from tokentune.sources import check_model_folder, first_line
 
 BaseKind = Literal["16bit", "dequantized"]
-
-
-class Trust(NamedTuple):
-    """What the user allows a base to do: run its own code, have its weights in pickle files."""
-
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Plan:
     rows: int | None  # of it in training, and so of the merged one
     dtype: torch.dtype  # of the merged weights
     place: torch.device
-    trust: Trust
+    trust: dict[str, bool]  # what is allowed to the base: trust_remote_code, allow_pickle
 
     def logits(self, model: torch.nn.Module, *, in_float32: bool) -> Tensor:
         """A model's logits on the fixed inputs for this kind of model."""
@@ -75,28 +78,29 @@ class Reference(NamedTuple):
     in_float32: Tensor
 
 
-def plan_fold(
-    base: str,
-    config: PreTrainedConfig,
-    head: Head,
-    adapter: Adapter,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    trust: Trust,
-) -> Plan:
-    """The plan, checked on a model without weights.
+def plan_fold(base: str, adapter_folder: str, *, dtype: str | None, device: str, trust: dict[str, bool]) -> Plan:
+    """Reads and checks everything but the base's weights. Args: as of `merge`, in `tokentune/merge.py`.
 
     Raises:
-        UserError: embeddings that cannot be made as they were in training, or a device that cannot be used.
+        UserError: no base or adapter there, adapter and base do not fit, embeddings that cannot be made as they were in
+            training, or a device that cannot be used.
     """
+    check_model_folder(base, BASE_FLAG)
+    adapter = read_adapter(Path(adapter_folder))
+    head, trusted = head_of(adapter), trust["trust_remote_code"]
+    config = load_config(base, flag=BASE_FLAG, head=head, trust_remote_code=trusted)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
+    check_recorded_base(adapter.config.base_model_name_or_path, base, config)
+    held = checkpoint_dtype(config) if dtype in (None, "auto") else getattr(torch, dtype)
+    config = with_outputs(config, adapter, head)
     with torch.device("meta"):
-        skeleton = head.auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust.trust_remote_code)
+        skeleton = head.auto_class.from_config(copy.deepcopy(config), trust_remote_code=trusted)
     rows = base_rows = None
     if head is not IMAGE:
         rows, base_rows = needed_rows(adapter, skeleton), skeleton.get_input_embeddings().weight.shape[0]
-    size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    return Plan(base, config, head, adapter, base_rows, rows, dtype, choose_device(device, size), trust)
+    size = sum(parameter.numel() for parameter in skeleton.parameters()) * held.itemsize
+    return Plan(base, config, head, adapter, base_rows, rows, held, choose_device(device, size), trust)
 
 
 def choose_device(device: str, model_bytes: int) -> torch.device:
@@ -129,7 +133,7 @@ def load_4bit(plan: Plan) -> PreTrainedModel:
 
 def _load(plan: Plan, **options: Any) -> PreTrainedModel:
     config = copy.deepcopy(plan.config) if plan.head.is_new else None
-    options |= plan.trust._asdict() | {"check_new": partial(check_head, adapter=plan.adapter, base=plan.base)}
+    options |= plan.trust | {"check_new": partial(check_head, adapter=plan.adapter, base=plan.base)}
     model = load_base_model(plan.base, flag=BASE_FLAG, head=plan.head, config=config, **options)
     if plan.rows != plan.base_rows:  # values of new rows are in the adapter's file
         model.resize_token_embeddings(plan.rows, mean_resizing=False)
