@@ -163,9 +163,8 @@ def _processing(plan: Plan) -> Any:
     source, flag = (str(folder), ADAPTER_FLAG) if own else (plan.base, BASE_FLAG)
     trusted = {"trust_remote_code": plan.trust["trust_remote_code"]}
     tokenizer = load_tokenizer(source, flag=flag, **trusted)
-    highest = max(tokenizer.get_vocab().values())
     # a base whose own tokenizer gives ids without a row is as it was published
-    if own and highest >= plan.rows:
+    if own and (highest := max(tokenizer.get_vocab().values())) >= plan.rows:
         of_base = load_tokenizer(plan.base, flag=BASE_FLAG, **trusted)
         require(
             max(of_base.get_vocab().values()) >= highest,
