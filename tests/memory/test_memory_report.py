@@ -11,9 +11,11 @@ from conftest import tiny_llama_config
 from tokentune import finetune
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
+from tokentune.memory.accounting import Footprint
 from tokentune.memory.advice import advice
-from tokentune.memory.footprint import Footprint, measure
+from tokentune.memory.footprint import measure
 from tokentune.memory.report import REPORT_NAME, is_out_of_memory, memory_watched
+from tokentune.settings.finetune import Arguments
 from tokentune.training.trainer import SelectiveTrainer
 
 REQUIRED = "--model_name_or_path owner/model --dataset_name_or_path owner/data --report_to none"
@@ -94,11 +96,13 @@ def test_advice_is_what_the_estimator_finds() -> None:
     now = measure(config, arguments, shape)
     asked: list[tuple[int, int]] = []
 
-    def run(changed: object, shape: tuple[int, int]) -> Footprint | None:
+    def run(changed: Arguments, shape: tuple[int, int]) -> Footprint:
         asked.append(shape)
-        return None if changed.adapters.qlora else measure(config, changed, shape)  # type: ignore[attr-defined]
+        if changed.adapters.qlora:
+            raise UserError("cannot be run without data")
+        return measure(config, changed, shape)
 
-    found = {entry["change"]: entry for entry in advice(arguments, shape, now, run)}
+    found = {entry["change"]: entry for entry in advice(arguments, shape, now.peak, run)}
     assert "--qlora" not in found and "--tokentune --prefix_length 0.3" not in found
     lora = parse_arguments(f"{REQUIRED} --tokentune --prefix_length 0.6 --skip_verification --lora".split())
     assert found["--lora"]["peak"] == measure(config, lora, shape).peak == now.peak - found["--lora"]["saving"]
