@@ -200,7 +200,7 @@ def test_a_batch_that_runs_out_of_memory_is_told_with_what_would_fit(
 def test_on_a_cpu_what_cannot_fit_is_not_tried(build: Build, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, arguments = build("--global_batch_size 8")
     monkeypatch.setattr(memory_probe, "available_bytes", lambda device: 1000)
-    monkeypatch.setattr(memory_probe, "out_of_memory", lambda *_, when, **__: UserError(when))
+    monkeypatch.setattr(memory_probe, "out_of_memory", lambda run, when, **_: UserError(when))
     monkeypatch.setattr(memory_probe, "try_batch", lambda *_: pytest.fail("it was tried"))
     with pytest.raises(UserError, match=r"longest micro-batch \(8 x 24 tokens\)"):
         probe_memory(trainer, arguments, config)
@@ -243,7 +243,7 @@ def test_an_allocation_that_fails_is_told(build: Build, config: Any, monkeypatch
     trainer, arguments = build("--global_batch_size 256", rows=rows)
     monkeypatch.setattr(memory_probe, "generous_bytes", lambda model, shape: 0)  # it is tried
     told = []
-    monkeypatch.setattr(memory_probe, "out_of_memory", lambda *_, when, **__: told.append(when) or UserError(when))
+    monkeypatch.setattr(memory_probe, "out_of_memory", lambda run, when, **_: told.append(when) or UserError(when))
     with address_space(200 * 2**20), pytest.raises(UserError, match=r"longest micro-batch \(256 x 500 tokens\)"):
         probe_memory(trainer, arguments, config)
     assert told
@@ -345,9 +345,7 @@ def test_micro_batch_is_tried_where_running_out_of_memory_is_told(
     monkeypatch.setattr(
         memory_probe,
         "_fits",
-        lambda trainer, arguments, config, count: (
-            try_batch(trainer, arguments, longest_batch(trainer, arguments, count)[0]) is not None
-        ),
+        lambda run, count: try_batch(trainer, arguments, longest_batch(trainer, arguments, count)[0]) is not None,
     )
     assert choose_micro_batch(trainer, arguments, config) == 3
     assert trainer.args.gradient_accumulation_steps == 2
@@ -365,7 +363,7 @@ def test_a_resumed_run_takes_its_checkpoint_s_micro_batch(
 ) -> None:
     words = "--global_batch_size 6 --auto_micro_batch --save_steps 1 --max_steps 1"
     trainer, arguments = build(words)
-    monkeypatch.setattr(memory_probe, "_fits", lambda trainer, arguments, config, count: count <= 2)
+    monkeypatch.setattr(memory_probe, "_fits", lambda run, count: count <= 2)
     choose_micro_batch(trainer, arguments, config)
     trainer.train()
     monkeypatch.setattr(memory_probe, "_fits", lambda *_: pytest.fail("it searched"))
@@ -401,7 +399,7 @@ def test_a_run_that_does_not_fit_leaves_nothing_behind(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_probe, "available_bytes", lambda device: 1000)
-    monkeypatch.setattr(memory_probe, "out_of_memory", lambda *_, when, **__: UserError(when))
+    monkeypatch.setattr(memory_probe, "out_of_memory", lambda run, when, **_: UserError(when))
     with pytest.raises(UserError, match="before training, with the longest micro-batch"):
         finetune.main(command)
     assert not (tmp_path / "models").exists()
@@ -410,7 +408,7 @@ def test_a_run_that_does_not_fit_leaves_nothing_behind(
 def test_summary_says_which_micro_batch_was_found(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_probe, "_fits", lambda trainer, arguments, config, count: count <= 5)
+    monkeypatch.setattr(memory_probe, "_fits", lambda run, count: count <= 5)
     finetune.main([*command, "--auto_micro_batch"])
     (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("models/*/training_summary.json"))
     assert summary["micro_batch_size"] == 4 and summary["optimizer_steps"] == 2

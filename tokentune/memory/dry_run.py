@@ -12,7 +12,7 @@ from tokentune.core.layers import inner_model
 from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.data.packing import lengths_of
 from tokentune.errors import UserError
-from tokentune.memory.footprint import estimator_of_run
+from tokentune.memory.report import Run
 from tokentune.memory.trial_step import row_lengths
 from tokentune.sampling.sampler import selected_count
 from tokentune.settings.finetune import Arguments
@@ -96,7 +96,7 @@ def _memory(trainer: SelectiveTrainer, longest: int, arguments: Arguments, confi
     """The footprint of a step on the longest rows, estimated on tensors without data."""
     sequences = trainer.args.per_device_train_batch_size
     try:
-        found = estimator_of_run(trainer, arguments, config)(arguments, (sequences, longest))
+        found = Run(arguments, config, trainer).estimator()(arguments, (sequences, longest))
     except UserError as error:
         return f"not estimated: {first_line(error)}"
     return (

@@ -99,17 +99,6 @@ def estimator(
     return estimate
 
 
-def estimator_of_run(
-    trainer: SelectiveTrainer | None, arguments: Arguments, config: PreTrainedConfig, head: Head = CAUSAL_LM
-) -> Estimate:
-    """`estimator` for a run, on the type of its device. `trainer` None: its model is not loaded."""
-    if trainer is None:
-        return estimator(arguments, config, "cuda" if torch.cuda.is_available() else "cpu", head)
-    settings = settings_of(inner_model(trainer.model))
-    device = "cuda" if trainer.args.device.type == "cuda" else "cpu"
-    return estimator(arguments, config, device, head, profile=None if settings is None else settings.profile)
-
-
 def measure(
     config: PreTrainedConfig,
     arguments: Arguments,

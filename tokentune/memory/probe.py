@@ -26,8 +26,7 @@ from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.errors import UserError
 from tokentune.memory.accounting import bytes_of, fits, weights_of
 from tokentune.memory.available_memory import available_bytes
-from tokentune.memory.footprint import estimator_of_run
-from tokentune.memory.report import out_of_memory
+from tokentune.memory.report import Run, out_of_memory
 from tokentune.memory.trial_step import longest_batch, longest_validation_batch, try_batch
 from tokentune.settings.finetune import Arguments
 from tokentune.training.checkpoints.run_state import read_run_state
@@ -57,23 +56,24 @@ def probe_memory(trainer: SelectiveTrainer, arguments: Arguments, config: PreTra
     """
     if arguments.run.skip_memory_probe:
         return None
-    if reason := _why_not_tried(trainer, arguments):
+    run = Run(arguments, config, trainer)
+    if reason := _why_not_tried(run):
         logger.info("the longest batch is not tried before training: %s", reason)
         return None
     batch, shape = longest_batch(trainer, arguments, trainer.args.per_device_train_batch_size)
     if trainer.args.device.type == "cpu":
         room = room_of(trainer)
         try:
-            needed = estimated_peak(trainer, arguments, config, shape, room)
+            needed = estimated_peak(run, shape, room)
         except UserError:
             needed = 0  # not known: it is tried
         if needed * (1 - _ESTIMATE_ERROR) > room:
-            raise _does_not_fit(trainer, arguments, config, shape)
+            raise _does_not_fit(run, shape)
         if needed:  # said before it is tried: a system that runs out of memory kills, and the line stays
             logger.info("a step needs about %s of memory, %s are to be had", gib(needed), gib(room))
     peak = try_batch(trainer, arguments, batch, longest_validation_batch(trainer))
     if peak is None:
-        raise _does_not_fit(trainer, arguments, config, shape)
+        raise _does_not_fit(run, shape)
     logger.info("the longest micro-batch, %d x %d tokens, fits: %s at its peak", *shape, gib(peak))
     return peak
 
@@ -99,21 +99,22 @@ def choose_micro_batch(
             trainer.set_micro_batch(before, rows // before)
             logger.info("--auto_micro_batch: %d sequences, as in %s", before, checkpoint)
             return before
-    if reason := _why_not_tried(trainer, arguments):
+    run = Run(arguments, config, trainer)
+    if reason := _why_not_tried(run):
         raise UserError(f"--auto_micro_batch cannot try a batch: {reason}. Give --gradient_accumulation_steps instead")
     tried: list[int] = []
 
     def whether_fits(count: int) -> bool:
         tried.append(count)
         trainer.set_micro_batch(count, rows // count)
-        vote = torch.tensor([int(_fits(trainer, arguments, config, count))], device=trainer.args.device)
+        vote = torch.tensor([int(_fits(run, count))], device=trainer.args.device)
         # All processes take the same micro-batch.
         return int(trainer.accelerator.reduce(vote, "sum")) == trainer.args.world_size
 
     best = last_that_fits([count for count in range(1, rows + 1) if rows % count == 0], whether_fits)
     if best is None:
         _, shape = longest_batch(trainer, arguments, 1)
-        raise _does_not_fit(trainer, arguments, config, shape)
+        raise _does_not_fit(run, shape)
     trainer.set_micro_batch(best, rows // best)
     logger.info(
         "--auto_micro_batch: %d sequences, %d micro-batches a step (looked at %s)",
@@ -139,14 +140,14 @@ def last_that_fits(values: Sequence[Value], whether_fits: Callable[[Value], bool
     return values[low]
 
 
-def _fits(trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, count: int) -> bool:
-    batch, shape = longest_batch(trainer, arguments, count)
-    room = room_of(trainer)
-    if trainer.args.device.type != "cpu":
-        peak = try_batch(trainer, arguments, batch)
+def _fits(run: Run, count: int) -> bool:
+    batch, shape = longest_batch(run.trainer, run.given, count)
+    room = room_of(run.trainer)
+    if run.trainer.args.device.type != "cpu":
+        peak = try_batch(run.trainer, run.given, batch)
         return peak is not None and fits(peak, room)
     try:
-        return fits(estimated_peak(trainer, arguments, config, shape, room), room)
+        return fits(estimated_peak(run, shape, room), room)
     except UserError as error:
         raise UserError(
             "--auto_micro_batch: a step of this model cannot be estimated; tried on a CPU it may end the process.\n"
@@ -154,25 +155,18 @@ def _fits(trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedCon
         ) from error
 
 
-def _why_not_tried(trainer: SelectiveTrainer, arguments: Arguments) -> str | None:
+def _why_not_tried(run: Run) -> str | None:
     """What keeps a step of this run from being tried outside of its training; None where nothing does."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if run.trainer.is_deepspeed_enabled or run.trainer.is_fsdp_enabled:
         return "its weights are spread over the processes when training begins"
-    if "lomo" in arguments.optimization.optim:
-        return f"--optim {arguments.optimization.optim} moves the weights in every backward pass"
+    if "lomo" in run.given.optimization.optim:
+        return f"--optim {run.given.optimization.optim} moves the weights in every backward pass"
     return None
 
 
-def _does_not_fit(
-    trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, shape: tuple[int, int]
-) -> UserError:
+def _does_not_fit(run: Run, shape: tuple[int, int]) -> UserError:
     when = f"before training, with the longest micro-batch ({shape[0]} x {shape[1]} tokens)"
-    return out_of_memory(_as_run(trainer, arguments), config, trainer, when=when, shape=shape, room=room_of(trainer))
-
-
-def _as_run(trainer: SelectiveTrainer, arguments: Arguments) -> Arguments:
-    """The command line with the accumulation that the trainer was given, which --auto_micro_batch may have found."""
-    return arguments.changed(gradient_accumulation_steps=trainer.args.gradient_accumulation_steps)
+    return out_of_memory(run, when, shape=shape, room=room_of(run.trainer))
 
 
 # --- before it is tried on a CPU --------------------------------------------------------------------------------------
@@ -184,17 +178,13 @@ def room_of(trainer: SelectiveTrainer) -> int:
     return bytes_of(weights) + sum(available_bytes(device) for device in {tensor.device for tensor in weights})
 
 
-def estimated_peak(
-    trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, shape: tuple[int, int], room: int
-) -> int:
+def estimated_peak(run: Run, shape: tuple[int, int], room: int) -> int:
     """Bytes that a step of (B, S) tokens needs, estimated; 0 where a generous bound already fits into `room`.
 
     Raises:
         UserError: it cannot be estimated.
     """
-    if generous_bytes(trainer.model, shape) <= room:
-        return 0
-    return estimator_of_run(trainer, arguments, config)(_as_run(trainer, arguments), shape).peak
+    return 0 if generous_bytes(run.trainer.model, shape) <= room else run.estimator()(run.arguments, shape).peak
 
 
 def generous_bytes(model: nn.Module, shape: tuple[int, int]) -> int:

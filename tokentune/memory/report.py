@@ -1,4 +1,4 @@
-"""`--report_memory`, and what is said when memory runs out: where it went, and what would help most.
+"""`--report_memory`, and what is said when memory runs out: what used it, and what would help most.
 
 `memory_report.json`, in the run's folder, in bytes:
 
@@ -23,6 +23,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
+from tokentune.core.layers import inner_model
+from tokentune.core.patched import settings_of
 from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.environment import device_facts
 from tokentune.errors import UserError
 from tokentune.memory.accounting import bytes_of, fits, states_of, weights_of
 from tokentune.memory.advice import advice, estimated, together
-from tokentune.memory.footprint import estimator_of_run
+from tokentune.memory.footprint import Estimate, estimator
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.settings.finetune import Arguments
 from tokentune.training.checkpoints.saving import write_whole
@@ -44,6 +47,31 @@ from tokentune.training.trainer import SelectiveTrainer
 
 REPORT_NAME = "memory_report.json"
 _ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@dataclass
+class Run:
+    """A run whose memory is asked for: its flags, its base model's configuration, its trainer once that is made."""
+
+    given: Arguments
+    config: PreTrainedConfig
+    trainer: SelectiveTrainer | None = None
+    head: Head = CAUSAL_LM
+
+    @property
+    def arguments(self) -> Arguments:
+        """The flags, with the accumulation that `--auto_micro_batch` may have found."""
+        if self.trainer is None:
+            return self.given
+        return self.given.changed(gradient_accumulation_steps=self.trainer.args.gradient_accumulation_steps)
+
+    def estimator(self) -> Estimate:
+        """What estimates its steps, for the type of its device."""
+        if self.trainer is None:
+            return estimator(self.given, self.config, "cuda" if torch.cuda.is_available() else "cpu", self.head)
+        patched = settings_of(inner_model(self.trainer.model))
+        device = "cuda" if self.trainer.args.device.type == "cuda" else "cpu"
+        return estimator(self.given, self.config, device, self.head, profile=patched and patched.profile)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -65,35 +93,26 @@ def memory_watched(
     Raises:
         UserError: out of memory, with what would help most. The report is written where `--report_memory` is given.
     """
+    run = Run(arguments, config, trainer, head)
     snapshot = arguments.memory.memory_snapshot if trainer is not None else None
     if snapshot is not None:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
     try:
         yield
         if arguments.memory.report_memory and trainer is not None and trainer.is_world_process_zero():
-            _show(build_report(arguments, config, trainer, head), arguments, trainer)
+            _show(build_report(run), run)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         error.__traceback__ = None  # its frames hold the tensors that filled the memory
-        when = "while the model was loaded" if trainer is None else "in training"
-        raise out_of_memory(arguments, config, trainer, head, when=when) from None
+        raise out_of_memory(run, "while the model was loaded" if trainer is None else "in training") from None
     finally:
         if snapshot is not None:
             torch.cuda.memory._dump_snapshot(snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def out_of_memory(
-    arguments: Arguments,
-    config: PreTrainedConfig,
-    trainer: SelectiveTrainer | None,
-    head: Head = CAUSAL_LM,
-    *,
-    when: str,
-    shape: tuple[int, int] | None = None,
-    room: int | None = None,
-) -> UserError:
+def out_of_memory(run: Run, when: str, *, shape: tuple[int, int] | None = None, room: int | None = None) -> UserError:
     """What is to be raised: how much is needed, and what would help; prints the report.
 
     Args:
@@ -101,10 +120,10 @@ def out_of_memory(
         shape: sequences and tokens of the batch that did not fit, before training; None: the run's own.
         room: bytes that a step may take, its weights among them; None: not known.
     """
-    if trainer is not None and not trainer.is_world_process_zero():
+    if run.trainer is not None and not run.trainer.is_world_process_zero():
         return UserError(f"out of memory {when}: the first process says what would help")
-    report = build_report(arguments, config, trainer, head, shape=shape, room=room) | {"out_of_memory": True}
-    _show(report, arguments, trainer)
+    report = build_report(run, shape=shape, room=room) | {"out_of_memory": True}
+    _show(report, run)
     if not report["advice"]:
         return UserError(f"out of memory {when}: take a larger device, or a smaller model")
     best = report["advice"][0]
@@ -125,25 +144,17 @@ def _what_fits(report: dict[str, Any]) -> str:
     return "All of them together do not make it fit: take a larger device, or a smaller model"
 
 
-def build_report(
-    arguments: Arguments,
-    config: PreTrainedConfig,
-    trainer: SelectiveTrainer | None,
-    head: Head = CAUSAL_LM,
-    *,
-    shape: tuple[int, int] | None = None,
-    room: int | None = None,
-) -> dict[str, Any]:
+def build_report(run: Run, *, shape: tuple[int, int] | None = None, room: int | None = None) -> dict[str, Any]:
     """The report, as the schema above has it. `shape` and `room` as of `out_of_memory`."""
     measured = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "rest", "peak"))
     measured["activations_by"] = {}
-    if shape is None and trainer is not None:  # before training there is nothing to measure
-        measured = _measured(trainer)
-        shape = trainer.figures.batch_shape
+    if shape is None and run.trainer is not None:  # before training there is nothing to measure
+        measured, shape = _measured(run.trainer), run.trainer.figures.batch_shape
+    arguments = run.arguments
     shape = shape or (arguments.optimization.micro_batch_size, arguments.data.max_length)
-    run = estimator_of_run(trainer, arguments, config, head)
-    now = estimated(arguments, shape, run)
-    found = [] if now is None else advice(arguments, shape, now.peak, run)
+    estimate = run.estimator()
+    now = estimated(arguments, shape, estimate)
+    found = [] if now is None else advice(arguments, shape, now.peak, estimate)
     for entry in found:
         entry["fits"] = None if room is None else fits(entry["peak"], room)
     combines = room is not None and not any(entry["fits"] for entry in found)
@@ -154,7 +165,7 @@ def build_report(
         "estimated_peak": None if now is None else now.peak,
         "room": room,
         "advice": found,
-        "together": together(arguments, shape, found, run, room) if combines else None,
+        "together": together(arguments, shape, found, estimate, room) if combines else None,
         "out_of_memory": False,
     }
 
@@ -174,7 +185,7 @@ def _measured(trainer: SelectiveTrainer) -> dict[str, Any]:
     return parts | {"peak": peak, "activations_by": dict(figures.saved_for_backward_by)}
 
 
-def _show(report: dict[str, Any], arguments: Arguments, trainer: SelectiveTrainer | None) -> None:
+def _show(report: dict[str, Any], run: Run) -> None:
     """Prints two tables, on stderr beside the log; writes `memory_report.json` where `--report_memory` is given."""
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120, highlight=False)
     batch = f"{report['batch']['sequences']} x {report['batch']['tokens']} tokens"
@@ -196,7 +207,7 @@ def _show(report: dict[str, Any], arguments: Arguments, trainer: SelectiveTraine
             said = ["yes" if entry["fits"] else "no"] if fitting else []
             table.add_row(entry["change"], gib(entry["saving"]), gib(entry["peak"]), *said)
         console.print(table)
-    if arguments.memory.report_memory and trainer is not None:
-        run_folder = Path(trainer.args.output_dir)
+    if run.given.memory.report_memory and run.trainer is not None:
+        run_folder = Path(run.trainer.args.output_dir)
         run_folder.mkdir(parents=True, exist_ok=True)
         write_whole(run_folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")
