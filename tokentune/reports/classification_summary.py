@@ -29,7 +29,6 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from tokentune.training.scores import LOWER_IS_BETTER
 from tokentune.training.trainer import SelectiveTrainer
 
 SCHEMA_VERSION = 1
+SHOWN = ("seconds_per_step", "saved_for_backward_bytes", "peak_memory_bytes", "share_of_labels_trained")  # per seed
 
 
 def seed_summary(
@@ -71,15 +71,11 @@ def seed_summary(
     evaluations = [{"step": step, "epoch": epochs[step]} | figures for step, figures in trainer.figures.evaluations]
     best = (min if metric in LOWER_IS_BETTER else max)(evaluations, key=lambda entry: entry[metric])
     figures = {name: value for name, value in best.items() if name not in ("step", "epoch")}
-    return run_facts(trainer, arguments, model_facts, wall_seconds) | {
-        "data": {name: None if split is None else asdict(split.report) for name, split in splits.items()},
-        "tokens": {
-            "processed": counts["processed"],
-            "selected": counts["selected"],
-            "labels": labels,
-            "selected_labels": counts["selected_supervised"],
-        },
-        "share_of_labels_trained": counts["selected_supervised"] / labels if labels else None,
+    reports = {name: split and split.report for name, split in splits.items()}
+    trained = counts["selected_supervised"]
+    tokens = {name: counts[name] for name in ("processed", "selected")} | {"labels": labels, "selected_labels": trained}
+    return run_facts(trainer, arguments, model_facts, reports, tokens, wall_seconds) | {
+        "share_of_labels_trained": trained / labels if labels else None,
         "evaluations": evaluations,
         "metric": metric,
         "best": {"step": best["step"], "score": best[metric], "metrics": figures},
@@ -115,15 +111,11 @@ def scores_over_seeds(
     seeds = [
         {
             "seed": summary["seed"],
-            "score": summary["best"]["score"],
-            "metrics": summary["best"]["metrics"],
-            "seconds_per_step": summary["seconds_per_step"],
-            "saved_for_backward_bytes": summary["saved_for_backward_bytes"],
-            "peak_memory_bytes": summary["peak_memory_bytes"],
+            **{name: summary["best"][name] for name in ("score", "metrics")},
+            **{name: summary[name] for name in SHOWN},
             "train_rows": summary["data"]["train"]["rows"],
             "steps": summary["optimizer_steps"],
             "best_step": summary["best"]["step"],
-            "share_of_labels_trained": summary["share_of_labels_trained"],
             "folder": summary["run_folder"],
         }
         for summary in summaries

@@ -1,7 +1,4 @@
-"""Every flag of `estimate.py`: those of `finetune.py`, of which only the model is needed, and what is asked.
-
-python ./tokentune/estimate.py --help
-"""
+"""Every flag of `estimate.py`: those of `finetune.py`, of which only the model is needed, and what is asked."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
