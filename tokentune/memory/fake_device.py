@@ -100,17 +100,15 @@ class _SmallRealTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._is_real(func, args, kwargs):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        with unset_fake_temporarily() if self._is_real(func, args, kwargs) else nullcontext():
+            return func(*args, **kwargs)
 
     def _is_real(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device = kwargs.get("device")
-        if any(isinstance(tensor, FakeTensor) for tensor in tensors) or torch.device(device or "cpu").type != "cpu":
+        if torch.device(device or "cpu").type != "cpu":
             return False
-        if any(tensor.device.type != "cpu" for tensor in tensors):
+        if any(isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" for tensor in tensors):
             return False
         if not tensors:  # a new tensor: real if it holds indices, not if it holds floating-point values
             if kwargs.get("dtype") is None:

@@ -1,22 +1,6 @@
 """`--report_memory`, and what is said when memory runs out: what used it, and what would help most.
 
-`memory_report.json`, in the run's folder, in bytes:
-
-    device                  {type, name, count}, as in training_summary.json
-    batch                   {sequences, tokens} of the micro-batches
-    weights, gradients, optimizer, activations, rest
-                            of one training step; activations: unique storages that autograd kept after the first
-                            forward pass; rest: the device's peak without the others (temporary tensors, kernels'
-                            workspaces; on the CPU the whole process besides). Null: it did not come so far
-    peak                    GPU: the allocator's; CPU: the process's highest resident memory
-    activations_by          the activations by kind of module (core/saved_tensors/breakdown.py)
-    estimated_peak          of the same step, estimated for this type of device (footprint.py)
-    room                    what a step may take, as far as it is known
-    advice                  [{change (flags), peak, saving, fits (null where the room is not known)}], estimated, the
-                            largest saving first
-    together                {change (flags), peak}: the first of them that fit when made together; null where one alone
-                            fits, where all do not, or where the room is not known
-    out_of_memory           whether that ended the run
+What `memory_report.json` holds: docs/memory.md, "What used the memory".
 """
 
 import json
@@ -145,7 +129,7 @@ def _what_fits(report: dict[str, Any]) -> str:
 
 
 def build_report(run: Run, *, shape: tuple[int, int] | None = None, room: int | None = None) -> dict[str, Any]:
-    """The report, as the schema above has it. `shape` and `room` as of `out_of_memory`."""
+    """The content of `memory_report.json`. `shape` and `room` as of `out_of_memory`."""
     measured = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "rest", "peak"))
     measured["activations_by"] = {}
     if shape is None and run.trainer is not None:  # before training there is nothing to measure

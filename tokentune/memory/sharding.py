@@ -54,20 +54,6 @@ class _Unit:
     reduced: int = 0
 
 
-@dataclass
-class _Shares:
-    """Bytes of one process of several: what it holds, what is there for a moment (whole weights, gradients on their
-    way), and what it sends in an optimizer step.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    sent: float
-    gathered: int = 0
-    reduced: int = 0
-
-
 class Sharing:
     """How an engine shares the training of a model out; made before the model is cast to `dtype`.
 
@@ -87,58 +73,58 @@ class Sharing:
 
     def footprint(self, one: Footprint, live: LiveBytes) -> Footprint:
         """What one process holds and sends. `one`, `live`: the step on one device, and what counted its bytes."""
-        shares = {"ddp": self._ddp, "zero2": self._zero2, "fsdp": self._fsdp}[self.engine](one)
-        gradients = shares.gradients / max(1, one.gradients)
+        share, gathered, reduced = {"ddp": self._ddp, "zero2": self._zero2, "fsdp": self._fsdp}[self.engine](one)
+        gradients = share.gradients / max(1, one.gradients)
 
         def change(phase: str, sizes: dict[str, int]) -> dict[str, int]:
-            factors = {GRADIENTS: gradients}
-            moment = shares.gathered + (shares.reduced if phase == "backward" else 0)
+            factors, moment = {GRADIENTS: gradients}, gathered + (reduced if phase == "backward" else 0)
             if phase == "optimizer":
-                moment = 0
-                # The update's temporary tensors are made of gradients and states: in parts where those are, in their
-                # type.
+                # The update's temporaries are made of gradients and states: in parts where those are, in their type.
                 factors[REST] = 1.0 if self.engine == "ddp" else 1 / self.processes
                 factors[REST] *= gradients * self.processes if self.engine == "fsdp" else 1.0
+                moment = 0
             changed = {kind: round(size * factors.get(kind, 1.0)) for kind, size in sizes.items()}
-            return changed | {WEIGHTS: shares.weights, OPTIMIZER: shares.optimizer, "engine": moment}
+            return changed | {WEIGHTS: share.weights, OPTIMIZER: share.optimizer, "engine": moment}
 
         phase, at_peak = live.highest(change)
-        parts = {"weights": shares.weights, "gradients": shares.gradients, "optimizer": shares.optimizer}
-        peak = sum(at_peak.values())
-        return replace(one, **parts, peak=peak, peak_phase=phase, at_peak=at_peak, sent=round(shares.sent))
+        return replace(share, peak=sum(at_peak.values()), peak_phase=phase, at_peak=at_peak)
 
-    def _ddp(self, one: Footprint) -> _Shares:
-        return _Shares(one.weights, 2 * one.gradients, one.optimizer, 2 * self._ring * one.gradients)
+    # One process's share (its peak is that of one device), and bytes that are there for a moment: whole weights, and
+    # gradients on their way.
 
-    def _zero2(self, one: Footprint) -> _Shares:
+    def _ddp(self, one: Footprint) -> tuple[Footprint, int, int]:
+        return replace(one, gradients=2 * one.gradients, sent=round(2 * self._ring * one.gradients)), 0, 0
+
+    def _zero2(self, one: Footprint) -> tuple[Footprint, int, int]:
         """In mixed precision DeepSpeed has 16-bit weights, and float32 masters of them with the optimizer's parts."""
-        states = one.optimizer
+        states, trained = one.optimizer, self.trained
         if self.dtype is not None:
-            states = one.optimizer / max(1, one.gradients) * 4 * self.trained + 4 * self.trained
-        return _Shares(
-            weights=one.weights,
+            states = one.optimizer / max(1, one.gradients) * 4 * trained + 4 * trained
+        share = replace(
+            one,
             gradients=math.ceil(one.gradients / self.processes),
             optimizer=math.ceil(states / self.processes),
-            sent=self._ring * (self._micro_batches + 1) * one.gradients,
-            reduced=2 * min(BUCKET_ELEMENTS, self.trained) * (4 if self.dtype is None else 2),  # two buckets, in turns
+            sent=round(self._ring * (self._micro_batches + 1) * one.gradients),
         )
+        return share, 0, 2 * min(BUCKET_ELEMENTS, trained) * (4 if self.dtype is None else 2)  # two buckets, in turns
 
-    def _fsdp(self, one: Footprint) -> _Shares:
+    def _fsdp(self, one: Footprint) -> tuple[Footprint, int, int]:
         layers, embeddings, head, others = self.units
         units = [*layers, embeddings, head, others]
         gradients = sum(unit.trained_share for unit in units)
         memory = self.arguments.memory
         passes = 3 if memory.gradient_checkpointing and memory.checkpoint_rest == "segments" else 2
         gathers = passes * sum(unit.whole for unit in units if unit is not head) + head.whole
-        ahead = 3 if self.processes > 1 else 1
-        return _Shares(
+        share = replace(
+            one,
             weights=sum(unit.share for unit in units),
             gradients=gradients,
             optimizer=round(one.optimizer / max(1, one.gradients) * gradients),  # in proportion, in whatever type
-            sent=self._ring * self._micro_batches * (gathers + sum(unit.reduced for unit in units)),
-            gathered=head.whole + others.whole + ahead * max(unit.whole for unit in layers),
-            reduced=max(unit.gradients + unit.reduced for unit in units),
+            sent=round(self._ring * self._micro_batches * (gathers + sum(unit.reduced for unit in units))),
         )
+        ahead = 3 if self.processes > 1 else 1
+        gathered = head.whole + others.whole + ahead * max(unit.whole for unit in layers)
+        return share, gathered, max(unit.gradients + unit.reduced for unit in units)
 
     @property
     def _ring(self) -> float:

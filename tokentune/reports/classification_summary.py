@@ -1,27 +1,6 @@
 """The files that a run of `classify.py` leaves besides its weights.
 
-The `training_summary.json` of each seed is that of `finetune.py` (`reports/summary.py`), except for:
-
-    data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels,
-                             unwritten_labels}; test is null without test data; tokens of images are not counted
-    tokens                   trained on, over all epochs and processes: {processed, selected, labels (of rows or words;
-                             null for a run that selects tokens, ended within an epoch and drew its rows grouped by
-                             length), selected_labels (those that were trained on)}
-    share_of_labels_trained  selected_labels / labels, or null
-    loss, validation_loss    nats per label; for regression squared error
-    evaluations              [{step, epoch, loss and every score}], each by the full forward pass without selection
-    metric                   the score that chose the best checkpoint
-    best                     {step, score, metrics}: the checkpoint that was kept
-    seconds_per_step         median over the optimizer steps, without logging, evaluating and saving
-
-`classification_summary.json` in the run's top folder, schema version 1, over all seeds:
-
-    task, metric, classes    name or type of the task; the metric of `score`; names of the classes, null for regression
-    method                   {tokentune, prefix_length, selection, lora}: prefix_length and selection null without it
-    seeds                    [{seed, score, metrics, seconds_per_step, saved_for_backward_bytes, peak_memory_bytes,
-                             train_rows, steps, best_step, share_of_labels_trained, folder}]
-    mean, standard_deviation of the scores (sample standard deviation, n - 1; null for one seed)
-    settings, device, versions
+What its summaries hold: docs/encoders.md, "The summaries".
 """
 
 import itertools
@@ -58,7 +37,7 @@ def seed_summary(
     metric: str,
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The summary of one seed's finished training, in the schema above.
+    """The content of a seed's `training_summary.json`.
 
     Args:
         splits: "train", "validation" and "test".

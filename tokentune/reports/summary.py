@@ -1,44 +1,6 @@
 """The files that a run leaves besides its weights: `training_summary.json` and `training_curves.png`.
 
-The summary's schema, version 1 (memory in bytes, times in seconds, losses in nats per token; null: not measured):
-
-    schema_version           1
-    finished                 UTC time, ISO 8601
-    run_folder               path
-    seed                     int
-    settings                 {flag: value}, every flag of finetune.py
-    model                    {class, parameters, trainable_parameters, base_dtype, saved_dtype}
-    data                     {train (of one epoch; null if streamed), validation (null without such data)}: each {rows,
-                             dropped_rows (no supervised token), dropped_long_rows, cut_rows, cut_ends (rows that lost
-                             the end of an answer), tokens, supervised_tokens}
-    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out, bad}], one per data set
-    optimizer_steps          int
-    micro_batch_size         sequences per forward pass and process
-    saved_step               the optimizer step of the saved weights: the last one, or with --load_best_model_at_end
-                             the one with the lowest validation loss
-    stopped_early            whether --early_stopping_patience ended the run
-    tokens                   trained on, over all epochs and processes: {processed (without padding), supervised (null
-                             for a run that ended within an epoch), selected (those with gradients),
-                             selected_supervised}
-    loss                     {first (of step 1), last (mean since the previous log entry)}
-    validation_loss          {base (before training), final (of saved_step), best: {step, loss}, steps: [{step, loss}]},
-                             or null
-    peak_memory_bytes        GPU: the peak of the allocator, summed over the GPUs, in training only (without loading and
-                             evaluation); CPU: the highest resident memory of the process since its start
-    saved_for_backward_bytes unique storages that autograd kept after the forward pass of the first micro-batch,
-                             without parameters
-    tokens_per_second        processed tokens / training_seconds
-    training_seconds         from the start of the first step to the end of the last, without evaluation
-    wall_seconds             of the whole command
-    log                      [{step, epoch, loss (mean since the previous entry), learning_rate, grad_norm (before
-                             clipping, of the last step), tokens_per_second, memory_allocated_bytes,
-                             memory_reserved_bytes, memory_peak_bytes}], one per log entry. For steps compared by
-                             --diagnose_steps also gradient_cosine (of selective and full gradient, before clipping) and
-                             gradient_relative_error (norm of their difference / norm of the full gradient). With a
-                             scoring pass also loss_all_tokens (mean over all supervised tokens, selected or not, since
-                             the previous entry)
-    device                   {type, name, count}: GPUs, or the CPU with its threads
-    versions                 {tokentune, python, and each library}
+What the summary holds: docs/evaluation.md, "The training summary".
 """
 
 import json
@@ -70,12 +32,12 @@ def build_summary(
     model_facts: dict[str, Any],
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The summary of a finished run, in the schema above.
+    """The content of `training_summary.json`.
 
     Args:
         trainer: after `train()`.
         data: the training and validation data.
-        model_facts: `model` in the schema.
+        model_facts: `class`, `parameters`, `trainable_parameters`, `base_dtype`, `saved_dtype`.
         wall_seconds: since the command started.
     """
     of_an_epoch, epochs = data.train_report, trainer.state.epoch
@@ -95,7 +57,7 @@ def run_facts(
     tokens: dict[str, Any],
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The part of the schema above that all commands share. `reports`: by split; None: no such data."""
+    """The part of the summary that all commands share. `reports`: by split; None: no such data."""
     entries = [_log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     seconds = trainer.figures.training_seconds
     return {
