@@ -39,13 +39,18 @@ from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.training.checkpoints.saving import write_whole
 
-METHODS = {  # (tokentune, gradient checkpointing)
-    "full": (False, False),
-    "gradient checkpointing": (False, True),
-    "TokenTune": (True, False),
-    "TokenTune + checkpointing": (True, True),
+# The table's rows: the flags that choose each.
+METHODS = {
+    "full": {"tokentune": False, "gradient_checkpointing": False},
+    "gradient checkpointing": {"tokentune": False, "gradient_checkpointing": True},
+    "TokenTune": {"tokentune": True, "gradient_checkpointing": False},
+    "TokenTune + checkpointing": {"tokentune": True, "gradient_checkpointing": True},
 }
-WEIGHTS = {"all weights": (False, False), "LoRA": (True, False), "QLoRA": (True, True)}  # (lora, qlora)
+WEIGHTS = {
+    "all weights": {"lora": False, "qlora": False},
+    "LoRA": {"lora": True, "qlora": False},
+    "QLoRA": {"lora": True, "qlora": True},
+}
 TRIED = {  # what --find looks among: the flag or unit, and its ascending values
     "proportion": ("--prefix_length", tuple(step / 100 for step in range(5, 101, 5))),
     "batch": ("sequences", range(1, 4097)),
@@ -124,8 +129,7 @@ def estimate(arguments: EstimateArguments, subject: Subject, run: Estimate) -> I
 
 def with_mode(arguments: EstimateArguments, method: str, weights: str) -> EstimateArguments:
     """The same flags, but for those that choose the table's row."""
-    (tokentune, checkpointing), (lora, qlora) = METHODS[method], WEIGHTS[weights]
-    return arguments.changed(tokentune=tokentune, gradient_checkpointing=checkpointing, lora=lora, qlora=qlora)
+    return arguments.changed(**METHODS[method], **WEIGHTS[weights])
 
 
 # --- the largest that fits --------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_a_batch_that_runs_out_of_memory_is_told_with_what_would_fit(
     ) as told:
         probe_memory(trainer, arguments, config)
     first, second = str(told.value).splitlines()
-    assert "would save most" in first and "are to be had" in first
+    assert "would save most" in first and "are available" in first
     assert second.startswith(("Any of these makes it fit: ", "No single flag makes it fit; together these do: "))
     said = capfd.readouterr().err
     assert "fits" in said and "--gradient_accumulation_steps 2" in said

@@ -63,8 +63,8 @@ def fits(peak: int, room: float) -> bool:
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, what bitsandbytes keeps beside 4-bit weights (scales, their scales, tables), and all of
-    these of the reference model that a selection asks.
+    """Parameters, buffers and the constants of 4-bit weights (scales, their scales, tables), and those of the
+    reference model whose losses the selection uses.
     """
     constants = []
     for parameter in model.parameters():
@@ -84,7 +84,7 @@ def states_of(optimizer: Any) -> Iterator[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of these tensors, each counted once; of a tensor that FSDP splits, this process's part."""
+    """Bytes of these tensors' storages, each counted once; of a tensor that FSDP has split, of this process's part."""
     storages = ((tensor.to_local() if hasattr(tensor, "to_local") else tensor).untyped_storage() for tensor in tensors)
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -124,7 +124,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: str = "cpu"):
-        """`device`: the device type whose bytes are counted; on other ones only `bytes_of` counts."""
+        """`device`: the type of device whose peak is counted; only `bytes_of` tells bytes on others."""
         super().__init__()
         self.device = device
         self.now = self.peak = self.operations = self.peak_at = 0

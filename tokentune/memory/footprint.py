@@ -91,7 +91,7 @@ def estimator(
             return measure(config, changed, shape, profile=known, **options)
         except UnsupportedModelError as error:
             raise UserError(str(error)) from error
-        # Code that reads values of tensors without data, or asks a GPU that is not there (an assertion of torch).
+        # Code that reads values of tensors without data, or asks for a GPU on a machine without one (AssertionError).
         except (RuntimeError, AssertionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"cannot be run without data: {reason}") from error
@@ -155,7 +155,7 @@ def measure(
 
 @contextmanager
 def _run_under_way_kept() -> Iterator[None]:
-    """The Trainer's settings make accelerate forget what it was set up for, when they are made."""
+    """Keeps accelerate's state: making the Trainer's settings resets it, also that of a run under way."""
     states = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
     try:
         yield
@@ -188,7 +188,7 @@ def skeleton(config: PreTrainedConfig, arguments: Arguments, head: Head, profile
 
 
 def _with_4bit_layers(model: nn.Module, compute_dtype: torch.dtype, head: Head) -> nn.Module:
-    """bitsandbytes' layers where `load_base_model` would put them."""
+    """Replaces the layers that `load_base_model` would load in 4 bits by those of bitsandbytes."""
     quantization = nf4(compute_dtype, head_modules(model) if head.is_new else None)
     AutoHfQuantizer.from_config(quantization)._process_model_before_weight_loading(model, None)
     model.is_loaded_in_4bit = model.is_quantized = True
@@ -228,13 +228,13 @@ def _step(model: nn.Module, batch: dict[str, Any], optimizer: Any, arguments: Ar
 
 
 def fill_states(optimizer: Any, trained: list[nn.Parameter]) -> None:
-    """A step with gradients of zero: makes the optimizer's states, as earlier steps have, and leaves the gradients.
+    """Makes the optimizer's states, as earlier steps would have, by a step with gradients of zero, which stay.
 
-    `optimizer` None: it makes the gradients alone.
+    `optimizer` None: makes the gradients only.
     """
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-        if hasattr(optimizer, "optimizers"):  # one for each parameter, which frees its gradient
+        if hasattr(optimizer, "optimizers"):  # one per parameter: it is applied, and its gradient freed, at once
             optimizer.optimizers[parameter].step()
             parameter.grad = None
     if optimizer is not None:
@@ -242,7 +242,7 @@ def fill_states(optimizer: Any, trained: list[nn.Parameter]) -> None:
 
 
 def forward_loss(model: nn.Module, batch: dict[str, Any], arguments: Arguments, device: str) -> Tensor:
-    """The loss, as the Trainer has it: under autocast, with outputs turned to float32 outside of it (accelerate)."""
+    """The loss as the Trainer computes it: under autocast, the outputs then converted to float32 (by accelerate)."""
     dtype = autocast_dtype(arguments)
     with torch.autocast(device, dtype) if dtype is not None else nullcontext():
         output = model(**batch)
@@ -252,7 +252,7 @@ def forward_loss(model: nn.Module, batch: dict[str, Any], arguments: Arguments, 
 
 
 def update(model: nn.Module, optimizer: Any, arguments: Arguments) -> None:
-    """What follows the backward pass: gradients are clipped, applied and freed. `optimizer` None: nothing to apply."""
+    """After the backward pass: clips, applies and frees the gradients. `optimizer` None: does not apply them."""
     given = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if given and arguments.optimization.max_grad_norm:
         nn.utils.clip_grad_norm_(given, arguments.optimization.max_grad_norm)
@@ -262,7 +262,7 @@ def update(model: nn.Module, optimizer: Any, arguments: Arguments) -> None:
 
 
 def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], device: str) -> dict[str, Any]:
-    """A batch of full rows. On the CPU its values are real: there, code looks at them."""
+    """A batch without padding. On the CPU its values are real, because code for the CPU reads them."""
     core = inner_model(model)
     rows, length = shape
     text = core.config.get_text_config()
@@ -285,7 +285,7 @@ def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], devic
             positions = torch.arange(count, device=device) * length // count
             batch["selected_positions"] = positions.expand(rows, -1).clone()
         elif device != "cpu" and not getattr(text, "sliding_window", None):
-            # transformers reads the mask, finds no padding and goes without; of a fake one it cannot read that.
+            # transformers drops a mask without padding; it cannot read that from a mask without data.
             del batch["attention_mask"]
     return batch
 
@@ -294,7 +294,7 @@ def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], devic
 
 
 def _optimizer(model: nn.Module, arguments: Arguments, settings: Any, device: str) -> Any:
-    """What the Trainer would make, by its own code."""
+    """The optimizer that the Trainer would create, by its own code."""
     trainer = object.__new__(SelectiveTrainer)
     trainer.model, trainer.args = model, settings
     trainer.optimizer = trainer.optimizer_cls_and_kwargs = None
@@ -304,14 +304,14 @@ def _optimizer(model: nn.Module, arguments: Arguments, settings: Any, device: st
     for part in getattr(optimizer, "optimizers", {None: optimizer}).values():
         _run_without_kernels(part)
         for group in part.param_groups:
-            # Torch takes the kernel over all weights at once for tensors of its own types, which fake ones are not.
+            # torch updates all weights in one kernel by default, but not for tensor subclasses such as fake tensors.
             if device == "cuda" and "foreach" in group and not (group["foreach"] or group.get("fused")):
                 group["foreach"] = True
     return optimizer
 
 
 def _fake_tables() -> AbstractContextManager:
-    """bitsandbytes works its tables of 8-bit numbers out from real ones, when an optimizer is made."""
+    """Replaces bitsandbytes' tables of 8-bit numbers, which need real values, while an optimizer is made."""
     try:
         from bitsandbytes import functional
     except ImportError:
@@ -320,7 +320,7 @@ def _fake_tables() -> AbstractContextManager:
 
 
 def _run_without_kernels(optimizer: Any) -> None:
-    """Of a bitsandbytes optimizer its states are made, by its own rules; its kernels, in place, have no fake form."""
+    """Lets a bitsandbytes optimizer make its states but run no kernel: its kernels do not accept fake tensors."""
     if not type(optimizer).__module__.startswith("bitsandbytes"):
         return
 

@@ -1,15 +1,14 @@
-"""A run's memory, tried before its first step: what does not fit is said then, and not an hour later.
+"""Whether a run fits into memory, found before its first step; and the largest micro-batch that fits.
 
     B sequences, S tokens
 
 The longest micro-batch takes one step (`memory/trial_step.py`), the longest batch of the validation one forward pass.
-Where memory runs out, the run ends with the flags that would make it fit and what each saves. `--auto_micro_batch`
-takes the largest micro-batch that fits, with the global batch left as it is. The gradient of a global batch is the same
-for every split of it into micro-batches, up to the order of sums: the loss of each is divided by the targets of all
-(`training/trainer.py`). What changes is the memory that a step takes, and on a GPU its speed.
+If memory runs out, the run ends with the flags that would make it fit and what each saves. `--auto_micro_batch` takes
+the largest micro-batch that fits. The global batch stays, and so does its gradient, up to the order of sums: the loss
+of each micro-batch is divided by the targets of all (`training/trainer.py`).
 
-A GPU says itself that memory runs out. On a CPU the system may kill the process without a word, so there the step is
-estimated first (`memory/footprint.py`), unless a generous bound already says that it fits.
+On a GPU the allocator raises an error. On a CPU the system may kill the process without a message, so there the step
+is estimated first (`memory/footprint.py`), unless a generous bound already fits.
 """
 
 import logging
@@ -35,8 +34,8 @@ from tokentune.training.trainer import SelectiveTrainer
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 _ESTIMATE_ERROR = 0.02  # of an estimate on the CPU
-# No step that was measured held more than a third of this: numbers per token for each row and column of the weights,
-# and bytes for each trained weight's.
+# For `generous_bytes`; no step that was measured held more than a third of it. Numbers per token, for each row and
+# column of a weight matrix; bytes per byte of a trained weight in float32.
 _GENEROUS_NUMBERS, _GENEROUS_WEIGHTS = 6, 6
 
 
@@ -66,11 +65,11 @@ def probe_memory(trainer: SelectiveTrainer, arguments: Arguments, config: PreTra
         try:
             needed = estimated_peak(run, shape, room)
         except UserError:
-            needed = 0  # not known: it is tried
+            needed = 0  # not known
         if needed * (1 - _ESTIMATE_ERROR) > room:
             raise _does_not_fit(run, shape)
-        if needed:  # said before it is tried: a system that runs out of memory kills, and the line stays
-            logger.info("a step needs about %s of memory, %s are to be had", gib(needed), gib(room))
+        if needed:  # logged before the trial, which the system may kill
+            logger.info("a step needs about %s of memory, %s are available", gib(needed), gib(room))
     peak = try_batch(trainer, arguments, batch, longest_validation_batch(trainer))
     if peak is None:
         raise _does_not_fit(run, shape)
@@ -188,7 +187,7 @@ def estimated_peak(run: Run, shape: tuple[int, int], room: int) -> int:
 
 
 def generous_bytes(model: nn.Module, shape: tuple[int, int]) -> int:
-    """More than a step of (B, S) tokens can take, counted in no time: every layer's rows in and out, several times."""
+    """More bytes than a step of (B, S) tokens can take, without running it: all layers' inputs and outputs, 6 times."""
     sequences, tokens = shape
     trained = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
     sizes = sum(int(np.prod(p.shape[:-2])) * sum(p.shape[-2:]) for p in model.parameters() if p.ndim >= 2)

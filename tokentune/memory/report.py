@@ -111,7 +111,7 @@ def out_of_memory(run: Run, when: str, *, shape: tuple[int, int] | None = None, 
     if not report["advice"]:
         return UserError(f"out of memory {when}: take a larger device, or a smaller model")
     best = report["advice"][0]
-    there = "" if room is None else f" where {gib(room)} are to be had"
+    there = "" if room is None else f" where {gib(room)} are available"
     message = (
         f"out of memory {when}, whose step needs about {gib(report['estimated_peak'])}{there}. "
         f"{best['change']} would save most: about {gib(best['saving'])}"

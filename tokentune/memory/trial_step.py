@@ -1,9 +1,9 @@
-"""One training step tried before training: the longest rows, forward, backward and update, and no trace of it.
+"""One training step tried before training, on the longest rows: forward pass, backward pass and update.
 
     B sequences, S tokens
 
-Afterwards everything is as it was, bit for bit: weights and buffers, gradients, random numbers, the trainer's own
-counters. The optimizer is another one than the run's, whose steps have gradients of zero and no learning rate.
+Nothing of it remains, bit for bit: weights and buffers, gradients, random states and the trainer's counters are as
+before. The step has an optimizer of its own, with gradients of zero and a learning rate of zero.
 """
 
 import gc
@@ -96,7 +96,7 @@ def try_batch(
             raise
     finally:
         if highest is None:
-            gc.collect()  # what the error's frames held
+            gc.collect()  # tensors that the error's frames held
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
     if highest is None and validates:
@@ -113,9 +113,9 @@ def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]
     model = trainer.model
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # In front of an optimizer's own hooks: no gradient ever reaches a weight.
+    # Registered before an optimizer's own hooks: no gradient ever reaches a weight.
     hooks = [parameter.register_post_accumulate_grad_hook(_erase) for parameter in trained]
-    # Paged optimizers keep their states in memory that is swapped out, and in a list that is never emptied.
+    # A paged optimizer's states may be swapped out, and bitsandbytes never frees them.
     optimizer = None if "paged" in arguments.optimization.optim else _idle_optimizer(trainer)
     try:
         fill_states(optimizer, trained)
@@ -147,7 +147,7 @@ def _erase(parameter: nn.Parameter) -> None:
 
 
 def _idle_optimizer(trainer: SelectiveTrainer) -> Any:
-    """One like the run's, that moves nothing: with gradients of zero there is nothing left but rate and decay."""
+    """An optimizer as the run's that changes no weight: gradients, learning rate and weight decay are zero."""
     own = trainer.optimizer, trainer.optimizer_cls_and_kwargs
     trainer.optimizer = None
     try:
@@ -163,10 +163,10 @@ def _idle_optimizer(trainer: SelectiveTrainer) -> Any:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back whatever a step changes besides the weights, which it must leave alone itself."""
+    """Restores whatever a step changes besides the weights, which it must not change."""
     devices = {parameter.device for parameter in model.parameters()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    # Some models keep numbers of the batches that they saw: rotary embeddings that grow with the longest sequence.
+    # Some models store facts about their batches: rotary embeddings grow with the longest sequence.
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     try:
@@ -187,7 +187,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _peak(trainer: SelectiveTrainer) -> Iterator[Callable[[], int]]:
-    """Tells the most bytes alive within it so far: on a GPU by its allocator, elsewhere counted tensor by tensor."""
+    """Yields a function that returns the peak so far, in bytes: the GPU's allocator's, or counted tensor by tensor."""
     gpus = {parameter.device for parameter in trainer.model.parameters() if parameter.device.type == "cuda"}
     if gpus:
         for device in gpus:

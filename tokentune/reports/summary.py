@@ -5,7 +5,6 @@ What the summary holds: docs/evaluation.md, "The training summary".
 
 import json
 import logging
-import math
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,16 +115,9 @@ def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, A
 def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:
     """Writes a summary as JSON, whole or not at all. Numbers that JSON cannot hold (NaN, infinity) become null."""
     path = run_folder / name
-    write_whole(path, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
     return path
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "nats per token") -> Path:
