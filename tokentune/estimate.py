@@ -107,7 +107,7 @@ def estimator_for(arguments: EstimateArguments, subject: Subject) -> Estimate:
     """What runs the steps of this command."""
     own = arguments.estimation
     sharing = {"processes": own.num_processes, "engine": own.sharding}
-    return estimator(arguments, subject.config, own.device, subject.head, **sharing)
+    return estimator(subject.config, own.device, subject.head, **sharing)
 
 
 def estimate(arguments: EstimateArguments, subject: Subject, run: Estimate) -> Iterator[Row]:

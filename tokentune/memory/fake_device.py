@@ -191,9 +191,8 @@ class _Kernels(TorchFunctionMode):
         if self.gpu:
             if func is F.scaled_dot_product_attention:
                 return _attention(*args, **kwargs)
-            if (
-                func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor)
-            ):  # in C++ both are on the meta device
+            # `to(other)`: in C++ both are on the meta device.
+            if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
                 return args[0].to(args[1].device, args[1].dtype)
             kwargs.pop("pin_memory", None)  # memory without data cannot be pinned
         return func(*args, **kwargs)

@@ -55,7 +55,6 @@ Estimate = Callable[[Arguments, tuple[int, int]], Footprint]
 
 
 def estimator(
-    arguments: Arguments,
     config: PreTrainedConfig,
     device: str,
     head: Head = CAUSAL_LM,
@@ -64,31 +63,26 @@ def estimator(
     processes: int = 1,
     engine: str | None = None,
 ) -> Estimate:
-    """`measure` for the model of `config`.
-
-    Args:
-        arguments: which attention the model takes, and whether its own code is trusted.
-        profile: of the patched model; None has it verified once, when it is first needed.
-    """
+    """`measure` for one model. `profile` None: its selective layers are verified once, when first needed."""
 
     @cache
-    def verified() -> Profile | str:
-        options = {"attn_implementation": arguments.model.attn_implementation}
+    def verified(attention: str | None, trusted: bool) -> Profile | str:
         with torch.device("meta"):
-            trusted = arguments.model.trust_remote_code
-            model = head.auto_class.from_config(config, trust_remote_code=trusted, **options)
+            model = head.auto_class.from_config(config, attn_implementation=attention, trust_remote_code=trusted)
         try:
             return verified_profile(model)
         except UnsupportedModelError as error:
             return f"TokenTune cannot serve this model exactly: {error}"
 
-    def estimate(changed: Arguments, shape: tuple[int, int]) -> Footprint:
+    def estimate(arguments: Arguments, shape: tuple[int, int]) -> Footprint:
+        known, model = profile, arguments.model
         options = {"device": device, "head": head, "processes": processes, "engine": engine}
         try:
-            known = (profile or verified()) if changed.selection.tokentune else None
+            if arguments.selection.tokentune and known is None:
+                known = verified(model.attn_implementation, model.trust_remote_code)
             if isinstance(known, str):
                 raise UserError(known)
-            return measure(config, changed, shape, profile=known, **options)
+            return measure(config, arguments, shape, profile=known, **options)
         except UnsupportedModelError as error:
             raise UserError(str(error)) from error
         # Code that reads values of tensors without data, or asks for a GPU on a machine without one (AssertionError).

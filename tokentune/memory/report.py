@@ -52,10 +52,10 @@ class Run:
     def estimator(self) -> Estimate:
         """What estimates its steps, for the type of its device."""
         if self.trainer is None:
-            return estimator(self.given, self.config, "cuda" if torch.cuda.is_available() else "cpu", self.head)
+            return estimator(self.config, "cuda" if torch.cuda.is_available() else "cpu", self.head)
         patched = settings_of(inner_model(self.trainer.model))
         device = "cuda" if self.trainer.args.device.type == "cuda" else "cpu"
-        return estimator(self.given, self.config, device, self.head, profile=patched and patched.profile)
+        return estimator(self.config, device, self.head, profile=patched and patched.profile)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
