@@ -137,8 +137,10 @@ def measure(
             optimizer = _optimizer(model, arguments, settings, device)
             fill_states(optimizer, trained)
             live.claim(OPTIMIZER, states_of(optimizer))
-            if arguments.optimization.gradient_accumulation_steps == 1:  # else those of earlier micro-batches are there
-                model.zero_grad()
+            model.zero_grad()
+            if arguments.optimization.gradient_accumulation_steps > 1:  # those of earlier micro-batches
+                for parameter in trained:
+                    parameter.grad = torch.zeros_like(parameter)
             live.claim(GRADIENTS, [parameter.grad for parameter in trained if parameter.grad is not None])
             batch = _batch(model, arguments, shape, device)
             live.claim("batch", [value for value in batch.values() if isinstance(value, Tensor)])
