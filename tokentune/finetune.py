@@ -39,8 +39,7 @@ from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.streaming_rows import seeded_rows
 from tokentune.environment import library_versions
 from tokentune.memory.dry_run import build_without_folder, say_plan
-from tokentune.memory.micro_batch import choose_micro_batch
-from tokentune.memory.probe import probe_memory
+from tokentune.memory.probe import choose_micro_batch, probe_memory
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
