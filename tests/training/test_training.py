@@ -514,7 +514,7 @@ def test_the_private_members_of_transformers_are_there_and_no_other_is_used() ->
     assert parameters == ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
 
 
-def test_whole_sequences_are_looked_at_too(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+def test_whole_sequences_are_scored_too(make_trainer: Callable[..., SelectiveTrainer]) -> None:
     """Batches that the selection takes whole: the logged loss of all tokens is their training loss."""
     trainer = make_trainer("--tokentune --prefix_length 256 --selection_pass --global_batch_size 8")
     trainer.train()

@@ -26,7 +26,7 @@ from tokentune.sampling.sampler import (
     target_mask,
 )
 
-ALL_LABELS = "all_labels"  # a batch's labels before any was masked: for looks, and for `runs/diagnosing.py`
+ALL_LABELS = "all_labels"  # a batch's labels before any was masked: for scoring passes and `training/diagnosing.py`
 
 
 class SeededRows(torch.utils.data.Dataset):

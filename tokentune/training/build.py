@@ -65,7 +65,7 @@ def training_collator(
         pad_token_id=tokenizer.pad_token_id,
         prefix_length=selection.selected if selection.tokentune else None,
         strategy=selection.selection,
-        keep_labels=selection.diagnose_steps is not None or selection.looks,
+        keep_labels=selection.diagnose_steps is not None or selection.scoring_pass,
         draw_later=selection.scored or selection.schedule is not None,
     )
     return PackedCollator(collator) if packed else collator
@@ -89,8 +89,8 @@ def selective_trainer(
         eval_rows,
         processing,
         schedule=selection.schedule if selection.tokentune else None,
-        looks=selection.looks,
-        model_draws=selection.looks and selection.scored,
+        scoring_pass=selection.scoring_pass,
+        model_draws=selection.scoring_pass and selection.scored,
         diagnosis=None if diagnose is None else GradientDiagnosis(diagnose),
         optim_in_backward=arguments.optimization.optim_in_backward,
         flags=arguments.settings(),

@@ -63,7 +63,7 @@ class SelectiveTrainer(Trainer):
 
     Attributes:
         figures: what the run counts and times.
-        schedule, looks, model_draws, diagnosis, optim_in_backward, flags: as given.
+        schedule, scoring_pass, model_draws, diagnosis, optim_in_backward, flags: as given.
         use_cache: the model's own setting, which the Trainer switches off in its config; None where it has none.
         data_digest: of the training rows, kept in checkpoints; None: not known.
         last_checkpoint: the newest that is whole; None: there is none yet.
@@ -83,7 +83,7 @@ class SelectiveTrainer(Trainer):
         loss: Callable[..., Tensor] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         schedule: Schedule | None = None,
-        looks: bool = False,
+        scoring_pass: bool = False,
         model_draws: bool = False,
         diagnosis: GradientDiagnosis | None = None,
         optim_in_backward: bool = False,
@@ -97,7 +97,7 @@ class SelectiveTrainer(Trainer):
             collator: makes batches of training rows and counts their tokens (`count`).
             loss: of (outputs, labels, num_items_in_batch); None: the model's own.
             schedule: how the selection's size changes over the run; None: it does not.
-            looks: whether the model makes a scoring pass over all tokens before each step.
+            scoring_pass: whether the model makes a scoring pass over all tokens before each step.
             model_draws: whether it then draws the selection itself, by those scores, and not the collator.
             diagnosis: compares gradients every some steps (--diagnose_steps).
             optim_in_backward: whether each weight is updated within the backward pass.
@@ -117,7 +117,7 @@ class SelectiveTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self.memory_figures, epochs=not isinstance(train_rows, IterableDataset)))
         self.eval_collator, self.evaluation = eval_collator, evaluation
-        self.schedule, self.looks, self.model_draws = schedule, looks, model_draws
+        self.schedule, self.scoring_pass, self.model_draws = schedule, scoring_pass, model_draws
         self.diagnosis, self.optim_in_backward = diagnosis, optim_in_backward
         self.flags, self.data_digest = flags or {}, None
         self.last_checkpoint: Path | None = None
@@ -206,8 +206,8 @@ class SelectiveTrainer(Trainer):
             self.check_finite()
         self._count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.looks:
-            self._count_look()
+        if self.scoring_pass:
+            self._count_scored()
         if self.diagnosis is not None:
             self.diagnosis.note(self, inputs, partial(super().training_step, model))
         step, place = self._place
@@ -232,7 +232,7 @@ class SelectiveTrainer(Trainer):
             selected, supervised = torch.zeros_like(selected), torch.zeros_like(supervised)
         self.figures.count(processed, selected, supervised)
 
-    def _count_look(self) -> None:
+    def _count_scored(self) -> None:
         drawn = last_draw(self.model)
         if self.model_draws:
             self.figures.count_drawn(drawn)
