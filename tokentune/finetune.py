@@ -80,7 +80,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     started = time.perf_counter()
     # Whatever can be refused is refused here: nothing has been written, no weight read.
     check_push(arguments.run.push_to_hub, run_folder)
-    start = what_to_resume(arguments, run_folder)
+    start = what_to_resume(arguments.settings(), run_folder)
     overwrite = arguments.output.overwrite_output_dir
     if arguments.run.preview is None:
         check_run_folder(run_folder, overwrite=overwrite, resuming=start.in_place, can_resume=True)

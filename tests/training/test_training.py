@@ -144,18 +144,18 @@ def test_draws_depend_on_epoch_and_row_alone(make_trainer: Callable[..., Selecti
     def draws(words: str) -> list[dict[tuple, tuple]]:
         trainer = make_trainer(f"--num_epochs 2 --tokentune --prefix_length 0.3 {words}")
         epochs: list[dict[tuple, tuple]] = [{}, {}]
-        count = trainer._count
+        step = trainer.training_step
 
-        def note(inputs: dict[str, Tensor]) -> None:
+        def note(model: nn.Module, inputs: dict[str, Tensor], items: Any) -> Tensor:
             for ids, mask, positions in zip(
                 inputs["input_ids"], inputs["attention_mask"], inputs["selected_positions"], strict=True
             ):
                 length = int(mask.sum())
                 chosen = tuple(p for p in positions.tolist() if p < length)
                 epochs[int(trainer.state.epoch)][tuple(ids[:length].tolist())] = chosen
-            count(inputs)
+            return step(model, inputs, items)
 
-        trainer._count = note
+        trainer.training_step = note
         trainer.train()
         return epochs
 

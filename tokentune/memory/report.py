@@ -182,7 +182,7 @@ def _measured(arguments: Arguments, trainer: SelectiveTrainer | None) -> dict[st
     )
     parts["activations"] = trainer.figures.saved_for_backward_bytes
     parts["activations_by"] = dict(trainer.figures.saved_for_backward_by)
-    parts["peak"] = trainer.memory_figures()["peak_bytes"]
+    parts["peak"] = trainer.figures.memory()["peak_bytes"]
     known = sum(parts[name] or 0 for name in ("weights", "gradients", "optimizer", "activations"))
     parts["rest"] = max(parts["peak"] - known, 0)
     return parts

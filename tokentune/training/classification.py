@@ -23,7 +23,6 @@ from tokentune.data.labelled.labels import Labels
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.training.build import selective_trainer
 from tokentune.training.scores import LOWER_IS_BETTER, scorer
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
@@ -171,7 +170,7 @@ def build_classification_trainer(
         "image": lambda: stack_images,
     }[task_type]()
     tokens = tokens_per_image(model, train_rows.rows[0]["pixel_values"]) if task_type == "image" else 1
-    return selective_trainer(
+    return SelectiveTrainer(
         model,
         settings,
         train_rows,
