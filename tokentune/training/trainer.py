@@ -10,6 +10,7 @@ gives the same update.
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -39,7 +41,6 @@ from tokentune.training.loop import TrainingLoop
 from tokentune.training.nan_batch import FirstBadLoss, write_nan_batch
 from tokentune.training.offline import offline
 from tokentune.training.optimizers import in_backward
-from tokentune.training.split_saving import set_fsdp_policy
 from tokentune.training.trackers import prepare_trackers
 from tokentune.training.trainer_arguments import Extent
 
@@ -155,9 +156,18 @@ class SelectiveTrainer(Trainer):
         self.args.gradient_accumulation_steps = accumulation
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's accelerator, with this project's precision where FSDP adds gradients up."""
+        """The Trainer's accelerator; FSDP computes in its 16 bits, and keeps weights and sums of gradients in float32.
+
+        accelerate's own policy would sum gradients, and round the loss, in 16 bits.
+        """
         super().create_accelerator_and_postprocess()
-        set_fsdp_policy(self.accelerator)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            reduce_dtype = None if dtype is None else torch.float32
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
+            # A checkpointed layer returns its hidden states through an identity, a view. Nothing writes into them.
+            warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
 
     # -- batches
 
