@@ -14,7 +14,6 @@ fits, `--find length` the longest sequence. No data set is needed. The real step
 import copy
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,7 @@ from tokentune.memory.presets import load_subject
 from tokentune.memory.sharding import measure_share
 from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
+from tokentune.training.checkpoints.saving import write_whole
 from tokentune.settings.finetune import Arguments
 
 METHODS = {  # (tokentune, gradient checkpointing)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_table(rows, request)
         report["rows"] = [row.as_dict() for row in rows]
     if request.json is not None:
-        write_json(report, request.json)
+        write_whole(Path(request.json), json.dumps(report, indent=2) + "\n")
 
 
 def parse(argv: Sequence[str] | None) -> Request:
@@ -231,14 +231,6 @@ def largest(
 
     best = last_that_fits(values, whether_fits)
     return best, seen[values[0] if best is None else best], len(seen)
-
-
-def write_json(report: dict[str, Any], path: str) -> None:
-    """Writes it whole or not at all."""
-    target = Path(path)
-    unfinished = target.with_suffix(target.suffix + ".tmp")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, target)
 
 
 if __name__ == "__main__":
