@@ -38,8 +38,8 @@ from tokentune.memory.presets import load_subject
 from tokentune.memory.sharding import measure_share
 from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
-from tokentune.training.checkpoints.saving import write_whole
 from tokentune.settings.finetune import Arguments
+from tokentune.training.checkpoints.saving import write_whole
 
 METHODS = {  # (tokentune, gradient checkpointing)
     "full": (False, False),

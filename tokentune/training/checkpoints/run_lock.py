@@ -1,10 +1,10 @@
 """One run at a time in a folder: a lock that ends with its process, however that ends.
 
-It is a kernel lock on a file beside the run's folder (`.<folder>.lock`): after a SIGKILL the file stays, unlocked. POSIX
-record locks (fcntl.lockf) belong to their process; flock's are inherited by data loader workers, which may outlive it.
-They are dropped when the process closes any descriptor of the file, so it is not in the run's folder, whose files are
-read and uploaded. The package filelock reports a folder that cannot be written to as locked, and on a file system
-without locks takes the file's existence for one, which outlives a SIGKILL.
+It is a kernel lock on a file beside the run's folder (`.<folder>.lock`): after a SIGKILL the file stays, unlocked.
+POSIX record locks (fcntl.lockf) belong to their process; flock's are inherited by data loader workers, which may
+outlive it. They are dropped when the process closes any descriptor of the file, so it is not in the run's folder, whose
+files are read and uploaded. The package filelock reports a folder that cannot be written to as locked, and on a file
+system without locks takes the file's existence for one, which outlives a SIGKILL.
 """
 
 import errno
