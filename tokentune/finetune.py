@@ -147,10 +147,8 @@ def run_folder_of(arguments: Arguments) -> Path:
     name = run_folder_name(
         arguments.model.model_name_or_path,
         arguments.data.dataset_name_or_path,
-        lora=arguments.adapters.lora,
-        qlora=arguments.adapters.qlora,
-        tokentune=arguments.selection.tokentune,
-        prefix_length=arguments.selection.schedule or arguments.selection.selected,
+        arguments.adapters,
+        arguments.selection,
     )
     return Path(arguments.output.model_save_path).expanduser() / name
 

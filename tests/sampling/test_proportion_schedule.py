@@ -97,8 +97,7 @@ def test_the_run_s_folder_and_what_memory_is_for(make_trainer: Callable[..., Sel
     trainer = make_trainer()
     selection = trainer.arguments.selection
     assert selection.selected == 0.9 and selection.schedule == SIZES
-    options = {"lora": False, "qlora": False, "tokentune": True}
-    assert run_folder_name("m", "d", prefix_length=selection.schedule, **options) == "m-d-tokentune-0.1-0.9"
+    assert run_folder_name("m", "d", trainer.arguments.adapters, selection) == "m-d-tokentune-0.1-0.9"
     batch, shape = longest_batch(trainer, trainer.arguments, 2)
     assert shape == (2, 30) and batch["selected_positions"].shape == (2, selected_count(0.9, 30))
 

@@ -30,7 +30,7 @@ from tokentune.training.build import build_trainer
 from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.result import save_result
-from tokentune.training.trainer import PRIVATE_MEMBERS, SelectiveTrainer
+from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import Extent, build_training_arguments
 
 ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
@@ -484,6 +484,17 @@ def test_a_loss_without_window_counts_is_told(
 
 
 # ---- what the Trainer has to have ------------------------------------------------------------------------------------
+
+# The private members of transformers' classes that a run calls (it overrides none), and why.
+PRIVATE_MEMBERS = {
+    "Trainer._prepare_for_training": "since 5.17 or before: the engine around model and optimizer, and their states",
+    "Trainer._load_best_model": "since 4.57 or before: the best weights, as FSDP or DeepSpeed reads them",
+    "Trainer._save_optimizer_and_scheduler": "since 4.57 or before: their states, as each engine writes them",
+    "Trainer._save_scaler": "since 4.57 or before: float16's loss scale",
+    "Trainer._save_rng_state": "since 4.57 or before: random numbers of the process, on each kind of device",
+    "Trainer._load_rng_state": "since 4.57 or before: the same, read without unpickling code",
+    "TrainingArguments._n_gpu": "since 4.57 or before: 1, or several GPUs are taken for nn.DataParallel's",
+}
 
 
 def private_members_used() -> set[str]:

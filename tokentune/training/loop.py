@@ -90,8 +90,6 @@ class TrainingLoop:
             epoch, skipped, checkpoint = epoch + 1, 0, None
         return self._finish(first_step, started, loss_before)
 
-    # -- the beginning
-
     def _prepare(self, checkpoint: Path | None) -> tuple[nn.Module, DataLoader]:
         """The model as the engine wraps it, with optimizer, scheduler and a checkpoint's states; the batches."""
         trainer, settings = self.trainer, self.trainer.args
@@ -142,8 +140,6 @@ class TrainingLoop:
             self.trainer.control.should_evaluate = True
             self._log_evaluate_save()
         return had_ended or self.trainer.control.should_training_stop
-
-    # -- steps
 
     def _epoch(self, model: nn.Module, loader: DataLoader, epoch: int, skipped: int, checkpoint: Path | None) -> None:
         """One pass over the data, without its first `skipped` micro-batches where it continues from `checkpoint`."""
@@ -240,8 +236,6 @@ class TrainingLoop:
             self.asked = int(trainer.accelerator.gather(number).max()) or None
         return self.asked is not None
 
-    # -- after a step
-
     def _log_evaluate_save(self) -> None:
         trainer, state = self.trainer, self.trainer.state
         if trainer.control.should_log and state.global_step > self.logged_step:
@@ -309,8 +303,6 @@ class TrainingLoop:
         written = write_checkpoint(self.trainer, progress, evaluation_pending)
         if not written and state.best_global_step == state.global_step:  # the best of those that could be written
             state.best_metric, state.best_global_step = self.best_before
-
-    # -- the end
 
     def _finish(self, first_step: int, started: float, loss_before: float) -> TrainOutput:
         """Closing figures, the best weights where they are asked for, and the end of the callbacks."""

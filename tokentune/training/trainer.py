@@ -46,18 +46,6 @@ from tokentune.training.trainer_arguments import Extent
 
 logger = logging.getLogger(__name__)
 
-# The private members of transformers' classes that a run calls (it overrides none), and why. A test checks that they
-# exist, so that a release without one is noticed before a user does.
-PRIVATE_MEMBERS = {
-    "Trainer._prepare_for_training": "since 5.17 or before: the engine around model and optimizer, and their states",
-    "Trainer._load_best_model": "since 4.57 or before: the best weights, as FSDP or DeepSpeed reads them",
-    "Trainer._save_optimizer_and_scheduler": "since 4.57 or before: their states, as each engine writes them",
-    "Trainer._save_scaler": "since 4.57 or before: float16's loss scale",
-    "Trainer._save_rng_state": "since 4.57 or before: random numbers of the process, on each kind of device",
-    "Trainer._load_rng_state": "since 4.57 or before: the same, read without unpickling code",
-    "TrainingArguments._n_gpu": "since 4.57 or before: 1, or several GPUs are taken for nn.DataParallel's",
-}
-
 # A validation: "loss" and other figures by name, given the trainer and a loader of batches.
 Evaluation = Callable[["SelectiveTrainer", Iterable[dict[str, Tensor]]], dict[str, float]]
 
@@ -144,7 +132,7 @@ class SelectiveTrainer(Trainer):
         return TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's; with `optim_in_backward` one per parameter."""
+        """The Trainer's optimizer; with `optim_in_backward` one per parameter."""
         if self.optim_in_backward and self.optimizer is None:
             chosen = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = in_backward(*chosen, self.model)
@@ -169,24 +157,14 @@ class SelectiveTrainer(Trainer):
             # A checkpointed layer returns its hidden states through an identity, a view. Nothing writes into them.
             warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
 
-    # -- batches
-
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training rows, each process's share of them, in an order of the seed."""
         rows, settings = self.train_dataset, self.args
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"pin_memory": settings.dataloader_pin_memory}
         if not isinstance(rows, IterableDataset):
             seeds = {"num_workers": settings.dataloader_num_workers, "rank": settings.process_index}
-            options = {"sampler": self._sampler(), "worker_init_fn": partial(seed_worker, **seeds)}
-        loader = DataLoader(
-            rows,
-            batch_size=settings.train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=settings.dataloader_num_workers,
-            pin_memory=settings.dataloader_pin_memory,
-            **options,
-        )
-        return self.accelerator.prepare(loader)
+            options |= {"sampler": self._sampler(), "worker_init_fn": partial(seed_worker, **seeds)}
+        return self._loader(rows, settings.train_batch_size, self.data_collator, **options)
 
     def _sampler(self) -> Sampler:
         if self.args.train_sampling_strategy == "group_by_length":
@@ -194,6 +172,10 @@ class SelectiveTrainer(Trainer):
             name = self.processing_class.model_input_names[0]
             return LengthGroupedSampler(together, dataset=self.train_dataset, model_input_name=name)
         return even_sampler(self) or RandomSampler(self.train_dataset)
+
+    def _loader(self, rows: Any, batch_size: int, collate: Callable, **options: Any) -> DataLoader:
+        options |= {"batch_size": batch_size, "num_workers": self.args.dataloader_num_workers}
+        return self.accelerator.prepare(DataLoader(rows, collate_fn=collate, **options))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -213,8 +195,6 @@ class SelectiveTrainer(Trainer):
             return self.data_collator.draw(batch, size)
         set_prefix_length(self.model, size)
         return batch
-
-    # -- one micro-batch
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step (forward, backward), counted. Returns the micro-batch's share of the loss."""
@@ -253,8 +233,6 @@ class SelectiveTrainer(Trainer):
                 "Try a lower --learning_rate, a longer --warmup_steps, or --bf16 (float16 overflows above 65504)."
             )
 
-    # -- what is said and saved
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds memory and speed to a training log line, for the progress bar, trackers and the summary."""
         if "loss" in logs:
@@ -282,11 +260,7 @@ class SelectiveTrainer(Trainer):
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         return self.state.best_global_step if best else self.state.global_step
 
-    # -- validation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """The figures of `self.evaluation` over all rows, by the full forward pass without a selection.
 
         Raises:
@@ -294,15 +268,7 @@ class SelectiveTrainer(Trainer):
         """
         started = time.perf_counter()
         self.figures.memory()  # notes training's peak, which evaluation must not raise
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loader = self.accelerator.prepare(
-            DataLoader(
-                rows,
-                batch_size=self.args.eval_batch_size,
-                collate_fn=self.eval_collator,
-                num_workers=self.args.dataloader_num_workers,
-            )
-        )
+        loader = self._loader(self.eval_dataset, self.args.eval_batch_size, self.eval_collator)
         # No row may count twice. A process may then have one batch less, which `self.model`, the model inside
         # DistributedDataParallel, allows.
         loader.batch_sampler.even_batches = False
@@ -315,8 +281,9 @@ class SelectiveTrainer(Trainer):
             torch.random.fork_rng(devices=[]),
             rotary_state_kept(self.model),
         ):
-            together = runs_together(self.model)
-            batches = as_often_as_others(loader, rows, self.eval_collator) if together else loader
+            batches: Iterable = loader
+            if runs_together(self.model):
+                batches = as_often_as_others(loader, self.eval_dataset, self.eval_collator)
             figures = self.evaluation(self, until_interrupted(batches))
         if not math.isfinite(figures["loss"]):
             raise UserError(f"the validation loss is {figures['loss']} at step {self.state.global_step}: stopped.")
@@ -324,8 +291,7 @@ class SelectiveTrainer(Trainer):
         self.figures.reset_peaks()
         seconds = time.perf_counter() - started
         self.figures.evaluation_seconds += seconds if self.figures.has_begun else 0.0
-        metrics = {f"{metric_key_prefix}_{name}": figure for name, figure in figures.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
+        metrics = {f"eval_{name}": figure for name, figure in figures.items()} | {"eval_runtime": round(seconds, 3)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokentune.errors import UserError
 from tokentune.file_names import CURVES_NAME, PREDICTIONS_NAME, SCORES_NAME, SUMMARY_NAME
-from tokentune.sampling.schedule import Schedule
+from tokentune.settings.model import AdapterArguments, SelectionArguments
 from tokentune.sources import DATA_SUFFIXES, is_local_path
 
 # What --overwrite_output_dir replaces: everything that a run leaves in its folder.
@@ -23,17 +23,14 @@ RUN_FILES = (
 def run_folder_name(
     model: str,
     dataset: str | Sequence[str],
-    *,
-    lora: bool,
-    qlora: bool,
-    tokentune: bool,
-    prefix_length: int | float | Schedule,
+    adapters: AdapterArguments,
+    selection: SelectionArguments,
     task: str | None = None,
 ) -> str:
     """The name as in the released scripts: `<model>-<data set>[-<task>][-lora][-qlora][-tokentune-<prefix length>]`.
 
     A hub id keeps its owner (`/` becomes `-`); of a local path the last component counts, without a data file's suffix.
-    Several data sets are joined by `+`. `qlora` implies adapters.
+    Several data sets are joined by `+`.
     """
 
     def short(name: str) -> str:
@@ -44,9 +41,9 @@ def run_folder_name(
 
     parts = [short(model), "+".join(short(name) for name in ([dataset] if isinstance(dataset, str) else dataset))]
     parts += [task] if task is not None else []
-    parts += ["lora"] if lora or qlora else []
-    parts += ["qlora"] if qlora else []
-    parts += [f"tokentune-{prefix_length}"] if tokentune else []
+    parts += ["lora"] if adapters.lora else []
+    parts += ["qlora"] if adapters.qlora else []
+    parts += [f"tokentune-{selection.schedule or selection.selected}"] if selection.tokentune else []
     return "-".join(parts)
 
 
