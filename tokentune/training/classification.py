@@ -29,7 +29,7 @@ from tokentune.training.trainer_arguments import build_training_arguments
 
 
 def classification_settings(arguments: ClassificationArguments, run_folder: Path, metric: str) -> TrainingArguments:
-    """The Trainer's settings for one seed: evaluated after each epoch or every --eval_steps; the best is kept."""
+    """The Trainer's settings for one seed: validated after each epoch or every --eval_steps; the best is kept."""
     every = arguments.data.eval_steps
     return build_training_arguments(
         arguments,
@@ -48,8 +48,8 @@ def classification_settings(arguments: ClassificationArguments, run_folder: Path
 def window_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """The head's loss, summed over the labels and divided by their number in the whole accumulation window.
 
-    Not the model's own: several encoders' heads (BERT's) average each micro-batch, whatever number is given to them,
-    which the Trainer takes for a sum.
+    Not the model's own: several encoders' heads (BERT's) average each micro-batch and ignore the number of items, where
+    the Trainer expects a sum.
 
     Args:
         outputs: with `logits` (B, C), (B, K, C) or (B, S, C).
@@ -103,11 +103,10 @@ def _predicted(logits: Tensor, true: Tensor) -> Iterable[tuple]:
 def predict(trainer: SelectiveTrainer, rows: Sequence[dict[str, Any]], labels: Labels) -> Iterator[dict[str, Any]]:
     """For each row "prediction": a class's name with its "probability", a number, or a name for each word.
 
-    Every process predicts all rows; a word behind --max_length has no prediction (None).
+    Every process predicts all rows; a word beyond --max_length has no prediction (None).
     """
     trainer.model.eval()
     size = trainer.args.eval_batch_size
-    number = 0
     for start in range(0, len(rows), size):
         part = [dict(rows[row]) for row in range(start, min(start + size, len(rows)))]
         words = [item.pop("word_positions", None) for item in part]
@@ -115,8 +114,7 @@ def predict(trainer: SelectiveTrainer, rows: Sequence[dict[str, Any]], labels: L
         batch.pop("labels", None)
         with trainer.accelerator.autocast():
             logits = trainer.model(**batch).logits.float()
-        for scores, positions in zip(logits.cpu(), words, strict=True):
-            number += 1
+        for number, (scores, positions) in enumerate(zip(logits.cpu(), words, strict=True), start=start + 1):
             yield {"row": number} | _prediction(scores, positions, labels)
 
 
@@ -155,6 +153,18 @@ def build_classification_trainer(
     else:
         kind = DataCollatorForTokenClassification if task_type == "token" else DataCollatorWithPadding
         pad, tokens = kind(processing), 1
+    draw, selection = None, arguments.selection
+    if selection.tokentune:
+        profile = profile_of(model)
+        draw = EncoderDraw(
+            prefix_length=selection.selected,
+            strategy=selection.selection,
+            pooling=profile.pooling,
+            pad_token_id=pad_token(inner_model(model)),
+            first_always=task_type == "image",
+            in_place=profile.rows is Rows.ALL,
+            outside=labels.outside,
+        )
     return SelectiveTrainer(
         model,
         settings,
@@ -162,27 +172,10 @@ def build_classification_trainer(
         eval_rows,
         processing,
         arguments,
-        collator=ClassificationCollator(pad, draw_of(model, arguments, labels), tokens),
+        collator=ClassificationCollator(pad, draw, tokens),
         eval_collator=ClassificationCollator(pad, None, tokens),
         evaluation=scores_of(task_type, labels),
         loss=window_loss,
-    )
-
-
-def draw_of(model: nn.Module, arguments: ClassificationArguments, labels: Labels) -> EncoderDraw | None:
-    """How the selection is drawn for a patched model; None without --tokentune."""
-    selection = arguments.selection
-    if not selection.tokentune:
-        return None
-    profile = profile_of(model)
-    return EncoderDraw(
-        prefix_length=selection.selected,
-        strategy=selection.selection,
-        pooling=profile.pooling,
-        pad_token_id=pad_token(inner_model(model)),
-        first_always=arguments.task.task_type == "image",
-        in_place=profile.rows is Rows.ALL,
-        outside=labels.outside,
     )
 
 
@@ -202,11 +195,8 @@ def tokens_per_image(model: nn.Module, pixels: Tensor | np.ndarray) -> int:
         lambda layer, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
         with_kwargs=True,
     )
-    was_training = model.training
-    try:
-        weight = next(inner.parameters())
-        model.eval()(pixel_values=torch.as_tensor(pixels)[None].to(weight.device, weight.dtype))
-    finally:
-        handle.remove()
-        model.train(was_training)
+    was_training, weight = model.training, next(inner.parameters())
+    model.eval()(pixel_values=torch.as_tensor(pixels)[None].to(weight.device, weight.dtype))
+    model.train(was_training)
+    handle.remove()
     return lengths[0]

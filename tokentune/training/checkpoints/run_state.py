@@ -17,7 +17,6 @@ differ from those in memory, and leaves a weight that it does not find unchanged
 import hashlib
 import json
 import logging
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 
 from tokentune.core.compat.rotary_state import read, rotary_state, set_rotary_state, written
-from tokentune.version import __version__
+from tokentune.environment import library_versions
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,9 @@ def run_state(trainer: Trainer, loop_state: dict[str, Any], evaluation_pending: 
     }
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """The versions that every bit of a result depends on."""
-    return {"tokentune": __version__} | {name: version(name) for name in ("torch", "transformers")}
+    return {name: library_versions()[name] for name in ("tokentune", "torch", "transformers")}
 
 
 def restore_run(trainer: Trainer, saved: dict[str, Any]) -> bool:
