@@ -38,7 +38,7 @@ from tokentune.data.packing_check import check_separation
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.streaming_rows import seeded_rows
 from tokentune.environment import library_versions
-from tokentune.memory.dry_run import build_without_folder, say_plan
+from tokentune.memory.dry_run import say_plan
 from tokentune.memory.micro_batch import choose_micro_batch
 from tokentune.memory.probe import probe_memory
 from tokentune.memory.report import memory_watched
@@ -50,7 +50,7 @@ from tokentune.reports.summary import build_summary, draw_curves, warn_without_g
 from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
-from tokentune.training.checkpoints.run_folder import check_run_folder, removed_if_empty, run_folder_name
+from tokentune.training.checkpoints.run_folder import check_run_folder, run_folder_name
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.distributed.interruptions import interruptible
@@ -108,15 +108,12 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     rows = seeded_rows(data.train, arguments.optimization.seed)
     if arguments.data.packing:
         rows = pack(rows, arguments.data.max_length)
-    if arguments.run.dry_run:
-        trainer = build_without_folder(
-            lambda: build_trainer(model, settings, rows, data.validation, tokenizer, arguments), settings
-        )
-        reports = {"train": data.train_report, "validation": data.validation_report}
-        say_plan(trainer, data.table, reports, arguments, config, run_folder)
-        return
-    with unsupported_models_refused(), removed_if_empty(run_folder):
+    with unsupported_models_refused():
         trainer = build_trainer(model, settings, rows, data.validation, tokenizer, arguments)
+        if arguments.run.dry_run:
+            reports = {"train": data.train_report, "validation": data.validation_report}
+            say_plan(trainer, data.table, reports, arguments, config, run_folder)
+            return
         if arguments.run.auto_micro_batch:
             choose_micro_batch(trainer, arguments, config, start.checkpoint)
         probe_memory(trainer, arguments, config)

@@ -25,7 +25,7 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     arguments: Arguments,
 ) -> SelectiveTrainer:
-    """The trainer of a run, ready for `train()`. Creates the run's folder (the Trainer does).
+    """The trainer of a run, ready for `train()`.
 
     Args:
         model: with its adapters, and patched where `--tokentune` is given.

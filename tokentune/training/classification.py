@@ -141,7 +141,7 @@ def build_classification_trainer(
     arguments: ClassificationArguments,
     labels: Labels,
 ) -> SelectiveTrainer:
-    """The trainer of one seed, ready for `train()`. Creates the run's folder (the Trainer does).
+    """The trainer of one seed, ready for `train()`.
 
     Args:
         model: with its adapters, and patched where `--tokentune` is given.

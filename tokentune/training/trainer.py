@@ -12,6 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
 from tokentune.settings.finetune import Arguments
 from tokentune.training.callbacks import Progress
+from tokentune.training.checkpoints.run_folder import no_empty_folders
 from tokentune.training.diagnosing import GradientDiagnosis
 from tokentune.training.distributed.engines import as_often_as_others, even_sampler
 from tokentune.training.distributed.interruptions import until_interrupted
@@ -91,16 +93,18 @@ class SelectiveTrainer(Trainer):
             loss: of (outputs, labels, num_items_in_batch); None: the model's own.
         """
         self.use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(
-            model=model,
-            args=settings,
-            data_collator=collator,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=processing,
-            compute_loss_func=loss,
-            callbacks=list(callbacks),
-        )
+        # The Trainer makes its folder at once; here `train` does, as a run may still be refused, or be a dry one.
+        with no_empty_folders(Path(settings.output_dir)) if settings.should_save else nullcontext():
+            super().__init__(
+                model=model,
+                args=settings,
+                data_collator=collator,
+                train_dataset=train_rows,
+                eval_dataset=eval_rows,
+                processing_class=processing,
+                compute_loss_func=loss,
+                callbacks=list(callbacks),
+            )
         self.eval_collator, self.evaluation = eval_collator, evaluation
         selection = arguments.selection
         self.schedule = selection.schedule if selection.tokentune else None
@@ -129,6 +133,8 @@ class SelectiveTrainer(Trainer):
             UserError: a loss that is no number.
             Interrupted: after a signal, with a checkpoint written.
         """
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         return TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -79,14 +79,15 @@ def check_writable(run_folder: Path) -> None:
 
 
 @contextmanager
-def removed_if_empty(run_folder: Path) -> Iterator[None]:
-    """Around what may fail between the Trainer's making the folder and the first file in it."""
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """At its end removes those folders of a path that did not exist before and are empty."""
+    new = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     try:
         yield
-    except BaseException:
-        with suppress(OSError):
-            run_folder.rmdir()
-        raise
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def clear_run_folder(run_folder: Path, *, keep_broken: bool = False) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokentune.errors import UserError
 from tokentune.posix import fcntl
-from tokentune.training.checkpoints.run_folder import check_writable
+from tokentune.training.checkpoints.run_folder import check_writable, no_empty_folders
 
 
 @contextmanager
@@ -31,20 +31,18 @@ def locked(run_folder: Path) -> Iterator[None]:
         return
     check_writable(run_folder)
     parent = run_folder.absolute().parent
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     path = parent / f".{run_folder.name}.lock"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(path, run_folder)
-    except OSError as error:
-        _remove_empty(made)
-        raise UserError(f"{path}: cannot be locked: {error.strerror}. Give another --model_save_path.") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # before it is unlocked: `_take` checks that its file still exists
-        os.close(descriptor)
-        _remove_empty(made)
+    with no_empty_folders(parent):
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _take(path, run_folder)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be locked: {error.strerror}. Give another --model_save_path.") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before it is unlocked: `_take` checks that its file still exists
+            os.close(descriptor)
 
 
 def _take(path: Path, run_folder: Path) -> int:
@@ -70,9 +68,3 @@ def _take(path: Path, run_folder: Path) -> int:
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
