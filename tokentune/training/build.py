@@ -25,13 +25,7 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     arguments: Arguments,
 ) -> SelectiveTrainer:
-    """The trainer of a run, ready for `train()`.
-
-    Args:
-        model: with its adapters, and patched where `--tokentune` is given.
-        train_rows, eval_rows: encoded rows (`input_ids`, `labels`); eval_rows None: no evaluation.
-        tokenizer: has a pad token; saved beside the model.
-    """
+    """The trainer of a run, ready for `train()`. Arguments as of `SelectiveTrainer`; rows have "input_ids", "labels"."""
     patience = arguments.run.early_stopping_patience
     trainer = SelectiveTrainer(
         model,

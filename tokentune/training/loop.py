@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerState
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, align_special_tokens, speed_metrics
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, align_special_tokens, speed_metrics
 
 from tokentune.training.checkpoints.run_state import (
     load_best_weights,
@@ -61,7 +61,7 @@ class TrainingLoop:
         self.asked: int | None = None
         self._loss_total = 0.0  # of the entries logged by this process
 
-    def run(self, checkpoint: Path | None) -> TrainOutput:
+    def run(self, checkpoint: Path | None) -> None:
         """Trains to the end, from a checkpoint or from the beginning.
 
         Raises:
@@ -88,7 +88,7 @@ class TrainingLoop:
         while epoch < extent.epochs and not trainer.control.should_training_stop:
             self._epoch(model, loader, epoch, skipped, checkpoint)
             epoch, skipped, checkpoint = epoch + 1, 0, None
-        return self._finish(first_step, started, loss_before)
+        self._finish(first_step, started, loss_before)
 
     def _prepare(self, checkpoint: Path | None) -> tuple[nn.Module, DataLoader]:
         """The model as the engine wraps it, with optimizer, scheduler and a checkpoint's states; the batches."""
@@ -304,7 +304,7 @@ class TrainingLoop:
         if not written and state.best_global_step == state.global_step:  # the best of those that could be written
             state.best_metric, state.best_global_step = self.best_before
 
-    def _finish(self, first_step: int, started: float, loss_before: float) -> TrainOutput:
+    def _finish(self, first_step: int, started: float, loss_before: float) -> None:
         """Closing figures, the best weights where they are asked for, and the end of the callbacks."""
         trainer, state, settings = self.trainer, self.trainer.state, self.trainer.args
         steps = state.global_step - first_step
@@ -314,8 +314,7 @@ class TrainingLoop:
             rows = len(trainer.train_dataset) * settings.num_train_epochs * steps / max(state.max_steps, 1)
         metrics = speed_metrics("train", started, num_samples=rows, num_steps=steps)
         trainer.store_flos()
-        metrics |= {"total_flos": state.total_flos, "train_loss": loss}
-        trainer.log(metrics)
+        trainer.log(metrics | {"total_flos": state.total_flos, "train_loss": loss})
         best = state.best_model_checkpoint
         if settings.load_best_model_at_end and best is not None:
             load_best_weights(trainer)
@@ -323,7 +322,6 @@ class TrainingLoop:
             rotate(Path(settings.output_dir), 1, {Path(best)})
         self._tell("on_train_end")
         trainer.is_in_train = False
-        return TrainOutput(state.global_step, loss, metrics)
 
     def _end_as_asked(self) -> NoReturn:
         """Ends the run after a signal, with a sentence that says how to go on."""

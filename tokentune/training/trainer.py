@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers.trainer_utils import seed_worker
 
 from tokentune.core.compat.fsdp import runs_together
 from tokentune.core.compat.rotary_state import rotary_state_kept
@@ -126,7 +126,7 @@ class SelectiveTrainer(Trainer):
                 *(settings.warmup_steps, steps),
             )
 
-    def train(self, resume_from_checkpoint: str | Path | None = None) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
         """Trains to the end, from a checkpoint or from the beginning.
 
         Raises:
@@ -135,7 +135,7 @@ class SelectiveTrainer(Trainer):
         """
         if self.args.should_save:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        return TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; with `optim_in_backward` one per parameter."""
