@@ -25,7 +25,7 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     arguments: Arguments,
 ) -> SelectiveTrainer:
-    """The trainer of a run, ready for `train()`. Arguments as of `SelectiveTrainer`; rows have "input_ids", "labels"."""
+    """The trainer of a run, ready for `train()`; arguments as of `SelectiveTrainer`."""
     patience = arguments.run.early_stopping_patience
     trainer = SelectiveTrainer(
         model,

@@ -141,7 +141,7 @@ def build_classification_trainer(
     arguments: ClassificationArguments,
     labels: Labels,
 ) -> SelectiveTrainer:
-    """The trainer of one seed, ready for `train()`. Arguments are `SelectiveTrainer`'s, and what the labels mean."""
+    """The trainer of one seed, ready for `train()`; arguments as of `SelectiveTrainer`, and what the labels mean."""
     task_type = arguments.task.task_type
     if task_type == "image":
         pad, tokens = stack_images, tokens_per_image(model, train_rows.rows[0]["pixel_values"])
