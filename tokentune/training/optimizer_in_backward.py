@@ -22,12 +22,15 @@ class OptimizerInBackward(Optimizer):
     `backward()`, so the learning rate has to be set before it, as schedulers do.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, build: Callable[..., Optimizer], **options: Any) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any] | nn.Parameter], *, build: Callable[..., Optimizer], **options: Any
+    ) -> None:
         """
         Args:
-            groups: of parameters, each with options of its own; parameters that need no gradient are left out.
+            groups: parameters, or groups of them with options; those that need no gradient are left out.
             build: an optimizer class, or what makes one of (parameter groups, **options).
         """
+        groups = [group if isinstance(group, dict) else {"params": [group]} for group in groups]
         self.optimizers: dict[nn.Parameter, Optimizer] = {
             parameter: build([{**group, "params": [parameter]}], **options)
             for group in groups
