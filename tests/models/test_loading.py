@@ -33,6 +33,7 @@ from tokentune.models.pretrained import (
     load_config,
     load_tokenizer,
 )
+from tokentune.settings.model import AdapterArguments, SelectionArguments
 from tokentune.sources import hub_error, is_local_path
 from tokentune.training.checkpoints.run_folder import run_folder_name
 
@@ -420,8 +421,10 @@ def test_real_model_in_4_bits(shared):
     ],
 )
 def test_run_folder_name(model, dataset, settings, expected):
-    chosen = {"lora": False, "qlora": False, "tokentune": False, "prefix_length": 100} | settings
-    assert run_folder_name(model, dataset, **chosen) == expected
+    adapters = AdapterArguments(**{name: value for name, value in settings.items() if name in ("lora", "qlora")})
+    chosen = {name: str(value) for name, value in settings.items() if name == "prefix_length"}
+    selection = SelectionArguments(tokentune="tokentune" in settings, **chosen)
+    assert run_folder_name(model, dataset, adapters, selection) == expected
 
 
 def test_existing_folder_that_reads_like_a_hub_id(tmp_path, monkeypatch):
@@ -429,5 +432,4 @@ def test_existing_folder_that_reads_like_a_hub_id(tmp_path, monkeypatch):
     assert not is_local_path("owner/name")
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert is_local_path("owner/name")
-    name = run_folder_name("owner/name", "o/d", lora=False, qlora=False, tokentune=False, prefix_length=1)
-    assert name == "name-o-d"
+    assert run_folder_name("owner/name", "o/d", AdapterArguments(), SelectionArguments()) == "name-o-d"

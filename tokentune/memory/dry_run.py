@@ -1,7 +1,6 @@
 """`--dry_run`: prepares the run, prints a short plan, and stops; it makes no folder and no log."""
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,6 @@ from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import Extent
-
-
-def build_without_folder(build: Callable[[], SelectiveTrainer], settings: object) -> SelectiveTrainer:
-    """The result of `build`, with a temporary output folder: the Trainer creates its folder when it is made."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings.output_dir = folder
-        return build()
 
 
 def say_plan(

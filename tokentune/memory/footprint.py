@@ -274,7 +274,7 @@ def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], devic
             batch["labels"] = ids[:, 0].clone() if whole else batch["labels"].zero_()
         if getattr(text, "type_vocab_size", 0):
             batch["token_type_ids"] = torch.zeros_like(ids)
-        if arguments.selection.looks and arguments.selection.scored:  # the model draws, after a pass over all tokens
+        if arguments.selection.scoring_pass and arguments.selection.scored:  # the model draws, after a scoring pass
             batch["selection_draws"] = torch.linspace(0, 0.99, length, device=device).expand(rows, -1).clone()
         elif arguments.selection.tokentune:
             count = selected_count(arguments.selection.selected, length)

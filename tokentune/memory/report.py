@@ -164,7 +164,7 @@ def _measured(trainer: SelectiveTrainer) -> dict[str, Any]:
         "optimizer": 0 if optimizer is None else bytes_of(states_of(optimizer)),
         "activations": figures.saved_for_backward_bytes,
     }
-    peak = trainer.memory_figures()["peak_bytes"]
+    peak = figures.memory()["peak_bytes"]
     parts["rest"] = max(peak - sum(size or 0 for size in parts.values()), 0)
     return parts | {"peak": peak, "activations_by": dict(figures.saved_for_backward_by)}
 

@@ -184,7 +184,7 @@ def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrained
     """Adds the selective layers that the flags ask for; a second call, with other flags, changes their settings."""
     selection = arguments.selection
     options = {}
-    if selection.looks:
+    if selection.scoring_pass:
         _check_look(arguments, model)
         if selection.scored:  # the model itself draws, by the scores
             options |= {"prefix_length": selection.selected, "strategy": selection.selection}
@@ -226,7 +226,7 @@ def _check_look(arguments: Arguments, model: nn.Module) -> None:
 def needs_reference(arguments: Arguments) -> bool:
     """Whether the strategy compares losses with those of a second model."""
     selection = arguments.selection
-    return selection.looks and "excess_loss" in find_strategy(selection.selection).needs
+    return selection.scoring_pass and "excess_loss" in find_strategy(selection.selection).needs
 
 
 def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
