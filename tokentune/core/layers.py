@@ -43,6 +43,11 @@ def uses_attention_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is enabled on the module, and at work."""
+    return module.training and getattr(module, "gradient_checkpointing", False)
+
+
 def attention_modules(module: nn.Module) -> list[nn.Module]:
     """All modules at or below `module` that send their attention through the interface."""
     return [child for child in module.modules() if uses_attention_interface(child)]

@@ -1,6 +1,7 @@
 """What a patched model stores: its settings, and its last draw."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ class Settings:
     verify: bool = True  # whether model and adapter kinds must have been compared with the definition
     adapters: list[Suspect] = field(default_factory=list)  # adapters that cannot be served, active or not
     adapters_of: tuple[int, ...] = ()  # ids of the adapters' configurations that were checked
-    undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the current step, last first
+    undo: ExitStack = field(default_factory=ExitStack)  # ends the current step
     finish: Callable[[Any], None] | None = None  # what the output of the current step still needs
     counts: DrawCounts | None = None  # of the last draw
 

@@ -29,7 +29,7 @@ from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran
 from tokentune.core.compat.foreign_hooks import have_foreign_hooks, move_own_hooks_inside
 from tokentune.core.compat.step_checks import check_positions, has_foreign_forward, is_causal_lm, require_served_step
 from tokentune.core.groups import gather_tokens
-from tokentune.core.layers import transformer_layers
+from tokentune.core.layers import is_checkpointed, transformer_layers
 from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, selected_loss, why_not_in_chunks
 from tokentune.core.model_sampling import choose_tokens, without_padding_targets
 from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Settings, owner_of, settings_of
@@ -94,8 +94,8 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
 def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, SETTINGS)
-    _undo_step(settings)  # after an interrupt (Ctrl-C) torch did not call `_end_step`
-    settings.undo.append(partial(HOOKS_AT_WORK.reset, HOOKS_AT_WORK.set(True)))
+    settings.undo.close()  # after an interrupt (Ctrl-C) torch did not call `_end_step`
+    settings.undo.callback(HOOKS_AT_WORK.reset, HOOKS_AT_WORK.set(True))
     parameters = inspect.signature(type(model).forward).parameters
     given, inputs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
     request = Request(*(inputs.pop(name, None) for name in Request._fields))
@@ -133,7 +133,6 @@ def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> Model
     """What of the model a plan depends on."""
     head, layers = model.get_output_embeddings(), settings.stack.layers
     frozen = head is not None and model.training and is_frozen(head)
-    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
     return ModelState(
         profile=settings.profile,
         causal=is_causal_lm(model),
@@ -144,7 +143,7 @@ def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> Model
         with_gradients=torch.is_grad_enabled(),
         gradient_correction=settings.gradient_correction,
         chunked_loss=settings.chunked_loss,
-        prefers_chunks=frozen or checkpointed,
+        prefers_chunks=frozen or any(map(is_checkpointed, layers)),
         not_in_chunks=why_not_in_chunks(model, settings.profile),
     )
 
@@ -181,17 +180,17 @@ def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> No
         implementations = [(config, config._attn_implementation) for config in stack.configs]
         unselected_pass = run_unselected if plan.cached_kv is None else use_cached_key_values
         step = Step(plan, implementations, stack.calls, unselected_pass, settings.profile.per_token)
-        settings.undo += activate(step)
-        settings.undo += checkpoint_layers(stack, step, settings.checkpoint_rest, settings.offload_kv)
+        activate(step, settings.undo)
+        checkpoint_layers(stack, step, settings.checkpoint_rest, settings.offload_kv, settings.undo)
     if loss_function is not None:
-        settings.undo += put_loss(model, loss_function)
+        put_loss(settings.undo, model, loss_function)
 
 
 @uncompiled
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
     """Forward hook of the model, which torch calls after an error too: puts everything back."""
     settings: Settings = getattr(model, SETTINGS)
-    _undo_step(settings)
+    settings.undo.close()
     finish, settings.finish = settings.finish, None
     if finish is not None and output is not None:
         finish(output)
@@ -207,11 +206,6 @@ def _begin_for_model_inside(wrapper: nn.Module, args: tuple, kwargs: dict[str, A
 def _end_for_model_inside(wrapper: nn.Module, args: tuple, output: Any) -> None:
     if hasattr(wrapper.model, SETTINGS):
         _end_step(wrapper.model, args, output)
-
-
-def _undo_step(settings: Settings) -> None:
-    while settings.undo:
-        settings.undo.pop()()
 
 
 @uncompiled

@@ -9,7 +9,7 @@ are never more of them than one chunk's, and those of the tokens that carry no l
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,9 @@ def loss_in_chunks(
     """
     core = inner_model(model)
     every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
-    undo = put_loss(core, ChunkedLoss(core.get_output_embeddings(), every, num_supervised, chunk_bytes))
-    try:
+    with ExitStack() as undo:
+        put_loss(undo, core, ChunkedLoss(core.get_output_embeddings(), every, num_supervised, chunk_bytes))
         yield
-    finally:
-        while undo:
-            undo.pop()()
 
 
 def can_be_chunked(model: nn.Module, input_ids: Tensor) -> bool:
