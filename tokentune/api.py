@@ -116,10 +116,10 @@ def apply_tokentune(
             verify_scoring_pass(owner, profile, scoring_pass, needs)
     stack = transformer_layers(owner)
     settings = Settings(
-        prefix_length,
-        strategy,
         profile,
         stack,
+        prefix_length,
+        strategy,
         checkpoint_rest,
         offload_kv,
         chunked_loss,

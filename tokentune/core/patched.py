@@ -25,10 +25,10 @@ SETTINGS_OF_OWNER = "_tokentune_of_owner"  # the same Settings, on the model ins
 class Settings:
     """How a patched model behaves. They are stored on the model, so that a deep copy has them too."""
 
-    prefix_length: int | float | None
-    strategy: str
     profile: Profile
     stack: Stack
+    prefix_length: int | float | None = None
+    strategy: str = "supervised"
     checkpoint_rest: str = "auto"
     offload_kv: bool = False
     chunked_loss: bool | None = None

@@ -13,6 +13,8 @@ configuration and what `save_pretrained` writes do not change. One forward pass:
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,29 +47,33 @@ logger = logging.get_logger(__name__)
 
 def install(model: nn.Module, settings: Settings) -> None:
     """Gives `model`, or the model inside it that holds the layers, these settings, and the hooks if it has none."""
-    owner = owner_of(model)
+    owner, stack = owner_of(model), settings.stack
     if settings_of(owner) is None:
-        install_hooks(owner)
+        AttentionInterface.register(IMPLEMENTATION, selective_attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, mask_from_functions)
+        for layer in stack.layers:
+            layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+            layer.register_forward_hook(leave_layer)
+        stack.backbone.register_forward_pre_hook(_enter_backbone)
+        stack.backbone.register_forward_hook(_gather_output_rows)
+        owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
+        owner.register_forward_hook(_end_step, always_call=True)
     wrapper = wrapper_bypassing_hooks(model)
     if wrapper is not None and _begin_for_model_inside not in wrapper._forward_pre_hooks.values():
         wrapper.register_forward_pre_hook(_begin_for_model_inside, with_kwargs=True)
         wrapper.register_forward_hook(_end_for_model_inside, always_call=True)
     setattr(owner, SETTINGS, settings)
-    setattr(settings.stack.backbone, SETTINGS_OF_OWNER, settings)
+    setattr(stack.backbone, SETTINGS_OF_OWNER, settings)
 
 
-def install_hooks(owner: PreTrainedModel) -> None:
-    """Adds the hooks, and registers the attention function with transformers under the name `IMPLEMENTATION`."""
-    AttentionInterface.register(IMPLEMENTATION, selective_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, mask_from_functions)
-    stack = transformer_layers(owner)
-    for layer in stack.layers:
-        layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
-        layer.register_forward_hook(leave_layer)
-    stack.backbone.register_forward_pre_hook(_enter_backbone)
-    stack.backbone.register_forward_hook(_gather_output_rows)
-    owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
-    owner.register_forward_hook(_end_step, always_call=True)
+@contextmanager
+def patched(model: PreTrainedModel, **options: Any) -> Iterator[None]:
+    """Within it the model is patched, without a verification; `options` are those of `Settings`."""
+    install(model, Settings(stack=transformer_layers(model), **options))
+    try:
+        yield
+    finally:
+        remove_tokentune(model)
 
 
 def remove_tokentune(model: nn.Module) -> nn.Module:
@@ -211,9 +217,7 @@ def _end_for_model_inside(wrapper: nn.Module, args: tuple, output: Any) -> None:
 @uncompiled
 def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
     """Forward pre-hook of the model that holds the layers."""
-    settings = backbone.__dict__.get(SETTINGS_OF_OWNER)
-    if settings is not None:  # None: during the verification
-        check_hooks_ran(backbone, settings)
+    check_hooks_ran(backbone, getattr(backbone, SETTINGS_OF_OWNER))
 
 
 @uncompiled

@@ -5,29 +5,27 @@ The definition is plain autograd. Scores come from the whole logits (B, S, V) an
 step with cached keys and values has to give what `definition.definition_of_the_method` gives for the same positions.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from tokentune.core.attention.kernels import eager_function
+from tokentune.core.attention.replaced import replaced_attention
 from tokentune.core.layers import attention_modules, transformer_layers
-from tokentune.core.patched import Settings, last_draw
-from tokentune.core.patching import install_hooks, remove_tokentune
+from tokentune.core.patched import last_draw
+from tokentune.core.patching import patched
 from tokentune.core.profile import Profile
 from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels
 from tokentune.verify.definition import definition_of_the_method
 from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
-from tokentune.verify.verification import SELECTED, _agree, _step, _Trial, _trial
+from tokentune.verify.trial import SELECTED, Trial, agree, agree_on_gradients, make_trial, step
 
-_WEIGHTS = "tokentune_weights"
 _OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of two losses
 
 
@@ -44,7 +42,7 @@ def verify_scoring_pass(
             tiny = tiny_copy(model)
             layers = None if options.layers is None else min(options.layers, len(transformer_layers(tiny).layers) - 1)
             for side in ("right", "left"):
-                trial = _trial(tiny, side)
+                trial = make_trial(tiny, side)
                 # Padding in front of a row sees no real token, so its output means nothing.
                 before_real = F.pad(trial.batch["attention_mask"][:, :-1], (1, 0)) == 0
                 trial.batch["labels"] = trial.batch["labels"].masked_fill(before_real, IGNORED_LABEL)
@@ -62,34 +60,39 @@ def verify_scoring_pass(
         ) from error
 
 
-def _compare_scores(trial: _Trial, layers: int | None, needs: tuple[str, ...]) -> None:
+def _compare_scores(trial: Trial, layers: int | None, needs: tuple[str, ...]) -> None:
     tiny, batch = trial.tiny, trial.batch
     wanted = tuple(name for name in _OF_ITSELF if name in needs)
     with Float64():
         found = run_scoring_pass(tiny, transformer_layers(tiny), batch, ScoringOptions(layers=layers), wanted).scores
     defined = _scores(tiny, batch, layers, "attention" in wanted)
     for name in found:
-        _agree(found[name], defined[name], f"{trial.side} padding, {name} of tokens")
+        agree(found[name], defined[name], f"{trial.side} padding, {name} of tokens")
 
 
 def _scores(tiny: PreTrainedModel, batch: dict[str, Tensor], layers: int | None, attention: bool) -> dict[str, Tensor]:
     """(B, S) by name, of the unmodified model."""
     stack = transformer_layers(tiny)
-    handles, hidden, scores = [], [], {}
-    for layer in stack.layers[layers:] if layers else ():
-        handles.append(layer.register_forward_hook(_identity, with_kwargs=True))
-    handles.append(tiny.get_output_embeddings().register_forward_pre_hook(lambda head, args: hidden.append(args[0])))
-    try:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with Float64(), _recorded_weights(tiny, stack.layers[(layers or 0) - 1], attention) as noted:
-            logits = tiny(**inputs).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = attention_modules(stack.layers[(layers or 0) - 1])[0]
+    hidden, noted = [], []
+
+    def note_weights(own: Callable, module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        output, weights = own(module, *args, **options)  # (B, H, S, S)
+        if module is watched:
+            noted.append(weights.detach())
+        return output, weights
+
+    with Float64(), ExitStack() as undo:
+        for layer in stack.layers[layers:] if layers else ():
+            undo.enter_context(layer.register_forward_hook(_identity, with_kwargs=True))
+        head = tiny.get_output_embeddings()
+        undo.enter_context(head.register_forward_pre_hook(lambda head, args: hidden.append(args[0])))
+        if attention:
+            undo.enter_context(replaced_attention(stack.configs, note_weights, own="eager"))
+        logits = tiny(**{name: value for name, value in batch.items() if name != "labels"}).logits
     targets = F.pad(batch["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED_LABEL)
-    scores["loss"] = losses.detach()
-    scores["gradient"] = torch.autograd.grad(losses.sum(), hidden[0])[0].norm(dim=-1)
+    scores = {"loss": losses.detach(), "gradient": torch.autograd.grad(losses.sum(), hidden[0])[0].norm(dim=-1)}
     if attention:
         real = batch["attention_mask"]
         scores["attention"] = (noted[0] * real[:, None, :, None]).mean(1).sum(1) * real
@@ -101,47 +104,14 @@ def _identity(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-@contextmanager
-def _recorded_weights(tiny: PreTrainedModel, layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Within it, the attention weights (B, H, S, S) of a layer are recorded, by its own eager function."""
-    noted: list[Tensor] = []
-    configs = [(config, config._attn_implementation) for config in transformer_layers(tiny).configs] if wanted else []
-    watched = attention_modules(layer)[0]
-
-    def attention(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        output, weights = eager_function(module)(module, *args, **options)
-        if module is watched:
-            noted.append(weights.detach())
-        return output, weights
-
-    AttentionInterface.register(_WEIGHTS, attention)
-    AttentionMaskInterface.register(_WEIGHTS, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    try:
-        for config, _ in configs:
-            config._attn_implementation_internal = _WEIGHTS
-        yield noted
-    finally:
-        for config, own in configs:
-            config._attn_implementation_internal = own
-
-
-def _compare_step(trial: _Trial, profile: Profile) -> None:
+def _compare_step(trial: Trial, profile: Profile) -> None:
     """Compares the gradients of a step after a scoring pass and a random draw with those of the definition."""
-    tiny = trial.tiny
-    install_hooks(tiny)
-    settings = Settings(
-        SELECTED, "random", profile, transformer_layers(tiny), chunked_loss=False, scoring=ScoringOptions()
-    )
-    tiny._tokentune = settings
-    try:
-        _, found = _step(tiny, trial.batch, trial.positions)
+    tiny, batch = trial.tiny, trial.batch
+    options = {"chunked_loss": False, "scoring": ScoringOptions()}
+    with patched(tiny, profile=profile, prefix_length=SELECTED, strategy="random", **options):
+        _, found = step(tiny, batch, trial.positions)
         positions = last_draw(tiny).positions
-    finally:
-        remove_tokentune(tiny)
-    labels = mask_unselected_labels(trial.batch["labels"], positions, causal=True)
+    labels = mask_unselected_labels(batch["labels"], positions, causal=True)
     with definition_of_the_method(tiny, positions):
-        _, defined = _step(tiny, trial.batch | {"labels": labels}, positions)
-    scale = max(gradient.abs().max() for gradient in defined.values())
-    for name, gradient in defined.items():
-        what = f"{trial.side} padding, gradient of {name} after a scoring pass"
-        _agree(found[name], gradient, what, 1e-3 * scale)
+        _, defined = step(tiny, batch | {"labels": labels}, positions)
+    agree_on_gradients(found, defined, f"{trial.side} padding, after a scoring pass")
