@@ -15,7 +15,7 @@ repeated on each chunk; `verify/verification.py` tries it. The value is that of 
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,19 +276,15 @@ class _FrozenHead(torch.autograd.Function):
         return of_hidden, *(None for _ in ctx.needs_input_grad[1:])
 
 
-class _Place(NamedTuple):
-    index: int
-
-
 class _Recorder(TorchFunctionMode):
     """Records what is computed from one tensor, to compute the same from others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.running = False
-        self.values: list[Tensor] = []  # the first tensor, then each result
-        self.calls: list[tuple[Callable, list, dict[str, Any]]] = []  # in which a _Place stands for a value
-        self.end = 0  # index of the value that is wanted
+        self.values: list[Tensor] = []  # the first tensor, then the result of each call
+        self.calls: list[tuple[Callable, tuple, dict[str, Any]]] = []
+        self.wanted: Tensor | None = None
 
     def start(self, tensor: Tensor) -> None:
         self.running = True
@@ -304,36 +300,34 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        marked, named = [self._mark(value) for value in args], {k: self._mark(value) for k, value in kwargs.items()}
-        if isinstance(result, Tensor) and any(isinstance(value, _Place) for value in (*marked, *named.values())):
+        if isinstance(result, Tensor) and any(map(self._is_value, (*args, *kwargs.values()))):
             if func is Tensor.float:  # under a mode that turns casts (`tiny_copy.Float64`) it has another result type
-                func, marked = Tensor.to, [*marked, result.dtype]
-            self.calls.append((func, marked, named))
+                func, args = Tensor.to, (*args, result.dtype)
+            self.calls.append((func, args, kwargs))
             self.values.append(result)
         return result
 
-    def _mark(self, value: Any) -> Any:
-        return next((_Place(i) for i, known in enumerate(self.values) if known is value), value)
+    def _is_value(self, item: Any) -> bool:
+        return any(item is value for value in self.values)
 
     def finish(self, wanted: Tensor) -> None:
         """Ends the recording: `wanted` is the result that is to be computed from other tensors."""
         self.stop()
-        place = self._mark(wanted)
-        if not isinstance(place, _Place):
+        if not self._is_value(wanted):
             raise UnsupportedModelError("what the model does to its logits cannot be repeated on a part of them")
-        self.end = place.index
+        self.wanted = wanted
 
     def repeat(self, tensor: Tensor) -> Tensor:
-        values = [tensor]
-
-        def value(item: Any) -> Any:
-            return values[item.index] if isinstance(item, _Place) else item
-
-        for func, args, kwargs in self.calls[: self.end]:
-            values.append(func(*map(value, args), **{name: value(item) for name, item in kwargs.items()}))
-        return values[self.end]
+        first, *results = self.values
+        made = {id(first): tensor}
+        for (func, args, kwargs), result in zip(self.calls, results, strict=True):
+            if id(self.wanted) in made:
+                break
+            args = [made.get(id(item), item) for item in args]
+            made[id(result)] = func(*args, **{name: made.get(id(item), item) for name, item in kwargs.items()})
+        return made[id(self.wanted)]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that the computation uses besides the first one."""
         items = [item for _, args, kwargs in self.calls for item in (*args, *kwargs.values())]
-        return [item for item in items if isinstance(item, Tensor)]
+        return [item for item in items if isinstance(item, Tensor) and not self._is_value(item)]

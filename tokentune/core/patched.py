@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from tokentune.errors import UnsupportedModelError
 
 PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
+Model = TypeVar("Model", bound=nn.Module)  # what is given is what is returned
 SETTINGS_OF_OWNER = "_tokentune_of_owner"  # the same Settings, on the model inside that holds the layers
 
 

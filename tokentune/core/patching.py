@@ -34,7 +34,7 @@ from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import is_checkpointed, transformer_layers
 from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, selected_loss, why_not_in_chunks
 from tokentune.core.model_sampling import choose_tokens, without_padding_targets
-from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Settings, owner_of, settings_of
+from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Model, Settings, owner_of, settings_of
 from tokentune.core.profile import Rows, are_per_token, pad_token
 from tokentune.core.scoring_pass import ScoringPass, run_scoring_pass, use_cached_key_values
 from tokentune.core.selective_layer import enter_layer, leave_layer, run_unselected, selective_attention
@@ -76,7 +76,7 @@ def patched(model: PreTrainedModel, **options: Any) -> Iterator[None]:
         remove_tokentune(model)
 
 
-def remove_tokentune(model: nn.Module) -> nn.Module:
+def remove_tokentune(model: Model) -> Model:
     """Undoes `apply_tokentune`: the original instance again. A model that was not patched is returned unchanged."""
     owner = owner_of(model)
     if not hasattr(owner, SETTINGS):

@@ -44,8 +44,6 @@ from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.strategies import DRAWS
 
-SCORES = ("loss", "gradient", "excess_loss", "attention")
-
 
 @dataclass(frozen=True)
 class ScoringOptions:

@@ -79,8 +79,7 @@ class Step:
     positions: Tensor | None = None  # (B, K), ascending; known in front of the first layer
     order: Tensor | None = None  # (B, S): the selected positions, then the unselected ones, both ascending
     call: LayerCall | None = None
-    # What was made of tensors that every layer gets again: (original, result). Compared by identity, which is safe
-    # because the original is kept alive here.
+    # What was made of tensors that every layer gets again: (original, result).
     row_cache: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
     deferred_masks: list[tuple[Tensor | None, DeferredMask]] = field(default_factory=list)
     flat_indices_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -143,10 +142,7 @@ class Step:
         return self._cached_rows(value, group) if per_token else value
 
     def _cached_rows(self, value: Tensor, group: str) -> Tensor:
-        rows = next((rows for original, rows in self.row_cache if original is value), None)
-        if rows is None:
-            rows = {}
-            self.row_cache.append((value, rows))
+        rows = _made_of(value, self.row_cache, dict)
         if group not in rows:
             # A copy per group, not two views of one tensor: a saved view would keep the other group's rows in memory.
             rows[group] = gather_tokens(value.expand(self.order.shape[0], *value.shape[1:]), self.indices(group))
@@ -167,13 +163,15 @@ class Step:
         """
         if mask is None and not causal:
             return None
-        return GroupMask(self._deferred_mask(mask), group, self.indices(group).to(query.device), self.order.shape[1])
+        deferred = _made_of(mask, self.deferred_masks, lambda: read_mask(mask, *self.order.shape))
+        return GroupMask(deferred, group, self.indices(group).to(query.device), self.order.shape[1])
 
-    def _deferred_mask(self, mask: Any) -> DeferredMask:
-        batch, length = self.order.shape
-        for original, deferred in self.deferred_masks:
-            if original is mask:
-                return deferred
-        deferred = read_mask(mask, batch, length)
-        self.deferred_masks.append((mask, deferred))
-        return deferred
+
+def _made_of(original: Any, cache: list[tuple[Any, Any]], make: Callable[[], Any]) -> Any:
+    """What was made of `original`, which is compared by identity: safe, because the cache keeps it alive."""
+    for known, made in cache:
+        if known is original:
+            return made
+    made = make()
+    cache.append((original, made))
+    return made

@@ -223,26 +223,16 @@ def _by_score(tokens: Tokens, scores: Tensor, candidates: Tensor) -> Tensor | Ch
     return Choice(chosen + tokens.uniform, probability.masked_fill(always, 1.0))
 
 
-def _of_targets(tokens: Tokens, name: str) -> Tensor | Choice:
-    return _by_score(
-        tokens, tokens.scores[name], tokens.real if tokens.targets is None else tokens.real & tokens.targets
-    )
+def _register_score_of_targets(name: str) -> None:
+    @strategy(name, needs=(name,))
+    def choose(tokens: Tokens) -> Tensor | Choice:
+        targets = tokens.real if tokens.targets is None else tokens.real & tokens.targets
+        return _by_score(tokens, tokens.scores[name], targets)
 
 
-@strategy("loss", needs=("loss",))
-def _loss(tokens: Tokens) -> Tensor | Choice:
-    return _of_targets(tokens, "loss")
-
-
-@strategy("excess_loss", needs=("excess_loss",))
-def _excess_loss(tokens: Tokens) -> Tensor | Choice:
-    # As Rho-1 does (Lin et al., arXiv 2404.07965); an excess below 0 counts as 0 in a draw.
-    return _of_targets(tokens, "excess_loss")
-
-
-@strategy("gradient", needs=("gradient",))
-def _gradient(tokens: Tokens) -> Tensor | Choice:
-    return _of_targets(tokens, "gradient")
+# The excess as Rho-1 takes it (Lin et al., arXiv 2404.07965); one below 0 counts as 0 in a draw.
+for _name in ("loss", "excess_loss", "gradient"):
+    _register_score_of_targets(_name)
 
 
 @strategy("attention", needs=("attention",))

@@ -192,8 +192,9 @@ class _OwnPaths(torch.autograd.Function):
         return None, gradient, of_key, of_value, None, None, None, None, None, None
 
 
-def correct_fused(
+def correct(
     output: Tensor,
+    weights: Tensor | None,
     sums: Tensor | None,
     query: Tensor,
     key: Tensor,
@@ -202,46 +203,35 @@ def correct_fused(
     own: OwnTokens,
     options: dict,
 ) -> Tensor:
-    """The output (B, K, H, d) of fused attention over scaled keys and values, its own-token paths unscaled.
+    """The output (B, K, H, d) of attention over scaled keys and values, its own-token paths unscaled.
 
-    `sums` are the logarithms of the softmax's sums (B, H, K), computed here where the kernel returned none.
+    Args:
+        weights: (B, H, K, S), of eager attention, which may have soft-capping and sinks; None: it was a fused one.
+        sums: the logarithms of the softmax's sums (B, H, K), of a fused kernel that returns them.
     """
-    scaling = _scaling(query, options)
+    scaling, softcap, damping = _scaling(query, options), options.get("softcap"), None
     with torch.no_grad():
-        if sums is None:
-            sums = score_sums(query, key, mask, scaling)
-        scores = _own_scores(query, key, scaling, own)
-        if not hasattr(mask.deferred.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
-            scores = scores + _own_bias(mask, own.positions, scores.dtype, query.shape[1])
-        # A padding query may see no key at all, not even itself; its result means nothing, but has to be finite.
-        weights = (scores - sums).clamp(max=0.0).exp()
-    return _unscaled(output, query, value, weights, scaling, own)
-
-
-def correct_eager(
-    output: Tensor, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, own: OwnTokens, options: dict
-) -> Tensor:
-    """The same for eager attention, which returns its weights (B, H, K, S), and has soft-capping and sinks."""
-    scaling, softcap = _scaling(query, options), options.get("softcap")
-    damping = None
-    with torch.no_grad():
-        weights = weights.take_along_dim(own.positions[:, None, :, None], 3)[..., 0].to(_wide(weights))
-        if softcap is not None:
-            damping = 1 - torch.tanh(_own_scores(query, key, scaling, own) / softcap) ** 2
-    return _unscaled(output, query, value, weights, scaling, own, damping)
-
-
-def _unscaled(
-    output: Tensor,
-    query: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    scaling: float,
-    own: OwnTokens,
-    damping: Tensor | None = None,
-) -> Tensor:
+        if weights is None:
+            weights = fused_weights(sums, query, key, mask, own, scaling)
+        else:
+            weights = weights.take_along_dim(own.positions[:, None, :, None], 3)[..., 0].to(_wide(weights))
+            if softcap is not None:
+                damping = 1 - torch.tanh(_own_scores(query, key, scaling, own) / softcap) ** 2
     tensors = output, own.key, own.value, query, value, weights, own.scales, own.flat_indices, damping
     return _OwnPaths.apply(scaling, *tensors)
+
+
+def fused_weights(
+    sums: Tensor | None, query: Tensor, key: Tensor, mask: GroupMask, own: OwnTokens, scaling: float
+) -> Tensor:
+    """The queries' weights of their own keys, (B, H, K). `sums` are computed here where the kernel returned none."""
+    if sums is None:
+        sums = score_sums(query, key, mask, scaling)
+    scores = _own_scores(query, key, scaling, own)
+    if not hasattr(mask.deferred.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
+        scores = scores + _own_bias(mask, own.positions, scores.dtype, query.shape[1])
+    # A padding query may see no key at all, not even itself; its result means nothing, but has to be finite.
+    return (scores - sums).clamp(max=0.0).exp()
 
 
 def _scaling(query: Tensor, options: dict) -> float:

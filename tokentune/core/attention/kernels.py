@@ -52,21 +52,19 @@ def attend(
         raise UnsupportedModelError(f"{type(module).__name__} passes a position bias, whose rows follow the sequence")
     if own is not None:
         correction.require_correctable_call(module, mask, implementation, options)
+    dtype, weights, sums = compute_dtype(query), None, None
     if implementation == "eager":
-        additive = None if mask is None else mask.additive(compute_dtype(query))
+        additive = None if mask is None else mask.additive(dtype)
         output, weights = eager_function(module)(module, query, key, value, additive, **options)
-        if own is not None:
-            output = correction.correct_eager(output, weights, query, key, value, own, options)
-        return output, None
-    query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
-    if implementation == "flex_attention":
-        block_mask = None if mask is None else mask.block_mask()
-        output, _ = flex_attention_forward(module, query, key, value, block_mask, **options)
-        sums = None
     else:
-        output, sums = _fused(module, query, key, value, mask, own is not None, **options)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        if implementation == "flex_attention":
+            block_mask = None if mask is None else mask.block_mask()
+            output, _ = flex_attention_forward(module, query, key, value, block_mask, **options)
+        else:
+            output, sums = _fused(module, query, key, value, mask, own is not None, **options)
     if own is not None:
-        output = correction.correct_fused(output, sums, query, key, value, mask, own, options)
+        output = correction.correct(output, weights, sums, query, key, value, mask, own, options)
     return output, None
 
 

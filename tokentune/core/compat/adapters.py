@@ -13,44 +13,14 @@ from torch import nn
 
 from tokentune.errors import UnsupportedModelError
 
+# fmt: off
 SERVED = {
-    "adalora",
-    "adamss",
-    "adaption_prompt",
-    "beft",
-    "boft",
-    "c3a",
-    "deft",
-    "delora",
-    "fourierft",
-    "frod",
-    "glora",
-    "gralora",
-    "hira",
-    "hra",
-    "ia3",
-    "ln_tuning",
-    "loha",
-    "lokr",
-    "lora",
-    "miss",
-    "mixed",
-    "oft",
-    "osf",
-    "peanut",
-    "psoft",
-    "pvera",
-    "randlora",
-    "road",
-    "shira",
-    "supertuning",
-    "tinylora",
-    "trainable_tokens",
-    "unilora",
-    "vblora",
-    "vera",
-    "waveft",
+    "adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora",
+    "gralora", "hira", "hra", "ia3", "ln_tuning", "loha", "lokr", "lora", "miss", "mixed", "oft", "osf", "peanut",
+    "psoft", "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora",
+    "vera", "waveft",
 }
+# fmt: on
 _CHANCE = "draws weights anew in each pass, of which a selective forward makes two"
 REFUSED = {
     "lily": "mixes its experts by the mean over all tokens, of which each group has a part",
