@@ -5,9 +5,9 @@
 `install` adds forward hooks to the given instance and nothing else: its classes, its `forward` methods, its
 configuration and what `save_pretrained` writes do not change. One forward pass:
 
-    _begin_step     pre-hook of the model: reads the call, checks it, runs the scoring pass if there is one, chooses the
-                    tokens, makes a `StepPlan` and carries it out: until the end of the step the configuration names our
-                    attention function, and the model has the loss function of the plan
+    _begin_step     pre-hook of the model: reads the call, checks it, chooses the tokens (`core/model_sampling.py`),
+                    plans the step (`core/step_plan.py`) and carries the plan out: until the end of the step the
+                    configuration names our attention function, and the model has the loss function of the plan
     the model's own forward, with hooks on its layers (`core/selective_layer.py`)
     _end_step       post-hook of the model: puts everything back
 """
@@ -36,11 +36,10 @@ from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, selected_loss,
 from tokentune.core.model_sampling import choose_tokens, without_padding_targets
 from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Model, Settings, owner_of, settings_of
 from tokentune.core.profile import Rows, are_per_token, pad_token
-from tokentune.core.scoring_pass import ScoringPass, run_scoring_pass, use_cached_key_values
+from tokentune.core.scoring_pass import use_cached_key_values
 from tokentune.core.selective_layer import enter_layer, leave_layer, run_unselected, selective_attention
 from tokentune.core.step import CURRENT_STEP, IMPLEMENTATION, Step, activate, uncompiled
 from tokentune.core.step_plan import Batch, Loss, ModelState, Request, StepPlan, plan_step
-from tokentune.errors import UnsupportedModelError
 
 logger = logging.get_logger(__name__)
 
@@ -117,10 +116,8 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         batch = replace(batch, labels=inputs["labels"])
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         inputs["use_cache"] = False
-    scored = _score(model, settings, request, inputs, state)
-    selection = choose_tokens(settings, request, batch, state, scored)
-    settings.counts, settings.finish = selection.counts or settings.counts, selection.finish
-    plan = plan_step(selection, batch, state)
+    plan = plan_step(choose_tokens(model, settings, request, inputs, batch, state), batch, state)
+    settings.counts, settings.finish = plan.counts or settings.counts, plan.finish
     _carry_out(model, settings, plan)
     return (), inputs | plan.replaced
 
@@ -152,22 +149,6 @@ def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> Model
         prefers_chunks=frozen or any(map(is_checkpointed, layers)),
         not_in_chunks=why_not_in_chunks(model, settings.profile),
     )
-
-
-def _score(
-    model: PreTrainedModel, settings: Settings, request: Request, inputs: dict[str, Any], state: ModelState
-) -> ScoringPass | None:
-    """The scoring pass, where the settings ask for one; a batch selected whole has one too, as its loss is counted."""
-    if settings.scoring is None or not (model.training and state.token_labels):
-        return None
-    if state.rows is Rows.ALL:
-        raise UnsupportedModelError("a scoring pass needs the model's own forward and loss, not a trainer's")
-    options = {"chunk_bytes": settings.chunk_bytes}
-    if request.selected_positions is None:
-        options["num_supervised"] = request.num_supervised
-    elif request.all_labels is not None:
-        inputs = inputs | {"labels": request.all_labels}
-    return run_scoring_pass(model, settings.stack, inputs, settings.scoring, settings.needs, **options)
 
 
 def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> None:
