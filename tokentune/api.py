@@ -18,8 +18,7 @@ from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.resolver import find_strategy
-from tokentune.verify.scoring_pass_check import verify_scoring_pass
-from tokentune.verify.verification import verified_profile, verify_correction
+from tokentune.verify.verification import verified_profile, verify_correction, verify_scoring_pass
 
 __all__ = ["apply_tokentune", "remove_tokentune"]
 

@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM, Gemma2Config, Gemma2ForCausalLM, Llama
 
 import tokentune.core.loss
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.core.loss import ChunkedLoss
+from tokentune.core.loss import ChunkedLoss, WithheldRows
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.verify.tiny_copy import Float64
 
@@ -270,7 +270,7 @@ def test_float16_keeps_gradients_of_rare_words() -> None:
     gradients = []
     for module in (head, wide):
         rows = hidden.detach().to(module.weight.dtype).requires_grad_()
-        loss = ChunkedLoss(module, torch.arange(4)[None])
+        loss = ChunkedLoss(WithheldRows(module), torch.arange(4)[None])
         with ExitStack() as undo:
             loss.rows.install(undo)
             empty = module(rows)

@@ -15,6 +15,7 @@ repeated on each chunk; `verify/verification.py` tries it. The value is that of 
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,17 +57,15 @@ def why_not_in_chunks(model: PreTrainedModel, profile: Profile) -> str | None:
     return profile.whole_logits
 
 
+@dataclass(eq=False)
 class WithheldRows:
     """An output head that gets no rows. Its input is stored, and its logits are then made from chunks of that."""
 
-    def __init__(self, head: nn.Module, num_supervised: int | None, chunk_bytes: int) -> None:
-        """
-        Args:
-            head: the output embeddings, whatever wraps them included.
-            num_supervised: N, where the caller knows it on the host.
-            chunk_bytes: most bytes of a chunk's logits in float32.
-        """
-        self.head, self.num_supervised, self.chunk_bytes = head, num_supervised, chunk_bytes
+    head: nn.Module  # the output embeddings, whatever wraps them included
+    num_supervised: int | None = None  # N, where the caller knows it on the host
+    chunk_bytes: int = CHUNK_BYTES  # at most, of a chunk's logits in float32
+
+    def __post_init__(self) -> None:
         self.hidden: Tensor | None = None
         self.behind_head = _Recorder()
 
@@ -89,12 +88,12 @@ class WithheldRows:
             self.behind_head.start(logits)
 
     def with_loss(
-        self, logits: Tensor, targets: Tensor, ignored: int, weights: Tensor | None = None
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """The stored rows that have a loss, after the model returned its `logits` (B, 0, V).
 
         Args:
-            targets: (B, K), what each of the stored rows predicts; `ignored` at rows without a loss.
+            targets: (B, K), what each of the stored rows predicts; -100 at rows without a loss.
             weights: (B, K), factors of the losses.
 
         Returns:
@@ -108,12 +107,12 @@ class WithheldRows:
                 f"the head was handed {tuple(self.hidden.shape)}, not a row per token of {tuple(targets.shape)}"
             )
         self.behind_head.finish(logits)
-        self.dtype, self.vocabulary, self.ignored = logits.float().dtype, logits.shape[-1], ignored
+        self.dtype, self.vocabulary = logits.float().dtype, logits.shape[-1]
         device = self.hidden.device
         rows = [self.hidden.flatten(0, 1), targets.to(device).flatten()]
         if weights is not None:
             rows.append(weights.to(device, self.dtype).flatten())
-        supervised = rows[1] != ignored
+        supervised = rows[1] != IGNORED_LABEL
         indices = self._rows_with_loss(supervised)
         return rows if indices is None else [tensor[indices] for tensor in rows], supervised, indices
 
@@ -138,7 +137,7 @@ class WithheldRows:
     def losses(self, hidden: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
         """The cross-entropy of rows (n, D) of a chunk: (n,), or their sum."""
         logits = self.behind_head.repeat(self._call_head(hidden[None]))[0].to(self.dtype)  # (n, V)
-        return F.cross_entropy(logits, targets, ignore_index=self.ignored, reduction=reduction)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction=reduction)
 
     def trained(self) -> bool:
         """Whether any parameter after the rows is trained."""
@@ -153,55 +152,38 @@ class WithheldRows:
             return self.head.forward(hidden)
 
 
-def next_targets(labels: Tensor, shift_labels: Tensor | None, ignored: int = IGNORED_LABEL) -> Tensor:
-    """(B, S): what each position predicts, the next label unless the caller moved them already."""
-    return F.pad(labels, (0, 1), value=ignored)[:, 1:] if shift_labels is None else shift_labels
+def next_targets(
+    labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORED_LABEL, **_: Any
+) -> Tensor:
+    """(B, S): what each position predicts, the next label unless the caller moved them already; -100 for no loss."""
+    targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
+    return targets if ignore_index == IGNORED_LABEL else targets.masked_fill(targets == ignore_index, IGNORED_LABEL)
 
 
+@dataclass(eq=False)
 class ChunkedLoss:
     """The loss function of one step, on the rows that `WithheldRows` stores."""
 
-    def __init__(
-        self,
-        head: nn.Module,
-        positions: Tensor,
-        num_supervised: int | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
-        weights: Tensor | None = None,
-        recompute: bool = True,
-    ) -> None:
-        """
-        Args:
-            head, num_supervised, chunk_bytes: see `WithheldRows`.
-            positions: (B, K), the selected ones.
-            weights: (B, K), factors of the rows' losses, which then stand for all supervised targets.
-            recompute: save no logits of a trained head, and compute them twice.
-        """
-        self.rows = WithheldRows(head, num_supervised, chunk_bytes)
-        self.positions, self.weights, self.recompute = positions, weights, recompute
+    rows: WithheldRows
+    positions: Tensor  # (B, K), the selected ones
+    weights: Tensor | None = None  # (B, K), factors of the rows' losses, which then stand for all supervised targets
+    recompute: bool = True  # save no logits of a trained head, and compute them twice
 
     def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORED_LABEL,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
+        self, logits: Tensor, labels: Tensor, *_: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Tensor:
         """In place of `ForCausalLMLoss`, on the same arguments; `logits` (B, 0, V) tell what V is.
 
         Returns the mean over the supervised rows; given `num_items_in_batch`, their sum divided by it. Given weights,
         the weighted sum is divided by the number of all supervised targets, selected or not.
         """
-        of_all = next_targets(labels, shift_labels, ignore_index)
+        of_all = next_targets(labels, **kwargs)
         targets = of_all.gather(1, self.positions.to(of_all.device))  # (B, K)
-        rows, supervised, _ = self.rows.with_loss(logits, targets, ignore_index, self.weights)
+        rows, supervised, _ = self.rows.with_loss(logits, targets, self.weights)
         loss = self._sum(rows)
         count = num_items_in_batch
         if count is None:
-            count = supervised.sum() if self.weights is None else (of_all != ignore_index).sum()
+            count = supervised.sum() if self.weights is None else (of_all != IGNORED_LABEL).sum()
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
     def _sum(self, rows: list[Tensor]) -> Tensor:

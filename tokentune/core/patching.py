@@ -13,7 +13,7 @@ configuration and what `save_pretrained` writes do not change. One forward pass:
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,11 +28,10 @@ from tokentune.core.attention.masks import mask_from_functions
 from tokentune.core.checkpointing import checkpoint_layers
 from tokentune.core.compat.adapters import wrapper_bypassing_hooks
 from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran
-from tokentune.core.compat.foreign_hooks import have_foreign_hooks, move_own_hooks_inside
 from tokentune.core.compat.step_checks import check_positions, has_foreign_forward, is_causal_lm, require_served_step
 from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import is_checkpointed, transformer_layers
-from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, selected_loss, why_not_in_chunks
+from tokentune.core.loss import ChunkedLoss, WithheldRows, is_frozen, put_loss, selected_loss, why_not_in_chunks
 from tokentune.core.model_sampling import choose_tokens, without_padding_targets
 from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Model, Settings, owner_of, settings_of
 from tokentune.core.profile import Rows, are_per_token, pad_token
@@ -42,6 +41,7 @@ from tokentune.core.step import CURRENT_STEP, IMPLEMENTATION, Step, activate, un
 from tokentune.core.step_plan import Batch, Loss, ModelState, Request, StepPlan, plan_step
 
 logger = logging.get_logger(__name__)
+_KNOWING = ("tokentune", "torch", "transformers", "accelerate", "deepspeed")  # their hooks accept groups of tokens
 
 
 def install(model: nn.Module, settings: Settings) -> None:
@@ -140,7 +140,7 @@ def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> Model
         profile=settings.profile,
         causal=is_causal_lm(model),
         foreign_forward=has_foreign_forward(model),
-        foreign_layer_hooks=have_foreign_hooks(layers),
+        foreign_layer_hooks=_have_foreign_hooks(layers),
         token_labels=are_per_token(batch.labels, model.loss_type),
         pad_token_id=pad_token(model),
         with_gradients=torch.is_grad_enabled(),
@@ -155,15 +155,14 @@ def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> No
     """Sets up layers and loss for the forward pass that follows; `settings.undo` gets what puts everything back."""
     loss_function = None
     if plan.loss is Loss.CHUNKED:
-        options = {"weights": plan.weights, "recompute": plan.recompute_logits}
-        head = model.get_output_embeddings()
-        loss_function = ChunkedLoss(head, plan.positions, plan.num_supervised, settings.chunk_bytes, **options)
+        rows = WithheldRows(model.get_output_embeddings(), plan.num_supervised, settings.chunk_bytes)
+        loss_function = ChunkedLoss(rows, plan.positions, plan.weights, plan.recompute_logits)
     elif plan.loss is Loss.SELECTED:
         loss_function = partial(selected_loss, model.loss_function, plan.positions)
     if not plan.all_selected:
         stack = settings.stack
         if plan.all_rows_between_layers:
-            move_own_hooks_inside(stack.layers)
+            _move_own_hooks_inside(stack.layers)
         implementations = [(config, config._attn_implementation) for config in stack.configs]
         unselected_pass = run_unselected if plan.cached_kv is None else use_cached_key_values
         step = Step(plan, implementations, stack.calls, unselected_pass, settings.profile.per_token)
@@ -213,3 +212,35 @@ def _gather_output_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> 
         return gathered, *output[1:]
     output.last_hidden_state = gathered
     return output
+
+
+# ---------------------------------------------------------------------------------------------------- hooks of others
+#
+# A forward hook that another library puts on a layer itself, as for steering a model, gets what it would get without
+# us: all rows, (B, S, D) in sequence order. For that our own hooks stand between it and the layer's forward.
+
+
+def _have_foreign_hooks(layers: Iterable[nn.Module]) -> bool:
+    """Whether hooks of others on these layers themselves see what goes in or comes out, and may change it."""
+    return any(_foreign(hooks) for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks))
+
+
+def _move_own_hooks_inside(layers: Iterable[nn.Module]) -> None:
+    """Where a layer has foreign hooks, ours run last before its forward, and first after it."""
+    for layer in layers:
+        for hooks, own, at_end in (
+            (layer._forward_pre_hooks, enter_layer, True),
+            (layer._forward_hooks, leave_layer, False),
+        ):
+            if _foreign(hooks):
+                key = next(key for key, hook in hooks.items() if hook is own)
+                hooks.move_to_end(key, last=at_end)
+
+
+def _foreign(hooks: dict[int, Callable]) -> bool:
+    return any(_home(hook) not in _KNOWING for hook in hooks.values())
+
+
+def _home(hook: Callable) -> str:
+    hook = getattr(hook, "func", hook)  # of a partial one
+    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]

@@ -23,7 +23,7 @@ cheaper and less exact, and no cached keys and values. Dropout is on in the scor
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ from tokentune.core.step import UNSELECTED, LayerCall, Step, uncompiled
 from tokentune.core.step_plan import CachedKeyValues
 from tokentune.core.temporary import set_until_undone
 from tokentune.errors import UnsupportedModelError
-from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.strategies import DRAWS
 
 
@@ -101,7 +100,8 @@ def run_scoring_pass(
     if "attention" in needs:
         recording.scored_module = attention_modules(stack.layers[(options.layers or len(stack.layers)) - 1])[0]
         recording.real = kwargs.get("attention_mask")
-    losses = TokenLosses(model, "gradient" in needs, num_supervised, chunk_bytes)
+    rows = WithheldRows(model.get_output_embeddings(), num_supervised, chunk_bytes)
+    losses = TokenLosses(rows, "gradient" in needs)
     if options.layers is not None and needs == ("attention",):
         kwargs = kwargs | {"labels": None}  # no losses are needed: the head gets no rows and costs nothing
     with torch.no_grad(), ExitStack() as undo, replaced_attention(stack.configs, recording.attention):
@@ -142,7 +142,7 @@ def _reference_losses(reference: PreTrainedModel, kwargs: dict[str, Any], own: "
     """(B, S): the losses of the reference model on the same targets."""
     if reference is None:
         raise ValueError("excess_loss is a loss minus that of another model: give ScoringOptions a reference")
-    losses = TokenLosses(reference, False, own.rows.num_supervised, own.rows.chunk_bytes)
+    losses = TokenLosses(replace(own.rows, head=reference.get_output_embeddings()))
     device = own.scores["loss"].device
     if next(reference.parameters()).device != device:
         reference.to(device)
@@ -153,27 +153,18 @@ def _reference_losses(reference: PreTrainedModel, kwargs: dict[str, Any], own: "
     return losses.scores["loss"]
 
 
+@dataclass(eq=False)
 class TokenLosses:
     """In place of a causal model's loss function: each target's own loss, and the norm of its gradient."""
 
-    def __init__(self, model: PreTrainedModel, gradients: bool, num_supervised: int | None, chunk_bytes: int) -> None:
-        self.rows = WithheldRows(model.get_output_embeddings(), num_supervised, chunk_bytes)
-        self.gradients = gradients
-        self.scores: dict[str, Tensor] = {}  # "loss", and "gradient" where it is wanted: (B, S) float32
-        self.count: Tensor | None = None  # N
+    rows: WithheldRows
+    gradients: bool = False
+    scores: dict[str, Tensor] = field(default_factory=dict)  # "loss", and "gradient" if wanted: (B, S) float32
+    count: Tensor | None = None  # N
 
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Any = None,
-        ignore_index: int = IGNORED_LABEL,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        targets = next_targets(labels, shift_labels, ignore_index)
-        rows, supervised, indices = self.rows.with_loss(logits, targets, ignore_index)
+    def __call__(self, logits: Tensor, labels: Tensor, vocab_size: Any = None, **kwargs: Any) -> Tensor:
+        targets = next_targets(labels, **kwargs)
+        rows, supervised, indices = self.rows.with_loss(logits, targets)
         self.count = supervised.sum()
         losses, norms = [], []
         for chunk in self.rows.in_chunks(rows):
