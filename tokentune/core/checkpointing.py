@@ -51,8 +51,7 @@ def checkpoint_layers(stack: Stack, step: Step, choice: str, offload_kv: bool, u
         choice: one of `CHECKPOINT_REST`.
         offload_kv: save the part of the unselected tokens in the CPU's memory, where the model is on an accelerator.
 
-    Raises:
-        UnsupportedModelError: the model checkpoints more than single layers, or `segments` with other layers between.
+    Raises UnsupportedModelError where the model checkpoints more than single layers, or `segments` with others between.
     """
     for module in stack.around:
         if is_checkpointed(module):
@@ -97,15 +96,15 @@ class _Layer:
         return LayerCall(self.layer, False, groups, self.args, self.kwargs, **options)
 
 
+@dataclass
 class SelectiveCheckpointing:
     """The checkpointing of one step's layers."""
 
-    def __init__(self, step: Step, choice: str, offload_kv: bool):
-        self.step = step
-        self.choice = choice
-        self.offload_kv = offload_kv
-        self.host: HostMemory | None = None
-        self.segment: _Segment | None = None
+    step: Step
+    choice: str
+    offload_kv: bool
+    host: HostMemory | None = None
+    segment: "_Segment | None" = None
 
     @uncompiled
     def run(self, inputs_on_cpu: bool, function: Callable, hidden: Tensor, *more_args: Any) -> Any:
@@ -259,13 +258,8 @@ class _Segment:
             raise PassDone  # nothing else is needed of the selected rows
 
         last = number == len(self.layers) - 1
-        call = layer.call(
-            TokenGroups(hidden, unselected),
-            with_gradients=False,
-            unselected_pass=unselected_pass,
-            unselected_ends_early=last,
-        )
-        layer.step.call = call
+        options = {"with_gradients": False, "unselected_ends_early": last}
+        call = layer.step.call = layer.call(TokenGroups(hidden, unselected), unselected_pass=unselected_pass, **options)
         set_random_states(layer.states_before, hidden)
         # FSDP has gathered the weights of the segment's last layer now, and of no other.
         with suppress(PassDone), gathered(layer.layer, stays=last):

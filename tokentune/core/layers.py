@@ -57,9 +57,7 @@ def attention_modules(module: nn.Module) -> list[nn.Module]:
 def transformer_layers(model: PreTrainedModel) -> Stack:
     """The one stack of layers of a model; of a model with a language model inside (vision-language), that one's.
 
-    Raises:
-        UnsupportedModelError: no such stack, several of them (encoder-decoders), layers without attention of the
-            interface (state-space or convolution mixers) or with two of them.
+    Raises UnsupportedModelError for none, several of them (encoder-decoders), and layers that mix tokens otherwise.
     """
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):

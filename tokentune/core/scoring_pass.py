@@ -46,17 +46,11 @@ from tokentune.sampling.strategies import DRAWS
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How a scoring pass runs, and what its scores do.
+    """How a scoring pass runs, and what its scores do."""
 
-    Args:
-        draw: what the scores do: "proportional" (probabilities in proportion to them) or "top" (the highest win).
-        layers: run the first N layers alone; None: all layers, whose keys and values are then cached.
-        reference: the model whose loss `excess_loss` subtracts.
-    """
-
-    draw: str = "proportional"
-    layers: int | None = None
-    reference: PreTrainedModel | None = None
+    draw: str = "proportional"  # probabilities in proportion to the scores; "top": the highest win
+    layers: int | None = None  # run the first N alone; None: all layers, whose keys and values are then cached
+    reference: PreTrainedModel | None = None  # the model whose loss `excess_loss` subtracts
 
     def __post_init__(self) -> None:
         if self.draw not in DRAWS:
@@ -93,8 +87,7 @@ def run_scoring_pass(
         needs: of `SCORES`; a pass through all layers makes the losses in any case.
         num_supervised: N, where the caller knows it on the host.
 
-    Raises:
-        UnsupportedModelError: something between attention and head cannot be recorded.
+    Raises UnsupportedModelError where something between attention and head cannot be recorded.
     """
     recording = _Recording(keep=options.layers is None)
     if "attention" in needs:

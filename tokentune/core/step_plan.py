@@ -135,9 +135,8 @@ class StepPlan:
 def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
     """The plan of one forward pass with this selection.
 
-    Raises:
-        UnsupportedModelError: weights, or foreign hooks, that this model's step cannot have.
-        ValueError: positions that are not distinct, ascending and inside the sequence.
+    Raises UnsupportedModelError for weights, or foreign hooks, that this model's step cannot have, and ValueError for
+    positions that are not distinct, ascending and inside the sequence.
     """
     positions, weights, labels = selection.positions, selection.weights, batch.labels
     rows, replaced = state.rows, dict(selection.replaced)

@@ -16,8 +16,7 @@ from tokentune.sampling.strategies import REGISTRY, SECOND_NAMES, Registered, To
 def find_strategy(name: str) -> Registered:
     """The strategy of that name, or the function of `path/file.py:function`, whose file is run.
 
-    Raises:
-        ValueError: there is no such strategy (the message names the nearest one, and all), or the file is wrong.
+    Raises ValueError for an unknown name (the message names the nearest strategy, and all), or a wrong file.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -33,9 +32,7 @@ def load_strategy(name: str) -> Registered:
     """Runs the file and returns its function, registered under `name`, after a trial on a small batch.
 
     The function may be a plain one that takes `Tokens`, or one that the file registers (`@strategy`), with its needs.
-
-    Raises:
-        ValueError: no such file or function, an error in the file or the function, or an invalid answer.
+    Raises ValueError for a missing file or function, an error in one of them, or an invalid answer.
     """
     file, _, function = name.rpartition(":")
     if not file or not function:

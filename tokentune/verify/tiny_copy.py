@@ -10,7 +10,7 @@ import random
 import re
 import warnings
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy
@@ -69,29 +69,21 @@ def undisturbed() -> Iterator[None]:
 
     Generators of accelerators are not seeded: that would initialize every device.
     """
-    numbers, arrays, tensors = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    dtype, verbosity = torch.get_default_dtype(), transformers.logging.get_verbosity()
-    try:
+    with ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(numpy.random.set_state, numpy.random.get_state())
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        undo.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
         random.seed(0)
         numpy.random.seed(0)
         torch.default_generator.manual_seed(0)
         torch.set_default_dtype(torch.float32)
         transformers.logging.set_verbosity_error()
-        with (
-            warnings.catch_warnings(),
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(numbers)
-        numpy.random.set_state(arrays)
-        torch.set_rng_state(tensors)
-        torch.set_default_dtype(dtype)
-        transformers.logging.set_verbosity(verbosity)
+        own_modes = torch.device("cpu"), torch.inference_mode(False), torch.enable_grad()
+        for mode in (*own_modes, torch.autocast("cpu", enabled=False), warnings.catch_warnings(action="ignore")):
+            undo.enter_context(mode)
+        yield
 
 
 def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:

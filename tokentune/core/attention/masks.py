@@ -74,11 +74,12 @@ class GroupMask:
 
         def make() -> Tensor:
             queries = self.positions[:, :1] if self.deferred.alike else self.positions
-            return self._additive(queries, 0, self.length, dtype)
+            return self.rows(queries, 0, self.length, dtype)
 
         return self._once(make, dtype).expand(-1, -1, self.positions.shape[1], -1)
 
-    def _additive(self, queries: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def rows(self, queries: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The additive mask of queries at these positions (B, n) over the keys first:last."""
         return _aligned(_additive(self.deferred.visible(queries, first, last), dtype))
 
     def spans(self, block: int) -> list[Span]:
@@ -115,7 +116,7 @@ class GroupMask:
         if not edges:
             return None
         if span.open_from == span.open_to:
-            return self._additive(queries, span.first, span.last, dtype)
+            return self.rows(queries, span.first, span.last, dtype)
         parts = [(first, last, self.deferred.visible(queries, first, last)) for first, last in edges]
         heads = parts[0][2].shape[1]
         mask = queries.new_zeros(len(queries), heads, queries.shape[1], span.last - span.first, dtype=dtype)
@@ -216,17 +217,9 @@ def mask_from_functions(
     if mask_function is bidirectional_mask_function and attention_mask is None:
         return None
     if use_vmap:  # a caller's own mask function, which may not broadcast over index tensors
-        mask = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            use_vmap=True,
-            device=device,
-        )
-        return mask_from_tensor(mask)
+        options = {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
+        full = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, use_vmap=True, **options)
+        return mask_from_tensor(full)
 
     def seen(rows: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         found = mask_function(rows, heads, queries, keys)
