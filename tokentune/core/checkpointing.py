@@ -20,12 +20,12 @@ the layers call it in place of the function that `gradient_checkpointing_enable`
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -83,17 +83,17 @@ class _Layer:
     """What is needed to run one layer of the step again."""
 
     step: Step
-    layer: nn.Module
-    args: tuple  # of the layer's call, for all tokens, without the hidden states
-    kwargs: dict[str, Any]
+    call: LayerCall  # as it was before anything ran, without the hidden states
     function: Callable  # its own forward, for the selected rows: (hidden (B, K, D), *more_args)
     more_args: tuple
     states_before: list[Tensor]  # of the random generators
     states_after_unselected: list[Tensor] | None = None
     saved: tuple[Tensor, ...] | None = None  # of the unselected tokens: set by `_Save` in the backward pass, until used
 
-    def call(self, groups: TokenGroups | None, **options: Any) -> LayerCall:
-        return LayerCall(self.layer, False, groups, self.args, self.kwargs, **options)
+    def run_unselected(self, unselected_pass: Callable, step: Step, call: LayerCall) -> None:
+        """The unselected tokens' pass. Recomputations, which skip it, go on with the random numbers after it."""
+        unselected_pass(step, call)
+        self.states_after_unselected = random_states(call.joined_kv[0])
 
 
 @dataclass
@@ -112,10 +112,9 @@ class SelectiveCheckpointing:
         call = self.step.call
         if call.running == UNSELECTED or not torch.is_grad_enabled():
             return function(hidden, *more_args)
-        layer = _Layer(
-            *(self.step, call.layer, call.args, call.kwargs, function, more_args), states_before=random_states(hidden)
-        )
-        call.unselected_pass = partial(_run_unselected_and_note_states, layer, call.unselected_pass)
+        bare_call = replace(call, last=False, groups=None)
+        layer = _Layer(self.step, bare_call, function, more_args, random_states(hidden))
+        call.unselected_pass = partial(layer.run_unselected, call.unselected_pass)
         replay = _Replay(layer)
         if self.choice == "segments":
             if self.segment is None or self.segment.full:
@@ -204,13 +203,7 @@ class _Replay(ExitStack):
         activate(step, self)
         self.callback(setattr, step, "call", None)
         options = {"with_gradients": True, "unselected_ends_early": True}
-        step.call = layer.call(hidden_states, unselected_pass=unselected_pass, **options)
-
-
-def _run_unselected_and_note_states(layer: _Layer, unselected_pass: Callable, step: Step, call: LayerCall) -> None:
-    """The unselected tokens' pass; recomputations, which skip it, go on with the random numbers that come after it."""
-    unselected_pass(step, call)
-    layer.states_after_unselected = random_states(call.joined_kv[0])
+        step.call = replace(layer.call, groups=hidden_states, unselected_pass=unselected_pass, **options)
 
 
 @dataclass
@@ -259,10 +252,11 @@ class _Segment:
 
         last = number == len(self.layers) - 1
         options = {"with_gradients": False, "unselected_ends_early": last}
-        call = layer.step.call = layer.call(TokenGroups(hidden, unselected), unselected_pass=unselected_pass, **options)
+        groups = TokenGroups(hidden, unselected)
+        call = layer.step.call = replace(layer.call, groups=groups, unselected_pass=unselected_pass, **options)
         set_random_states(layer.states_before, hidden)
         # FSDP has gathered the weights of the segment's last layer now, and of no other.
-        with suppress(PassDone), gathered(layer.layer, stays=last):
+        with suppress(PassDone), gathered(layer.call.layer, stays=last):
             layer.function(hidden, *layer.more_args)
         self.keys_values[number] = tuple(map(in_own_storage, call.unselected_kv))
         return call.unselected_output

@@ -38,20 +38,15 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def uses_attention_interface(module: nn.Module) -> bool:
-    """Whether the module's own forward asks transformers' attention interface for its kernel."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
 def is_checkpointed(module: nn.Module) -> bool:
     """Whether gradient checkpointing is enabled on the module, and at work."""
     return module.training and getattr(module, "gradient_checkpointing", False)
 
 
 def attention_modules(module: nn.Module) -> list[nn.Module]:
-    """All modules at or below `module` that send their attention through the interface."""
-    return [child for child in module.modules() if uses_attention_interface(child)]
+    """All modules at or below `module` whose own forward asks transformers' attention interface for its kernel."""
+    codes = ((child, getattr(inspect.unwrap(type(child).forward), "__code__", None)) for child in module.modules())
+    return [child for child, code in codes if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names]
 
 
 def transformer_layers(model: PreTrainedModel) -> Stack:

@@ -83,13 +83,11 @@ def remove_tokentune(model: Model) -> Model:
     ours = (enter_layer, leave_layer, _enter_backbone, _gather_output_rows, _begin_step, _end_step)
     ours += (_begin_for_model_inside, _end_for_model_inside)
     for module in {*owner.modules(), *model.modules()}:
-        for hooks, *flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-        ):
-            for key in [key for key, hook in hooks.items() if hook in ours]:
-                for registry in (hooks, *flags):
-                    registry.pop(key, None)
+        flags = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
+        registries = (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called, *flags)
+        for key in [key for hooks in registries[:2] for key, hook in hooks.items() if hook in ours]:
+            for registry in registries:  # a key belongs to one hook of all modules
+                registry.pop(key, None)
         module.__dict__.pop(SETTINGS_OF_OWNER, None)
     delattr(owner, SETTINGS)
     return model
@@ -238,9 +236,6 @@ def _move_own_hooks_inside(layers: Iterable[nn.Module]) -> None:
 
 
 def _foreign(hooks: dict[int, Callable]) -> bool:
-    return any(_home(hook) not in _KNOWING for hook in hooks.values())
-
-
-def _home(hook: Callable) -> str:
-    hook = getattr(hook, "func", hook)  # of a partial one
-    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
+    functions = (getattr(hook, "func", hook) for hook in hooks.values())  # of partial ones
+    homes = (getattr(function, "__module__", None) or type(function).__module__ for function in functions)
+    return any(home.partition(".")[0] not in _KNOWING for home in homes)

@@ -169,15 +169,11 @@ class TokenLosses:
             losses.append(of_rows)
         for name, parts in (("loss", losses), ("gradient", norms)):
             if parts:
-                self.scores[name] = _put_back(torch.cat(parts), indices, targets.shape)
+                values = torch.cat(parts)  # (N,)
+                if indices is not None:  # 0 elsewhere
+                    values = values.new_zeros(targets.numel()).index_copy_(0, indices, values)
+                self.scores[name] = values.view(targets.shape)
         return self.scores["loss"].sum()
-
-
-def _put_back(values: Tensor, indices: Tensor | None, shape: torch.Size) -> Tensor:
-    """(N,) -> (B, S), 0 elsewhere."""
-    if indices is not None:
-        values = values.new_zeros(shape.numel()).index_copy_(0, indices, values)
-    return values.view(shape)
 
 
 # ------------------------------------------------------------------------------------------------ inside the model

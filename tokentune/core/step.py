@@ -139,13 +139,12 @@ class Step:
             raise UnsupportedModelError(
                 f"the layers' argument {path} of shape {tuple(value.shape)} has no row for each of {length} tokens"
             )
-        return self._cached_rows(value, group) if per_token else value
-
-    def _cached_rows(self, value: Tensor, group: str) -> Tensor:
+        if not per_token:
+            return value
         rows = _made_of(value, self.row_cache, dict)
         if group not in rows:
             # A copy per group, not two views of one tensor: a saved view would keep the other group's rows in memory.
-            rows[group] = gather_tokens(value.expand(self.order.shape[0], *value.shape[1:]), self.indices(group))
+            rows[group] = gather_tokens(value.expand(batch, *value.shape[1:]), self.indices(group))
         return rows[group]
 
     def forget_unselected(self) -> None:

@@ -108,19 +108,15 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
     for module in tiny.modules():
         if isinstance(module, nn.Dropout):  # some heads have one that the configuration cannot turn off
             module.p = 0.0
-    _randomize(tiny)
-    present = map(kinds_of, transformer_layers(tiny).layers)
-    if missing := sorted(frozenset().union(*kinds) - frozenset().union(*present)):
-        raise UnsupportedModelError(f"the small copy of {name} lacks a part of its layers: {missing[0]}")
-    return tiny.train()
-
-
-def _randomize(tiny: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in tiny.parameters():
             noise = torch.randn_like(parameter)
             # Weights large enough for every path to matter; vectors (norms, biases) near their initial values.
             parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else parameter + 0.1 * noise)
+    present = map(kinds_of, transformer_layers(tiny).layers)
+    if missing := sorted(frozenset().union(*kinds) - frozenset().union(*present)):
+        raise UnsupportedModelError(f"the small copy of {name} lacks a part of its layers: {missing[0]}")
+    return tiny.train()
 
 
 def kinds_of(layer: nn.Module) -> frozenset[str]:

@@ -29,15 +29,12 @@ class KindOfModule:
 
     def __enter__(self) -> "KindOfModule":
         self._undo.callback(self._running.clear)
-        self._undo.enter_context(register_module_forward_pre_hook(self._enter))
+        self._undo.enter_context(register_module_forward_pre_hook(lambda module, _: self._running.append(module)))
         self._undo.enter_context(register_module_forward_hook(self._leave, always_call=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._undo.close()
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._running.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         while self._running and self._running.pop() is not module:  # no hook ran for modules of a pass that ended early
