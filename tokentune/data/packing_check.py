@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tokentune.core.compat.rotary_state import rotary_state_kept
-from tokentune.core.layers import inner_model, transformer_layers
-from tokentune.core.patched import SETTINGS, Settings, settings_of
-from tokentune.core.patching import install_hooks
+from tokentune.core.layers import inner_model
+from tokentune.core.patched import settings_of
+from tokentune.core.patching import patched
 from tokentune.data.collators import CausalCollator
 from tokentune.data.packing import PackedCollator, real_tokens
 from tokentune.errors import UnsupportedModelError, UserError
@@ -48,10 +48,8 @@ def check_separation(model: nn.Module) -> None:
             tiny = tiny_copy(owner)
             error = _difference(tiny, None)
             if settings is not None:
-                install_hooks(tiny)
-                stack = transformer_layers(tiny)
-                setattr(tiny, SETTINGS, Settings(None, "random", settings.profile, stack, chunked_loss=False))
-                error = max(error, _difference(tiny, PROPORTION))
+                with patched(tiny, profile=settings.profile, chunked_loss=False):
+                    error = max(error, _difference(tiny, PROPORTION))
         except UnsupportedModelError as reason:
             raise UserError(f"--packing: {reason}. Leave --packing out.") from reason
         except Exception as reason:  # a family's own code may raise anything on positions that it does not expect

@@ -9,7 +9,7 @@ only one chunk of logits exists at a time, and none of tokens without a loss.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.compat.fsdp import runs_together
 from tokentune.core.layers import inner_model
-from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, put_loss
+from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, WithheldRows, put_loss
 from tokentune.sampling.sampler import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,10 @@ def loss_in_chunks(
     """
     core = inner_model(model)
     every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
-    undo = put_loss(core, ChunkedLoss(core.get_output_embeddings(), every, num_supervised, chunk_bytes))
-    try:
+    with ExitStack() as undo:
+        rows = WithheldRows(core.get_output_embeddings(), num_supervised, chunk_bytes)
+        put_loss(undo, core, ChunkedLoss(rows, every))
         yield
-    finally:
-        for put_back in reversed(undo):
-            put_back()
 
 
 def can_be_chunked(model: nn.Module, input_ids: Tensor) -> bool:
