@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple, NoReturn
 
-from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, REASONING, Rendering, Words
+from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, REASONING, SPEAKER, Rendering, Words
 from tokentune.errors import UserError
 
 
@@ -35,7 +35,7 @@ def omissions(rendering: Rendering) -> Iterator[Omission]:
     """
     if rendering.written is None:
         return
-    numbered = enumerate(rendering.words)
+    numbered = [(number, words) for number, words in enumerate(rendering.words) if words.key != SPEAKER]
     for index, group in groupby(numbered, key=lambda pair: pair[1].message):
         of_message = list(group)
         left_out = [words for number, words in of_message if number not in rendering.written]

@@ -29,6 +29,7 @@ GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXTS = ("content", *REASONING, "refusal", "tool_plan")  # keys of a message that hold what somebody says
 CALL_NAME, CALL_ARGUMENTS = "name of a call", "arguments of a call"
+SPEAKER = "name"  # of whoever speaks, or of the function whose result it is
 
 BEGIN, END = "\uf8a0", "\uf8a1"
 DIGITS = "".join(chr(0xF8B0 + digit) for digit in range(10))
@@ -44,8 +45,9 @@ class Words(NamedTuple):
 
     Attributes:
         message: index of the message.
-        key: one of `TEXTS`, `CALL_NAME` or `CALL_ARGUMENTS`.
-        before, after: what of their text stands around them and is not marked: white space, tags before the first.
+        key: one of `TEXTS`, `CALL_NAME`, `CALL_ARGUMENTS` or `SPEAKER`.
+        before, after: what of their text stands around them and is not marked: white space, tags before the
+            first and behind the last.
         last: no others of the same text follow.
     """
 
@@ -68,22 +70,28 @@ class MarkedMessages:
     """Messages whose texts are marked.
 
     Args:
+        speakers: names of those who speak too, but for the assistant's, which stands within the header of an answer.
         calls: names and arguments of tool calls too.
         empty: roles of which messages without words have a place too.
     """
 
-    def __init__(self, messages: list[dict[str, Any]], *, calls: bool, empty: Collection[str]) -> None:
+    def __init__(self, messages: list[dict[str, Any]], *, speakers: bool, calls: bool, empty: Collection[str]) -> None:
         self.words: list[Words] = []
-        self.messages = [self._message(index, message, calls, empty) for index, message in enumerate(messages)]
+        self._speakers, self._calls, self._empty = speakers, calls, empty
+        self.messages = [self._message(index, message) for index, message in enumerate(messages)]
+        self.complete = {words.message for words in self.words} == {*range(len(messages))}
 
-    def _message(self, index: int, message: dict[str, Any], calls: bool, empty: Collection[str]) -> dict[str, Any]:
+    def _message(self, index: int, message: dict[str, Any]) -> dict[str, Any]:
         begun = len(self.words)
         marked = {key: self._marked(message[key], index, key) for key in TEXTS if isinstance(message.get(key), str)}
-        if calls and message.get("tool_calls"):
+        if self._calls and message.get("tool_calls"):
             marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
-        if message["role"] in empty and len(self.words) == begun:  # nothing, white space or tags alone
-            self.words.append(Words(index, "content", "", "", True))
-            marked["content"] = self._between_marks(message["content"])
+        if message["role"] in self._empty and len(self.words) == begun:  # nothing, white space or tags alone
+            tags, space = (message["content"], "") if message["content"].strip() else ("", message["content"])
+            self.words.append(Words(index, "content", "", space, True))
+            marked["content"] = self._between_marks(tags) + space
+        if self._speakers and message["role"] != "assistant" and len(self.words) > begun:
+            marked |= {SPEAKER: self._marked(message[SPEAKER], index, SPEAKER)} if SPEAKER in message else {}
         return message | marked
 
     def _between_marks(self, core: str) -> str:
@@ -112,8 +120,9 @@ class MarkedMessages:
         for n in visible:
             core = pieces[n].strip()
             before, _, after = pieces[n].partition(core)
-            tags = "".join(pieces[:n]) if n == visible[0] else ""
-            self.words.append(Words(index, key, tags + before, after, n == visible[-1]))
+            opening = "".join(pieces[:n]) if n == visible[0] else ""
+            closing = "".join(pieces[n + 1 :]) if n == visible[-1] else ""
+            self.words.append(Words(index, key, opening + before, after + closing, n == visible[-1]))
             pieces[n] = before + self._between_marks(core) + after
         return "".join(pieces)
 
@@ -156,14 +165,13 @@ class Rendering:
         except ValueError as error:
             raise UserError(f"the tokenizer's chat template cannot be used: {first_line(error)}") from error
         try:
-            if self._read(parts=False):
-                return
+            silent = self._read(parts=())
         except UserError:
-            if not self._read_as_parts():
+            if not self._read_as_parts(ROLES):
                 raise
         else:
-            if not self._read_as_parts():
-                self._read(parts=False)
+            if silent and not self._read_as_parts(silent):
+                self._read(parts=())
 
     def beginning(
         self, messages: int, *, generation_prompt: bool = False, answer: str | None = None
@@ -190,11 +198,11 @@ class Rendering:
             "({% endgeneration %}): --chat_template."
         )
 
-    def _read(self, *, parts: bool) -> bool:
-        """Renders and marks the conversation. Whether the template writes any message's content, as far as marks tell.
+    def _read(self, *, parts: Collection[str]) -> set[str]:
+        """Renders and marks the conversation. The roles of which no content is written, as far as marks tell.
 
         Args:
-            parts: content is given as a list of parts, which some templates (of vision models) take alone.
+            parts: roles whose content is given as a list of parts, which some templates (of vision models) take alone.
         """
         self._parts = parts
         self.messages = self.conversation.messages
@@ -205,18 +213,22 @@ class Rendering:
         self.places: list[Place] = []
         self.written: set[int] | None = None
         self._find_words()
-        content = {number for number, words in enumerate(self.words) if words.key == "content"}
-        return self.written is None or not content or bool(content & self.written)
+        return set() if self.written is None else self._speaking(range(len(self.words))) - self._speaking(self.written)
 
-    def _read_as_parts(self) -> bool:
-        """Whether the template takes content in parts, and writes its text rather than the parts as JSON or Python."""
+    def _speaking(self, numbers: Collection[int]) -> set[str]:
+        """The roles of messages whose content has one of these words."""
+        contents = [n for n in numbers if self.words[n].key == "content"]
+        return {self.messages[self.words[n].message]["role"] for n in contents}
+
+    def _read_as_parts(self, roles: Collection[str]) -> bool:
+        """Whether the template takes these roles' content in parts, and writes its text rather than JSON or Python."""
         try:
-            written = self._read(parts=True) and self.written is not None
+            self._read(parts=roles)
         except UserError:
             return False
-        parts = [message["content"][0] for message in _contents_as_parts(self.conversation.messages)]
-        forms = (form for part in parts for form in (str(part), json.dumps(part, ensure_ascii=False)))
-        return written and not any(form in self.text for form in forms)
+        given = _contents_as_parts([m for m in self.conversation.messages if m["role"] in roles], roles)
+        forms = (form for m in given for part in m["content"] for form in (str(part), _json(part)))
+        return bool(self._speaking(self.written or ()) & {*roles}) and not any(form in self.text for form in forms)
 
     def _whole(self, marks: bool) -> tuple[str, list[tuple[int, int]]]:
         """With the arguments of calls as objects or as JSON text, whichever the template takes."""
@@ -242,13 +254,20 @@ class Rendering:
         if ANY_MARK.search(self.text):
             return
         # Templates that look whether a text is empty write something else around marks: without these, then.
-        for calls, empty in ((True, ROLES), (True, ("assistant",)), (True, ()), (False, ())):
-            marked = MarkedMessages(self.messages, calls=calls, empty=empty)
+        named = any(SPEAKER in message for message in self.messages)
+        for speakers, calls, empty in (
+            *([(True, True, ROLES)] if named else []),
+            (False, True, ROLES),
+            (False, True, ("assistant",)),
+            (False, True, ()),
+            (False, False, ()),
+        ):
+            marked = MarkedMessages(self.messages, speakers=speakers, calls=calls, empty=empty)
             try:
                 text, places, written = read_marks(self._render(marked.messages)[0])
             except UserError:
                 continue
-            if text == self.text:
+            if text == self.text or (marked.complete and _same_but_for_case(text, self.text)):
                 self.messages, self.words, self.places, self.written = marked.messages, marked.words, places, written
                 return
 
@@ -257,7 +276,7 @@ class Rendering:
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
             texts, ranges = render_jinja_template(
-                conversations=[_contents_as_parts(messages) if self._parts else messages],
+                conversations=[_contents_as_parts(messages, self._parts)],
                 tools=self.conversation.tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=marks,
@@ -272,15 +291,27 @@ class Rendering:
         return texts[0], ranges[0] if marks else []
 
 
+def _same_but_for_case(a: str, b: str) -> bool:
+    """As of templates that write texts capitalized, and with marks before them do not."""
+    return len(a) == len(b) and a.lower() == b.lower()
+
+
 def call_arguments(messages: list[dict[str, Any]]) -> list[Any]:
     """The arguments of all calls."""
     calls = (call.get("function", call) for message in messages for call in message.get("tool_calls", ()))
     return [call.get("arguments") for call in calls]
 
 
-def _contents_as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with each text as a list of one part (OpenAI's form)."""
-    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+def _contents_as_parts(messages: list[dict[str, Any]], roles: Collection[str]) -> list[dict[str, Any]]:
+    """The messages, those of these roles with their text as a list of one part (OpenAI's form)."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]} if message["role"] in roles else message
+        for message in messages
+    ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -290,7 +321,7 @@ def _calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | Non
         if "function" in call:
             return call | {"function": as_text(call["function"])}
         if isinstance(call.get("arguments"), Mapping | list):
-            return call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+            return call | {"arguments": _json(call["arguments"])}
         return call
 
     changed = [
@@ -305,10 +336,7 @@ def _calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | Non
 def _writes_python(messages: list[dict[str, Any]], text: str) -> bool:
     """Whether the arguments of calls stand there as Python writes an object, not as JSON does."""
     return any(
-        isinstance(arguments, Mapping)
-        and arguments
-        and str(arguments) in text
-        and json.dumps(arguments, ensure_ascii=False) not in text
+        isinstance(arguments, Mapping) and arguments and str(arguments) in text and _json(arguments) not in text
         for arguments in call_arguments(messages)
     )
 
