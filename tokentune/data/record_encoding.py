@@ -51,9 +51,9 @@ class RecordEncoder:
     def read(
         self, record: Record, where: str, data_format: DataFormat, template: PromptTemplate, *, told: bool
     ) -> Item:
-        """`DataFormat.read`, which notes the columns that are not read."""
-        if (unread := data_format.unread(record)) is not None:
-            self._notes.add(logging.WARNING, unread, where)
+        """`DataFormat.read`, which notes its doubts."""
+        for doubt in data_format.doubts(record):
+            self._notes.add(logging.WARNING, doubt, where)
         return data_format.read(record, where, template, told=told)
 
     def __call__(self, item: Item, where: str) -> TokenRow:

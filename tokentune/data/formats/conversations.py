@@ -4,9 +4,11 @@ OpenAI's form is a list of {"role", "content"}, ShareGPT's a list of {"from", "v
 OpenAI's form with texts for content and parsed tool arguments (transformers' documentation, "Tool use").
 """
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from tokentune.data.formats.json_files import json_type, parse_json
@@ -128,6 +130,24 @@ def messages_in(value: Any, what: str) -> Any:
         ) from error
     first = parsed[0] if isinstance(parsed, list) and parsed else parsed
     return parsed if isinstance(first, Mapping) and ("role" in first or "from" in first) else value
+
+
+def is_written_out(value: Any) -> bool:
+    """Whether a text is nothing but a list of messages, as JSON or as Python writes it."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value) or not SPOKEN.search(value):
+        return False
+    for parse in (parse_json, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError):
+            return all(_is_message(message) for message in parse(value.strip()))
+    return False
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    if _speaker(value.get("from"), SHAREGPT_ROLES) is not None:
+        return "value" in value
+    return _speaker(value.get("role"), OPENAI_ROLES) is not None and not {"content", "tool_calls"}.isdisjoint(value)
 
 
 def json_value(value: Any, what: str) -> Any:
