@@ -10,6 +10,7 @@ from chat_tokenizers import chat_tokenizer, learnt_texts
 from tokenizers import AddedToken
 
 from tokentune.data.chat import rendering as chat_rendering
+from tokentune.data.chat.marks import BEGIN
 from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.formats.conversations import openai_conversation
 from tokentune.data.prompts import encode_answers
@@ -279,10 +280,10 @@ def test_white_space_at_texts_ends_needs_no_renderings_of_its_own() -> None:
 
 
 def test_texts_that_hold_the_marks_themselves_are_found_without() -> None:
-    chat = [user("a"), assistant(f"b{chat_rendering.BEGIN}"), user("c"), assistant("d")]
+    chat = [user("a"), assistant(f"b{BEGIN}"), user("c"), assistant("d")]
     plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    assert learnt(plain + prompt, chat) == [f"b{chat_rendering.BEGIN}<|im_end|>", "d<|im_end|>"]
+    assert learnt(plain + prompt, chat) == [f"b{BEGIN}<|im_end|>", "d<|im_end|>"]
 
 
 def test_an_answer_twice_is_refused() -> None:

@@ -1,6 +1,7 @@
 """The answers as a template marks them itself, by `{% generation %}`, and whether those marks can be used."""
 
-from tokentune.data.chat.rendering import CALL_NAME, SPEAKER, Rendering, last_words
+from tokentune.data.chat.marks import CALL_NAME, SPEAKER
+from tokentune.data.chat.rendering import Rendering, last_words
 from tokentune.data.chat.spans import Span
 
 

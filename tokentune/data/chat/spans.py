@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.chat.rendering import Place, Rendering
+from tokentune.data.chat.marks import Place
+from tokentune.data.chat.rendering import Rendering
 from tokentune.data.chat.runs import Run, Runs, begin_with_space
 from tokentune.data.chat.wordless import PROBE, WordlessMessages
 from tokentune.data.prompts import common_prefix

@@ -22,7 +22,7 @@ SPEAKERS = {
 SHAREGPT_ROLES = SPEAKERS | {
     **{"function_call": "assistant", "observation": "tool", "tool": "tool", "function_response": "tool"},
 }
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("train", "training", "loss")  # true or false: axolotl's and ms-swift's word for OpenAI's "weight"
 OPENAI_ROLES = {role: role for role in ROLES} | SPEAKERS | {"function": "tool"}  # "function": its older form
 SPOKEN = re.compile(
@@ -235,9 +235,8 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
     if role is None:
         raise UserError(f"{where}: unknown speaker {speaker!r:.40}; known are {', '.join(SHAREGPT_ROLES)}.")
     text = text_of(turn["value"], f"{where}: 'value'")
-    message = {"role": role, "content": text}
-    kept = ("weight", *TRAINED, *THOUGHTS)
-    message |= {key: turn[key] for key in kept if turn.get(key) is not None}
+    kept = {key: turn[key] for key in ("weight", *TRAINED, *REASONING) if turn.get(key) is not None}
+    message = {"role": role, "content": text} | kept
     if turn.get("tool_calls"):
         raise UserError(
             f"{where}: has 'tool_calls', which turns of 'from' and 'value' have not: --data_format messages."
@@ -245,8 +244,7 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
     if speaker.strip().lower() != "function_call":
         return message
     calls = json_value(text, f"{where}: a function_call's 'value'")
-    calls = calls if isinstance(calls, list) else [calls]
-    wrapped = [{"type": "function", "function": call} for call in calls]
+    wrapped = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
     return message | {"content": "", "tool_calls": [_tool_call(call, where) for call in wrapped]}
 
 

@@ -194,16 +194,10 @@ def _filled(value: Any) -> bool:
 
 FORMATS = {
     "alpaca": DataFormat(
-        ("instruction", "output"),
-        ("input",),
-        _alpaca,
-        "alpaca: 'instruction', 'output' (and 'input', if any)",
+        ("instruction", "output"), ("input",), _alpaca, "alpaca: 'instruction', 'output' (and 'input', if any)"
     ),
-    "alpaca_chat": DataFormat(
-        ("instruction", "output"),
-        ("input", "history", *CHAT_COLUMNS),
-        _alpaca_chat,
-        "",  # told with alpaca
+    "alpaca_chat": DataFormat(  # told with alpaca
+        ("instruction", "output"), ("input", "history", *CHAT_COLUMNS), _alpaca_chat, ""
     ),
     "prompt_completion": DataFormat(
         ("prompt", "completion"), CHAT_COLUMNS, _prompt_completion, "prompt_completion: 'prompt', 'completion'"
