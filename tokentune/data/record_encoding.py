@@ -78,8 +78,8 @@ class RecordEncoder:
             elif record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
                 left_out += 1
             else:
-                if (unread := self.data_format.unread(record)) is not None:
-                    notes.add(logging.WARNING, unread, where)
+                for doubt in self.data_format.doubts(record):
+                    notes.add(logging.WARNING, doubt, where)
                 try:
                     item = self.data_format.read(record, where, self.template, told=self.told)
                 except UserError as error:
