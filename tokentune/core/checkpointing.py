@@ -71,6 +71,23 @@ def checkpoint_layers(stack: Stack, step: Step, choice: str, offload_kv: bool) -
         original = getattr(layer, _FUNCTION)
         undo.append(partial(setattr, layer, _FUNCTION, original))
         setattr(layer, _FUNCTION, partial(checkpointing.run, _keeps_inputs_on_cpu(original)))
+        if "__call__" in vars(GradientCheckpointingLayer):
+            undo.append(_checkpoint_forward(layer))
+    return undo
+
+
+def _checkpoint_forward(layer: nn.Module) -> Callable[[], None]:
+    """Has transformers below 5.23 checkpoint a layer's forward, as later ones do, and not its call with the hooks."""
+    forward, own = layer.forward, vars(layer).get("forward")
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return getattr(layer, _FUNCTION)(partial(forward, **kwargs), *args)
+
+    def undo() -> None:
+        delattr(layer, "forward") if own is None else setattr(layer, "forward", own)
+        layer.gradient_checkpointing = True
+
+    layer.forward, layer.gradient_checkpointing = checkpointed, False
     return undo
 
 
