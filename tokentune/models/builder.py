@@ -266,7 +266,8 @@ def enable_checkpointing(model: nn.Module) -> None:
     """Turns gradient checkpointing on; UserError where the model has none."""
     core = inner_model(model)
     try:
-        core.activation_checkpointing_enable()
+        enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
+        enable()  # (the second name is that of transformers below 5.23)
     except ValueError as error:
         raise UserError(f"--gradient_checkpointing: {type(core).__name__} does not support it") from error
     if hasattr(core, "_require_grads_hook"):
