@@ -59,6 +59,15 @@ def learnt(template: str, messages: list[dict], **options: object) -> list[str]:
     return learnt_texts(encode.tokenizer, row.ids, row.labels)
 
 
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As long as there were renderings."""
+    found: list[int] = []
+    render = chat_rendering.render_jinja_template
+    monkeypatch.setattr(chat_rendering, "render_jinja_template", lambda **options: found.append(1) or render(**options))
+    return found
+
+
 # Results of tools stand within the turn that called them, read ahead; the text beside a call comes behind them.
 RESULTS_WITHIN = """{%- for m in messages if m.role != 'tool' %}
 {{- '<|turn>' + m.role + '\\n' }}
@@ -247,12 +256,7 @@ def test_no_arguments_are_an_empty_object(arguments: str) -> None:
 
 
 @pytest.mark.parametrize("template", [PARTED, EXCLUSIVE, RESULTS_WITHIN, NO_END, OPENING])
-def test_as_many_renderings_for_long_chats_as_for_short_ones(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = []
-    render = chat_rendering.render_jinja_template
-    monkeypatch.setattr(
-        chat_rendering, "render_jinja_template", lambda **options: rendered.append(1) or render(**options)
-    )
+def test_as_many_renderings_for_long_chats_as_for_short_ones(template: str, rendered: list) -> None:
     counts = []
     for calls in (4, 40):
         steps = [(assistant(f"Step {n}." * (n % 2), tool_calls=[call(n=n)]), tool(f"r{n}")) for n in range(calls)]
@@ -371,15 +375,16 @@ def test_a_name_in_the_first_result_s_header_and_none_in_the_second_s() -> None:
 # ---- white space and tags at the end of what is answered -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gptoss", "muse_glimmer", "qwen3_5_think", "llama3", "phi3"])
-def test_an_answer_begins_alike_however_the_text_before_it_ends(name: str) -> None:
-    ends = ["", "\n", " \n\n", "</div>", "</div>\n", "<b>", " "]
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("name", ["gptoss", "muse_glimmer", "qwen3_5_think", "llama3"])
+def test_an_answer_begins_alike_however_the_text_before_it_ends(name: str, step: int) -> None:
+    ends = ["", "\n", " \n\n", "</div>", "</div>\n", "<b>", " ", "\n"][::step]
     answers = learnt(published(name), [m for end in ends for m in (user(f"q{end}"), assistant("a"))])
     assert len({*answers[:-1]}) == 1 and len(answers) == len(ends)
-    if name in ("llama3", "phi3"):
+    if name == "llama3":  # writes a call in another way than as a text
         return
-    steps = [(user("q"), assistant(tool_calls=[call(city="Rome")]), tool(f"r{end}"), assistant("a")) for end in ends]
-    answers = learnt(published(name), [message for step in steps for message in step])
+    steps = [(assistant(tool_calls=[call(city="Rome")]), tool(f"r{end}"), assistant("a")) for end in ends]
+    answers = learnt(published(name), [user("q"), *(message for step in steps for message in step)])
     assert len({*answers[1:-1:2]}) == 1 and len(answers) == 2 * len(ends)
 
 
@@ -460,14 +465,7 @@ def published(name: str) -> str:
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_templates_are_rendered_as_often_for_long_chats(
-    name: str, unit: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rendered = []
-    render = chat_rendering.render_jinja_template
-    monkeypatch.setattr(
-        chat_rendering, "render_jinja_template", lambda **options: rendered.append(1) or render(**options)
-    )
+def test_published_templates_are_rendered_as_often_for_long_chats(name: str, unit: str, rendered: list) -> None:
     counts = []
     for length in (6, 20):
         turns = [message for n in range(length) for message in UNITS[unit](n)]
@@ -513,12 +511,7 @@ def test_no_header_is_learnt_of_texts_that_are_transformed(change: str, text: st
         assert len(texts) == 2 and not any("assistant" in said for said in texts)
 
 
-def test_capitalized_texts_need_no_renderings_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = []
-    render = chat_rendering.render_jinja_template
-    monkeypatch.setattr(
-        chat_rendering, "render_jinja_template", lambda **options: rendered.append(1) or render(**options)
-    )
+def test_capitalized_texts_need_no_renderings_of_their_own(rendered: list) -> None:
     template = CHANGED.replace("m.content | FILTER", "(m.content | capitalize)")
     chat = [message for n in range(40) for message in (user(f"q {n}"), assistant(f"yes {n}"))]
     assert learnt(template, chat) == [f"Yes {n}<|im_end|>" for n in range(40)]

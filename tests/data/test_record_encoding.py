@@ -26,10 +26,11 @@ from tokentune.data.record_encoding import (
     worker_count,
 )
 from tokentune.errors import UserError
+from tokentune.settings.data import DataArguments
 
 
 def encoder(template: str, **options: bool) -> RecordEncoder:
-    return RecordEncoder(chat_tokenizer(template), FORMATS["text"], PLAIN, **options)
+    return RecordEncoder(chat_tokenizer(template), FORMATS["text"], PLAIN, DataArguments(["data"], **options))
 
 
 def items() -> list:

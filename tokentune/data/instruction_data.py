@@ -90,15 +90,9 @@ def load_instruction_data(
     names = data.dataset_name_or_path
     if data.streaming:
         train_report, sources = None, []
-        train = StreamedRows(
-            sources=[loader.open_stream(number) for number in range(len(names))],
-            max_length=data.max_length,
-            long_rows=data.long_rows,
-            weights=data.dataset_weights or None,
-            seed=arguments.optimization.seed,
-            block=arguments.optimization.micro_batch_size * process_count(),
-            bad_rows=data.bad_rows,
-        )
+        opened = [loader.open_stream(number) for number in range(len(names))]
+        block = arguments.optimization.micro_batch_size * process_count()
+        train = StreamedRows(opened, data, arguments.optimization.seed, block)
     else:
         opened = [open_source(name, flag=TRAIN_FLAG, **data.chosen(number)) for number, name in enumerate(names)]
         parts = [loader.load(source, data.eval_fraction) for source in opened]
@@ -158,7 +152,7 @@ class _Loader:
         name, chosen = self.data.dataset_name_or_path[number], self.data.chosen(number)
         source = open_source(name, flag=TRAIN_FLAG, streaming=True, **chosen)
         kind = recognised(source, self.data.data_format, whole=False)
-        encoder = self._encoder(kind)
+        encoder = RecordEncoder(self.tokenizer, FORMATS[kind], self.template, self.data)
         if (unread := encoder.data_format.unread(source.columns()[0])) is not None:
             logger.warning("%s: %s", source.where, unread)
         rows = source.rows(encoder.data_format.columns)
@@ -168,20 +162,9 @@ class _Loader:
         logger.info("%s: %s%s, read while training", source.where, kind, source.read_from)
         return StreamedSource(source, encoder)
 
-    def _encoder(self, kind: str, fraction: float | None = None) -> RecordEncoder:
-        return RecordEncoder(
-            self.tokenizer,
-            FORMATS[kind],
-            self.template,
-            told=self.data.data_format == "auto",
-            add_eos_token=self.data.add_eos_token,
-            system_in_user=self.data.system_in_user,
-            fraction=fraction,
-        )
-
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
         kind = recognised(source, self.data.data_format, whole=True)
-        encode = self._encoder(kind, fraction)
+        encode = RecordEncoder(self.tokenizer, FORMATS[kind], self.template, self.data, fraction)
         sides = ("train",) if fraction is None else ("train", "validation")
         limits = {side: LengthLimit(self.data.max_length, self.data.long_rows) for side in sides}
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}

@@ -22,6 +22,7 @@ from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataForma
 from tokentune.data.formats.records import DROPPED_SOURCES, Placed
 from tokentune.data.prompts import PromptTemplate, encode_answers
 from tokentune.errors import UserError
+from tokentune.settings.data import DataArguments
 from tokentune.sources import error_chain
 
 CHUNK = 64  # rows that are tokenized together
@@ -51,8 +52,6 @@ class RecordEncoder:
     """Encodes the records of one data set: texts by `data/prompts.py`, conversations by the tokenizer's chat template.
 
     Args:
-        told: as in `DataFormat.read`.
-        add_eos_token, system_in_user: as in `ChatEncoder`.
         fraction: share of the records that is held out as "validation"; None: all are "train".
 
     Raises (when called):
@@ -62,9 +61,7 @@ class RecordEncoder:
     tokenizer: PreTrainedTokenizerBase
     data_format: DataFormat
     template: PromptTemplate
-    told: bool = False
-    add_eos_token: bool = False
-    system_in_user: bool = False
+    data: DataArguments
     fraction: float | None = None
 
     def __call__(self, records: Iterable[Placed]) -> EncodedChunk:
@@ -81,7 +78,7 @@ class RecordEncoder:
                 for doubt in self.data_format.doubts(record):
                     notes.add(logging.WARNING, doubt, where)
                 try:
-                    item = self.data_format.read(record, where, self.template, told=self.told)
+                    item = self.data_format.read(record, where, self.template, told=self.data.data_format == "auto")
                 except UserError as error:
                     rows.append((where, "train", error))
                     continue
@@ -106,12 +103,12 @@ class RecordEncoder:
     @cached_property
     def _chat(self) -> ChatEncoder:
         """Made when it is needed: without conversations a tokenizer needs no chat template."""
-        options = {"add_eos_token": self.add_eos_token, "system_in_user": self.system_in_user}
+        options = {"add_eos_token": self.data.add_eos_token, "system_in_user": self.data.system_in_user}
         return ChatEncoder(self.tokenizer, **options)
 
     def _answers(self, texts: list[Answer]) -> list[TokenRow | UserError]:
         try:
-            return encode_answers(texts, self.tokenizer, add_eos_token=self.add_eos_token) if texts else []
+            return encode_answers(texts, self.tokenizer, add_eos_token=self.data.add_eos_token) if texts else []
         except UserError as error:
             return [error] if len(texts) == 1 else [row for text in texts for row in self._answers([text])]
 

@@ -15,11 +15,12 @@ from datasets import Dataset
 
 from tokentune.data.collators import SeededRows, draw_seed
 from tokentune.data.encoding import LengthLimit, Notes, TokenRow
-from tokentune.data.formats.bad_rows import NAMED, BadRowPolicy
+from tokentune.data.formats.bad_rows import NAMED
 from tokentune.data.formats.data_formats import SOURCE_COLUMN
 from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource
 from tokentune.data.record_encoding import RecordEncoder
 from tokentune.errors import UserError
+from tokentune.settings.data import DataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Drawn(NamedTuple):
     record: dict[str, Any] | UserError
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class StreamedRows(torch.utils.data.IterableDataset):
     """An endless stream of items "input_ids", "labels" and "draw_seed", for a `DataLoader` of any number of workers.
 
@@ -65,20 +66,16 @@ class StreamedRows(torch.utils.data.IterableDataset):
     Every worker reads everything and tokenizes its own batches, which the loader takes in turns: the batches are the
     same for any number of workers, as long as no row is dropped for want of anything to learn.
 
+    With --bad_rows skip the log names the first bad rows. They cannot be counted: a stream is never read to its end.
+
     Args:
-        weights: one for each source, not all zero; None reads one after another.
         block: sequences of a micro-batch of all processes; each takes its share (accelerate's `IterableDatasetShard`).
-        bad_rows: "stop" raises at the first row that cannot be used, "skip" leaves such rows out. A stream is never
-            read to its end, so they cannot be counted: the log names the first.
     """
 
     sources: Sequence[StreamedSource]
-    max_length: int
-    long_rows: str
-    weights: Sequence[float] | None
+    data: DataArguments
     seed: int
     block: int
-    bad_rows: BadRowPolicy = "stop"
     noted: set[str] = field(default_factory=set)  # notes that this process has logged
 
     def set_epoch(self, epoch: int) -> None:
@@ -99,7 +96,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
 
     def _share(self, index: int, workers: int) -> Iterator[dict[str, Any]]:
         """The items of one of so many workers."""
-        limit, fruitless, told = LengthLimit(self.max_length, self.long_rows), 0, set()
+        limit, fruitless, told = LengthLimit(self.data.max_length, self.data.long_rows), 0, set()
         for position, drawn in enumerate(self._shuffled()):
             if position // self.block % workers != index:
                 continue
@@ -108,7 +105,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 row = limit(self._encoded(drawn))
             except UserError as error:
                 of_row = isinstance(drawn.record, UserError) or str(error).startswith(drawn.where)
-                if self.bad_rows == "stop" or not of_row:
+                if self.data.bad_rows == "stop" or not of_row:
                     raise
                 if len(told) < NAMED and str(error) not in told:  # rows come again
                     told.add(str(error))
@@ -117,7 +114,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             if row is not None:
                 yield {"input_ids": row.ids, "labels": row.labels, "draw_seed": draw_seed(self.seed, drawn.number)}
             elif fruitless >= FRUITLESS_ROWS:
-                limit.report.check(self.max_length)  # names the cause, if no row before was learnt from either
+                limit.report.check(self.data.max_length)  # names the cause, if no row before was learnt from either
                 raise UserError(f"{drawn.where} and {fruitless:,} rows before it hold no token to learn.")
 
     def _encoded(self, drawn: Drawn) -> TokenRow:
@@ -145,11 +142,11 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 yield taken
 
     def _mixed(self) -> Iterator[Encodable]:
-        if self.weights is None:
+        if not self.data.dataset_weights:
             yield from _endless(self.sources)
         endless = [_endless([source]) for source in self.sources]
         rng = random.Random(f"mixture {self.seed}")
-        for (number,) in iter(lambda: rng.choices(range(len(endless)), self.weights), None):
+        for (number,) in iter(lambda: rng.choices(range(len(endless)), self.data.dataset_weights), None):
             yield next(endless[number])
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tokentune.errors import UserError
@@ -16,20 +17,15 @@ LONGEST = 200  # characters of one of them in a list
 BadRowPolicy = Literal["stop", "skip"]
 
 
+@dataclass
 class BadRows:
-    """The bad rows of one data set.
+    """The bad rows of one data set."""
 
-    Args:
-        policy: "stop" or "skip".
-        skippable: whether the user could have said "skip".
-    """
-
-    def __init__(
-        self, policy: BadRowPolicy, count: int = 0, first: Sequence[str] = (), *, skippable: bool = True
-    ) -> None:
-        self.policy, self.skippable = policy, skippable
-        self.count, self.first = count, list(first)
-        self.rows: set[int] = set()  # numbers of those that are known, in a table of all rows
+    policy: BadRowPolicy
+    count: int = 0
+    first: Sequence[str] = ()  # messages of the first `NAMED`
+    skippable: bool = field(default=True, kw_only=True)  # whether the user could have said "skip"
+    rows: set[int] = field(default_factory=set)  # numbers of those that are known, in a table of all rows
 
     def add(self, error: UserError, row: int | None = None) -> None:
         """Counts a row that is wrong in this way."""

@@ -54,7 +54,7 @@ def encode_texts(
             raise UserError(f"{where}: {named} {'is' if len(texts) == 1 else 'are'} empty.")
         return texts, None if labels is None else labels.encode(values[columns.label], where)
 
-    rows, cut_rows = [], 0
+    rows, report = [], RowReport()
     for checked in _checked(split, columns, labels, check):
         texts = [list(column) for column in zip(*(texts for texts, _ in checked), strict=True)]
         cut = tokenizer(*texts, truncation=True, max_length=max_length)
@@ -62,10 +62,11 @@ def encode_texts(
             item = {name: values[row] for name, values in cut.items()}
             rows.append(item if labels is None else item | {"labels": number})
             if cut.encodings is not None:
-                cut_rows += bool(cut.encodings[row].overflowing)
+                report.cut_rows += bool(cut.encodings[row].overflowing)
             else:  # a tokenizer that does not tell what it cut off
-                cut_rows += len(tokenizer(*pair)["input_ids"]) > len(item["input_ids"])
-    report = RowReport(len(rows), cut_rows, _tokens(rows), labels=0 if labels is None else len(rows))
+                report.cut_rows += len(tokenizer(*pair)["input_ids"]) > len(item["input_ids"])
+            report.tokens += len(item["input_ids"])
+    report.rows, report.labels = len(rows), 0 if labels is None else len(rows)
     return Encoded(rows, report)
 
 
@@ -81,10 +82,6 @@ def _checked(split: Split, columns: Columns, labels: Labels | None, check: Calla
 
     yield from chunks(good(), ROWS_AT_ONCE)
     split.bad.settle(split.where, len(split.rows))
-
-
-def _tokens(rows: Sequence[dict[str, Any]]) -> int:
-    return sum(len(row["input_ids"]) for row in rows)
 
 
 def encode_words(
@@ -129,8 +126,9 @@ def encode_words(
                 report.labels += len(first)
                 report.cut_labels += len(behind - first.keys())
                 report.unwritten_labels += len(set(range(len(words))) - first.keys() - behind)
+            report.tokens += len(item["input_ids"])
             rows.append(item)
-    report.rows, report.tokens = len(rows), _tokens(rows)
+    report.rows = len(rows)
     return Encoded(rows, report)
 
 
