@@ -156,9 +156,7 @@ def has_row_per_token(tensor: Tensor, batch: int, length: int) -> bool:
 def arguments_per_token(stack: Stack, run: Callable[[int], Any], batch: int, lengths: Sequence[int]) -> dict[str, bool]:
     """Of each tensor among the layers' arguments, by its path, whether it has a row per token.
 
-    Args:
-        run: a forward pass of a batch of so many tokens.
-        lengths: to try. One that no layer gets (images have their own) is what the hidden states have.
+    `run` is a forward pass of a batch of so many tokens; images have a length of their own, that of the hidden states.
     """
     found: dict[str, set[bool]] = {}
 
