@@ -138,10 +138,8 @@ class GroupMask:
         def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return function(batch, head, positions[batch, query], key)
 
-        options = {
-            "device": positions.device,
-            "_compile": positions.device.type != "cpu",
-        }  # else all of it is in memory
+        # Uncompiled, it briefly has the whole mask in memory.
+        options = {"device": positions.device, "_compile": positions.device.type != "cpu"}
         sizes = {"B": positions.shape[0], "H": None, "Q_LEN": positions.shape[1], "KV_LEN": self.length}
         return self._once(lambda: create_block_mask(mask_mod, **sizes, **options), "flex")
 
