@@ -105,7 +105,7 @@ def _check_layer(layer: nn.Module, where: str) -> None:
         kind = type(child).__name__
         if isinstance(child, _MIXER_TYPES) or any(part in kind for part in _MIXER_NAMES):
             raise UnsupportedModelError(f"{where} mixes tokens in {kind}, outside of attention")
-        # A whole residual branch dropped or not, per sequence: the two groups would each throw their own dice.
+        # A whole residual branch dropped or not, per sequence: each of the two groups would draw for itself.
         if "DropPath" in kind and getattr(child, "drop_prob", 1.0):
             raise UnsupportedModelError(f"{where} drops whole branches at random: set config.drop_path_rate to 0")
     found = attention_modules(layer)
