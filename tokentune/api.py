@@ -136,7 +136,7 @@ def _check_scoring_pass(
     depth = len(transformer_layers(owner).layers)
     if scoring_pass.layers is not None and scoring_pass.layers >= depth:
         raise ValueError(
-            f"a scoring pass through {scoring_pass.layers} of {depth} layers: leave `layers` out to look through all"
+            f"a scoring pass through {scoring_pass.layers} of {depth} layers: leave `layers` out to run all of them"
         )
     if scoring_pass.layers is None and checkpoint_rest in ("hidden_states", "segments"):
         raise ValueError(

@@ -105,7 +105,7 @@ def _check_layer(layer: nn.Module, where: str) -> None:
         kind = type(child).__name__
         if isinstance(child, _MIXER_TYPES) or any(part in kind for part in _MIXER_NAMES):
             raise UnsupportedModelError(f"{where} mixes tokens in {kind}, outside of attention")
-        # A whole residual branch dropped or not, per sequence: the two groups would each throw their own dice.
+        # A whole residual branch dropped or not, per sequence: each of the two groups would draw for itself.
         if "DropPath" in kind and getattr(child, "drop_prob", 1.0):
             raise UnsupportedModelError(f"{where} drops whole branches at random: set config.drop_path_rate to 0")
     found = attention_modules(layer)
@@ -156,9 +156,7 @@ def has_row_per_token(tensor: Tensor, batch: int, length: int) -> bool:
 def arguments_per_token(stack: Stack, run: Callable[[int], Any], batch: int, lengths: Sequence[int]) -> dict[str, bool]:
     """Of each tensor among the layers' arguments, by its path, whether it has a row per token.
 
-    Args:
-        run: a forward pass of a batch of so many tokens.
-        lengths: to try. One that no layer gets (images have their own) is what the hidden states have.
+    `run` is a forward pass of a batch of so many tokens; images have a length of their own, that of the hidden states.
     """
     found: dict[str, set[bool]] = {}
 

@@ -21,8 +21,8 @@ cheaper and less exact, and no cached keys and values. Dropout is on in the scor
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,7 +103,7 @@ def run_scoring_pass(
             if getattr(module, "gradient_checkpointing", False):
                 set_until_undone(undo, module, "gradient_checkpointing", False)
         if options.layers is not None:
-            undo.enter_context(_first_layers(stack, options.layers))
+            _keep_first_layers(undo, stack, options.layers)
         put_loss(undo, model, losses)
         # `forward`, not the model itself: its hooks started this, and run once per step.
         model.forward(**kwargs)
@@ -200,17 +200,12 @@ class _Recording:
         return own(module, query, key, value, mask, **options)
 
 
-@contextmanager
-def _first_layers(stack: Stack, count: int) -> Iterator[None]:
-    """Within it the model has only its first `count` layers."""
-    holders = [
-        (module, name) for module in stack.around for name, child in module._modules.items() if child is stack.layers
-    ]
+def _keep_first_layers(undo: ExitStack, stack: Stack, count: int) -> None:
+    """Until `undo` is closed, the model has only its first `count` layers."""
+    children = [(module, name, child) for module in stack.around for name, child in module._modules.items()]
+    holders = [(module, name) for module, name, child in children if child is stack.layers]
     if len(holders) != 1:
         raise UnsupportedModelError("the model's list of layers stands in several places")
     (module, name) = holders[0]
-    module._modules[name] = nn.ModuleList(list(stack.layers)[:count])
-    try:
-        yield
-    finally:
-        module._modules[name] = stack.layers
+    undo.callback(setattr, module, name, stack.layers)
+    setattr(module, name, nn.ModuleList(list(stack.layers)[:count]))

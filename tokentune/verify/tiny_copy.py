@@ -176,7 +176,7 @@ def _shrink(config: PreTrainedConfig, layers: int) -> None:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, min(size, getattr(config, name)))
     _shorten_reach(vars(config))
-    if any("dynamic" in kind for kind in _rope_types(getattr(config, "rope_parameters", None))):
+    if "dynamic" in str(getattr(config, "rope_parameters", None)):  # one rope type, or one for each kind of layer
         longest = config.max_position_embeddings
         config.max_position_embeddings = min(longest, _MOST_REACH)  # beyond it frequencies change
     for name in _TOKEN_IDS:
@@ -199,14 +199,6 @@ def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
     if groups is not None:
         config.num_key_value_heads = _HEADS if groups == heads else 1 if groups == 1 else 2
     setattr(config, width, _HIDDEN if apart else _HEADS * head_size)
-
-
-def _rope_types(parameters: Any) -> list[str]:
-    """The rope types of a model, whose layers may have several."""
-    if not isinstance(parameters, dict):
-        return []
-    own = parameters.get("rope_type")
-    return [own] if isinstance(own, str) else [kind for part in parameters.values() for kind in _rope_types(part)]
 
 
 def _shorten_reach(values: dict[str, Any]) -> None:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokentune.core.groups import TokenGroups
-from tokentune.core.layers import transformer_layers
+from tokentune.core.layers import arguments_per_token, transformer_layers
 from tokentune.core.profile import SEQUENCE_HEADS, Pooling
 from tokentune.errors import UnsupportedModelError
 from tokentune.verify.tiny_copy import Float64
 
 # Sizes that differ from one another and from every size of the tiny model, so that none is mistaken for another.
 BATCH, LENGTH, PADDING, SELECTED = 3, 19, 4, 7
+OTHER_LENGTH = 23  # a second length: arguments whose size changes with it have a row per token
 TOLERANCE = 1e-9  # relative, in float64 throughout
 _TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 
@@ -81,6 +82,18 @@ def inputs_for(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
     if "mm_token_type_ids" in accepted:
         batch["mm_token_type_ids"] = torch.zeros_like(mask)
     return batch
+
+
+def arguments_of_layers(tiny: PreTrainedModel) -> dict[str, bool]:
+    """`arguments_per_token` of a tiny model, tried at two lengths."""
+
+    def run(length: int) -> None:
+        mask = torch.ones(BATCH, length, dtype=torch.long)
+        mask[1, length - PADDING :] = 0  # without padding, many models make no mask
+        with Float64(), torch.no_grad():
+            tiny(**inputs_for(tiny, mask))
+
+    return arguments_per_token(transformer_layers(tiny), run, BATCH, (LENGTH, OTHER_LENGTH))
 
 
 def _labels(tiny: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tokentune.core.attention.correction import gradient_scales
 from tokentune.core.attention.replaced import replaced_attention
-from tokentune.core.layers import arguments_per_token, attention_modules, transformer_layers
+from tokentune.core.layers import attention_modules, transformer_layers
 from tokentune.core.loss import why_not_in_chunks
 from tokentune.core.patched import last_draw
 from tokentune.core.patching import patched
@@ -31,20 +31,26 @@ from tokentune.core.profile import Profile, Rows
 from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL, mask_unselected_labels
-from tokentune.verify import trial as tried
 from tokentune.verify.definition import definition_of_the_method
 from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
-from tokentune.verify.trial import BATCH, LENGTH, SELECTED, Trial, agree, agree_on_gradients, make_trial, step
+from tokentune.verify.trial import (
+    SELECTED,
+    Trial,
+    agree,
+    agree_on_gradients,
+    arguments_of_layers,
+    layer_outputs,
+    make_trial,
+    step,
+)
 
 _OF_ITSELF = ("loss", "gradient", "attention")  # excess_loss is a difference of two losses
-OTHER_LENGTH = 23  # a second length: arguments whose size changes with it have a row per token
 
 
 def verified_profile(model: PreTrainedModel) -> Profile:
-    """Compare a tiny copy of `model` with the definition of the method, on both sides of padding.
+    """Compares a tiny copy of `model` with the definition of the method, on both sides of padding.
 
-    Raises:
-        UnsupportedModelError: with the place and the size of the first mismatch.
+    Raises UnsupportedModelError with the place and the size of the first mismatch.
     """
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise UnsupportedModelError(
@@ -53,7 +59,7 @@ def verified_profile(model: PreTrainedModel) -> Profile:
     with undisturbed():
         try:
             tiny = tiny_copy(model)
-            per_token = _arguments_per_token(tiny)
+            per_token = arguments_of_layers(tiny)
             trials = [make_trial(tiny, side) for side in ("right", "left")]
         except UnsupportedModelError:
             raise
@@ -75,11 +81,7 @@ def verified_profile(model: PreTrainedModel) -> Profile:
 
 
 def verify_correction(model: PreTrainedModel, profile: Profile) -> None:
-    """Compare a tiny copy of a causal `model` with the definition of the corrected gradient.
-
-    Raises:
-        UnsupportedModelError: with the place and the size of the first mismatch.
-    """
+    """The same for the corrected gradient of a causal `model`."""
     with undisturbed():
         tiny = tiny_copy(model)
         for side in ("right", "left"):
@@ -96,42 +98,27 @@ def _likely_reason(tiny: PreTrainedModel, message: str) -> str:
     return ""
 
 
-def _arguments_per_token(tiny: PreTrainedModel) -> dict[str, bool]:
-    def run(length: int) -> None:
-        mask = torch.ones(BATCH, length, dtype=torch.long)
-        mask[1, length - tried.PADDING :] = 0  # without padding, many models make no mask
-        with Float64(), torch.no_grad():
-            tiny(**tried.inputs_for(tiny, mask))
-
-    return arguments_per_token(transformer_layers(tiny), run, BATCH, (LENGTH, OTHER_LENGTH))
-
-
 def _compare(trial: Trial, profile: Profile, correction: float = 0.0) -> None:
     """Raises UnsupportedModelError unless the patched model agrees with the definition."""
     tiny, batch, positions = trial.tiny, trial.batch, trial.positions
     what = f"{type(tiny).__name__}, {trial.side} padding" + (", gradient_correction" if correction else "")
     scales = gradient_scales(positions, batch.get("input_ids"), batch.get("attention_mask"), correction)
     last_output = profile.rows is Rows.ALL
-    with (
-        definition_of_the_method(tiny, positions, last_output=last_output, scales=scales),
-        tried.layer_outputs(tiny) as defined_layers,
-    ):
+    definition = definition_of_the_method(tiny, positions, last_output=last_output, scales=scales)
+    with definition, layer_outputs(tiny) as defined_layers:
         defined, defined_gradients = step(tiny, _selected_labels(trial), positions)
     real = batch.get("attention_mask", torch.ones(defined.shape[:2])).bool()
     per_token = defined.shape[:2] == real.shape and defined.ndim == 3
     seen = real if per_token else slice(None)
     agree(defined[seen], trial.untouched[seen], f"{what}: outputs of its own attention function")
     try:
-        with (
-            patched(tiny, profile=profile, gradient_correction=correction),
-            tried.layer_outputs(tiny) as found_layers,
-        ):
+        with patched(tiny, profile=profile, gradient_correction=correction), layer_outputs(tiny) as found_layers:
             found, gradients = step(tiny, batch | {"selected_positions": positions}, positions)
     except UnsupportedModelError:
         raise
     except Exception as error:  # the model's own code may raise anything on a part of a sequence
         raise UnsupportedModelError(f"{what} fails on groups of tokens: {type(error).__name__}: {error}") from error
-    rows = torch.arange(BATCH)[:, None]
+    rows = torch.arange(len(positions))[:, None]
     if per_token:
         seen = real[rows, positions]
         for index, (one, other) in enumerate(zip(found_layers[:-1], defined_layers[:-1], strict=True)):
@@ -177,11 +164,7 @@ def _selected_labels(trial: Trial) -> dict[str, Tensor]:
 def verify_scoring_pass(
     model: PreTrainedModel, profile: Profile, options: ScoringOptions, needs: tuple[str, ...]
 ) -> None:
-    """Compares scoring passes on a tiny copy of a causal `model`, and a step after one, with their definitions.
-
-    Raises:
-        UnsupportedModelError: with the place and the size of the first mismatch, and what works without a scoring pass.
-    """
+    """The same for scoring passes of a causal `model`, and a step after one; the error tells what works without."""
     try:
         with undisturbed():
             tiny = tiny_copy(model)

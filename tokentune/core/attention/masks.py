@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from tokentune.errors import UnsupportedModelError
@@ -126,11 +127,6 @@ class GroupMask:
 
     def block_mask(self) -> object:
         """FlexAttention's `BlockMask`, made once per step: which tiles of (Q, S) are visible, and how."""
-        return self._once(self._make_block_mask, "flex")
-
-    def _make_block_mask(self) -> object:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         function = getattr(self.deferred.visible, "mask_function", None)
         if function is None:
             raise UnsupportedModelError(
@@ -142,15 +138,10 @@ class GroupMask:
         def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return function(batch, head, positions[batch, query], key)
 
-        return create_block_mask(
-            mask_mod,
-            B=positions.shape[0],
-            H=None,
-            Q_LEN=positions.shape[1],
-            KV_LEN=self.length,
-            device=positions.device,
-            _compile=positions.device.type != "cpu",  # uncompiled, it briefly has the whole mask in memory
-        )
+        # Uncompiled, it briefly has the whole mask in memory.
+        options = {"device": positions.device, "_compile": positions.device.type != "cpu"}
+        sizes = {"B": positions.shape[0], "H": None, "Q_LEN": positions.shape[1], "KV_LEN": self.length}
+        return self._once(lambda: create_block_mask(mask_mod, **sizes, **options), "flex")
 
 
 def _readable(positions: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
@@ -17,12 +17,7 @@ from tokentune.errors import UnsupportedModelError
 Implementations = list[tuple[PreTrainedConfig, str]]  # each configuration, and its own attention implementation
 
 
-class _Replacement(NamedTuple):
-    attention: Callable
-    implementations: Implementations
-
-
-_REPLACEMENT: ContextVar[_Replacement | None] = ContextVar("tokentune_replaced_attention", default=None)
+_REPLACEMENT: ContextVar[tuple[Callable, Implementations]] = ContextVar("tokentune_replaced_attention")
 
 
 def implementation_of(module: nn.Module, implementations: Implementations) -> str:
@@ -45,7 +40,7 @@ def replaced_attention(
     """
     implementations = [(config, own or config._attn_implementation) for config in configs]
     with ExitStack() as undo:
-        undo.callback(_REPLACEMENT.reset, _REPLACEMENT.set(_Replacement(attention, implementations)))
+        undo.callback(_REPLACEMENT.reset, _REPLACEMENT.set((attention, implementations)))
         for config, implementation in implementations:
             name = f"tokentune_around_{implementation}"  # a name per implementation, because masks are made by name
             AttentionInterface.register(name, _call_replacement)

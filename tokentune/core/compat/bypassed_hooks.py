@@ -28,8 +28,7 @@ _PASS_ON = ("accelerate", "torch", "transformers", "contextlib", "functools")
 def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
     """Raises UnsupportedModelError where a training pass with labels reaches `backbone` and bypasses its model's hooks.
 
-    Args:
-        settings: of the patched model (`patched.Settings`) that `backbone` belongs to.
+    `settings` (`patched.Settings`) are those of the patched model that `backbone` belongs to.
     """
     if HOOKS_AT_WORK.get() or settings.prefix_length is None or not (backbone.training and torch.is_grad_enabled()):
         return
@@ -54,8 +53,7 @@ def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
 def require_ordinary_call(hidden: Any, of_layer: dict[str, Any]) -> None:
     """Raises RuntimeError where a layer gets what belongs to a selective forward, outside of one.
 
-    Args:
-        of_layer: its keyword arguments; not called `kwargs`, by which `_argument` finds the frames of others.
+    `of_layer` are its keyword arguments; not called `kwargs`, by which `_argument` finds the frames of others.
     """
     if "selected_positions" in of_layer:  # swallowed by the model's **kwargs, where its hooks did not run
         frame = next((frame for frame in _frames() if _argument(frame, "selected_positions") is not None), None)

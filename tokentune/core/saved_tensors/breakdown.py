@@ -17,9 +17,8 @@ KINDS = (ATTENTION, MLP, NORMS, BETWEEN, ADAPTERS, EMBEDDINGS, HEAD, CASTS)
 class KindOfModule:
     """Within it, `now(tensor)` tells the kind of the innermost module that is running.
 
-    Kinds follow the structure of the model. In a layer, the child that holds the attention is attention, a module with
-    "norm" in its class is a norm, and everything else is the MLP. Outside of the layers are embeddings, and the head
-    with the loss.
+    In a layer, the child that holds the attention is attention, a module with "norm" in its class is a norm, and
+    everything else is the MLP. Outside of the layers are embeddings, and the head with the loss.
     """
 
     def __init__(self, model: nn.Module):
