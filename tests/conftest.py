@@ -90,6 +90,22 @@ def refused(
     return lambda *words: refusal(finetune.main, given, words, tmp_path, capsys)
 
 
+@pytest.fixture
+def recorder(tmp_path: Path) -> tuple[dict[str, str], Callable[[], list[list[str]]]]:
+    """Environment that makes the scripts run a stand-in for python, and a function that reads its calls."""
+    from bash_scripts import recording
+
+    return recording(tmp_path)
+
+
+@pytest.fixture
+def make_trainer(tiny_llama_dir: Path, tmp_path: Path) -> Callable:
+    """Builds a trainer on the tiny Llama from flags, as the command does."""
+    from small_trainer import trainer_maker
+
+    return trainer_maker(tiny_llama_dir, tmp_path)
+
+
 def tiny_llama_config(**changes: object) -> LlamaConfig:
     """Two grouped-query layers, hidden size 32."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}

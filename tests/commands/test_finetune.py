@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from instruction_rows import TEMPLATE, load
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_instruction_data import TEMPLATE, load
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

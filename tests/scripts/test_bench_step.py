@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import call, recorder  # noqa: F401 (a fixture)
+from bash_scripts import call
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
 
@@ -236,7 +236,7 @@ def test_the_gpu_suites_run_on_the_cpu(run: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_the_scripts_call_the_command(name: str, recorder: tuple, tmp_path: Path) -> None:  # noqa: F811
+def test_the_scripts_call_the_command(name: str, recorder: tuple, tmp_path: Path) -> None:
     environment, calls = recorder
     done = call(BENCH / f"{name}.sh", "--small", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
