@@ -1,6 +1,6 @@
 """What the tests of bash scripts share: a script called as a user calls it, and a stand-in for python that records.
 
-`recorder` in conftest.py gives the stand-in to a test.
+`recorder` in conftest.py gives the stand-in to a test, and `replay` runs in this process what it recorded.
 """
 
 import json
@@ -10,9 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tokentune import classify, finetune, merge
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "scripts" / "train"
 
+COMMANDS = {"classify.py": classify.main, "finetune.py": finetune.main, "merge.py": merge.main}
 STEERING = {
     *("LAUNCH", "MODEL", "DATASET", "MODEL_SAVE_PATH", "RESULTS", "NUM_PROCESSES", "PYTHON"),
     *("VIRTUAL_ENV", "CONDA_PREFIX"),
@@ -72,3 +75,12 @@ def recording(folder: Path) -> tuple[dict[str, str], Callable[[], list[list[str]
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     return env, calls
+
+
+def replay(calls: list[list[str]]) -> None:
+    """Runs the commands among recorded calls with their words: imports alone take a process of its own 7 s."""
+    for words in calls:
+        at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        name = Path(words[at]).name
+        if name in COMMANDS and "--print_run_folder" not in words:
+            COMMANDS[name](words[at + 1 :])

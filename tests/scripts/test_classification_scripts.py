@@ -1,6 +1,6 @@
 """The bash scripts of scripts/glue, scripts/ner and scripts/vision, called as a user calls them; and their table.
 
-What they pass to `classify.py` is checked with the stand-in for python that `test_scripts.py` has. One script runs for
+What they pass to `classify.py` is checked with a stand-in for python that records its calls. One script's calls run for
 real, offline, on a tiny BERT and a few rows.
 """
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bash_scripts import call, flags_of
+from bash_scripts import call, flags_of, replay
 from conftest import tiny_bert_config
 from transformers import BertForSequenceClassification, BertTokenizerFast
 
@@ -202,8 +202,7 @@ def test_table_lists_every_run(tmp_path):
 # ----------------------------------------------------------------------------------------------- for real, on stand-ins
 
 
-@pytest.mark.slow
-def test_the_first_experiment_runs(tmp_path):
+def test_the_first_experiment_runs(recorder, tmp_path, monkeypatch):
     model, rows = tmp_path / "tiny-bert", tmp_path / "mrpc.jsonl"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
     model.mkdir()
@@ -216,10 +215,15 @@ def test_the_first_experiment_runs(tmp_path):
         {"sentence1": "a b c d", "sentence2": "a b c d" if n % 2 else "e f g h", "label": n % 2} for n in range(12)
     ]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    env = {"PYTHON": sys.executable, "MODEL": f"./{model.name}", "MODEL_SAVE_PATH": str(tmp_path / "runs")}
-    env |= {"DATASET": "{task}.jsonl", "EVAL_DATASET": "{task}.jsonl", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    recorded, calls = recorder
+    env = recorded | {"MODEL": f"./{model.name}", "MODEL_SAVE_PATH": str(tmp_path / "runs")}
+    env |= {"DATASET": "{task}.jsonl", "EVAL_DATASET": "{task}.jsonl"}
     flags = ["--seeds", "1", "--num_epochs", "1", "--global_batch_size", "4", "--report_to", "none"]
     result = call(SCRIPTS / "glue" / "mrpc_bert_base.sh", *flags, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    replay(calls())
+    result = table(tmp_path / "runs")
     assert result.returncode == 0, result.stderr
     lines = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| mrpc | ")]
     runs = ["tiny-bert-mrpc-mrpc", "tiny-bert-mrpc-mrpc-tokentune-0.25", "tiny-bert-mrpc-mrpc-tokentune-0.5"]
