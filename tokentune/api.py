@@ -3,7 +3,6 @@
 import warnings
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tokentune.core.attention.correction import require_correctable
@@ -13,20 +12,19 @@ from tokentune.core.compat.adapters import require_served_adapters, unserved_ada
 from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.core.layers import transformer_layers
 from tokentune.core.loss import why_not_in_chunks
-from tokentune.core.patched import Settings, owner_of, settings_of
+from tokentune.core.patched import Model, Settings, owner_of, settings_of
 from tokentune.core.patching import install, remove_tokentune
 from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
-from tokentune.core.scoring_pass import SCORES, ScoringOptions
+from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.resolver import find_strategy
-from tokentune.verify.scoring_pass_check import verify_scoring_pass
-from tokentune.verify.verification import verified_profile, verify_correction
+from tokentune.verify.verification import verified_profile, verify_correction, verify_scoring_pass
 
 __all__ = ["apply_tokentune", "remove_tokentune"]
 
 
 def apply_tokentune(
-    model: nn.Module,
+    model: Model,
     prefix_length: int | float | None = None,
     *,
     strategy: str = "supervised",
@@ -37,7 +35,7 @@ def apply_tokentune(
     scoring_pass: ScoringOptions | None = None,
     gradient_correction: float = 0.0,
     look: ScoringOptions | None = None,
-) -> nn.Module:
+) -> Model:
     """Patch this instance, a transformers model or a peft model around one, and return it.
 
     A second call replaces the settings of the first one.
@@ -114,12 +112,11 @@ def apply_tokentune(
         known = before is not None and before.scoring is not None and set(needs) <= set(before.needs)
         if verify and not (known and before.scoring.layers == scoring_pass.layers):
             verify_scoring_pass(owner, profile, scoring_pass, needs)
-    stack = transformer_layers(owner)
     settings = Settings(
+        profile,
+        transformer_layers(owner),
         prefix_length,
         strategy,
-        profile,
-        stack,
         checkpoint_rest,
         offload_kv,
         chunked_loss,
@@ -136,12 +133,10 @@ def _check_scoring_pass(
     owner: PreTrainedModel, scoring_pass: ScoringOptions, needs: tuple[str, ...], checkpoint_rest: str
 ) -> None:
     """Raises ValueError for what a scoring pass cannot do with this model."""
-    if unknown := sorted(set(needs) - set(SCORES)):
-        raise ValueError(f"a strategy needs scores that no scoring pass makes: {', '.join(unknown)}")
     depth = len(transformer_layers(owner).layers)
     if scoring_pass.layers is not None and scoring_pass.layers >= depth:
         raise ValueError(
-            f"a scoring pass through {scoring_pass.layers} of {depth} layers: leave `layers` out to look through all"
+            f"a scoring pass through {scoring_pass.layers} of {depth} layers: leave `layers` out to run all of them"
         )
     if scoring_pass.layers is None and checkpoint_rest in ("hidden_states", "segments"):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Selective checkpointing: the same gradients to the last bit, dropout included, for exactly the bytes it promises."""
 
 import copy
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import oracle
@@ -248,7 +249,7 @@ def test_what_cannot_be_checkpointed_is_refused() -> None:
     around.gradient_checkpointing = True
     stack = SimpleNamespace(around=[around], layers=nn.ModuleList([nn.Linear(2, 2)]))
     with pytest.raises(UnsupportedModelError, match="several layers"):
-        checkpoint_layers(stack, None, "auto", False)
+        checkpoint_layers(stack, None, "auto", False, ExitStack())
 
 
 def test_a_recomputation_makes_no_queries_for_the_rest() -> None:

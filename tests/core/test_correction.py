@@ -267,7 +267,7 @@ def test_it_keeps_one_number_per_query_and_head(checkpointed: bool) -> None:
 
 def test_without_it_nothing_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selective, "scale_gradient", lambda *_: 1 / 0)
-    for function in ("require_correctable_call", "correct_fused", "correct_eager"):
+    for function in ("require_correctable_call", "correct"):
         monkeypatch.setattr(correction, function, lambda *_: 1 / 0)
     model = build(LLAMA, torch.float32)
     inputs = batch_for(model, "right")
@@ -329,17 +329,15 @@ def test_own_weights_are_those_of_the_softmax(finished: bool, monkeypatch: pytes
     recipe = mask_from_tensor(bias) if finished else mask_from_functions(batch, length, length)
     positions = torch.stack([torch.randperm(length)[:count].sort().values for _ in range(batch)])
     mask = GroupMask(recipe, "selected", positions, length)
-    query, output = torch.randn(batch, heads, count, size).double(), torch.zeros(batch, count, heads, size)
+    query = torch.randn(batch, heads, count, size).double()
     key = torch.randn(batch, groups, length, size).double()
     places = (positions + torch.arange(batch)[:, None] * length).flatten()
     own = OwnTokens(None, None, torch.ones(batch, count), places, positions)
-    kept = []
-    monkeypatch.setattr(correction, "_unscaled", lambda *args: kept.append(args[3]))
-    correction.correct_fused(output, None, query, key, key, mask, own, {"scaling": 0.4})
+    found = correction.fused_weights(None, query, key, mask, own, 0.4)
     scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4
     scores = scores + bias.take_along_dim(positions[:, None, :, None], 2)
     expected = scores.softmax(-1).take_along_dim(positions[:, None, :, None], 3)[..., 0]
-    assert torch.allclose(kept[0], expected, rtol=1e-12)
+    assert torch.allclose(found, expected, rtol=1e-12)
 
 
 # --- the mean over all draws ------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
+
+from tokentune import apply_tokentune, remove_tokentune
 
 PROJECT = Path(__file__).resolve().parents[2]
 # What torch and transformers run without. Each is found by no finder, as if it was not installed.
@@ -49,3 +52,9 @@ def test_torch_and_transformers_are_enough(code: str) -> None:
     command = [sys.executable, "-c", HIDE + code + missing]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "hidden", done.stderr
+
+
+@pytest.mark.parametrize("function", [apply_tokentune, remove_tokentune])
+def test_a_patched_model_has_the_type_of_the_given_one(function: typing.Callable) -> None:
+    hints = typing.get_type_hints(function)
+    assert isinstance(hints["model"], typing.TypeVar) and hints["return"] is hints["model"]

@@ -16,7 +16,7 @@ from tokentune.core.layers import arguments_per_token, has_row_per_token, map_te
 from tokentune.core.patched import profile_of
 from tokentune.core.step import SELECTED, Step
 from tokentune.core.step_plan import StepPlan
-from tokentune.verify.verification import LENGTH, OTHER_LENGTH
+from tokentune.verify.trial import LENGTH, OTHER_LENGTH
 
 
 class LayerWithTables(LlamaDecoderLayer):

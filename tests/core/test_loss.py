@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM, Gemma2Config, Gemma2ForCausalLM, Llama
 
 import tokentune.core.loss
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.core.loss import ChunkedLoss
+from tokentune.core.loss import ChunkedLoss, WithheldRows
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.verify.tiny_copy import Float64
 
@@ -270,12 +270,11 @@ def test_float16_keeps_gradients_of_rare_words() -> None:
     gradients = []
     for module in (head, wide):
         rows = hidden.detach().to(module.weight.dtype).requires_grad_()
-        loss = ChunkedLoss(module, torch.arange(4)[None])
-        undo = loss.install()
-        empty = module(rows)
-        value = loss(empty, None, 96, shift_labels=torch.zeros(1, 4, dtype=torch.int64))
-        for each in undo:
-            each()
+        loss = ChunkedLoss(WithheldRows(module), torch.arange(4)[None])
+        with ExitStack() as undo:
+            loss.rows.install(undo)
+            empty = module(rows)
+            value = loss(empty, None, 96, shift_labels=torch.zeros(1, 4, dtype=torch.int64))
         (value * 2.0**16).backward()
         gradients.append(rows.grad.float())
     assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()

@@ -364,8 +364,7 @@ def test_options_are_checked() -> None:
         ScoringOptions(layers=0)
 
 
-def test_old_names_work_with_a_warning() -> None:
-    assert tokentune.core.scoring_pass.LookOptions is ScoringOptions
+def test_old_name_works_with_a_warning() -> None:
     options = ScoringOptions("top")
     with pytest.warns(DeprecationWarning, match="is now scoring_pass"):
         model = apply_tokentune(llama(), 0.4, strategy="loss", verify=False, look=options)

@@ -11,7 +11,7 @@ import torch
 
 from tokentune import UnsupportedModelError
 from tokentune.core.profile import Profile, Rows
-from tokentune.core.step_plan import Batch, Loss, ModelState, Selection, plan_step, selects_all
+from tokentune.core.step_plan import Batch, Loss, ModelState, StepPlan, plan_step, selects_all
 
 POSITIONS = torch.tensor([[0, 2, 3], [1, 2, 4]])
 IDS = torch.arange(10).view(2, 5)
@@ -23,7 +23,7 @@ WEIGHTS = torch.ones(2, 3)
 
 
 def plan(state: ModelState = SERVED, positions: torch.Tensor = POSITIONS, **options: object):
-    return plan_step(Selection(positions, **options), BATCH, state)
+    return plan_step(StepPlan(positions, **options), BATCH, state)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_scales_of_the_correction() -> None:
     """((n - 1) / (c - 1)) ** a, n real tokens of a row, c of them selected."""
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     state = replace(SERVED, gradient_correction=0.5)
-    scales = plan_step(Selection(POSITIONS), replace(BATCH, mask=mask), state).gradient_scales
+    scales = plan_step(StepPlan(POSITIONS), replace(BATCH, mask=mask), state).gradient_scales
     expected = torch.tensor([[(4 / 2) ** 0.5] * 3, [(3 / 1) ** 0.5] * 3], dtype=torch.float64)
     assert torch.equal(scales, expected)
     assert plan().gradient_scales is None
@@ -127,7 +127,7 @@ def test_images_are_planned_before_their_tokens_are_known() -> None:
 
     labels = torch.tensor([0, 1])
     found = plan_step(
-        Selection(draw), Batch.of({"pixel_values": IDS, "labels": labels}), replace(SERVED, token_labels=False)
+        StepPlan(draw), Batch.of({"pixel_values": IDS, "labels": labels}), replace(SERVED, token_labels=False)
     )
     assert found.positions is draw and not found.all_selected and found.replaced == {}
 

@@ -19,59 +19,70 @@ the layers call it in place of the function that `gradient_checkpointing_enable`
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tokentune.core.compat.fsdp import gathered
 from tokentune.core.groups import TokenGroups
-from tokentune.core.layers import Stack
+from tokentune.core.layers import Stack, is_checkpointed
 from tokentune.core.saved_tensors.offloading import HostMemory
 from tokentune.core.saved_tensors.saved_bytes import in_own_storage
 from tokentune.core.selective_layer import join_key_values, run_unselected
 from tokentune.core.step import UNSELECTED, LayerCall, PassDone, Step, activate, uncompiled
+from tokentune.core.temporary import set_until_undone
 from tokentune.errors import UnsupportedModelError
 
 CHECKPOINT_REST = ("auto", "keys_values", "hidden_states", "segments")
 _FUNCTION = "_gradient_checkpointing_func"  # transformers' name for what a layer calls instead of its own forward
 
 
-def checkpoint_layers(stack: Stack, step: Step, choice: str, offload_kv: bool) -> list[Callable[[], None]]:
-    """Makes the layers on which gradient checkpointing is enabled use ours. Returns what undoes it, last first.
+def checkpoint_layers(stack: Stack, step: Step, choice: str, offload_kv: bool, undo: ExitStack) -> None:
+    """Makes the layers on which gradient checkpointing is enabled use ours, until `undo` is closed.
 
     Args:
         choice: one of `CHECKPOINT_REST`.
         offload_kv: save the part of the unselected tokens in the CPU's memory, where the model is on an accelerator.
 
-    Raises:
-        UnsupportedModelError: the model checkpoints more than single layers, or `segments` with other layers between.
+    Raises UnsupportedModelError where the model checkpoints more than single layers, or `segments` with others between.
     """
     for module in stack.around:
-        if module.training and getattr(module, "gradient_checkpointing", False):
+        if is_checkpointed(module):
             own = isinstance(module, GradientCheckpointingLayer)
             if own or not all(isinstance(layer, GradientCheckpointingLayer) for layer in stack.layers):
                 raise UnsupportedModelError(f"{type(module).__name__} checkpoints several layers at once")
-    chosen = [layer for layer in stack.layers if layer.training and getattr(layer, "gradient_checkpointing", False)]
+    chosen = [layer for layer in stack.layers if is_checkpointed(layer)]
     if not chosen or not torch.is_grad_enabled():
-        return []
+        return
     if choice == "segments" and len(chosen) < len(stack.layers):
         raise UnsupportedModelError("checkpoint_rest segments needs gradient checkpointing of every layer")
     if choice == "segments" and step.plan.all_rows_between_layers:
         raise UnsupportedModelError("checkpoint_rest segments runs layers again without the hooks that others put on")
     checkpointing = SelectiveCheckpointing(step, choice, offload_kv)
-    undo: list[Callable[[], None]] = [step.forget_unselected]
+    undo.callback(step.forget_unselected)
     for layer in chosen:
-        original = getattr(layer, _FUNCTION)
-        undo.append(partial(setattr, layer, _FUNCTION, original))
-        setattr(layer, _FUNCTION, partial(checkpointing.run, _keeps_inputs_on_cpu(original)))
-    return undo
+        inputs_on_cpu = _keeps_inputs_on_cpu(getattr(layer, _FUNCTION))
+        set_until_undone(undo, layer, _FUNCTION, partial(checkpointing.run, inputs_on_cpu))
+        if "__call__" in vars(GradientCheckpointingLayer):
+            # transformers below 5.23 checkpoints a layer's call with its hooks: the forward alone, as later ones do
+            set_until_undone(undo, layer, "gradient_checkpointing", False)
+            set_until_undone(undo, layer, "forward", _checkpointed_forward(layer))
+
+
+def _checkpointed_forward(layer: GradientCheckpointingLayer) -> Callable:
+    forward = layer.forward
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return getattr(layer, _FUNCTION)(partial(forward, **kwargs), *args)
+
+    return checkpointed
 
 
 def _keeps_inputs_on_cpu(function: Callable) -> bool:
@@ -85,28 +96,28 @@ class _Layer:
     """What is needed to run one layer of the step again."""
 
     step: Step
-    layer: nn.Module
-    args: tuple  # of the layer's call, for all tokens, without the hidden states
-    kwargs: dict[str, Any]
+    call: LayerCall  # as it was before anything ran, without the hidden states
     function: Callable  # its own forward, for the selected rows: (hidden (B, K, D), *more_args)
     more_args: tuple
     states_before: list[Tensor]  # of the random generators
     states_after_unselected: list[Tensor] | None = None
     saved: tuple[Tensor, ...] | None = None  # of the unselected tokens: set by `_Save` in the backward pass, until used
 
-    def call(self, groups: TokenGroups | None, **options: Any) -> LayerCall:
-        return LayerCall(self.layer, False, groups, self.args, self.kwargs, **options)
+    def run_unselected(self, unselected_pass: Callable, step: Step, call: LayerCall) -> None:
+        """The unselected tokens' pass. Recomputations, which skip it, go on with the random numbers after it."""
+        unselected_pass(step, call)
+        self.states_after_unselected = random_states(call.joined_kv[0])
 
 
+@dataclass
 class SelectiveCheckpointing:
     """The checkpointing of one step's layers."""
 
-    def __init__(self, step: Step, choice: str, offload_kv: bool):
-        self.step = step
-        self.choice = choice
-        self.offload_kv = offload_kv
-        self.host: HostMemory | None = None
-        self.segment: _Segment | None = None
+    step: Step
+    choice: str
+    offload_kv: bool
+    host: HostMemory | None = None
+    segment: "_Segment | None" = None
 
     @uncompiled
     def run(self, inputs_on_cpu: bool, function: Callable, hidden: Tensor, *more_args: Any) -> Any:
@@ -114,23 +125,18 @@ class SelectiveCheckpointing:
         call = self.step.call
         if call.running == UNSELECTED or not torch.is_grad_enabled():
             return function(hidden, *more_args)
-        layer = _Layer(
-            *(self.step, call.layer, call.args, call.kwargs, function, more_args), states_before=random_states(hidden)
-        )
-        call.unselected_pass = partial(_run_unselected_and_note_states, layer, call.unselected_pass)
-        replay = self._replay(layer, hidden, call)
+        bare_call = replace(call, last=False, groups=None)
+        layer = _Layer(self.step, bare_call, function, more_args, random_states(hidden))
+        call.unselected_pass = partial(layer.run_unselected, call.unselected_pass)
+        replay = _Replay(layer)
+        if self.choice == "segments":
+            if self.segment is None or self.segment.full:
+                self.segment = _Segment(math.ceil(math.sqrt(self.step.expected_calls)), call.groups.unselected)
+            replay.segment, replay.index = self.segment, self.segment.add(layer, hidden)
         with save_on_cpu(pin_memory=hidden.device.type != "cpu") if inputs_on_cpu else nullcontext():
-            contexts = partial(_contexts, layer, replay)
-            output = checkpoint(function, hidden, *more_args, use_reentrant=False, context_fn=contexts)
+            options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), replay)}
+            output = checkpoint(function, hidden, *more_args, **options)
             return self._save(output, layer, call)
-
-    def _replay(self, layer: _Layer, hidden: Tensor, call: LayerCall) -> Callable[[_Layer], LayerCall]:
-        """How the layer's call is set up when it is recomputed: what replaces the unselected tokens' pass."""
-        if self.choice != "segments":
-            return _from_saved
-        if self.segment is None or self.segment.full:
-            self.segment = _Segment(math.ceil(math.sqrt(self.step.expected_calls)), call.groups.unselected)
-        return partial(_from_segment, self.segment, self.segment.add(layer, hidden))
 
     def _save(self, output: Any, layer: _Layer, call: LayerCall) -> Any:
         """The layer's output, tied to what is saved of the unselected tokens for the layer's recomputation."""
@@ -141,22 +147,18 @@ class SelectiveCheckpointing:
                 return output
             holder, tensors = self.segment, self.segment.close()
         else:
-            holder, tensors = layer, self._smaller(call)
+            holder, tensors = layer, tuple(map(in_own_storage, self._smaller(call)))
         selected, *others = output if isinstance(output, tuple) else (output,)
         with self._offloading(selected):
             selected = _Save.apply(selected, holder, *tensors)
         return (selected, *others) if isinstance(output, tuple) else selected
 
     def _smaller(self, call: LayerCall) -> tuple[Tensor, ...]:
-        keys_values, hidden_states = call.unselected_kv, (call.groups.unselected,)
-        cached = self.step.plan.cached_kv is not None  # then there are no hidden states of the unselected tokens
-        if (
-            self.choice == "keys_values"
-            or cached
-            or (self.choice == "auto" and _bytes(keys_values) <= _bytes(hidden_states))
-        ):
-            return tuple(map(in_own_storage, keys_values))
-        return tuple(map(in_own_storage, hidden_states))
+        keys_values, hidden_states = call.unselected_kv, call.groups.unselected
+        if self.choice == "keys_values" or self.step.plan.cached_kv is not None:  # cached: there are no hidden states
+            return keys_values
+        larger = sum(tensor.nbytes for tensor in keys_values) > hidden_states.nbytes
+        return (hidden_states,) if larger or self.choice == "hidden_states" else keys_values
 
     def _offloading(self, selected: Tensor) -> Any:
         if not self.offload_kv or selected.device.type == "cpu":
@@ -188,48 +190,33 @@ class _Save(torch.autograd.Function):
         return gradient, None, *(None for _ in ctx.saved_tensors)
 
 
-class _Replay:
+class _Replay(ExitStack):
     """The context of a recomputation: the step is under way again, at this layer. Entered once per backward pass."""
 
-    def __init__(self, layer: _Layer, make_call: Callable[[_Layer], LayerCall]):
+    def __init__(self, layer: _Layer):
+        super().__init__()
         self.layer = layer
-        self.make_call = make_call
-        self.undo: list[Callable[[], None]] = []
+        self.segment: _Segment | None = None  # where there is one, it has the keys and values
+        self.index = 0  # of the layer in it
 
     def __enter__(self) -> None:
-        self.undo = activate(self.layer.step)
-        self.layer.step.call = self.make_call(self.layer)
+        """Instead of the unselected tokens' pass, their keys and values are those saved, or are made again."""
+        layer, step = self.layer, self.layer.step
+        saved, layer.saved = layer.saved, None
+        hidden_states = TokenGroups(None, saved[0]) if saved is not None and len(saved) == 1 else None
 
-    def __exit__(self, *_: Any) -> None:
-        self.layer.step.call = None
-        while self.undo:
-            self.undo.pop()()
+        def unselected_pass(step: Step, call: LayerCall) -> None:
+            if hidden_states is not None:
+                run_unselected(step, call)
+            else:
+                call.unselected_kv = saved if self.segment is None else self.segment.take(self.index, step)
+                join_key_values(step, call)
+            set_random_states(layer.states_after_unselected, call.joined_kv[0])
 
-
-def _contexts(layer: _Layer, replay: Callable[[_Layer], LayerCall]) -> tuple[Any, _Replay]:
-    return nullcontext(), _Replay(layer, replay)
-
-
-def _run_unselected_and_note_states(layer: _Layer, unselected_pass: Callable, step: Step, call: LayerCall) -> None:
-    """The unselected tokens' pass; recomputations, which skip it, go on with the random numbers that come after it."""
-    unselected_pass(step, call)
-    layer.states_after_unselected = random_states(call.joined_kv[0])
-
-
-def _from_saved(layer: _Layer) -> LayerCall:
-    """Recomputes the selected rows. The other keys and values were saved, or are made from saved hidden states."""
-    saved, layer.saved = layer.saved, None
-    groups = TokenGroups(None, saved[0]) if saved is not None and len(saved) == 1 else None
-
-    def unselected_pass(step: Step, call: LayerCall) -> None:
-        if groups is None:
-            call.unselected_kv = saved
-            join_key_values(step, call)
-        else:
-            run_unselected(step, call)
-        set_random_states(layer.states_after_unselected, call.joined_kv[0])
-
-    return layer.call(groups, with_gradients=True, unselected_pass=unselected_pass, unselected_ends_early=True)
+        activate(step, self)
+        self.callback(setattr, step, "call", None)
+        options = {"with_gradients": True, "unselected_ends_early": True}
+        step.call = replace(layer.call, groups=hidden_states, unselected_pass=unselected_pass, **options)
 
 
 @dataclass
@@ -277,31 +264,15 @@ class _Segment:
             raise PassDone  # nothing else is needed of the selected rows
 
         last = number == len(self.layers) - 1
-        call = layer.call(
-            TokenGroups(hidden, unselected),
-            with_gradients=False,
-            unselected_pass=unselected_pass,
-            unselected_ends_early=last,
-        )
-        layer.step.call = call
+        options = {"with_gradients": False, "unselected_ends_early": last}
+        groups = TokenGroups(hidden, unselected)
+        call = layer.step.call = replace(layer.call, groups=groups, unselected_pass=unselected_pass, **options)
         set_random_states(layer.states_before, hidden)
         # FSDP has gathered the weights of the segment's last layer now, and of no other.
-        with suppress(PassDone), gathered(layer.layer, stays=last):
+        with suppress(PassDone), gathered(layer.call.layer, stays=last):
             layer.function(hidden, *layer.more_args)
         self.keys_values[number] = tuple(map(in_own_storage, call.unselected_kv))
         return call.unselected_output
-
-
-def _from_segment(segment: _Segment, index: int, layer: _Layer) -> LayerCall:
-    def unselected_pass(step: Step, call: LayerCall) -> None:
-        call.unselected_kv = segment.take(index, step)
-        join_key_values(step, call)
-        set_random_states(layer.states_after_unselected, call.joined_kv[0])
-
-    return layer.call(None, with_gradients=True, unselected_pass=unselected_pass)
-
-
-# ---------------------------------------------------------------------------------------------------- helpers
 
 
 def random_states(tensor: Tensor) -> list[Tensor]:
@@ -318,7 +289,3 @@ def set_random_states(states: list[Tensor], tensor: Tensor) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         getattr(torch, tensor.device.type).set_rng_state(state, tensor.device)
-
-
-def _bytes(tensors: tuple[Tensor, ...]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

@@ -8,6 +8,7 @@ its kernel from transformers' attention interface.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,23 +38,21 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def uses_attention_interface(module: nn.Module) -> bool:
-    """Whether the module's own forward asks transformers' attention interface for its kernel."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is enabled on the module, and at work."""
+    return module.training and getattr(module, "gradient_checkpointing", False)
 
 
 def attention_modules(module: nn.Module) -> list[nn.Module]:
-    """All modules at or below `module` that send their attention through the interface."""
-    return [child for child in module.modules() if uses_attention_interface(child)]
+    """All modules at or below `module` whose own forward asks transformers' attention interface for its kernel."""
+    codes = ((child, getattr(inspect.unwrap(type(child).forward), "__code__", None)) for child in module.modules())
+    return [child for child, code in codes if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names]
 
 
 def transformer_layers(model: PreTrainedModel) -> Stack:
     """The one stack of layers of a model; of a model with a language model inside (vision-language), that one's.
 
-    Raises:
-        UnsupportedModelError: no such stack, several of them (encoder-decoders), layers without attention of the
-            interface (state-space or convolution mixers) or with two of them.
+    Raises UnsupportedModelError for none, several of them (encoder-decoders), and layers that mix tokens otherwise.
     """
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
@@ -74,26 +73,21 @@ def transformer_layers(model: PreTrainedModel) -> Stack:
         _check_layer(layer, f"layer {name}.{index} ({type(layer).__name__}) of {kind}")
     if getattr(model.config, "layerdrop", 0):
         raise UnsupportedModelError(f"{kind} skips layers at random in training: set config.layerdrop to 0")
-    backbone = [
-        module
-        for prefix, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and (prefix == "" or name.startswith(f"{prefix}."))
-    ][-1]
+    around = [module for prefix, module in model.named_modules() if prefix == "" or name.startswith(f"{prefix}.")]
+    backbone = [module for module in around if isinstance(module, PreTrainedModel)][-1]
     if "deepstack_visual_embeds" in inspect.signature(type(backbone).forward).parameters:
         raise UnsupportedModelError(f"{kind} adds image features to the hidden states between its layers")
-    around = [module for prefix, module in model.named_modules() if prefix == "" or name.startswith(f"{prefix}.")]
     return Stack(layers, backbone, _layer_calls(backbone, layers, kind), _configs(backbone, layers), around)
 
 
 def _configs(backbone: PreTrainedModel, layers: nn.ModuleList) -> list[PreTrainedConfig]:
-    found: list[PreTrainedConfig] = []
+    found: dict[int, PreTrainedConfig] = {}  # by id: equal ones are not the same one
     for module in (backbone, *attention_modules(layers)):
         config = getattr(module, "config", None)
         if config is None:
             raise UnsupportedModelError(f"{type(module).__name__} has no configuration to name its attention in")
-        if not any(config is known for known in found):
-            found.append(config)
-    return found
+        found[id(config)] = config
+    return list(found.values())
 
 
 def _innermost_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -107,16 +101,12 @@ def _innermost_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _check_layer(layer: nn.Module, where: str) -> None:
-    mixers = [
-        child
-        for child in layer.modules()
-        if isinstance(child, _MIXER_TYPES) or any(part in type(child).__name__ for part in _MIXER_NAMES)
-    ]
-    if mixers:
-        raise UnsupportedModelError(f"{where} mixes tokens in {type(mixers[0]).__name__}, outside of attention")
     for child in layer.modules():
-        # A whole residual branch dropped or not, per sequence: the two groups would each throw their own dice.
-        if "DropPath" in type(child).__name__ and getattr(child, "drop_prob", 1.0):
+        kind = type(child).__name__
+        if isinstance(child, _MIXER_TYPES) or any(part in kind for part in _MIXER_NAMES):
+            raise UnsupportedModelError(f"{where} mixes tokens in {kind}, outside of attention")
+        # A whole residual branch dropped or not, per sequence: each of the two groups would draw for itself.
+        if "DropPath" in kind and getattr(child, "drop_prob", 1.0):
             raise UnsupportedModelError(f"{where} drops whole branches at random: set config.drop_path_rate to 0")
     found = attention_modules(layer)
     if len(found) != 1:
@@ -166,28 +156,23 @@ def has_row_per_token(tensor: Tensor, batch: int, length: int) -> bool:
 def arguments_per_token(stack: Stack, run: Callable[[int], Any], batch: int, lengths: Sequence[int]) -> dict[str, bool]:
     """Of each tensor among the layers' arguments, by its path, whether it has a row per token.
 
-    Args:
-        run: a forward pass of a batch of so many tokens.
-        lengths: to try. One that no layer gets (images have their own) is what the hidden states have.
+    `run` is a forward pass of a batch of so many tokens; images have a length of their own, that of the hidden states.
     """
     found: dict[str, set[bool]] = {}
 
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        length = hidden.shape[1]
 
         def note(tensor: Tensor, path: str) -> None:
-            found.setdefault(path, set()).add(has_row_per_token(tensor, batch, length))
+            found.setdefault(path, set()).add(has_row_per_token(tensor, batch, hidden.shape[1]))
 
         map_tensors(args, note)
         map_tensors(kwargs, note)
 
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in stack.layers]
-    try:
+    with ExitStack() as handles:
+        for layer in stack.layers:
+            handles.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
         for length in lengths:
             run(length)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {path: answers == {True} for path, answers in found.items()}

@@ -13,9 +13,9 @@ What a family's code does to its logits behind the head (scales, soft-capping) i
 repeated on each chunk; `verify/verification.py` tries it. The value is that of transformers' `ForCausalLMLoss`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.compat.fsdp import gathered
 from tokentune.core.profile import Profile, Rows
+from tokentune.core.temporary import set_until_undone
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 
@@ -56,19 +57,23 @@ def why_not_in_chunks(model: PreTrainedModel, profile: Profile) -> str | None:
     return profile.whole_logits
 
 
+@dataclass(eq=False)
 class WithheldRows:
-    """The output head, which gets no rows: hooks that store its input, and the logits of a part of that input."""
+    """An output head that gets no rows. Its input is stored, and its logits are then made from chunks of that."""
 
-    def __init__(self, head: nn.Module) -> None:
-        self.head = head  # the output embeddings, whatever wraps them included
+    head: nn.Module  # the output embeddings, whatever wraps them included
+    num_supervised: int | None = None  # N, where the caller knows it on the host
+    chunk_bytes: int = CHUNK_BYTES  # at most, of a chunk's logits in float32
+
+    def __post_init__(self) -> None:
         self.hidden: Tensor | None = None
         self.behind_head = _Recorder()
 
-    def install(self) -> list[Callable[[], None]]:
-        """Adds the hooks; returns what takes them away again."""
-        before = self.head.register_forward_pre_hook(self._keep_input, with_kwargs=True)
-        after = self.head.register_forward_hook(self._record)
-        return [before.remove, after.remove, self.behind_head.stop]
+    def install(self, undo: ExitStack) -> None:
+        """Adds the hooks; `undo` takes them away again."""
+        undo.callback(self.head.register_forward_pre_hook(self._keep_input, with_kwargs=True).remove)
+        undo.callback(self.head.register_forward_hook(self._record).remove)
+        undo.callback(self.behind_head.stop)
 
     def _keep_input(self, head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if self.hidden is not None:  # this is the call for a chunk
@@ -79,23 +84,60 @@ class WithheldRows:
         return ((empty, *args[1:]), kwargs) if args else (args, kwargs | {name: empty})
 
     def _record(self, head: nn.Module, args: tuple, logits: Tensor) -> None:
-        if not self.behind_head.started:
+        if not self.behind_head.values:
             self.behind_head.start(logits)
 
-    def finish(self, logits: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The stored rows (B, K, D), after the model returned its `logits` (B, 0, V); `shape` is (B, K)."""
+    def with_loss(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """The stored rows that have a loss, after the model returned its `logits` (B, 0, V).
+
+        Args:
+            targets: (B, K), what each of the stored rows predicts; -100 at rows without a loss.
+            weights: (B, K), factors of the losses.
+
+        Returns:
+            Hidden states (N, D), targets (N,), and weights (N,) where there are any; which of all rows have a loss,
+            (B K,) bool; and the indices (N,) of the returned ones among these, None where all are returned.
+        """
         if self.hidden is None:
             raise UnsupportedModelError("the model computes its logits without calling its output embeddings")
-        if self.hidden.shape[:2] != shape:
+        if self.hidden.shape[:2] != targets.shape:
             raise UnsupportedModelError(
-                f"the head was handed {tuple(self.hidden.shape)}, not a row per token of {shape}"
+                f"the head was handed {tuple(self.hidden.shape)}, not a row per token of {tuple(targets.shape)}"
             )
         self.behind_head.finish(logits)
-        return self.hidden
+        self.dtype, self.vocabulary = logits.float().dtype, logits.shape[-1]
+        device = self.hidden.device
+        rows = [self.hidden.flatten(0, 1), targets.to(device).flatten()]
+        if weights is not None:
+            rows.append(weights.to(device, self.dtype).flatten())
+        supervised = rows[1] != IGNORED_LABEL
+        indices = self._rows_with_loss(supervised)
+        return rows if indices is None else [tensor[indices] for tensor in rows], supervised, indices
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of some of the rows: (n, D) -> (n, V)."""
-        return self.behind_head.repeat(self._call_head(hidden[None]))[0]
+    def in_chunks(self, rows: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Splits tensors along their rows, so that the logits of a chunk take at most `chunk_bytes` in float32."""
+        count = -(-len(rows[0]) // max(1, self.chunk_bytes // (4 * self.vocabulary)))
+        return list(zip(*(tensor.tensor_split(count) for tensor in rows), strict=True))
+
+    def _rows_with_loss(self, supervised: Tensor) -> Tensor | None:
+        """Indices of rows with a loss, ascending: (B K,) bool -> (N,); None: all.
+
+        At least one, so that all weights get a gradient. Where the host does not know N, it is read on a CPU; on an
+        accelerator all rows are taken, because reading it would make the host wait.
+        """
+        count = self.num_supervised
+        if count is None and supervised.device.type == "cpu" and not is_fake(supervised):
+            count = int(supervised.sum())
+        if count is None or count >= len(supervised):
+            return None
+        return (~supervised).to(torch.uint8).argsort(stable=True)[: max(count, 1)]
+
+    def losses(self, hidden: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+        """The cross-entropy of rows (n, D) of a chunk: (n,), or their sum."""
+        logits = self.behind_head.repeat(self._call_head(hidden[None]))[0].to(self.dtype)  # (n, V)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction=reduction)
 
     def trained(self) -> bool:
         """Whether any parameter after the rows is trained."""
@@ -110,104 +152,54 @@ class WithheldRows:
             return self.head.forward(hidden)
 
 
-def next_targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int = IGNORED_LABEL) -> Tensor:
-    """(B, S): what each position predicts, the next label unless the caller moved them already."""
-    return F.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
+def next_targets(
+    labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORED_LABEL, **_: Any
+) -> Tensor:
+    """(B, S): what each position predicts, the next label unless the caller moved them already; -100 for no loss."""
+    targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels
+    return targets if ignore_index == IGNORED_LABEL else targets.masked_fill(targets == ignore_index, IGNORED_LABEL)
 
 
-def rows_with_loss(supervised: Tensor, count: int | None) -> Tensor | None:
-    """Indices of rows with a loss, ascending: (B K,) bool -> (N,); None: all. At least one, so that all weights get a
-    gradient.
-
-    `count` is N, where the caller knows it on the host. Otherwise it is read from `supervised` on a CPU; on an
-    accelerator all rows are taken, because reading it would make the host wait.
-    """
-    if count is None and supervised.device.type == "cpu" and not is_fake(supervised):
-        count = int(supervised.sum())
-    if count is None or count >= len(supervised):
-        return None
-    return (~supervised).to(torch.uint8).argsort(stable=True)[: max(count, 1)]
-
-
-def in_chunks(chunk_bytes: int, vocabulary: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Splits tensors along their rows, so that the logits of a chunk take at most `chunk_bytes` in float32."""
-    chunks = -(-len(tensors[0]) // max(1, chunk_bytes // (4 * vocabulary)))
-    return list(zip(*(tensor.tensor_split(chunks) for tensor in tensors), strict=True))
-
-
+@dataclass(eq=False)
 class ChunkedLoss:
     """The loss function of one step, on the rows that `WithheldRows` stores."""
 
-    def __init__(
-        self,
-        head: nn.Module,
-        positions: Tensor,
-        num_supervised: int | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
-        weights: Tensor | None = None,
-        recompute: bool = True,
-    ) -> None:
-        """
-        Args:
-            head: the output embeddings, whatever wraps them included.
-            positions: (B, K), the selected ones.
-            num_supervised: N, see `rows_with_loss`.
-            chunk_bytes: most bytes of a chunk's logits in float32.
-            weights: (B, K), factors of the rows' losses, which then stand for all supervised targets.
-            recompute: save no logits of a trained head, and compute them twice.
-        """
-        self.rows, self.positions = WithheldRows(head), positions
-        self.num_supervised, self.chunk_bytes = num_supervised, chunk_bytes
-        self.weights, self.recompute = weights, recompute
-        self.install = self.rows.install
+    rows: WithheldRows
+    positions: Tensor  # (B, K), the selected ones
+    weights: Tensor | None = None  # (B, K), factors of the rows' losses, which then stand for all supervised targets
+    recompute: bool = True  # save no logits of a trained head, and compute them twice
 
     def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORED_LABEL,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
+        self, logits: Tensor, labels: Tensor, *_: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Tensor:
         """In place of `ForCausalLMLoss`, on the same arguments; `logits` (B, 0, V) tell what V is.
 
         Returns the mean over the supervised rows; given `num_items_in_batch`, their sum divided by it. Given weights,
         the weighted sum is divided by the number of all supervised targets, selected or not.
         """
-        hidden = self.rows.finish(logits, self.positions.shape)
-        of_all = next_targets(labels, shift_labels, ignore_index)
-        targets = of_all.gather(1, self.positions.to(of_all.device)).to(hidden.device)  # (B, K)
-        supervised, wide = (targets != ignore_index).flatten(), logits.float().dtype
-        rows = [hidden.flatten(0, 1), targets.flatten()]  # (N, D), (N,)
-        if self.weights is not None:
-            rows.append(self.weights.to(hidden.device, wide).flatten())
-        if (numbers := rows_with_loss(supervised, self.num_supervised)) is not None:
-            rows = [tensor[numbers] for tensor in rows]
-
-        def summed(hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-            logits = self.rows.logits(hidden).to(wide)  # (n, V)
-            if weights is None:
-                return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-            losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
-            return (losses * weights).sum()  # not a product of vectors, which autocast would round to 16 bits
-
-        loss = self._of_all(summed, in_chunks(self.chunk_bytes, logits.shape[-1], *rows), rows)
-        if num_items_in_batch is not None:
-            count = num_items_in_batch
-        else:
-            count = supervised.sum() if self.weights is None else (of_all != ignore_index).sum()
+        of_all = next_targets(labels, **kwargs)
+        targets = of_all.gather(1, self.positions.to(of_all.device))  # (B, K)
+        rows, supervised, _ = self.rows.with_loss(logits, targets, self.weights)
+        loss = self._sum(rows)
+        count = num_items_in_batch
+        if count is None:
+            count = supervised.sum() if self.weights is None else (of_all != IGNORED_LABEL).sum()
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
-    def _of_all(self, summed: Callable, pieces: list[tuple[Tensor, ...]], rows: list[Tensor]) -> Tensor:
+    def _sum(self, rows: list[Tensor]) -> Tensor:
         if torch.is_grad_enabled() and not self.rows.trained():
-            return _FrozenHead.apply(rows[0], summed, [len(piece[0]) for piece in pieces], *rows[1:])
+            return _FrozenHead.apply(rows[0], self.sum_of_chunk, self.rows.in_chunks, *rows[1:])
+        chunks = self.rows.in_chunks(rows)
         if torch.is_grad_enabled() and self.recompute:
             chance = any(isinstance(module, nn.Dropout) for module in self.rows.head.modules())
             options = {"use_reentrant": False, "preserve_rng_state": chance}
-            return torch.stack([checkpoint(summed, *piece, **options) for piece in pieces]).sum()
-        return torch.stack([summed(*piece) for piece in pieces]).sum()
+            return torch.stack([checkpoint(self.sum_of_chunk, *chunk, **options) for chunk in chunks]).sum()
+        return torch.stack([self.sum_of_chunk(*chunk) for chunk in chunks]).sum()
+
+    def sum_of_chunk(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return self.rows.losses(hidden, targets, "sum")
+        return (self.rows.losses(hidden, targets) * weights).sum()  # a product of vectors would be rounded by autocast
 
 
 def selected_loss(
@@ -224,23 +216,22 @@ def selected_loss(
     return loss_function(logits, labels, *args, shift_labels=targets, **kwargs)
 
 
-def put_loss(model: PreTrainedModel, loss_function: Callable) -> list[Callable[[], None]]:
-    """Replaces the model's loss function, and adds the new one's hooks. Returns what undoes it, last first."""
-    undo = loss_function.install() if hasattr(loss_function, "install") else []
-    if "_loss_function" in model.__dict__:
-        undo.append(partial(setattr, model, "_loss_function", model._loss_function))
-    else:
-        undo.append(partial(delattr, model, "_loss_function"))
-    model._loss_function = loss_function
-    return undo
+def put_loss(undo: ExitStack, model: PreTrainedModel, loss_function: Callable) -> None:
+    """Replaces the model's loss function, with the hooks of one that withholds rows, until `undo` is closed."""
+    rows = getattr(loss_function, "rows", None)
+    if isinstance(rows, WithheldRows):
+        rows.install(undo)
+    set_until_undone(undo, model, "_loss_function", loss_function)
 
 
 def row_gradients(losses_of: Callable, rows: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, float]:
     """Losses of rows (n, D), summed or not; the gradient (n, D) of their sum; and the factor in that gradient."""
-    scale = _FLOAT16_SCALE if torch.float16 in (rows.dtype, _product_dtype(rows)) else 1.0
+    kind = rows.device.type
+    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    scale = _FLOAT16_SCALE if torch.float16 in (rows.dtype, product) else 1.0
     # Hooks of its own: this graph is freed before the backward pass, so hooks that count or move saved tensors must not
     # see its tensors.
-    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         rows = rows.detach().requires_grad_()
         losses = losses_of(rows, *more)
     gradient = torch.autograd.grad(losses, rows, torch.full_like(losses, scale))[0]
@@ -251,9 +242,9 @@ class _FrozenHead(torch.autograd.Function):
     """The summed loss of all chunks; its forward also computes the gradient of the hidden rows (N, D)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, summed: Callable, sizes: list[int], *more: Tensor) -> Tensor:
-        pieces = zip(*(tensor.split(sizes) for tensor in (hidden, *more)), strict=True)
-        losses, gradients, scales = zip(*(row_gradients(summed, *piece) for piece in pieces), strict=True)
+    def forward(ctx: Any, hidden: Tensor, loss_of: Callable, in_chunks: Callable, *more: Tensor) -> Tensor:
+        found = [row_gradients(loss_of, *chunk) for chunk in in_chunks((hidden, *more))]
+        losses, gradients, scales = zip(*found, strict=True)
         ctx.scale = scales[0]
         ctx.save_for_backward(torch.cat(gradients))
         return torch.stack(losses).sum()
@@ -267,27 +258,18 @@ class _FrozenHead(torch.autograd.Function):
         return of_hidden, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 class _Recorder(TorchFunctionMode):
     """Records what is computed from one tensor, to compute the same from others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.started = self.running = False
-        self.values: list[Tensor] = []  # the first tensor, then each result
-        self.calls: list[tuple[Callable, list, dict[str, Any]]] = []  # in which a _Place stands for a value
-        self.end = 0  # index of the value that is wanted
+        self.running = False
+        self.values: list[Tensor] = []  # the first tensor, then the result of each call
+        self.calls: list[tuple[Callable, tuple, dict[str, Any]]] = []
+        self.wanted: Tensor | None = None
 
     def start(self, tensor: Tensor) -> None:
-        self.started = self.running = True
+        self.running = True
         self.values.append(tensor)
         self.__enter__()
 
@@ -300,41 +282,34 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        marked, named = [self._mark(value) for value in args], {k: self._mark(value) for k, value in kwargs.items()}
-        if isinstance(result, Tensor) and any(isinstance(value, _Place) for value in (*marked, *named.values())):
+        if isinstance(result, Tensor) and any(map(self._is_value, (*args, *kwargs.values()))):
             if func is Tensor.float:  # under a mode that turns casts (`tiny_copy.Float64`) it has another result type
-                func, marked = Tensor.to, [*marked, result.dtype]
-            self.calls.append((func, marked, named))
+                func, args = Tensor.to, (*args, result.dtype)
+            self.calls.append((func, args, kwargs))
             self.values.append(result)
         return result
 
-    def _mark(self, value: Any) -> Any:
-        return next((_Place(i) for i, known in enumerate(self.values) if known is value), value)
+    def _is_value(self, item: Any) -> bool:
+        return any(item is value for value in self.values)
 
     def finish(self, wanted: Tensor) -> None:
         """Ends the recording: `wanted` is the result that is to be computed from other tensors."""
         self.stop()
-        place = self._mark(wanted)
-        if not isinstance(place, _Place):
+        if not self._is_value(wanted):
             raise UnsupportedModelError("what the model does to its logits cannot be repeated on a part of them")
-        self.end = place.index
+        self.wanted = wanted
 
     def repeat(self, tensor: Tensor) -> Tensor:
-        values = [tensor]
-
-        def value(item: Any) -> Any:
-            return values[item.index] if isinstance(item, _Place) else item
-
-        for func, args, kwargs in self.calls[: self.end]:
-            values.append(func(*map(value, args), **{name: value(item) for name, item in kwargs.items()}))
-        return values[self.end]
+        first, *results = self.values
+        made = {id(first): tensor}
+        for (func, args, kwargs), result in zip(self.calls, results, strict=True):
+            if id(self.wanted) in made:
+                break
+            args = [made.get(id(item), item) for item in args]
+            made[id(result)] = func(*args, **{name: made.get(id(item), item) for name, item in kwargs.items()})
+        return made[id(self.wanted)]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that the computation uses besides the first one."""
         items = [item for _, args, kwargs in self.calls for item in (*args, *kwargs.values())]
-        return [item for item in items if isinstance(item, Tensor)]
-
-
-@dataclass
-class _Place:
-    index: int
+        return [item for item in items if isinstance(item, Tensor) and not self._is_value(item)]

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tokentune.core.groups import require
 from tokentune.core.patched import Settings
-from tokentune.core.profile import pooled_tokens
-from tokentune.core.scoring_pass import ScoringPass
-from tokentune.core.step_plan import Batch, DrawCounts, ModelState, Request, Selection
+from tokentune.core.profile import Rows, pooled_tokens
+from tokentune.core.scoring_pass import ScoringPass, run_scoring_pass
+from tokentune.core.step_plan import Batch, DrawCounts, ModelState, Request, StepPlan
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL, select_tokens, target_mask
 
@@ -35,36 +36,53 @@ def without_padding_targets(batch: Batch) -> Tensor:
 
 
 def choose_tokens(
-    settings: Settings, request: Request, batch: Batch, state: ModelState, scored: ScoringPass | None
-) -> Selection:
-    """The selection of a forward pass: the requested one, or a draw.
+    model: PreTrainedModel,
+    settings: Settings,
+    request: Request,
+    inputs: dict[str, Any],
+    batch: Batch,
+    state: ModelState,
+) -> StepPlan:
+    """The selection of a forward pass, the requested one or a draw; a scoring pass comes first where one is asked for.
 
     Args:
-        scored: the result of the scoring pass that came first, where there was one.
+        inputs: the keyword arguments of the model's own forward.
     """
+    scored = _score(model, settings, request, inputs, state)
     if request.selected_positions is None:
         return _draw(settings, request, batch, state, scored)
-    selection = Selection(request.selected_positions, request.selection_weights, request.num_supervised)
-    if scored is None:
+    positions = request.selected_positions
+    selection = StepPlan(positions, request.selection_weights, request.num_supervised, scored.cached_kv)
+    if not scored.scores:
         return selection
-    positions = selection.positions
-    real = batch.token_mask()
     targets = target_mask(batch.labels if request.all_labels is None else request.all_labels, causal=True)
-    supervised = targets.gather(1, positions.to(targets.device)).sum()
-    counts = _counts(positions, real.gather(1, positions.to(real.device)).sum(), supervised, scored)
-    return replace(selection, cached_kv=scored.cached_kv, counts=counts)
+    return replace(selection, counts=_counts(positions, batch.token_mask(), targets, scored))
 
 
-def _draw(
-    settings: Settings, request: Request, batch: Batch, state: ModelState, scored: ScoringPass | None
-) -> Selection:
+def _score(
+    model: PreTrainedModel, settings: Settings, request: Request, inputs: dict[str, Any], state: ModelState
+) -> ScoringPass:
+    """The scoring pass, where the settings ask for one; a batch selected whole has one too, as its loss is counted."""
+    if settings.scoring is None or not (model.training and state.token_labels):
+        return ScoringPass({})
+    if state.rows is Rows.ALL:
+        raise UnsupportedModelError("a scoring pass needs the model's own forward and loss, not a trainer's")
+    options = {"chunk_bytes": settings.chunk_bytes}
+    if request.selected_positions is None:
+        options["num_supervised"] = request.num_supervised
+    elif request.all_labels is not None:
+        inputs = inputs | {"labels": request.all_labels}
+    return run_scoring_pass(model, settings.stack, inputs, settings.scoring, settings.needs, **options)
+
+
+def _draw(settings: Settings, request: Request, batch: Batch, state: ModelState, scored: ScoringPass) -> StepPlan:
     """Draws the selection of a batch.
 
     Without weights, the selection replaces `num_items_in_batch` by the share of it that was drawn: the sum over the
     draw, divided by it, has the expectation of the sum over all targets.
     """
     if batch.tokens is None:
-        return Selection(partial(_draw_in_front_of_the_layers, settings))
+        return StepPlan(partial(_draw_in_front_of_the_layers, settings))
     mask, labels = batch.token_mask(), batch.labels if state.token_labels else None
     targets = None if labels is None else target_mask(labels, causal=state.causal).to(mask.device)
     uniform = request.selection_draws
@@ -77,25 +95,24 @@ def _draw(
         scores=None if uniform is None else uniform.to(mask.device),
         input_ids=batch.input_ids,
         labels=labels,
-        token_scores=None if scored is None else {name: score.to(mask.device) for name, score in scored.scores.items()},
+        token_scores={name: score.to(mask.device) for name, score in scored.scores.items()},
         draw="proportional" if settings.scoring is None else settings.scoring.draw,
     )
-    selection = Selection(positions, weights, cached_kv=None if scored is None else scored.cached_kv)
+    selection = StepPlan(positions, weights, cached_kv=scored.cached_kv)
     if targets is None:
         return selection
-    supervised = targets.gather(1, positions).sum()
-    selection = replace(selection, counts=_counts(positions, mask.gather(1, positions).sum(), supervised, scored))
+    selection = replace(selection, counts=_counts(positions, mask, targets, scored))
     if weights is not None:  # they stand for all targets by themselves
         return selection
-    share = supervised.clamp(min=1) / targets.sum().clamp(min=1)
+    share = selection.counts.supervised.clamp(min=1) / targets.sum().clamp(min=1)
     if batch.num_items is not None:
         return replace(selection, replaced={"num_items_in_batch": batch.num_items * share})
     return replace(selection, finish=partial(_stand_for_all_targets, targets, share)) if state.causal else selection
 
 
-def _counts(positions: Tensor, selected: Tensor, supervised: Tensor, scored: ScoringPass | None) -> DrawCounts:
-    loss, targets = (None, None) if scored is None else (scored.loss, scored.supervised)
-    return DrawCounts(positions, selected, supervised, loss, targets)
+def _counts(positions: Tensor, real: Tensor, targets: Tensor, scored: ScoringPass) -> DrawCounts:
+    selected, supervised = (of_all.gather(1, positions.to(of_all.device)).sum() for of_all in (real, targets))
+    return DrawCounts(positions, selected, supervised, scored.loss, scored.supervised)
 
 
 def _always(settings: Settings, batch: Batch, mask: Tensor, pad_token_id: int | None) -> Tensor | None:

@@ -1,8 +1,9 @@
 """What a patched model stores: its settings, and its last draw."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from tokentune.errors import UnsupportedModelError
 
 PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
+Model = TypeVar("Model", bound=nn.Module)  # what is given is what is returned
 SETTINGS_OF_OWNER = "_tokentune_of_owner"  # the same Settings, on the model inside that holds the layers
 
 
@@ -24,10 +26,10 @@ SETTINGS_OF_OWNER = "_tokentune_of_owner"  # the same Settings, on the model ins
 class Settings:
     """How a patched model behaves. They are stored on the model, so that a deep copy has them too."""
 
-    prefix_length: int | float | None
-    strategy: str
     profile: Profile
     stack: Stack
+    prefix_length: int | float | None = None
+    strategy: str = "supervised"
     checkpoint_rest: str = "auto"
     offload_kv: bool = False
     chunked_loss: bool | None = None
@@ -38,7 +40,7 @@ class Settings:
     verify: bool = True  # whether model and adapter kinds must have been compared with the definition
     adapters: list[Suspect] = field(default_factory=list)  # adapters that cannot be served, active or not
     adapters_of: tuple[int, ...] = ()  # ids of the adapters' configurations that were checked
-    undo: list[Callable[[], None]] = field(default_factory=list)  # what ends the current step, last first
+    undo: ExitStack = field(default_factory=ExitStack)  # ends the current step
     finish: Callable[[Any], None] | None = None  # what the output of the current step still needs
     counts: DrawCounts | None = None  # of the last draw
 

@@ -5,14 +5,16 @@
 `install` adds forward hooks to the given instance and nothing else: its classes, its `forward` methods, its
 configuration and what `save_pretrained` writes do not change. One forward pass:
 
-    _begin_step     pre-hook of the model: reads the call, checks it, runs the scoring pass if there is one, chooses the
-                    tokens, makes a `StepPlan` and carries it out: until the end of the step the configuration names our
-                    attention function, and the model has the loss function of the plan
+    _begin_step     pre-hook of the model: reads the call, checks it, chooses the tokens (`core/model_sampling.py`),
+                    plans the step (`core/step_plan.py`) and carries the plan out: until the end of the step the
+                    configuration names our attention function, and the model has the loss function of the plan
     the model's own forward, with hooks on its layers (`core/selective_layer.py`)
     _end_step       post-hook of the model: puts everything back
 """
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,51 +28,54 @@ from tokentune.core.attention.masks import mask_from_functions
 from tokentune.core.checkpointing import checkpoint_layers
 from tokentune.core.compat.adapters import wrapper_bypassing_hooks
 from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran
-from tokentune.core.compat.foreign_hooks import have_foreign_hooks, move_own_hooks_inside
 from tokentune.core.compat.step_checks import check_positions, has_foreign_forward, is_causal_lm, require_served_step
 from tokentune.core.groups import gather_tokens
-from tokentune.core.layers import transformer_layers
-from tokentune.core.loss import ChunkedLoss, is_frozen, put_loss, selected_loss, why_not_in_chunks
+from tokentune.core.layers import is_checkpointed, transformer_layers
+from tokentune.core.loss import ChunkedLoss, WithheldRows, is_frozen, put_loss, selected_loss, why_not_in_chunks
 from tokentune.core.model_sampling import choose_tokens, without_padding_targets
-from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Settings, owner_of, settings_of
+from tokentune.core.patched import SETTINGS, SETTINGS_OF_OWNER, Model, Settings, owner_of, settings_of
 from tokentune.core.profile import Rows, are_per_token, pad_token
-from tokentune.core.scoring_pass import ScoringPass, run_scoring_pass, use_cached_key_values
+from tokentune.core.scoring_pass import use_cached_key_values
 from tokentune.core.selective_layer import enter_layer, leave_layer, run_unselected, selective_attention
 from tokentune.core.step import CURRENT_STEP, IMPLEMENTATION, Step, activate, uncompiled
 from tokentune.core.step_plan import Batch, Loss, ModelState, Request, StepPlan, plan_step
-from tokentune.errors import UnsupportedModelError
 
 logger = logging.get_logger(__name__)
+_KNOWING = ("tokentune", "torch", "transformers", "accelerate", "deepspeed")  # their hooks accept groups of tokens
 
 
 def install(model: nn.Module, settings: Settings) -> None:
     """Gives `model`, or the model inside it that holds the layers, these settings, and the hooks if it has none."""
-    owner = owner_of(model)
+    owner, stack = owner_of(model), settings.stack
     if settings_of(owner) is None:
-        install_hooks(owner)
+        AttentionInterface.register(IMPLEMENTATION, selective_attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, mask_from_functions)
+        for layer in stack.layers:
+            layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+            layer.register_forward_hook(leave_layer)
+        stack.backbone.register_forward_pre_hook(_enter_backbone)
+        stack.backbone.register_forward_hook(_gather_output_rows)
+        owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
+        owner.register_forward_hook(_end_step, always_call=True)
     wrapper = wrapper_bypassing_hooks(model)
     if wrapper is not None and _begin_for_model_inside not in wrapper._forward_pre_hooks.values():
         wrapper.register_forward_pre_hook(_begin_for_model_inside, with_kwargs=True)
         wrapper.register_forward_hook(_end_for_model_inside, always_call=True)
     setattr(owner, SETTINGS, settings)
-    setattr(settings.stack.backbone, SETTINGS_OF_OWNER, settings)
+    setattr(stack.backbone, SETTINGS_OF_OWNER, settings)
 
 
-def install_hooks(owner: PreTrainedModel) -> None:
-    """Adds the hooks, and registers the attention function with transformers under the name `IMPLEMENTATION`."""
-    AttentionInterface.register(IMPLEMENTATION, selective_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, mask_from_functions)
-    stack = transformer_layers(owner)
-    for layer in stack.layers:
-        layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
-        layer.register_forward_hook(leave_layer)
-    stack.backbone.register_forward_pre_hook(_enter_backbone)
-    stack.backbone.register_forward_hook(_gather_output_rows)
-    owner.register_forward_pre_hook(_begin_step, with_kwargs=True)
-    owner.register_forward_hook(_end_step, always_call=True)
+@contextmanager
+def patched(model: PreTrainedModel, **options: Any) -> Iterator[None]:
+    """Within it the model is patched, without a verification; `options` are those of `Settings`."""
+    install(model, Settings(stack=transformer_layers(model), **options))
+    try:
+        yield
+    finally:
+        remove_tokentune(model)
 
 
-def remove_tokentune(model: nn.Module) -> nn.Module:
+def remove_tokentune(model: Model) -> Model:
     """Undoes `apply_tokentune`: the original instance again. A model that was not patched is returned unchanged."""
     owner = owner_of(model)
     if not hasattr(owner, SETTINGS):
@@ -78,13 +83,11 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
     ours = (enter_layer, leave_layer, _enter_backbone, _gather_output_rows, _begin_step, _end_step)
     ours += (_begin_for_model_inside, _end_for_model_inside)
     for module in {*owner.modules(), *model.modules()}:
-        for hooks, *flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-        ):
-            for key in [key for key, hook in hooks.items() if hook in ours]:
-                for registry in (hooks, *flags):
-                    registry.pop(key, None)
+        flags = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
+        registries = (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called, *flags)
+        for key in [key for hooks in registries[:2] for key, hook in hooks.items() if hook in ours]:
+            for registry in registries:  # a key belongs to one hook of all modules
+                registry.pop(key, None)
         module.__dict__.pop(SETTINGS_OF_OWNER, None)
     delattr(owner, SETTINGS)
     return model
@@ -94,8 +97,8 @@ def remove_tokentune(model: nn.Module) -> nn.Module:
 def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Forward pre-hook of the model: starts a selective forward where a selection is given or to be drawn."""
     settings: Settings = getattr(model, SETTINGS)
-    _undo_step(settings)  # after an interrupt (Ctrl-C) torch did not call `_end_step`
-    settings.undo.append(partial(HOOKS_AT_WORK.reset, HOOKS_AT_WORK.set(True)))
+    settings.undo.close()  # after an interrupt (Ctrl-C) torch did not call `_end_step`
+    settings.undo.callback(HOOKS_AT_WORK.reset, HOOKS_AT_WORK.set(True))
     parameters = inspect.signature(type(model).forward).parameters
     given, inputs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
     request = Request(*(inputs.pop(name, None) for name in Request._fields))
@@ -111,10 +114,8 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         batch = replace(batch, labels=inputs["labels"])
     if "use_cache" in parameters or hasattr(model.config.get_text_config(), "use_cache"):
         inputs["use_cache"] = False
-    scored = _score(model, settings, request, inputs, state)
-    selection = choose_tokens(settings, request, batch, state, scored)
-    settings.counts, settings.finish = selection.counts or settings.counts, selection.finish
-    plan = plan_step(selection, batch, state)
+    plan = plan_step(choose_tokens(model, settings, request, inputs, batch, state), batch, state)
+    settings.counts, settings.finish = plan.counts or settings.counts, plan.finish
     _carry_out(model, settings, plan)
     return (), inputs | plan.replaced
 
@@ -133,65 +134,47 @@ def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> Model
     """What of the model a plan depends on."""
     head, layers = model.get_output_embeddings(), settings.stack.layers
     frozen = head is not None and model.training and is_frozen(head)
-    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
     return ModelState(
         profile=settings.profile,
         causal=is_causal_lm(model),
         foreign_forward=has_foreign_forward(model),
-        foreign_layer_hooks=have_foreign_hooks(layers),
+        foreign_layer_hooks=_have_foreign_hooks(layers),
         token_labels=are_per_token(batch.labels, model.loss_type),
         pad_token_id=pad_token(model),
         with_gradients=torch.is_grad_enabled(),
         gradient_correction=settings.gradient_correction,
         chunked_loss=settings.chunked_loss,
-        prefers_chunks=frozen or checkpointed,
+        prefers_chunks=frozen or any(map(is_checkpointed, layers)),
         not_in_chunks=why_not_in_chunks(model, settings.profile),
     )
-
-
-def _score(
-    model: PreTrainedModel, settings: Settings, request: Request, inputs: dict[str, Any], state: ModelState
-) -> ScoringPass | None:
-    """The scoring pass, where the settings ask for one; a batch selected whole has one too, as its loss is counted."""
-    if settings.scoring is None or not (model.training and state.token_labels):
-        return None
-    if state.rows is Rows.ALL:
-        raise UnsupportedModelError("a scoring pass needs the model's own forward and loss, not a trainer's")
-    options = {"chunk_bytes": settings.chunk_bytes}
-    if request.selected_positions is None:
-        options["num_supervised"] = request.num_supervised
-    elif request.all_labels is not None:
-        inputs = inputs | {"labels": request.all_labels}
-    return run_scoring_pass(model, settings.stack, inputs, settings.scoring, settings.needs, **options)
 
 
 def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> None:
     """Sets up layers and loss for the forward pass that follows; `settings.undo` gets what puts everything back."""
     loss_function = None
     if plan.loss is Loss.CHUNKED:
-        options = {"weights": plan.weights, "recompute": plan.recompute_logits}
-        head = model.get_output_embeddings()
-        loss_function = ChunkedLoss(head, plan.positions, plan.num_supervised, settings.chunk_bytes, **options)
+        rows = WithheldRows(model.get_output_embeddings(), plan.num_supervised, settings.chunk_bytes)
+        loss_function = ChunkedLoss(rows, plan.positions, plan.weights, plan.recompute_logits)
     elif plan.loss is Loss.SELECTED:
         loss_function = partial(selected_loss, model.loss_function, plan.positions)
     if not plan.all_selected:
         stack = settings.stack
         if plan.all_rows_between_layers:
-            move_own_hooks_inside(stack.layers)
+            _move_own_hooks_inside(stack.layers)
         implementations = [(config, config._attn_implementation) for config in stack.configs]
         unselected_pass = run_unselected if plan.cached_kv is None else use_cached_key_values
         step = Step(plan, implementations, stack.calls, unselected_pass, settings.profile.per_token)
-        settings.undo += activate(step)
-        settings.undo += checkpoint_layers(stack, step, settings.checkpoint_rest, settings.offload_kv)
+        activate(step, settings.undo)
+        checkpoint_layers(stack, step, settings.checkpoint_rest, settings.offload_kv, settings.undo)
     if loss_function is not None:
-        settings.undo += put_loss(model, loss_function)
+        put_loss(settings.undo, model, loss_function)
 
 
 @uncompiled
 def _end_step(model: PreTrainedModel, args: tuple, output: Any) -> None:
     """Forward hook of the model, which torch calls after an error too: puts everything back."""
     settings: Settings = getattr(model, SETTINGS)
-    _undo_step(settings)
+    settings.undo.close()
     finish, settings.finish = settings.finish, None
     if finish is not None and output is not None:
         finish(output)
@@ -209,17 +192,10 @@ def _end_for_model_inside(wrapper: nn.Module, args: tuple, output: Any) -> None:
         _end_step(wrapper.model, args, output)
 
 
-def _undo_step(settings: Settings) -> None:
-    while settings.undo:
-        settings.undo.pop()()
-
-
 @uncompiled
 def _enter_backbone(backbone: PreTrainedModel, args: tuple) -> None:
     """Forward pre-hook of the model that holds the layers."""
-    settings = backbone.__dict__.get(SETTINGS_OF_OWNER)
-    if settings is not None:  # None: during the verification
-        check_hooks_ran(backbone, settings)
+    check_hooks_ran(backbone, getattr(backbone, SETTINGS_OF_OWNER))
 
 
 @uncompiled
@@ -234,3 +210,32 @@ def _gather_output_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> 
         return gathered, *output[1:]
     output.last_hidden_state = gathered
     return output
+
+
+# ---------------------------------------------------------------------------------------------------- hooks of others
+#
+# A forward hook that another library puts on a layer itself, as for steering a model, gets what it would get without
+# us: all rows, (B, S, D) in sequence order. For that our own hooks stand between it and the layer's forward.
+
+
+def _have_foreign_hooks(layers: Iterable[nn.Module]) -> bool:
+    """Whether hooks of others on these layers themselves see what goes in or comes out, and may change it."""
+    return any(_foreign(hooks) for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks))
+
+
+def _move_own_hooks_inside(layers: Iterable[nn.Module]) -> None:
+    """Where a layer has foreign hooks, ours run last before its forward, and first after it."""
+    for layer in layers:
+        for hooks, own, at_end in (
+            (layer._forward_pre_hooks, enter_layer, True),
+            (layer._forward_hooks, leave_layer, False),
+        ):
+            if _foreign(hooks):
+                key = next(key for key, hook in hooks.items() if hook is own)
+                hooks.move_to_end(key, last=at_end)
+
+
+def _foreign(hooks: dict[int, Callable]) -> bool:
+    functions = (getattr(hook, "func", hook) for hook in hooks.values())  # of partial ones
+    homes = (getattr(function, "__module__", None) or type(function).__module__ for function in functions)
+    return any(home.partition(".")[0] not in _KNOWING for home in homes)

@@ -3,10 +3,10 @@
     B sequences, S tokens, N supervised targets, D hidden size, H heads, G key-value heads, d head size
 
 The model's own forward runs once under `no_grad`, with its own attention kernels and masks. During it the configuration
-names an attention function (`scoring_attention`) that also stores each layer's keys and values. They are all that the
-selected tokens need of the others, so the step that follows does not run the unselected tokens a second time
-(`use_cached_key_values`). With a token's forward as 2 units of work and its backward as 4, a step then costs 2 + 6r in
-place of 2 + 4r, where r is the proportion of selected tokens.
+names an attention function that also stores each layer's keys and values. They are all that the selected tokens need of
+the others, so the step that follows does not run the unselected tokens a second time (`use_cached_key_values`). With a
+token's forward as 2 units of work and its backward as 4, a step then costs 2 + 6r in place of 2 + 4r, where r is the
+proportion of selected tokens.
 
 The output head gets no rows (`loss.WithheldRows`), so logits exist only a chunk at a time. The scores, each (B, S)
 float32 and 0 where there is nothing to score:
@@ -21,66 +21,42 @@ cheaper and less exact, and no cached keys and values. Dropout is on in the scor
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from tokentune.core.attention.kernels import eager_function
 from tokentune.core.attention.received import attention_received
+from tokentune.core.attention.replaced import replaced_attention
 from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import Stack, attention_modules
-from tokentune.core.loss import (
-    CHUNK_BYTES,
-    WithheldRows,
-    in_chunks,
-    next_targets,
-    put_loss,
-    row_gradients,
-    rows_with_loss,
-)
+from tokentune.core.loss import CHUNK_BYTES, WithheldRows, next_targets, put_loss, row_gradients
 from tokentune.core.saved_tensors.saved_bytes import in_own_storage
 from tokentune.core.selective_layer import join_key_values
 from tokentune.core.step import UNSELECTED, LayerCall, Step, uncompiled
 from tokentune.core.step_plan import CachedKeyValues
+from tokentune.core.temporary import set_until_undone
 from tokentune.errors import UnsupportedModelError
-from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.strategies import DRAWS
-
-SCORES = ("loss", "gradient", "excess_loss", "attention")
-_NAME = "tokentune_scoring_pass"  # with the model's own implementation behind it: registered with transformers
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How a scoring pass runs, and what its scores do.
+    """How a scoring pass runs, and what its scores do."""
 
-    Args:
-        draw: what the scores do: "proportional" (probabilities in proportion to them) or "top" (the highest win).
-        layers: run the first N layers alone; None: all layers, whose keys and values are then cached.
-        reference: the model whose loss `excess_loss` subtracts.
-    """
-
-    draw: str = "proportional"
-    layers: int | None = None
-    reference: PreTrainedModel | None = None
+    draw: str = "proportional"  # probabilities in proportion to the scores; "top": the highest win
+    layers: int | None = None  # run the first N alone; None: all layers, whose keys and values are then cached
+    reference: PreTrainedModel | None = None  # the model whose loss `excess_loss` subtracts
 
     def __post_init__(self) -> None:
         if self.draw not in DRAWS:
             raise ValueError(f"draw must be one of {', '.join(DRAWS)}, not {self.draw!r}")
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"layers must be at least 1, not {self.layers}")
-
-
-LookOptions = ScoringOptions  # the old name, for one release
 
 
 @dataclass
@@ -111,39 +87,38 @@ def run_scoring_pass(
         needs: of `SCORES`; a pass through all layers makes the losses in any case.
         num_supervised: N, where the caller knows it on the host.
 
-    Raises:
-        UnsupportedModelError: something between attention and head cannot be recorded.
+    Raises UnsupportedModelError where something between attention and head cannot be recorded.
     """
-    recording = _Recording(stack, keep=options.layers is None, chunk_bytes=chunk_bytes)
+    recording = _Recording(keep=options.layers is None)
     if "attention" in needs:
         recording.scored_module = attention_modules(stack.layers[(options.layers or len(stack.layers)) - 1])[0]
         recording.real = kwargs.get("attention_mask")
-    losses = TokenLosses(model, "gradient" in needs, num_supervised, chunk_bytes)
+    rows = WithheldRows(model.get_output_embeddings(), num_supervised, chunk_bytes)
+    losses = TokenLosses(rows, "gradient" in needs)
     if options.layers is not None and needs == ("attention",):
         kwargs = kwargs | {"labels": None}  # no losses are needed: the head gets no rows and costs nothing
-    with torch.no_grad(), ExitStack() as undo:
-        undo.enter_context(_recorded(recording))
-        undo.enter_context(_plain_layers(stack))
+    with torch.no_grad(), ExitStack() as undo, replaced_attention(stack.configs, recording.attention):
+        # Without gradients, checkpointing would only store random states.
+        for module in (*stack.layers, *stack.around):
+            if getattr(module, "gradient_checkpointing", False):
+                set_until_undone(undo, module, "gradient_checkpointing", False)
         if options.layers is not None:
-            undo.enter_context(_first_layers(stack, options.layers))
-        for action in put_loss(model, losses):
-            undo.callback(action)
+            _keep_first_layers(undo, stack, options.layers)
+        put_loss(undo, model, losses)
         # `forward`, not the model itself: its hooks started this, and run once per step.
         model.forward(**kwargs)
-    scores = losses.scores()
+    scores = losses.scores
     if recording.scored_module is not None:
         if recording.received is None:
             raise UnsupportedModelError(f"{type(recording.scored_module).__name__} was not reached by the scoring pass")
         scores["attention"] = recording.received
     if "excess_loss" in needs:
         scores["excess_loss"] = scores["loss"] - _reference_losses(options.reference, kwargs, losses)
-    found = ScoringPass(scores)
-    if options.layers is None:
-        if len(recording.cached_kv) != stack.calls:
-            raise UnsupportedModelError(f"{len(recording.cached_kv)} attention calls were recorded, not {stack.calls}")
-        found.cached_kv = recording.cached_kv
-        found.loss, found.supervised = losses.total()
-    return found
+    if options.layers is not None:
+        return ScoringPass(scores)
+    if len(recording.cached_kv) != stack.calls:
+        raise UnsupportedModelError(f"{len(recording.cached_kv)} attention calls were recorded, not {stack.calls}")
+    return ScoringPass(scores, recording.cached_kv, scores["loss"].sum(), losses.count)
 
 
 @uncompiled
@@ -160,82 +135,45 @@ def _reference_losses(reference: PreTrainedModel, kwargs: dict[str, Any], own: "
     """(B, S): the losses of the reference model on the same targets."""
     if reference is None:
         raise ValueError("excess_loss is a loss minus that of another model: give ScoringOptions a reference")
-    losses = TokenLosses(reference, False, own.num_supervised, own.chunk_bytes)
-    device = own.losses.device
+    losses = TokenLosses(replace(own.rows, head=reference.get_output_embeddings()))
+    device = own.scores["loss"].device
     if next(reference.parameters()).device != device:
         reference.to(device)
     reference.eval()
     with torch.no_grad(), ExitStack() as undo:
-        for action in put_loss(reference, losses):
-            undo.callback(action)
+        put_loss(undo, reference, losses)
         reference(**kwargs)
-    return losses.losses
+    return losses.scores["loss"]
 
 
+@dataclass(eq=False)
 class TokenLosses:
     """In place of a causal model's loss function: each target's own loss, and the norm of its gradient."""
 
-    def __init__(self, model: PreTrainedModel, gradients: bool, num_supervised: int | None, chunk_bytes: int) -> None:
-        self.rows = WithheldRows(model.get_output_embeddings())
-        self.gradients, self.num_supervised, self.chunk_bytes = gradients, num_supervised, chunk_bytes
-        self.losses: Tensor | None = None  # (B, S) float32
-        self.norms: Tensor | None = None
-        self.count: Tensor | None = None
+    rows: WithheldRows
+    gradients: bool = False
+    scores: dict[str, Tensor] = field(default_factory=dict)  # "loss", and "gradient" if wanted: (B, S) float32
+    count: Tensor | None = None  # N
 
-    def install(self) -> list[Callable[[], None]]:
-        return self.rows.install()
-
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Any = None,
-        ignore_index: int = IGNORED_LABEL,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        targets = next_targets(labels, shift_labels, ignore_index)
-        hidden = self.rows.finish(logits, targets.shape)  # (B, S, D)
-        targets = targets.to(hidden.device)
-        shape, hidden, targets = targets.shape, hidden.flatten(0, 1), targets.flatten()
-        supervised, wide = targets != ignore_index, logits.float().dtype
+    def __call__(self, logits: Tensor, labels: Tensor, vocab_size: Any = None, **kwargs: Any) -> Tensor:
+        targets = next_targets(labels, **kwargs)
+        rows, supervised, indices = self.rows.with_loss(logits, targets)
         self.count = supervised.sum()
-        numbers = rows_with_loss(supervised, self.num_supervised)
-        if numbers is not None:
-            hidden, targets = hidden[numbers], targets[numbers]
-
-        def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
-            predicted = self.rows.logits(hidden)
-            return F.cross_entropy(predicted.to(wide), targets, ignore_index=ignore_index, reduction="none")
-
         losses, norms = [], []
-        for rows, wanted in in_chunks(self.chunk_bytes, logits.shape[-1], hidden, targets):
+        for chunk in self.rows.in_chunks(rows):
             if self.gradients:
-                of_rows, gradient, scale = row_gradients(losses_of, rows, wanted)
-                norms.append(gradient.to(wide).norm(dim=-1) / scale)
+                of_rows, gradient, scale = row_gradients(self.rows.losses, *chunk)
+                norms.append(gradient.to(self.rows.dtype).norm(dim=-1) / scale)
             else:
-                of_rows = losses_of(rows, wanted)
+                of_rows = self.rows.losses(*chunk)
             losses.append(of_rows)
-        self.losses = _put_back(torch.cat(losses), numbers, shape)
-        self.norms = _put_back(torch.cat(norms), numbers, shape) if norms else None
-        return self.losses.sum()
-
-    def scores(self) -> dict[str, Tensor]:
-        """The scores that were made."""
-        found = {"loss": self.losses, "gradient": self.norms}
-        return {name: score for name, score in found.items() if score is not None}
-
-    def total(self) -> tuple[Tensor, Tensor]:
-        """The sum of all losses, and their number."""
-        return self.losses.sum(), self.count
-
-
-def _put_back(values: Tensor, numbers: Tensor | None, shape: torch.Size) -> Tensor:
-    """(N,) -> (B, S), 0 elsewhere."""
-    if numbers is not None:
-        values = values.new_zeros(shape.numel()).index_copy_(0, numbers, values)
-    return values.view(shape)
+        for name, parts in (("loss", losses), ("gradient", norms)):
+            if parts:
+                values = torch.cat(parts)  # (N,)
+                if indices is not None:  # 0 elsewhere
+                    values = values.new_zeros(targets.numel()).index_copy_(0, indices, values)
+                self.scores[name] = values.view(targets.shape)
+        return self.scores["loss"].sum()
 
 
 # ------------------------------------------------------------------------------------------------ inside the model
@@ -243,79 +181,31 @@ def _put_back(values: Tensor, numbers: Tensor | None, shape: torch.Size) -> Tens
 
 @dataclass
 class _Recording:
-    """What the attention function records during a scoring pass."""
+    """What the attention calls of a scoring pass leave."""
 
-    stack: Stack
     keep: bool
-    chunk_bytes: int
-    implementations: list[tuple[Any, str]] = field(default_factory=list)
     cached_kv: CachedKeyValues = field(default_factory=deque)
     scored_module: nn.Module | None = None  # the attention module whose weights are wanted
     real: Tensor | None = None  # (B, S), 0 at padding
     received: Tensor | None = None  # (B, S)
 
-
-_RECORDING: ContextVar[_Recording | None] = ContextVar("tokentune_scoring_pass", default=None)
-
-
-@contextmanager
-def _recorded(recording: _Recording) -> Iterator[None]:
-    """Within it the model's attention calls `scoring_attention`."""
-    recording.implementations = [(config, config._attn_implementation) for config in recording.stack.configs]
-    token = _RECORDING.set(recording)
-    try:
-        for config, own in recording.implementations:
-            name = f"{_NAME}_{own}"  # a name per implementation, because masks are made by name
-            AttentionInterface.register(name, scoring_attention)
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        _RECORDING.reset(token)
-        for config, own in recording.implementations:
-            config._attn_implementation_internal = own
+    def attention(
+        self, own: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **options
+    ) -> tuple[Tensor, Any]:
+        """The model's own attention, whose inputs are recorded."""
+        if self.keep:
+            self.cached_kv.append((in_own_storage(key), in_own_storage(value)))
+        if module is self.scored_module:
+            self.received = attention_received(module, query, key, mask, self.real, **options)
+        return own(module, query, key, value, mask, **options)
 
 
-def scoring_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
-) -> tuple[Tensor, Any]:
-    """What a model's attention calls during a scoring pass: its own attention function, whose inputs are recorded."""
-    recording = _RECORDING.get()
-    if recording.keep:
-        recording.cached_kv.append((in_own_storage(key), in_own_storage(value)))
-    if module is recording.scored_module:
-        recording.received = attention_received(module, query, key, attention_mask, recording.real, **options)
-    own = next((own for config, own in recording.implementations if config is module.config), None)
-    if own is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has a configuration of its own")
-    function = eager_function(module) if own == "eager" else ALL_ATTENTION_FUNCTIONS[own]
-    return function(module, query, key, value, attention_mask, **options)
-
-
-@contextmanager
-def _plain_layers(stack: Stack) -> Iterator[None]:
-    """Within it no layer is checkpointed: without gradients, checkpointing would only store random states."""
-    modules = [module for module in (*stack.layers, *stack.around) if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True
-
-
-@contextmanager
-def _first_layers(stack: Stack, count: int) -> Iterator[None]:
-    """Within it the model has only its first `count` layers."""
-    holders = [
-        (module, name) for module in stack.around for name, child in module._modules.items() if child is stack.layers
-    ]
+def _keep_first_layers(undo: ExitStack, stack: Stack, count: int) -> None:
+    """Until `undo` is closed, the model has only its first `count` layers."""
+    children = [(module, name, child) for module in stack.around for name, child in module._modules.items()]
+    holders = [(module, name) for module, name, child in children if child is stack.layers]
     if len(holders) != 1:
         raise UnsupportedModelError("the model's list of layers stands in several places")
     (module, name) = holders[0]
-    module._modules[name] = nn.ModuleList(list(stack.layers)[:count])
-    try:
-        yield
-    finally:
-        module._modules[name] = stack.layers
+    undo.callback(setattr, module, name, stack.layers)
+    setattr(module, name, nn.ModuleList(list(stack.layers)[:count]))

@@ -6,6 +6,7 @@ What is the same for all layers (indices, rows of arguments, masks) is made once
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from tokentune.core.attention.correction import OwnTokens
 from tokentune.core.attention.masks import DeferredMask, GroupMask, read_mask
+from tokentune.core.attention.replaced import Implementations, implementation_of
 from tokentune.core.groups import TokenGroups, gather_tokens, token_order
 from tokentune.core.layers import has_row_per_token, map_tensors
 from tokentune.core.step_plan import StepPlan
+from tokentune.core.temporary import set_until_undone
 from tokentune.errors import UnsupportedModelError
 
 SELECTED, UNSELECTED = "selected", "unselected"
@@ -33,13 +36,11 @@ uncompiled_alone = partial(torch.compiler.disable, recursive=False)
 CURRENT_STEP: ContextVar["Step | None"] = ContextVar("tokentune_step", default=None)
 
 
-def activate(step: "Step") -> list[Callable[[], None]]:
-    """Makes `step` the current one, and the model's attention ours. Returns what undoes it, last first."""
-    undo: list[Callable[[], None]] = [partial(CURRENT_STEP.reset, CURRENT_STEP.set(step))]
-    for config, name in step.implementations:
-        undo.append(partial(setattr, config, "_attn_implementation_internal", name))
-        config._attn_implementation_internal = IMPLEMENTATION
-    return undo
+def activate(step: "Step", undo: ExitStack) -> None:
+    """Makes `step` the current one, and the model's attention ours, until `undo` is closed."""
+    undo.callback(CURRENT_STEP.reset, CURRENT_STEP.set(step))
+    for config, _ in step.implementations:
+        set_until_undone(undo, config, "_attn_implementation_internal", IMPLEMENTATION)
 
 
 class PassDone(Exception):
@@ -70,7 +71,7 @@ class Step:
     """One forward pass with a selection."""
 
     plan: StepPlan
-    implementations: list[tuple[Any, str]]  # (config, its own attention implementation, replaced for this step)
+    implementations: Implementations  # the model's own ones, replaced during this step
     expected_calls: int  # of layers, in the whole pass
     unselected_pass: Callable[["Step", LayerCall], None]
     per_token: dict[str, bool] = field(default_factory=dict)  # of the layers' arguments (`core/layers.py`)
@@ -78,8 +79,7 @@ class Step:
     positions: Tensor | None = None  # (B, K), ascending; known in front of the first layer
     order: Tensor | None = None  # (B, S): the selected positions, then the unselected ones, both ascending
     call: LayerCall | None = None
-    # What was made of tensors that every layer gets again: (original, result). Compared by identity, which is safe
-    # because the original is kept alive here.
+    # What was made of tensors that every layer gets again: (original, result).
     row_cache: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
     deferred_masks: list[tuple[Tensor | None, DeferredMask]] = field(default_factory=list)
     flat_indices_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -95,14 +95,9 @@ class Step:
     @uncompiled
     def own_attention(self, module: nn.Module, options: dict[str, Any]) -> tuple[str, bool]:
         """The model's own attention implementation, and whether it is causal in a call without a mask."""
-        implementation = next((name for config, name in self.implementations if config is module.config), None)
-        if implementation is None:
-            raise UnsupportedModelError(f"{type(module).__name__} has a configuration of its own")
-        # Eager attention then sees every key; the fused one is causal where `is_causal` says so.
-        causal = options.get("is_causal")
-        return implementation, implementation != "eager" and (
-            getattr(module, "is_causal", True) if causal is None else causal
-        )
+        implementation, causal = implementation_of(module, self.implementations), options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        return implementation, implementation != "eager" and causal  # eager attention then sees every key
 
     @uncompiled
     def indices(self, group: str) -> Tensor:
@@ -144,16 +139,12 @@ class Step:
             raise UnsupportedModelError(
                 f"the layers' argument {path} of shape {tuple(value.shape)} has no row for each of {length} tokens"
             )
-        return self._cached_rows(value, group) if per_token else value
-
-    def _cached_rows(self, value: Tensor, group: str) -> Tensor:
-        rows = next((rows for original, rows in self.row_cache if original is value), None)
-        if rows is None:
-            rows = {}
-            self.row_cache.append((value, rows))
+        if not per_token:
+            return value
+        rows = _made_of(value, self.row_cache, dict)
         if group not in rows:
             # A copy per group, not two views of one tensor: a saved view would keep the other group's rows in memory.
-            rows[group] = gather_tokens(value.expand(self.order.shape[0], *value.shape[1:]), self.indices(group))
+            rows[group] = gather_tokens(value.expand(batch, *value.shape[1:]), self.indices(group))
         return rows[group]
 
     def forget_unselected(self) -> None:
@@ -171,13 +162,15 @@ class Step:
         """
         if mask is None and not causal:
             return None
-        return GroupMask(self._deferred_mask(mask), group, self.indices(group).to(query.device), self.order.shape[1])
+        deferred = _made_of(mask, self.deferred_masks, lambda: read_mask(mask, *self.order.shape))
+        return GroupMask(deferred, group, self.indices(group).to(query.device), self.order.shape[1])
 
-    def _deferred_mask(self, mask: Any) -> DeferredMask:
-        batch, length = self.order.shape
-        for original, deferred in self.deferred_masks:
-            if original is mask:
-                return deferred
-        deferred = read_mask(mask, batch, length)
-        self.deferred_masks.append((mask, deferred))
-        return deferred
+
+def _made_of(original: Any, cache: list[tuple[Any, Any]], make: Callable[[], Any]) -> Any:
+    """What was made of `original`, which is compared by identity: safe, because the cache keeps it alive."""
+    for known, made in cache:
+        if known is original:
+            return made
+    made = make()
+    cache.append((original, made))
+    return made

@@ -5,15 +5,15 @@
     Request      what the caller asks for          read by the model's forward hook (`core/patching.py`)
     Batch        tokens, mask and labels           likewise
     ModelState   what of the model matters here    likewise
-    Selection    positions, given or drawn         made by `core/model_sampling.py`
-    StepPlan     made of these by `plan_step`      carried out by `core/patching.py`, the layers and the loss
+    StepPlan     the selection, given or drawn,    made by `core/model_sampling.py`;
+                 and all that follows from it      added by `plan_step`, carried out by `core/patching.py`
 
 `plan_step` runs no part of the model and changes nothing.
 """
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
@@ -83,19 +83,6 @@ class DrawCounts:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The selected positions of a batch, and what came with them."""
-
-    positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), ascending; or how to draw them, given (B, S, D) (images)
-    weights: Tensor | None = None  # (B, K), factors of the losses at the positions; None: all 1
-    num_supervised: int | None = None  # selected supervised targets, where the caller knows the number on the host
-    cached_kv: CachedKeyValues | None = None  # of a scoring pass through all layers
-    replaced: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the forward that the draw changed
-    counts: DrawCounts | None = None
-    finish: Callable[[Any], None] | None = None  # what the output of the forward still needs
-
-
-@dataclass(frozen=True)
 class ModelState:
     """What a plan depends on, of a model and its settings."""
 
@@ -128,32 +115,34 @@ class Loss(Enum):
 class StepPlan:
     """What one forward pass with a selection does."""
 
-    positions: Tensor | Callable[[Tensor], Tensor]  # as in `Selection`
+    # The selection, given or drawn, and what came with it.
+    positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), ascending; or how to draw them, given (B, S, D) (images)
+    weights: Tensor | None = None  # (B, K), factors of the losses at the positions; None: all 1
+    num_supervised: int | None = None  # selected supervised targets, where the caller knows the number on the host
+    cached_kv: CachedKeyValues | None = None  # of a scoring pass: the unselected tokens do not run a second time
+    replaced: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model's own forward
+    counts: DrawCounts | None = None
+    finish: Callable[[Any], None] | None = None  # what the output of the forward still needs
+    # What `plan_step` makes of it.
     all_selected: bool = False  # every token is selected: the layers run as in the original model
     rows: Rows = Rows.SELECTED  # what leaves the last layer
     all_rows_between_layers: bool = False  # layers pass on (B, S, D), which foreign hooks see, not the two groups
-    cached_kv: CachedKeyValues | None = None  # then the unselected tokens do not run a second time
     gradient_scales: Tensor | None = None  # (B, K), of the selected keys and values (`attention/correction.py`)
     loss: Loss = Loss.UNCHANGED
-    weights: Tensor | None = None
-    num_supervised: int | None = None
     recompute_logits: bool = False  # of a chunked loss: save no logits, and compute them a second time
-    replaced: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model's own forward
 
 
-def plan_step(selection: Selection, batch: Batch, state: ModelState) -> StepPlan:
-    """The plan of one forward pass.
+def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
+    """The plan of one forward pass with this selection.
 
-    Raises:
-        UnsupportedModelError: weights, or foreign hooks, that this model's step cannot have.
-        ValueError: positions that are not distinct, ascending and inside the sequence.
+    Raises UnsupportedModelError for weights, or foreign hooks, that this model's step cannot have, and ValueError for
+    positions that are not distinct, ascending and inside the sequence.
     """
     positions, weights, labels = selection.positions, selection.weights, batch.labels
-    rows = state.rows
+    rows, replaced = state.rows, dict(selection.replaced)
     takes_loss = state.causal and rows is not Rows.ALL and state.token_labels
     if weights is not None and not takes_loss:
         raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
-    replaced = dict(selection.replaced)
     if state.token_labels and not takes_loss:
         positions_there = positions.to(labels.device)
         if rows is Rows.ALL:
@@ -162,30 +151,20 @@ def plan_step(selection: Selection, batch: Batch, state: ModelState) -> StepPlan
             replaced["labels"] = labels.gather(1, positions_there)
     all_selected = selects_all(positions, batch.tokens)
     loss, recompute_logits = _plan_loss(weights, state, all_selected) if takes_loss else (Loss.UNCHANGED, False)
-    scales, between = None, False
-    if not all_selected:
-        exponent = state.gradient_correction
-        scales = gradient_scales(positions, batch.tokens, batch.mask, exponent, weights, labels)
-        between = state.foreign_layer_hooks
-    if between and selection.cached_kv is not None:
-        raise UnsupportedModelError(
-            "a scoring pass leaves no hidden states of the unselected tokens for others' hooks on the layers"
-        )
-    if between and rows is Rows.SELECTED:
-        rows = Rows.GATHERED  # a foreign hook on the last layer gets all rows too
-    return StepPlan(
-        positions=positions,
-        all_selected=all_selected,
-        rows=rows,
-        all_rows_between_layers=between,
-        cached_kv=selection.cached_kv,
-        gradient_scales=scales,
-        loss=loss,
-        weights=weights,
-        num_supervised=selection.num_supervised,
-        recompute_logits=recompute_logits,
-        replaced=replaced,
-    )
+    plan = replace(selection, replaced=replaced, rows=rows, loss=loss, recompute_logits=recompute_logits)
+    if all_selected:
+        return replace(plan, all_selected=True)
+    if state.foreign_layer_hooks:
+        if plan.cached_kv is not None:
+            raise UnsupportedModelError(
+                "a scoring pass leaves no hidden states of the unselected tokens for others' hooks on the layers"
+            )
+        # A foreign hook on the last layer gets all rows too.
+        rows = Rows.GATHERED if rows is Rows.SELECTED else rows
+        plan = replace(plan, rows=rows, all_rows_between_layers=True)
+    exponent = state.gradient_correction
+    scales = gradient_scales(positions, batch.tokens, batch.mask, exponent, weights, labels)
+    return replace(plan, gradient_scales=scales)
 
 
 def _plan_loss(weights: Tensor | None, state: ModelState, all_selected: bool) -> tuple[Loss, bool]:

@@ -55,14 +55,9 @@ def counts_of_rows(prefix_length: int | float, lengths: Tensor, strategy: str) -
 
 
 def target_mask(labels: Tensor, *, causal: bool) -> Tensor:
-    """Positions whose output has a loss.
+    """(B, S) bool: the positions whose output has a loss, by labels (B, S), -100 where there is none.
 
-    Args:
-        labels: (B, S) int64, -100 where no loss.
-        causal: the output at position t predicts the label at t + 1; otherwise the label at t.
-
-    Returns:
-        (B, S) bool.
+    The output at position t predicts the label at t + 1 where `causal`, otherwise the label at t.
     """
     supervised = labels != IGNORED_LABEL
     if not causal:
@@ -110,9 +105,7 @@ def select_tokens(
         strategy: a name that `find_strategy` knows. "reference" has counts of its own and promises no target.
         generator: draws the scores, on the device of `attention_mask`.
         scores: (B, S), uniform in [0, 1), instead of `generator`: the draw has no other source of chance.
-        input_ids, labels: (B, S), for strategies that use them.
-        token_scores: (B, S) each, by name: those that the strategy needs.
-        draw: how these scores are used, one of `strategies.DRAWS`.
+        input_ids, labels, token_scores, draw: what strategies use (`strategies.Tokens`).
 
     Returns:
         positions (B, K) int64: distinct, ascending in each row. weights (B, K) float32, None where the strategy knows
@@ -120,9 +113,7 @@ def select_tokens(
         where they are always selected, 0 elsewhere. A sum of losses with these weights has the expectation of the sum
         over all targets. For that, a target that was added only because the row's draw had none has weight 0.
 
-    Raises:
-        ValueError: unknown strategy or draw, scores missing.
-        StrategyError: a ValueError too; the strategy's answer has the wrong shape, or NaN.
+    Raises ValueError for an unknown strategy or draw, missing scores, or an invalid answer of the strategy.
     """
     registered = find_strategy(strategy)
     if draw not in DRAWS:
@@ -178,15 +169,9 @@ def select_positions(attention_mask: Tensor, prefix_length: int | float, **optio
 
 
 def mask_unselected_labels(labels: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
-    """Labels with a loss at selected target positions only, so that the number of labels is the number of losses.
+    """A copy of labels (B, S) that has only those of the selected positions (B, K) int64, and -100 elsewhere.
 
-    Args:
-        labels: (B, S) int64, -100 where no loss.
-        positions: (B, K) int64, the selected positions.
-        causal: as in `target_mask`.
-
-    Returns:
-        (B, S) int64; `labels` itself does not change.
+    So the number of labels is the number of losses. `causal` as in `target_mask`.
     """
     selected = torch.zeros_like(labels, dtype=torch.bool).scatter(1, positions, True)  # (B, S)
     if causal:  # the label at t + 1 belongs to the output at t; the label at 0 to none
@@ -195,17 +180,10 @@ def mask_unselected_labels(labels: Tensor, positions: Tensor, *, causal: bool) -
 
 
 def draw_scores(seeds: Sequence[int], length: int) -> Tensor:
-    """Uniform scores for `select_positions` that depend only on the row's own seed.
+    """Uniform scores for `select_positions` (B, S), float64 on the CPU, of B seeds in [0, 2**64).
 
     There is one generator per row. So a row has the same draw in every batch, batch size and worker, with any padding
     on the right (the first scores of a longer row are those of a shorter one). The generators are NumPy's, because a
     torch CPU generator uses only 32 bits of its seed.
-
-    Args:
-        seeds: B seeds, each in [0, 2**64).
-        length: S, tokens of the padded batch.
-
-    Returns:
-        (B, S) float64 in [0, 1), on the CPU.
     """
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))

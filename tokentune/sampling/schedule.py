@@ -1,16 +1,13 @@
 """How many tokens are selected: `--prefix_length`, also one that changes over the run (`0.1:0.5`)."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear in optimizer steps, from the first one's size to the last one's.
-
-    Attributes:
-        start, end: both counts of tokens (int), or both proportions of each sequence (float).
-    """
+    """Linear in optimizer steps: two counts of tokens (int), or two proportions of each sequence (float)."""
 
     start: int | float
     end: int | float
@@ -33,10 +30,7 @@ class Schedule:
 def parse_prefix_length(text: str) -> int | float | Schedule:
     """Reads `--prefix_length`: `16` is a count of tokens, `0.3` a proportion of each sequence, `1.0` all of it.
 
-    `0.1:0.5` and `16:64` go from one to the other over the run.
-
-    Raises:
-        ValueError: neither a count of at least 1 nor a proportion above 0 and at most 1, nor two of the same kind.
+    `0.1:0.5` and `16:64` go from one to the other over the run. Raises ValueError for anything else.
     """
     if ":" in text:
         start, _, end = text.partition(":")
@@ -48,17 +42,12 @@ def parse_prefix_length(text: str) -> int | float | Schedule:
 
 
 def _parse_size(text: str) -> int | float:
-    try:
-        value = int(text)
-    except ValueError:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-    if isinstance(value, int) and value >= 1:
-        return value
-    if isinstance(value, float) and 0.0 < value <= 1.0:  # NaN fails both comparisons
-        return value
+    for kind, most in ((int, math.inf), (float, 1.0)):
+        with suppress(ValueError):
+            value = kind(text)
+            if 0 < value <= most:  # NaN fails both comparisons
+                return value
+            break
     raise ValueError(
         f"{text!r} is neither a number of tokens (16, at least 1) nor a proportion of the sequence "
         "(0.3, above 0.0 and at most 1.0)"

@@ -39,33 +39,20 @@ DRAWS = ("proportional", "top")
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch as a strategy gets it. All tensors are on one device.
+    """A batch as a strategy gets it. All tensors are on one device."""
 
-    Attributes:
-        real: (B, S) bool, False at padding.
-        uniform: (B, S) in [0, 1), random numbers of each row, equal for equal seeds.
-        counts: (B,) how many positions each row will get.
-        input_ids: (B, S) int64; None for images.
-        labels: (B, S) int64, -100 where no loss; (B,) classes; None where there are none.
-        targets: (B, S) bool, positions whose output has a loss; None where losses have no position.
-        preferred: (B, S) bool, the targets that matter most (words inside of entities); None: all alike.
-        always: (B, S) bool, real positions that are selected in any case; None: none.
-        scores: (B, S) float32 by name, those that the strategy `needs`: of each position's output ("loss",
-            "excess_loss", "gradient", 0 where there is no target), or of the token itself ("attention").
-        draw: how scores are used, one of `DRAWS`: "proportional" draws at random with these weights and returns the
-            probabilities, "top" takes the highest.
-    """
-
-    real: Tensor
-    uniform: Tensor
-    counts: Tensor
-    input_ids: Tensor | None = None
-    labels: Tensor | None = None
-    targets: Tensor | None = None
-    preferred: Tensor | None = None
-    always: Tensor | None = None
+    real: Tensor  # (B, S) bool, False at padding
+    uniform: Tensor  # (B, S) in [0, 1), random numbers of each row, equal for equal seeds
+    counts: Tensor  # (B,) how many positions each row will get
+    input_ids: Tensor | None = None  # (B, S) int64; None for images
+    labels: Tensor | None = None  # (B, S) int64, -100 where no loss; (B,) classes; None where there are none
+    targets: Tensor | None = None  # (B, S) bool, positions whose output has a loss; None: losses have no position
+    preferred: Tensor | None = None  # (B, S) bool, the targets that matter most (words in entities); None: all alike
+    always: Tensor | None = None  # (B, S) bool, real positions that are selected in any case
+    # (B, S) float32 by name, those that the strategy `needs`: of each position's output ("loss", "excess_loss",
+    # "gradient", 0 where there is no target), or of the token itself ("attention").
     scores: dict[str, Tensor] = field(default_factory=dict)
-    draw: str = "proportional"
+    draw: str = "proportional"  # to scores, and the probabilities are returned; "top": the highest scores win
 
 
 class Choice(NamedTuple):
@@ -90,15 +77,13 @@ SECOND_NAMES = ("labelled",)
 
 
 def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> Callable[[Strategy], Strategy]:
-    """Registers a function under a name.
+    """Registers a function under a name for `--selection`.
 
     Args:
-        name: for `--selection`.
         needs: of `SCORES`; see `Tokens.scores`.
         even: every token of a row has the same probability, as the gradient's correction assumes.
 
-    Raises:
-        ValueError: an unknown score, or the name of a strategy of another module.
+    Raises ValueError for an unknown score, or the name of a strategy of another module.
     """
     if unknown := [score for score in needs if score not in SCORES]:
         raise ValueError(f"strategy {name!r} needs {', '.join(unknown)}: there are {', '.join(SCORES)}")
@@ -119,14 +104,13 @@ class StrategyError(UserError, ValueError):
 def answer_of(registered: Registered, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
     """A strategy's priorities (B, S), and its probabilities (B, S) where it knows them.
 
-    Raises:
-        StrategyError: a wrong shape, NaN, or values that are no probabilities. On an accelerator the values are not
-            checked, because the host would have to wait for them.
+    Raises StrategyError for a wrong shape, NaN, or values that are no probabilities. On an accelerator the values are
+    not checked, because the host would have to wait for them.
     """
     answer = registered.choose(tokens)
-    parts = {"priorities": answer}
-    if isinstance(answer, Choice):
-        parts = {"priorities": answer.priority, "probabilities": answer.probability}
+    parts = dict(
+        zip(("priorities", "probabilities"), answer if isinstance(answer, Choice) else (answer,), strict=False)
+    )
     for what, part in parts.items():
         if not isinstance(part, Tensor) or part.shape != tokens.real.shape or part.is_complex():
             got = f"a tensor of {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
@@ -223,26 +207,16 @@ def _by_score(tokens: Tokens, scores: Tensor, candidates: Tensor) -> Tensor | Ch
     return Choice(chosen + tokens.uniform, probability.masked_fill(always, 1.0))
 
 
-def _of_targets(tokens: Tokens, name: str) -> Tensor | Choice:
-    return _by_score(
-        tokens, tokens.scores[name], tokens.real if tokens.targets is None else tokens.real & tokens.targets
-    )
+def _register_score_of_targets(name: str) -> None:
+    @strategy(name, needs=(name,))
+    def choose(tokens: Tokens) -> Tensor | Choice:
+        targets = tokens.real if tokens.targets is None else tokens.real & tokens.targets
+        return _by_score(tokens, tokens.scores[name], targets)
 
 
-@strategy("loss", needs=("loss",))
-def _loss(tokens: Tokens) -> Tensor | Choice:
-    return _of_targets(tokens, "loss")
-
-
-@strategy("excess_loss", needs=("excess_loss",))
-def _excess_loss(tokens: Tokens) -> Tensor | Choice:
-    # As Rho-1 does (Lin et al., arXiv 2404.07965); an excess below 0 counts as 0 in a draw.
-    return _of_targets(tokens, "excess_loss")
-
-
-@strategy("gradient", needs=("gradient",))
-def _gradient(tokens: Tokens) -> Tensor | Choice:
-    return _of_targets(tokens, "gradient")
+# The excess as Rho-1 takes it (Lin et al., arXiv 2404.07965); one below 0 counts as 0 in a draw.
+for _name in ("loss", "excess_loss", "gradient"):
+    _register_score_of_targets(_name)
 
 
 @strategy("attention", needs=("attention",))

@@ -44,14 +44,9 @@ def mixed_scores(scores: Tensor, candidates: Tensor) -> Tensor:
 
 
 def inclusion_probabilities(shares: Tensor, counts: Tensor) -> Tensor:
-    """min(1, c * share) with the row's c for which they sum up to its count.
+    """(B, S): min(1, c * share) of shares (B, S) >= 0, with the row's c for which they sum up to its count, of (B,).
 
-    Args:
-        shares: (B, S), at least 0.
-        counts: (B,). A row with fewer positive shares gives each of them probability 1.
-
-    Returns:
-        (B, S) in [0, 1].
+    A row with fewer positive shares gives each of them probability 1.
     """
     largest, order = shares.sort(dim=-1, descending=True)
     counts = torch.minimum(counts, (shares > 0).sum(-1)).unsqueeze(-1)  # (B, 1)
@@ -84,16 +79,10 @@ def with_a_target(probabilities: Tensor, targets: Tensor) -> Tensor:
 
 
 def systematic_draw(probabilities: Tensor, uniform: Tensor, start: Tensor, first: Tensor) -> Tensor:
-    """Chooses tokens with these probabilities.
+    """(B, S) bool: tokens chosen with these probabilities (B, S), as many as they sum up to in the row.
 
-    Args:
-        probabilities: (B, S) in [0, 1].
-        uniform: (B, S), the tokens' random order within each group.
-        start: (B, 1) in [0, 1), independent of that order.
-        first: (B, S) bool, the group in front.
-
-    Returns:
-        (B, S) bool, as many as the row's probabilities sum up to (where that is a whole number).
+    `uniform` (B, S) is the tokens' random order within each group, `first` (B, S) bool the group in front, and `start`
+    (B, 1) in [0, 1) is independent of that order.
     """
     order = uniform.argsort(dim=-1, stable=True)
     order = order.gather(1, (~first).gather(1, order).to(torch.uint8).argsort(dim=-1, stable=True))

@@ -2,14 +2,14 @@
 
     B sequences, S tokens, V vocabulary
 
-One batch's logits (B, S, V) in float32 can weigh more than the model: 16 GiB for 8 x 4,096 tokens of 128,256 words.
-Where a model's head can be called on a part of the rows (`core/loss.py`), which is tried on a few tokens first, there
-are never more of them than one chunk's, and those of the tokens that carry no loss are never computed.
+One batch's logits (B, S, V) in float32 can take more memory than the model: 16 GiB for 8 x 4,096 tokens of 128,256
+words. Where a model's head can be called on a part of the rows (`core/loss.py`), which is tried on a few tokens first,
+only one chunk of logits exists at a time, and none of tokens without a loss.
 """
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.compat.fsdp import runs_together
 from tokentune.core.layers import inner_model
-from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, put_loss
+from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, WithheldRows, put_loss
 from tokentune.sampling.sampler import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ def loss_per_token(trainer: Trainer, loader: DataLoader) -> dict[str, float]:
     """`Evaluation` of a causal language model: "loss", nats per supervised token.
 
     The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long one's.
-    Only two sums are kept, no logits.
     """
     device, model = trainer.args.device, trainer.model
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -64,12 +63,10 @@ def loss_in_chunks(
     """
     core = inner_model(model)
     every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
-    undo = put_loss(core, ChunkedLoss(core.get_output_embeddings(), every, num_supervised, chunk_bytes))
-    try:
+    with ExitStack() as undo:
+        rows = WithheldRows(core.get_output_embeddings(), num_supervised, chunk_bytes)
+        put_loss(undo, core, ChunkedLoss(rows, every))
         yield
-    finally:
-        while undo:
-            undo.pop()()
 
 
 def can_be_chunked(model: nn.Module, input_ids: Tensor) -> bool:

@@ -9,8 +9,8 @@ import copy
 import random
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy
@@ -28,27 +28,20 @@ _MODEL_CODE = ("transformers.models.", "transformers.activations", "transformers
 _HEADS = 4
 _HIDDEN = 80
 _MOST = {
-    "vocab_size": 97,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "intermediate_size_mlp": 48,
-    "ffn_dim": 48,
-    "n_inner": 48,
-    "hidden_dim": 48,
-    "q_lora_rank": 24,  # of latent attention; its head sizes do not change
-    "kv_lora_rank": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    # Other towers of a multimodal model, which text alone does not reach.
-    "depth": 2,
-    "out_hidden_size": 48,
-    "vision_layers": 2,
-    "encoder_layers": 2,
+    name: size
+    for size, names in (
+        (97, "vocab_size"),
+        (48, "intermediate_size intermediate_size_mlp ffn_dim n_inner hidden_dim"),
+        (24, "moe_intermediate_size shared_expert_intermediate_size q_lora_rank"),
+        (16, "kv_lora_rank"),  # of latent attention, as q_lora_rank; its head sizes do not change
+        (4, "num_experts num_local_experts n_routed_experts"),
+        (2, "num_experts_per_tok n_group"),
+        (1, "topk_group"),
+        # Other towers of a multimodal model, which text alone does not reach.
+        (48, "out_hidden_size"),
+        (2, "depth vision_layers encoder_layers"),
+    )
+    for name in names.split()
 }
 # Numbers of tokens: what happens beyond them has to happen within a short batch.
 _REACH = re.compile(
@@ -76,29 +69,21 @@ def undisturbed() -> Iterator[None]:
 
     Generators of accelerators are not seeded: that would initialize every device.
     """
-    numbers, arrays, tensors = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    dtype, verbosity = torch.get_default_dtype(), transformers.logging.get_verbosity()
-    try:
+    with ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(numpy.random.set_state, numpy.random.get_state())
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        undo.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
         random.seed(0)
         numpy.random.seed(0)
         torch.default_generator.manual_seed(0)
         torch.set_default_dtype(torch.float32)
         transformers.logging.set_verbosity_error()
-        with (
-            warnings.catch_warnings(),
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(numbers)
-        numpy.random.set_state(arrays)
-        torch.set_rng_state(tensors)
-        torch.set_default_dtype(dtype)
-        transformers.logging.set_verbosity(verbosity)
+        own_modes = torch.device("cpu"), torch.inference_mode(False), torch.enable_grad()
+        for mode in (*own_modes, torch.autocast("cpu", enabled=False), warnings.catch_warnings(action="ignore")):
+            undo.enter_context(mode)
+        yield
 
 
 def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -108,39 +93,30 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
     Raises UnsupportedModelError when some kind of layer is missing in the copy, or the copy is not small.
     """
     layers = transformer_layers(model).layers
-    config = tiny_config(model.config, _prefix_with_all(kinds_of(layer) for layer in layers))
+    kinds = [kinds_of(layer) for layer in layers]
+    config = tiny_config(model.config, _prefix_with_all(kinds))
     vars(config).pop("quantization_config", None)
     config._experts_implementation = "eager"  # fused ones have no float64, and experts act on each token alone
-    own = implementation(model)
+    eager = transformer_layers(model).backbone.config._attn_implementation == "eager"
     with torch.device("meta"):
         size = sum(p.numel() for p in type(model)._from_config(copy.deepcopy(config)).parameters())
     name = type(model).__name__
     if size > MOST_PARAMETERS:
         raise UnsupportedModelError(f"no small copy of {name} can be made to verify it: {size:,} parameters are left")
     with Float64():
-        tiny = type(model)._from_config(config, attn_implementation=own, dtype=torch.float64)
+        tiny = type(model)._from_config(config, attn_implementation="eager" if eager else "sdpa", dtype=torch.float64)
     for module in tiny.modules():
         if isinstance(module, nn.Dropout):  # some heads have one that the configuration cannot turn off
             module.p = 0.0
-    _randomize(tiny)
-    present = {kind for layer in transformer_layers(tiny).layers for kind in kinds_of(layer)}
-    missing = sorted({kind for layer in layers for kind in kinds_of(layer)} - present)
-    if missing:
-        raise UnsupportedModelError(f"the small copy of {name} lacks a part of its layers: {missing[0]}")
-    return tiny.train()
-
-
-def _randomize(tiny: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in tiny.parameters():
             noise = torch.randn_like(parameter)
             # Weights large enough for every path to matter; vectors (norms, biases) near their initial values.
             parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else parameter + 0.1 * noise)
-
-
-def implementation(model: PreTrainedModel) -> str:
-    """The attention implementation of the copy: eager for eager, fused attention for all others."""
-    return "eager" if transformer_layers(model).backbone.config._attn_implementation == "eager" else "sdpa"
+    present = map(kinds_of, transformer_layers(tiny).layers)
+    if missing := sorted(frozenset().union(*kinds) - frozenset().union(*present)):
+        raise UnsupportedModelError(f"the small copy of {name} lacks a part of its layers: {missing[0]}")
+    return tiny.train()
 
 
 def kinds_of(layer: nn.Module) -> frozenset[str]:
@@ -151,26 +127,20 @@ def kinds_of(layer: nn.Module) -> frozenset[str]:
     """
     kinds = set()
     for module in layer.modules():
-        if not type(module).__module__.startswith(_MODEL_CODE):
-            continue
-        switches = []
-        for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or name in ("training", "gradient_checkpointing"):
-                continue
-            if value is None or isinstance(value, bool | str):
-                switches.append(f"{name}={value}")
-        kinds.add(f"{type(module).__name__}({', '.join(switches)})")
+        if type(module).__module__.startswith(_MODEL_CODE):
+            switches = [
+                f"{name}={value}"
+                for name, value in sorted(vars(module).items())
+                if (value is None or isinstance(value, bool | str))
+                and not (name.startswith("_") or name in ("training", "gradient_checkpointing"))
+            ]
+            kinds.add(f"{type(module).__name__}({', '.join(switches)})")
     return frozenset(kinds)
 
 
-def _prefix_with_all(kinds: Iterable[frozenset[str]]) -> int:
+def _prefix_with_all(kinds: list[Hashable]) -> int:
     """The number of first layers that contain every kind."""
-    seen, needed = set(), 0
-    for index, kind in enumerate(kinds):
-        if kind not in seen:
-            seen.add(kind)
-            needed = index + 1
-    return needed
+    return max((kinds.index(kind) + 1 for kind in set(kinds)), default=0)
 
 
 def tiny_config(config: PreTrainedConfig, layers: int = 0) -> PreTrainedConfig:
@@ -179,15 +149,19 @@ def tiny_config(config: PreTrainedConfig, layers: int = 0) -> PreTrainedConfig:
     Head sizes are kept (rotary tables depend on them), as is whether heads are grouped; dropout is turned off.
     """
     config = copy.deepcopy(config)
-    subconfigs = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    for part in [config, *(part for part in subconfigs if isinstance(part, PreTrainedConfig))]:
-        _shrink(part, layers)
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        if isinstance(part, PreTrainedConfig):
+            _shrink(part, layers)
     return config
 
 
 def _shrink(config: PreTrainedConfig, layers: int) -> None:
     depth = getattr(config, "num_hidden_layers", None)
-    kept = None if depth is None else min(depth, max(3, layers, _prefix_with_all(_layer_types(config))))
+    kept = (
+        None
+        if depth is None
+        else min(depth, max(3, layers, _prefix_with_all(getattr(config, "layer_types", None) or [])))
+    )
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == depth:
             setattr(config, name, type(value)(value[:kept]))
@@ -202,19 +176,14 @@ def _shrink(config: PreTrainedConfig, layers: int) -> None:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, min(size, getattr(config, name)))
     _shorten_reach(vars(config))
-    if any("dynamic" in kind for kind in _rope_types(getattr(config, "rope_parameters", None))):
-        config.max_position_embeddings = min(
-            config.max_position_embeddings, _MOST_REACH
-        )  # beyond it frequencies change
+    if "dynamic" in str(getattr(config, "rope_parameters", None)):  # one rope type, or one for each kind of layer
+        longest = config.max_position_embeddings
+        config.max_position_embeddings = min(longest, _MOST_REACH)  # beyond it frequencies change
     for name in _TOKEN_IDS:
         if getattr(config, name, None) is not None:
             setattr(config, name, 0)
     if isinstance(getattr(config, "image_size", None), int) and isinstance(getattr(config, "patch_size", None), int):
         config.image_size = 4 * config.patch_size
-
-
-def _layer_types(config: PreTrainedConfig) -> list[frozenset[str]]:
-    return [frozenset([kind]) for kind in getattr(config, "layer_types", None) or []]
 
 
 def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
@@ -230,14 +199,6 @@ def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
     if groups is not None:
         config.num_key_value_heads = _HEADS if groups == heads else 1 if groups == 1 else 2
     setattr(config, width, _HIDDEN if apart else _HEADS * head_size)
-
-
-def _rope_types(parameters: Any) -> list[str]:
-    """The rope types of a model, whose layers may have several."""
-    if not isinstance(parameters, dict):
-        return []
-    own = parameters.get("rope_type")
-    return [own] if isinstance(own, str) else [kind for part in parameters.values() for kind in _rope_types(part)]
 
 
 def _shorten_reach(values: dict[str, Any]) -> None:

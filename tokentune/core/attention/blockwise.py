@@ -25,12 +25,15 @@ CUDA_BLOCK = 1024  # fills a GPU with tiles of queries x heads; not measured
 CUDA_MASK_NUMBERS = 2**25  # below that many, both groups' masks are made once per step there and kept (64 MiB)
 
 
+Operands = tuple[Tensor, Tensor, Tensor]  # a block's query (B, H, n, d), and key and value (B, G, keys, d)
+
+
 class Kernel(NamedTuple):
-    """A fused kernel: `forward(query, key, value, mask, scale)` -> output and what its backward pass needs besides;
-    `backward(gradient, query, key, value, mask, scale, output, state)` -> gradients of query, key and value."""
+    """A fused kernel: `forward(operands, mask, scale)` -> output and what its backward pass needs besides;
+    `backward(gradient, operands, mask, scale, output, state)` -> gradients of the operands."""
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., Operands]
     returns_sums: bool  # its state is the logarithms of the softmax's sums (B, H, n)
 
 
@@ -68,7 +71,7 @@ class _BlockAttention(torch.autograd.Function):
         output = query.new_empty(batch, count, heads, size)
         states = []
         for span in spans:
-            found, state = kernel.forward(*_cut(query, key, value, span), mask.piece(span, query.dtype), scale)
+            found, state = kernel.forward(_cut(query, key, value, span), mask.piece(span, query.dtype), scale)
             output[:, span.start : span.stop] = found.transpose(1, 2)
             states.extend(state)
         ctx.mask, ctx.scale, ctx.kernel, ctx.spans = mask, scale, kernel, spans
@@ -87,18 +90,18 @@ class _BlockAttention(torch.autograd.Function):
         gradient, output = gradient.contiguous().transpose(1, 2), output.transpose(1, 2)
         of_query, of_key, of_value = torch.empty_like(query), _sum_like(key), _sum_like(value)
         for number, span in enumerate(ctx.spans):
-            q, k, v = _cut(query, key, value, span)
             rows, keys = slice(span.start, span.stop), slice(span.first, span.last)
             piece = ctx.mask.piece(span, query.dtype)
             state = states[number * each : (number + 1) * each]
-            found = ctx.kernel.backward(gradient[:, :, rows], q, k, v, piece, ctx.scale, output[:, :, rows], state)
+            operands = _cut(query, key, value, span)
+            found = ctx.kernel.backward(gradient[:, :, rows], operands, piece, ctx.scale, output[:, :, rows], state)
             of_query[:, :, rows] = found[0]
             of_key[:, :, keys] += found[1]
             of_value[:, :, keys] += found[2]
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
-def _cut(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+def _cut(query: Tensor, key: Tensor, value: Tensor, span: Span) -> Operands:
     keys = slice(span.first, span.last)
     return query[:, :, span.start : span.stop], key[:, :, keys], value[:, :, keys]
 
@@ -110,59 +113,39 @@ def _sum_like(tensor: Tensor) -> Tensor:
     return tensor.new_zeros(batch, length, heads, size, dtype=dtype).transpose(1, 2)
 
 
-def _cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, tuple[Tensor]]:
-    output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=mask, scale=scale
-    )
+def _cpu_forward(operands: Operands, mask: Tensor | None, scale: float) -> tuple[Tensor, tuple[Tensor]]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, sums = kernel(*operands, attn_mask=mask, scale=scale)
     return output, (sums,)
 
 
 def _cpu_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    output: Tensor,
-    state: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, query, key, value, output, *state, 0.0, False, attn_mask=mask, scale=scale
-    )
+    gradient: Tensor, operands: Operands, mask: Tensor | None, scale: float, output: Tensor, state: list[Tensor]
+) -> Operands:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return kernel(gradient, *operands, output, *state, 0.0, False, attn_mask=mask, scale=scale)
 
 
-def _sdpa_forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, tuple[()]]:
+def _sdpa_forward(operands: Operands, mask: Tensor | None, scale: float) -> tuple[Tensor, tuple[()]]:
     """The kernel that torch chooses. Where none takes grouped heads with a mask, one call per head of a group."""
+    query, key, value = operands
     heads = query.shape[1] // key.shape[1]
     if heads == 1 or takes_grouped_heads(query, key, value, mask):
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=heads > 1), ()
-    masks = [None if mask is None else mask[:, head::heads] if mask.shape[1] > 1 else mask for head in range(heads)]
-    parts = [
-        F.scaled_dot_product_attention(query[:, head::heads], key, value, own, scale=scale)
-        for head, own in enumerate(masks)
-    ]
+    parts = []
+    for head in range(heads):
+        own = mask[:, head::heads] if mask is not None and mask.shape[1] > 1 else mask
+        parts.append(F.scaled_dot_product_attention(query[:, head::heads], key, value, own, scale=scale))
     return torch.stack(parts, dim=2).flatten(1, 2), ()
 
 
 def _sdpa_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    output: Tensor,
-    state: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Tensor, operands: Operands, mask: Tensor | None, scale: float, output: Tensor, state: list[Tensor]
+) -> Operands:
     """Runs the block's forward again, because a kernel's backward needs other state in each version of torch."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    leaves = [tensor.detach().requires_grad_() for tensor in operands]
     with torch.enable_grad():
-        again, _ = _sdpa_forward(*leaves, mask, scale)
+        again, _ = _sdpa_forward(leaves, mask, scale)
     return torch.autograd.grad(again, leaves, gradient)
 
 

@@ -52,15 +52,12 @@ def gradient_scales(
 
     Args:
         positions: (B, K) int64, the selected ones.
-        tokens: ids (B, S), or embeddings (B, S, D).
-        mask: (B, S), 1 at real tokens; None: all are real.
+        tokens, mask: ids (B, S) or embeddings (B, S, D), and 1 at real tokens (B, S); None: all are real.
         exponent: a, in [0, 1]; 0: no correction.
         weights: (B, K), of the losses, where the draw knew its probabilities: 1 / probability at targets.
         labels: (B, S), needed with weights.
 
-    Returns:
-        (B, K) float64 (float32 on devices without it); None where nothing is scaled.
-
+    Returns (B, K) float64 (float32 on devices without it); None where nothing is scaled.
     Raises UnsupportedModelError where the mask does not tell which tokens are real.
     """
     if exponent == 0.0:
@@ -86,11 +83,8 @@ def gradient_scales(
 
 
 def require_correctable(exponent: float, stack: Stack) -> None:
-    """Raises for an invalid `gradient_correction`, or one that this model cannot have.
-
-    Raises:
-        ValueError: `exponent` is no number from 0 to 1.
-        UnsupportedModelError: tokens see later ones, or attention drops weights at random.
+    """Raises ValueError for an exponent that is no number from 0 to 1, and UnsupportedModelError for a model in which
+    tokens see later ones, or attention drops weights at random.
     """
     if not 0.0 <= exponent <= 1.0:
         raise ValueError(f"gradient_correction must be a number from 0 to 1, not {exponent}")
@@ -138,12 +132,9 @@ class OwnTokens(NamedTuple):
     positions: Tensor  # (B, K)
 
 
-def scale_gradient(tokens: Tensor, scales: Tensor) -> Tensor:
-    """The same keys or values (B, G, K, d); their gradient is multiplied by `scales` (B, K)."""
-    return _ScaleGradient.apply(tokens, scales)
-
-
 class _ScaleGradient(torch.autograd.Function):
+    """The same keys or values (B, G, K, d); their gradient is multiplied by `scales` (B, K)."""
+
     @staticmethod
     def forward(ctx, tokens: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(scales)
@@ -154,6 +145,9 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         scales = ctx.saved_tensors[0].to(gradient.device, _wide(gradient))
         return (gradient * scales[:, None, :, None]).to(gradient.dtype), None
+
+
+scale_gradient = _ScaleGradient.apply
 
 
 class _OwnPaths(torch.autograd.Function):
@@ -192,56 +186,41 @@ class _OwnPaths(torch.autograd.Function):
         return None, gradient, of_key, of_value, None, None, None, None, None, None
 
 
-def correct_fused(
+def correct(
     output: Tensor,
-    sums: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    weights: Tensor | None,  # (B, H, K, S), of eager attention, which may have soft-capping and sinks; None: fused
+    sums: Tensor | None,  # the logarithms of the softmax's sums (B, H, K), of a fused kernel that returns them
+    operands: tuple[Tensor, Tensor, Tensor],  # query, key and value, as attention took them
     mask: GroupMask,
     own: OwnTokens,
     options: dict,
 ) -> Tensor:
-    """The output (B, K, H, d) of fused attention over scaled keys and values, its own-token paths unscaled.
-
-    `sums` are the logarithms of the softmax's sums (B, H, K), computed here where the kernel returned none.
-    """
-    scaling = _scaling(query, options)
+    """The output (B, K, H, d) of attention over scaled keys and values, its own-token paths unscaled."""
+    query, key, value = operands
+    scaling, softcap, damping = _scaling(query, options), options.get("softcap"), None
     with torch.no_grad():
-        if sums is None:
-            sums = score_sums(query, key, mask, scaling)
-        scores = _own_scores(query, key, scaling, own)
-        if not hasattr(mask.deferred.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
-            scores = scores + _own_bias(mask, own.positions, scores.dtype, query.shape[1])
-        # A padding query may see no key at all, not even itself; its result means nothing, but has to be finite.
-        weights = (scores - sums).clamp(max=0.0).exp()
-    return _unscaled(output, query, value, weights, scaling, own)
-
-
-def correct_eager(
-    output: Tensor, weights: Tensor, query: Tensor, key: Tensor, value: Tensor, own: OwnTokens, options: dict
-) -> Tensor:
-    """The same for eager attention, which returns its weights (B, H, K, S), and has soft-capping and sinks."""
-    scaling, softcap = _scaling(query, options), options.get("softcap")
-    damping = None
-    with torch.no_grad():
-        weights = weights.take_along_dim(own.positions[:, None, :, None], 3)[..., 0].to(_wide(weights))
-        if softcap is not None:
-            damping = 1 - torch.tanh(_own_scores(query, key, scaling, own) / softcap) ** 2
-    return _unscaled(output, query, value, weights, scaling, own, damping)
-
-
-def _unscaled(
-    output: Tensor,
-    query: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    scaling: float,
-    own: OwnTokens,
-    damping: Tensor | None = None,
-) -> Tensor:
+        if weights is None:
+            weights = fused_weights(sums, query, key, mask, own, scaling)
+        else:
+            weights = weights.take_along_dim(own.positions[:, None, :, None], 3)[..., 0].to(_wide(weights))
+            if softcap is not None:
+                damping = 1 - torch.tanh(_own_scores(query, key, scaling, own) / softcap) ** 2
     tensors = output, own.key, own.value, query, value, weights, own.scales, own.flat_indices, damping
     return _OwnPaths.apply(scaling, *tensors)
+
+
+def fused_weights(
+    sums: Tensor | None, query: Tensor, key: Tensor, mask: GroupMask, own: OwnTokens, scaling: float
+) -> Tensor:
+    """The queries' weights of their own keys, (B, H, K). `sums` are computed here where the kernel returned none."""
+    if sums is None:
+        sums = score_sums(query, key, mask, scaling)
+    scores = _own_scores(query, key, scaling, own)
+    if not hasattr(mask.deferred.visible, "mask_function"):  # a finished mask; by a function, a token sees itself
+        rows = mask.rows(mask.positions, 0, mask.length, scores.dtype)
+        scores = scores + rows.take_along_dim(own.positions[:, None, :, None], 3)[..., 0]
+    # A padding query may see no key at all, not even itself; its result means nothing, but has to be finite.
+    return (scores - sums).clamp(max=0.0).exp()
 
 
 def _scaling(query: Tensor, options: dict) -> float:
@@ -270,17 +249,6 @@ def score_sums(query: Tensor, key: Tensor, mask: GroupMask, scaling: float) -> T
         scores = scores.unflatten(2, (heads // groups, -1)).flatten(1, 2)  # (B, H, n, keys)
         piece = mask.piece(span, wide)
         found.append((scores if piece is None else scores + piece).logsumexp(-1))
-    return torch.cat(found, dim=2)
-
-
-def _own_bias(mask: GroupMask, positions: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
-    """What a finished mask adds to the score of each query with its own key, (B, H, K)."""
-    found = []
-    for span in mask.spans(positions.shape[1]):
-        at = (positions[:, None, span.start : span.stop, None] - span.first).clamp(0, span.last - span.first - 1)
-        piece = mask.piece(span, dtype)
-        bias = torch.zeros_like(at, dtype=dtype) if piece is None else piece.take_along_dim(at, 3)
-        found.append(bias[..., 0].expand(-1, heads, -1))
     return torch.cat(found, dim=2)
 
 

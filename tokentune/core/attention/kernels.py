@@ -37,36 +37,31 @@ def attend(
 
     Args:
         implementation: the model's own choice. `eager` runs the eager function of the model's own file, which has the
-            family's soft-capping, sinks and biases; `flex_attention` runs transformers' function of that name, with a
-            block mask; `sdpa` runs fused attention.
-        own: the queries' own tokens, where the gradients of their keys and values are scaled
-            (`attention/correction.py`).
-        options: the keyword arguments of the model's attention call. Each is honored, ignored where transformers' own
-            `sdpa` ignores it, or refused.
+            family's soft-capping, sinks and biases; `flex_attention` runs transformers' function of that name.
+        own: the queries' own tokens, where the gradients of their keys and values are scaled (`correction.py`).
+        options: of the model's attention call. Each is honored, ignored where transformers' `sdpa` ignores it, or
+            refused.
 
-    Returns:
-        The output (B, Q, H, d), and None in place of attention weights.
+    Returns the output (B, Q, H, d), and None in place of attention weights.
     """
     require_served(implementation, query.device)
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(f"{type(module).__name__} passes a position bias, whose rows follow the sequence")
     if own is not None:
         correction.require_correctable_call(module, mask, implementation, options)
+    dtype, weights, sums = compute_dtype(query), None, None
     if implementation == "eager":
-        additive = None if mask is None else mask.additive(compute_dtype(query))
+        additive = None if mask is None else mask.additive(dtype)
         output, weights = eager_function(module)(module, query, key, value, additive, **options)
-        if own is not None:
-            output = correction.correct_eager(output, weights, query, key, value, own, options)
-        return output, None
-    query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
-    if implementation == "flex_attention":
-        block_mask = None if mask is None else mask.block_mask()
-        output, _ = flex_attention_forward(module, query, key, value, block_mask, **options)
-        sums = None
     else:
-        output, sums = _fused(module, query, key, value, mask, own is not None, **options)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        if implementation == "flex_attention":
+            block_mask = None if mask is None else mask.block_mask()
+            output, _ = flex_attention_forward(module, query, key, value, block_mask, **options)
+        else:
+            output, sums = _fused(module, (query, key, value), mask, own is not None, options)
     if own is not None:
-        output = correction.correct_fused(output, sums, query, key, value, mask, own, options)
+        output = correction.correct(output, weights, sums, (query, key, value), mask, own, options)
     return output, None
 
 
@@ -85,15 +80,7 @@ def require_served(implementation: str, device: torch.device | str) -> None:
 
 
 def _fused(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: GroupMask | None,
-    with_sums: bool,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: object,
+    module: nn.Module, operands: blocks.Operands, mask: GroupMask | None, with_sums: bool, options: dict
 ) -> tuple[Tensor, Tensor | None]:
     """Fused attention -> (B, Q, H, d): over blocks of queries, or in one call where blocks bring nothing.
 
@@ -106,6 +93,8 @@ def _fused(
                 f"{type(module).__name__} passes `{name}`, which fused attention ignores: "
                 'load the model with attn_implementation="eager"'
             )
+    query, key, value = operands
+    dropout, scaling = options.get("dropout", 0.0), options.get("scaling")
     heads = query.shape[1] // key.shape[1]
     if mask is not None and dropout == 0.0 and _in_blocks(query, heads, mask):
         return blocks.attend_by_blocks(query, key, value, mask, scaling, with_sums=with_sums)

@@ -9,12 +9,13 @@ layer, so that S x S numbers are never in memory; or FlexAttention's block mask.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from tokentune.errors import UnsupportedModelError
@@ -31,32 +32,19 @@ class Span(NamedTuple):
     open_to: int  # a run of keys, within first:last, that every one of the queries sees
 
 
+@dataclass(eq=False)
 class DeferredMask:
     """An attention mask, made when it is needed: what transformers' mask functions return in a selective forward.
 
     It passes through the model in place of a mask. What is made of it is shared by all layers that get it.
     """
 
-    def __init__(
-        self,
-        visible: Callable[[Tensor, int, int], Tensor],
-        *,
-        triangle: bool = False,
-        causal: bool = False,
-        alike: bool = False,
-    ):
-        """`visible(queries (B, Q), first, last)` -> (B, 1 or H, Q, last - first), bool (True: seen) or additive float.
-
-        Args:
-            triangle: it is exactly the causal mask.
-            causal: no query sees a key after its own position.
-            alike: all queries of a sequence see the same keys.
-        """
-        self.visible = visible
-        self.triangle = triangle
-        self.causal = causal or triangle
-        self.alike = alike
-        self.made: dict[tuple, object] = {}  # by group, then by dtype, block size or kind
+    # (queries (B, Q), first, last) -> (B, 1 or H, Q, last - first), bool (True: seen) or additive float
+    visible: Callable[[Tensor, int, int], Tensor]
+    triangle: bool = False  # it is exactly the causal mask
+    causal: bool = False  # no query sees a key after its own position
+    alike: bool = False  # all queries of a sequence see the same keys
+    made: dict[tuple, object] = field(default_factory=dict)  # by group, then by dtype, block size or kind
 
     def forget(self, group: str) -> None:
         """Frees the finished masks of `group`."""
@@ -87,10 +75,13 @@ class GroupMask:
 
         def make() -> Tensor:
             queries = self.positions[:, :1] if self.deferred.alike else self.positions
-            return _aligned(_additive(self.deferred.visible(queries, 0, self.length), dtype))
+            return self.rows(queries, 0, self.length, dtype)
 
-        mask = self._once(make, dtype)
-        return mask.expand(-1, -1, self.positions.shape[1], -1)
+        return self._once(make, dtype).expand(-1, -1, self.positions.shape[1], -1)
+
+    def rows(self, queries: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The additive mask of queries at these positions (B, n) over the keys first:last."""
+        return _aligned(_additive(self.deferred.visible(queries, first, last), dtype))
 
     def spans(self, block: int) -> list[Span]:
         """The group's queries in blocks of `block`, with the keys that each block sees."""
@@ -109,12 +100,9 @@ class GroupMask:
         spans = []
         for start, stop, low, high in zip(starts, stops, lowest, highest, strict=True):
             last = high + 1 if self.deferred.causal else self.length
-            if self.deferred.triangle:
-                extents = 0, last, 0, low + 1
-            elif host:
+            extents = 0, last, 0, low + 1 if self.deferred.triangle else 0
+            if host and not self.deferred.triangle:
                 extents = _extents(self.deferred.visible(self.positions[:, start:stop], 0, last))
-            else:
-                extents = 0, last, 0, 0
             spans.append(Span(start, stop, *extents))
         return spans
 
@@ -129,7 +117,7 @@ class GroupMask:
         if not edges:
             return None
         if span.open_from == span.open_to:
-            return _aligned(_additive(self.deferred.visible(queries, span.first, span.last), dtype))
+            return self.rows(queries, span.first, span.last, dtype)
         parts = [(first, last, self.deferred.visible(queries, first, last)) for first, last in edges]
         heads = parts[0][2].shape[1]
         mask = queries.new_zeros(len(queries), heads, queries.shape[1], span.last - span.first, dtype=dtype)
@@ -139,11 +127,6 @@ class GroupMask:
 
     def block_mask(self) -> object:
         """FlexAttention's `BlockMask`, made once per step: which tiles of (Q, S) are visible, and how."""
-        return self._once(self._make_block_mask, "flex")
-
-    def _make_block_mask(self) -> object:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         function = getattr(self.deferred.visible, "mask_function", None)
         if function is None:
             raise UnsupportedModelError(
@@ -155,20 +138,15 @@ class GroupMask:
         def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return function(batch, head, positions[batch, query], key)
 
-        return create_block_mask(
-            mask_mod,
-            B=positions.shape[0],
-            H=None,
-            Q_LEN=positions.shape[1],
-            KV_LEN=self.length,
-            device=positions.device,
-            _compile=positions.device.type != "cpu",  # uncompiled, it briefly has the whole mask in memory
-        )
+        # Uncompiled, it briefly has the whole mask in memory.
+        options = {"device": positions.device, "_compile": positions.device.type != "cpu"}
+        sizes = {"B": positions.shape[0], "H": None, "Q_LEN": positions.shape[1], "KV_LEN": self.length}
+        return self._once(lambda: create_block_mask(mask_mod, **sizes, **options), "flex")
 
 
 def _readable(positions: Tensor) -> bool:
     """Whether the positions have values: fake tensors, with which memory is estimated, have none."""
-    return not (positions.is_meta or isinstance(positions, FakeTensor))
+    return not (positions.is_meta or is_fake(positions))
 
 
 def _extents(seen: Tensor) -> tuple[int, int, int, int]:
@@ -230,17 +208,9 @@ def mask_from_functions(
     if mask_function is bidirectional_mask_function and attention_mask is None:
         return None
     if use_vmap:  # a caller's own mask function, which may not broadcast over index tensors
-        mask = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            use_vmap=True,
-            device=device,
-        )
-        return mask_from_tensor(mask)
+        options = {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
+        full = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, use_vmap=True, **options)
+        return mask_from_tensor(full)
 
     def seen(rows: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         found = mask_function(rows, heads, queries, keys)

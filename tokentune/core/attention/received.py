@@ -21,13 +21,9 @@ def attention_received(
 
     It works on a block of queries at a time, so that the weights of all pairs of tokens are never in memory.
 
-    Args:
-        query: (B, H, S, d); key: (B, G, S, d); `mask` as the model's attention gets it.
-        real: (B, S), 0 at padding, whose queries do not count; None: no padding.
-        options: of the model's attention call: `scaling`, `softcap` and `s_aux` (sinks) are honoured.
-
-    Returns:
-        (B, S) float32.
+    Args: query (B, H, S, d); key (B, G, S, d); `mask` as the model's attention gets it; real (B, S), 0 at padding,
+    whose queries do not count; `options` of the attention call: `scaling`, `softcap` and `s_aux` (sinks) are honoured.
+    Returns (B, S) float32.
     """
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(f"{type(module).__name__} passes a position bias, which attention scores leave out")
@@ -51,9 +47,8 @@ def attention_received(
         weights = weights.masked_fill(~seen, smallest) if seen.dtype == torch.bool else weights + seen
         if sinks is not None:
             columns = sinks.view(1, -1, 1, 1).expand(batch, -1, stop - start, 1).to(weights.dtype)
-            weights = torch.cat([weights, columns], dim=-1).softmax(-1)[..., :-1]
-        else:
-            weights = weights.softmax(-1)
+            weights = torch.cat([weights, columns], dim=-1)
+        weights = weights.softmax(-1)[..., :last]
         if real is not None:
             weights = weights * (real[:, None, start:stop, None] != 0)
         received[:, :last] += weights.mean(1).sum(1)

@@ -1,11 +1,13 @@
 """Query projections that are skipped in a pass which ends at its keys and values."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from tokentune.core.temporary import set_until_undone
 
 QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "query", "q_lin")  # modules whose output becomes queries and nothing else
 
@@ -21,21 +23,14 @@ def skipped_query_projections(layer: nn.Module) -> Iterator[None]:
     def nothing(projection: nn.Module, hidden: Tensor) -> Tensor:
         return hidden.new_full((*hidden.shape[:-1], projection.out_features), torch.nan)
 
-    undo: list[Callable[[], None]] = []
-    for name, module in layer.named_modules():
-        if name.rpartition(".")[2] in QUERY_PROJECTIONS and hasattr(module, "out_features"):
-            parts = list(module.modules())
-            if any(part.training and getattr(part, "p", 0) for part in parts) or any(map(_has_hooks, parts)):
-                continue
-            own = module.__dict__.get("forward")
-            undo.append(partial(setattr, module, "forward", own) if own else partial(delattr, module, "forward"))
-            module.forward = partial(nothing, module)
-    try:
+    with ExitStack() as undo:
+        for name, module in layer.named_modules():
+            makes_queries = name.rpartition(".")[2] in QUERY_PROJECTIONS and hasattr(module, "out_features")
+            if makes_queries and not any(map(_draws_or_has_hooks, module.modules())):
+                set_until_undone(undo, module, "forward", partial(nothing, module))
         yield
-    finally:
-        while undo:
-            undo.pop()()
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _draws_or_has_hooks(module: nn.Module) -> bool:
+    draws = module.training and getattr(module, "p", 0)
+    return bool(draws or module._forward_hooks or module._forward_pre_hooks)

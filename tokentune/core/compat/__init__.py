@@ -1,1 +1,1 @@
-"""Living with other libraries: adapters, FSDP, foreign hooks, and what is refused with a reason. Not the method."""
+"""Living with other libraries: adapters, FSDP, bypassed hooks, and what is refused with a reason. Not the method."""

@@ -13,44 +13,14 @@ from torch import nn
 
 from tokentune.errors import UnsupportedModelError
 
+# fmt: off
 SERVED = {
-    "adalora",
-    "adamss",
-    "adaption_prompt",
-    "beft",
-    "boft",
-    "c3a",
-    "deft",
-    "delora",
-    "fourierft",
-    "frod",
-    "glora",
-    "gralora",
-    "hira",
-    "hra",
-    "ia3",
-    "ln_tuning",
-    "loha",
-    "lokr",
-    "lora",
-    "miss",
-    "mixed",
-    "oft",
-    "osf",
-    "peanut",
-    "psoft",
-    "pvera",
-    "randlora",
-    "road",
-    "shira",
-    "supertuning",
-    "tinylora",
-    "trainable_tokens",
-    "unilora",
-    "vblora",
-    "vera",
-    "waveft",
+    "adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora",
+    "gralora", "hira", "hra", "ia3", "ln_tuning", "loha", "lokr", "lora", "miss", "mixed", "oft", "osf", "peanut",
+    "psoft", "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora",
+    "vera", "waveft",
 }
+# fmt: on
 _CHANCE = "draws weights anew in each pass, of which a selective forward makes two"
 REFUSED = {
     "lily": "mixes its experts by the mean over all tokens, of which each group has a part",
@@ -84,10 +54,7 @@ class Suspect:
 
 
 def wrapper_bypassing_hooks(model: nn.Module) -> nn.Module | None:
-    """The peft module around a model that calls the model's `forward`, and so bypasses its hooks; None: there is none.
-
-    AdaLoRA's and adaption prompts' do.
-    """
+    """The peft module around a model, where it calls the model's `forward`, past its hooks (AdaLoRA does)."""
     tuner = getattr(model, "base_model", None) if hasattr(model, "get_base_model") else None
     if tuner is None or not isinstance(getattr(tuner, "model", None), nn.Module):
         return None
@@ -96,11 +63,7 @@ def wrapper_bypassing_hooks(model: nn.Module) -> nn.Module | None:
 
 
 def unserved_adapters(model: nn.Module, *, trust_unknown: bool) -> list[Suspect]:
-    """The modules of a model whose adapters cannot be served, active or not.
-
-    Args:
-        trust_unknown: accept kinds that were never compared.
-    """
+    """The modules whose adapters cannot be served, active or not; `trust_unknown`: accept kinds never compared."""
     return [
         Suspect(name, module, adapter, reason)
         for name, module in model.named_modules()

@@ -21,20 +21,14 @@ from tokentune.errors import UnsupportedModelError
 logger = logging.get_logger(__name__)
 # Whether the hooks of a patched model are running: with a selection, or after they decided that there is none.
 HOOKS_AT_WORK: ContextVar[bool] = ContextVar("tokentune_hooks_at_work", default=False)
-_PASS_ON = (
-    "accelerate",
-    "torch",
-    "transformers",
-    "contextlib",
-    "functools",
-)  # wrappers; a user wants their caller
+# Wrappers: a user wants to know their caller.
+_PASS_ON = ("accelerate", "torch", "transformers", "contextlib", "functools")
 
 
 def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
     """Raises UnsupportedModelError where a training pass with labels reaches `backbone` and bypasses its model's hooks.
 
-    Args:
-        settings: of the patched model (`patched.Settings`) that `backbone` belongs to.
+    `settings` (`patched.Settings`) are those of the patched model that `backbone` belongs to.
     """
     if HOOKS_AT_WORK.get() or settings.prefix_length is None or not (backbone.training and torch.is_grad_enabled()):
         return
@@ -59,31 +53,23 @@ def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
 def require_ordinary_call(hidden: Any, of_layer: dict[str, Any]) -> None:
     """Raises RuntimeError where a layer gets what belongs to a selective forward, outside of one.
 
-    Args:
-        of_layer: its keyword arguments; not called `kwargs`, by which `_argument` finds the frames of others.
+    `of_layer` are its keyword arguments; not called `kwargs`, by which `_argument` finds the frames of others.
     """
     if "selected_positions" in of_layer:  # swallowed by the model's **kwargs, where its hooks did not run
+        frame = next((frame for frame in _frames() if _argument(frame, "selected_positions") is not None), None)
+        caller = "its caller" if frame is None else _caller(frame)  # of the running model's `forward`
         raise RuntimeError(
-            f"selected_positions reached a layer past the model's hooks: {_caller_of_forward()} called `forward` "
+            f"selected_positions reached a layer past the model's hooks: {caller} called `forward` "
             "in place of the model itself"
         )
     if isinstance(hidden, TokenGroups):
         raise RuntimeError("a layer is run again outside of its forward pass (a checkpointing wrapper does this)")
 
 
-def _caller_of_forward() -> str:
-    """The caller of the running model's `forward`, as `AdaLoraModel.forward (peft.tuners...)`."""
-    frame = next((frame for frame in _frames() if _argument(frame, "selected_positions") is not None), None)
-    return "its caller" if frame is None else _caller(frame)
-
-
 def is_called_by_prompt_learning() -> bool:
     """Whether peft's prompt learning called the model, with its own tokens in front of the batch."""
-    for frame in _frames():
-        config = getattr(frame.f_locals.get("self"), "active_peft_config", None)
-        if getattr(config, "is_prompt_learning", False):
-            return True
-    return False
+    configs = (getattr(frame.f_locals.get("self"), "active_peft_config", None) for frame in _frames())
+    return any(getattr(config, "is_prompt_learning", False) for config in configs)
 
 
 def _frames() -> Iterator[FrameType]:
@@ -94,8 +80,8 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _argument(frame: FrameType, name: str) -> Any:
-    values = frame.f_locals
-    return values.get(name, values.get("kwargs", {}).get(name) if isinstance(values.get("kwargs"), dict) else None)
+    more = frame.f_locals.get("kwargs")
+    return frame.f_locals.get(name, more.get(name) if isinstance(more, dict) else None)
 
 
 def _caller(frame: FrameType) -> str:

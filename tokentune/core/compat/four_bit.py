@@ -11,9 +11,7 @@ def keep_4bit_layout(model: nn.Module) -> None:
     On CPUs with AVX512-BF16 the first forward pass in evaluation mode repacks them for a product without a backward
     pass. Training after an evaluation then loses every gradient through such a layer, at most with a warning (measured:
     relative error 2.1 of the adapters' gradients), and the block scales are rounded to bfloat16.
-
-    Raises:
-        UnsupportedModelError: a layer was repacked already.
+    Raises UnsupportedModelError where a layer was repacked already.
     """
     for name, layer in model.named_modules():
         if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):

@@ -72,12 +72,9 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_state(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
-    """The weights of a split model, gathered one by one on the CPU of the first process; empty on the others.
+    """The weights of a split model, or the trained ones, gathered one by one on the CPU of the first process.
 
-    Every process has to call it.
-
-    Args:
-        trained_only: leave the frozen ones out.
+    Every process has to call it; on the others it is empty.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return get_model_state_dict(model, options=options)

@@ -5,7 +5,7 @@ only for a batch shorter than the pretraining length. LongRoPE's frequencies fol
 does not contain these numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,28 +48,26 @@ def rotary_state_kept(model: nn.Module) -> Iterator[None]:
 
 def written(state: State) -> dict[str, dict[str, Any]]:
     """For a JSON file, without loss: Python's numbers are float64, and hold every float32."""
-    return {
-        name: {
-            attribute: {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
-            if isinstance(value, Tensor)
-            else value
-            for attribute, value in numbers.items()
-        }
-        for name, numbers in state.items()
-    }
+
+    def write(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+
+    return _each_value(state, write)
 
 
 def read(state: dict[str, dict[str, Any]]) -> State:
     """The reverse of `written`."""
-    return {
-        name: {
-            attribute: torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
-            if isinstance(value, dict)
-            else value
-            for attribute, value in numbers.items()
-        }
-        for name, numbers in state.items()
-    }
+
+    def restore(value: Any) -> Any:
+        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
+
+    return _each_value(state, restore)
+
+
+def _each_value(state: dict[str, dict[str, Any]], function: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
+    return {name: {key: function(value) for key, value in numbers.items()} for name, numbers in state.items()}
 
 
 def _follows_lengths(module: nn.Module) -> bool:

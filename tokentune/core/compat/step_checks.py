@@ -40,8 +40,8 @@ def require_served_step(model: PreTrainedModel, settings: Settings, kwargs: dict
     config = model.config.get_text_config()
     for name in _REFUSED:
         asked = kwargs.get(name)
-        asked = asked if isinstance(asked, Tensor) else asked not in (None, False, 0)
-        if isinstance(asked, Tensor) or asked or (name.startswith("output") and getattr(config, name, False)):
+        by_default = name.startswith("output") and getattr(config, name, False)
+        if by_default or isinstance(asked, Tensor) or asked not in (None, False, 0):
             raise ValueError(f"`{name}` cannot be had together with a selection")
 
 

@@ -1,6 +1,6 @@
 """Which part of a model saves what for the backward pass: the kind of module that runs when autograd saves a tensor."""
 
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,46 +17,34 @@ KINDS = (ATTENTION, MLP, NORMS, BETWEEN, ADAPTERS, EMBEDDINGS, HEAD, CASTS)
 class KindOfModule:
     """Within it, `now(tensor)` tells the kind of the innermost module that is running.
 
-    Kinds follow the structure of the model. In a layer, the child that holds the attention is attention, a module with
-    "norm" in its class is a norm, and everything else is the MLP. Outside of the layers are embeddings, and the head
-    with the loss.
+    In a layer, the child that holds the attention is attention, a module with "norm" in its class is a norm, and
+    everything else is the MLP. Outside of the layers are embeddings, and the head with the loss.
     """
 
     def __init__(self, model: nn.Module):
         self._kinds = kinds_of_modules(model)
-        self._stack: list[nn.Module] = []
-        self._handles: list[Any] = []
+        self._running: list[nn.Module] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> "KindOfModule":
-        self._handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
+        self._undo.callback(self._running.clear)
+        self._undo.enter_context(register_module_forward_pre_hook(lambda module, _: self._running.append(module)))
+        self._undo.enter_context(register_module_forward_hook(self._leave, always_call=True))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._stack.clear()
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(module)
+    def __exit__(self, *_: Any) -> None:
+        self._undo.close()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        while self._stack and self._stack.pop() is not module:  # no hook ran for modules of a pass that ended early
+        while self._running and self._running.pop() is not module:  # no hook ran for modules of a pass that ended early
             pass
 
     def now(self, tensor: Tensor) -> str:
         """The kind of a tensor that autograd saves now."""
         if _is_cast_weight(tensor):
             return CASTS
-        for module in reversed(self._stack):
-            kind = self._kinds.get(id(module))
-            if kind is not None:
-                return kind
-        return HEAD
+        kinds = (self._kinds.get(id(module)) for module in reversed(self._running))
+        return next((kind for kind in kinds if kind is not None), HEAD)
 
 
 def _is_cast_weight(tensor: Tensor) -> bool:
@@ -76,26 +64,22 @@ def _is_cast_weight(tensor: Tensor) -> bool:
 def kinds_of_modules(model: nn.Module) -> dict[int, str]:
     """The kind of each module, by its id; modules that are in no layer and embed nothing are left out."""
     core = inner_model(model)
-    kinds: dict[int, str] = {}
-    for module in core.modules():
-        if isinstance(module, nn.Embedding) or "Embeddings" in type(module).__name__:
-            kinds[id(module)] = EMBEDDINGS
+    embeds = lambda module: isinstance(module, nn.Embedding) or "Embeddings" in type(module).__name__  # noqa: E731
+    kinds = {id(module): EMBEDDINGS for module in core.modules() if embeds(module)}
     try:
         layers = transformer_layers(core).layers
     except UnsupportedModelError:
         layers = []
     for layer in layers:
-        found = {id(module) for module in attention_modules(layer)}
-        holders = [child for child in layer.children() if any(id(module) in found for module in child.modules())]
+        inside = {id(part) for child in layer.children() if attention_modules(child) for part in child.modules()}
         for name, module in layer.named_modules():
             if name == "":
-                kinds[id(module)] = BETWEEN
+                kind = BETWEEN
             elif "lora_" in name:
-                kinds[id(module)] = ADAPTERS
+                kind = ADAPTERS
             elif "norm" in type(module).__name__.lower():
-                kinds[id(module)] = NORMS
-            elif any(module is inner for holder in holders for inner in holder.modules()):
-                kinds[id(module)] = ATTENTION
+                kind = NORMS
             else:
-                kinds[id(module)] = MLP
+                kind = ATTENTION if id(module) in inside else MLP
+            kinds[id(module)] = kind
     return kinds

@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -39,22 +39,25 @@ class SavedForBackward:
         self._seen = {_address(tensor) for tensor in self._alive}
         self._counted: dict[int, tuple[int, str | None]] = {}  # address -> its bytes and kind
         self._model = model
-        self._watch: Any = None
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._undo = ExitStack()
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if _address(tensor) not in self._seen:
-            self._seen.add(_address(tensor))
-            self._alive.append(tensor.detach())
-            self._count(tensor, 1)
+        if self._is_new(tensor):
+            kind = None if self._kind is None else self._kind(tensor)
+            self._counted[_address(tensor)] = tensor.untyped_storage().nbytes(), kind
+            self._add(tensor, 1)
         return tensor
 
-    def _count(self, tensor: Tensor, sign: int) -> None:
-        address = _address(tensor)
-        if sign > 0:
-            kind = None if self._kind is None else self._kind(tensor)
-            self._counted[address] = tensor.untyped_storage().nbytes(), kind
-        size, kind = self._counted[address]
+    def _is_new(self, tensor: Tensor) -> bool:
+        """Whether its storage was not seen before; from now on it was."""
+        if _address(tensor) in self._seen:
+            return False
+        self._seen.add(_address(tensor))
+        self._alive.append(tensor.detach())
+        return True
+
+    def _add(self, tensor: Tensor, sign: int) -> None:
+        size, kind = self._counted[_address(tensor)]
         self.bytes += sign * size
         if kind is not None:
             self.bytes_by[kind] += sign * size
@@ -62,26 +65,19 @@ class SavedForBackward:
     def _leave_out_gathered(self, module: nn.Module, *_: Any) -> None:
         """Forward hook of all modules: FSDP gives a running module whole parameters, which autograd may have saved."""
         for tensor in module._parameters.values():
-            if tensor is not None and _address(tensor) not in self._seen:
-                self._seen.add(_address(tensor))
-                self._alive.append(tensor.detach())
-            elif tensor is not None and _address(tensor) in self._counted:
-                self._count(tensor, -1)
+            if tensor is not None and not self._is_new(tensor) and _address(tensor) in self._counted:
+                self._add(tensor, -1)
                 del self._counted[_address(tensor)]
 
     def __enter__(self) -> "SavedForBackward":
+        self._undo.callback(self._alive.clear)
         if any(isinstance(module, FSDPModule) for module in self._model.modules()):
-            self._watch = register_module_forward_hook(self._leave_out_gathered)
-        self._hooks.__enter__()
+            self._undo.enter_context(register_module_forward_hook(self._leave_out_gathered))
+        self._undo.enter_context(saved_tensors_hooks(self._pack, lambda tensor: tensor))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
-        if self._watch is not None:
-            self._watch.remove()
-        self._alive.clear()
+    def __exit__(self, *_: Any) -> None:
+        self._undo.close()
 
 
 def _address(tensor: Tensor) -> int:
