@@ -239,3 +239,19 @@ def test_real_model_learns_real_data(shared: Path, tmp_path: Path) -> None:
     folder = run(shared / "models" / "llama-tiny", data, tmp_path / "models", words)
     losses = read_summary(folder)["validation_loss"]
     assert losses["final"] < losses["base"] - 0.02
+
+
+@pytest.mark.parametrize("adapters", ["", "--lora"])
+def test_a_chunked_loss_needs_no_selection(
+    adapters: str, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path
+) -> None:
+    """Ordinary training, with the same result and without the logits of all tokens among what is saved."""
+    words = f"{adapters} --num_epochs 1 --gradient_checkpointing"
+    saved, weights = [], []
+    for chunks in ("off", "on"):
+        folder = run(tiny_llama_dir, alpaca_file, tmp_path / chunks, f"{words} --chunked_loss {chunks}")
+        saved.append(read_summary(folder)["saved_for_backward_bytes"])
+        weights.append(load_file(folder / ("adapter_model.safetensors" if adapters else "model.safetensors")))
+    assert saved[1] < saved[0]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from tokentune.api import apply_tokentune
 from tokentune.core.compat.fsdp import made_whole
 from tokentune.core.layers import inner_model
+from tokentune.core.loss import take_loss_in_chunks
 from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError, UserError
@@ -30,6 +31,7 @@ from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
 from tokentune.settings.low_rank import check_projected_layers
 from tokentune.sources import loading_error
+from tokentune.verify.verification import verify_chunked_loss
 
 logger = logging.getLogger(__name__)
 _REFERENCE = "--selection_reference_model"
@@ -175,6 +177,14 @@ def adapt_and_patch(
         )
     if arguments.selection.tokentune:
         make_selective(model, arguments, reference)
+    elif arguments.memory.chunked_loss == "on":
+        core = inner_model(model)
+        try:
+            if not arguments.selection.skip_verification:
+                verify_chunked_loss(core)
+        except UnsupportedModelError as error:
+            raise UserError(f"--chunked_loss on: {error}") from error
+        take_loss_in_chunks(core)
     if arguments.memory.gradient_checkpointing:
         enable_checkpointing(model)
     return model

@@ -49,7 +49,7 @@ class Arguments:
             "of adapters have already: leave --lora and --qlora out, or take another --optim",
         )
         if not self.selection.tokentune:
-            log_without_effect(self.memory, ("checkpoint_rest", "offload_kv", "chunked_loss"), "--tokentune")
+            log_without_effect(self.memory, ("checkpoint_rest", "offload_kv"), "--tokentune")
 
     def settings(self) -> dict[str, Any]:
         """Every flag's name and value, in one level."""

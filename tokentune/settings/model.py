@@ -193,8 +193,8 @@ class MemoryArguments:
     offload_kv: bool = flag(False, "keep that in the CPU's memory, copied beside the GPU's work")
     chunked_loss: Literal["auto", "on", "off"] = flag(
         "auto",
-        "take --tokentune's loss a chunk of rows at a time, so that the logits of a large vocabulary are never there "
-        "as a whole; auto: where it costs no time (adapters) or with --gradient_checkpointing",
+        "take the loss a chunk of rows at a time, so that the logits of a large vocabulary are never there as a whole; "
+        "auto: with --tokentune, where it costs no time (adapters) or with --gradient_checkpointing",
     )
     report_memory: bool = flag(
         False, "after the run, say what its memory held and what would help most (also in memory_report.json)"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tokentune import apply_tokentune, remove_tokentune
+from tokentune.core.loss import take_loss_in_chunks
 from tokentune.models.adapters import add_adapters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -178,8 +179,11 @@ def switch(model: nn.Module, method: str) -> None:
     inner = inner_model(model)
     remove_tokentune(model)
     inner.activation_checkpointing_disable()
-    if settings.tokentune or settings.chunked:
-        options = {"chunked_loss": True} if settings.chunked else settings.options
-        apply_tokentune(model, verify=False, **options)
+    for remove in model.__dict__.pop("chunks", []):
+        remove()
+    if settings.tokentune:
+        apply_tokentune(model, verify=False, **settings.options)
+    if settings.chunked:
+        model.chunks = take_loss_in_chunks(inner)
     if settings.checkpointing:
         inner.activation_checkpointing_enable()

@@ -29,7 +29,7 @@ class Bench:
         proportions = {variant.proportion for variant in case.variants} - {None}
         mask = torch.ones_like(self.ids)
         self.positions: dict[float | None, Tensor] = {
-            share: select_positions(mask, share) for share in sorted({1.0, *proportions})
+            share: select_positions(mask, share) for share in sorted(proportions)
         }
         targets = target_mask(self.labels, causal=True)
         self.positions[None] = targets.nonzero()[:, 1].view(case.batch, -1)  # the same number in every row
@@ -41,9 +41,8 @@ class Bench:
 
     def forward(self, variant: Variant) -> Tensor:
         """The loss."""
-        method, given = METHODS[variant.method], {}
-        if method.tokentune or method.chunked:
-            given["selected_positions"] = self.positions[1.0 if method.chunked else variant.proportion]
+        selects = METHODS[variant.method].tokentune
+        given = {"selected_positions": self.positions[variant.proportion]} if selects else {}
         with torch.autocast(self.device.split(":")[0], dtype=DTYPES["bfloat16"], enabled=self.case.autocast):
             return self.model(input_ids=self.ids, labels=self.labels, **given).loss
 
