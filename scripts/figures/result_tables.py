@@ -16,8 +16,8 @@ BYTES_IN_GIB = 2**30
 METHOD_NAMES = {
     "full": "plain training",
     "full_chunked": "plain, loss in chunks",
-    "checkpointing": "gradient checkpointing",
-    "checkpointing_chunked": "gradient checkpointing, loss in chunks",
+    "checkpointing": "plain, gradient checkpointing",
+    "checkpointing_chunked": "plain, gradient checkpointing, loss in chunks",
     "tokentune": "**TokenTune, 30 % of the tokens**",
     "tokentune_checkpointing": "**TokenTune, 30 %, checkpointing**",
     "tokentune_segments": "**TokenTune, 30 %, lowest memory**",
@@ -66,32 +66,17 @@ def step_table() -> str:
     return markdown(["trained", "method", "kept for backward", "of plain", "step", "of plain (95 % interval)"], rows)
 
 
-def answers_table() -> str:
-    """Long prompts: the answers' positions selected, beside plain training and checkpointing with a chunked loss."""
-    rows = []
-    for row in step_rows("answers"):
-        shape = f"{row['layers']} layers, {row['key_value_heads']} of {row['heads']}"
-        name = METHOD_NAMES[row["method"]].replace("30 % of the tokens", "the answers").replace("30 %", "the answers")
-        saved = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB"
-        bases = ("full", "checkpointing_chunked")
-        sizes = [f"{row[f'bytes_ratio_to_{base}']:.2f}" for base in bases]
-        rows.append([WEIGHTS[row["train"]], shape, name, saved, *sizes, *(times(row, base) for base in bases)])
-    compared = [f"{what}, of {base}" for what in ("bytes", "time") for base in ("plain", "checkpointing, chunked")]
-    return markdown(["trained", "model", "method", "kept for backward", *compared], rows)
-
-
 def lowest_table() -> str:
-    """24 layers, against gradient checkpointing with the loss in chunks."""
+    """24 layers, against gradient checkpointing."""
     rows = []
     for row in step_rows("lowest"):
         if row["seconds"]:
             heads = f"{row['key_value_heads']} of {row['heads']}"
-            saved = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB"
-            ratio = f"{row['bytes_ratio_to_checkpointing_chunked']:.2f}"
-            time = times(row, "checkpointing_chunked")
+            saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row['bytes_ratio_to_checkpointing']:.2f}"
+            time = times(row, "checkpointing")
             rows.append([WEIGHTS[row["train"]], heads, METHOD_NAMES[row["method"]], saved, ratio, time])
-    header = ["trained", "key-value heads", "method", "kept for backward", "of checkpointing, chunked"]
-    return markdown([*header, "time, of checkpointing, chunked (95 % interval)"], rows)
+    header = ["trained", "key-value heads", "method", "kept for backward", "of checkpointing"]
+    return markdown([*header, "time, of checkpointing (95 % interval)"], rows)
 
 
 def growth_table() -> str:
@@ -275,7 +260,6 @@ def score_of(report: dict, task: str, method: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
-    "answers": answers_table,
     "lowest": lowest_table,
     "growth": growth_table,
     "qlora": qlora_table,
