@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tokentune.errors import UserError
 from tokentune.merge import merge
-from tokentune.models.merging.merge_folder import SUMMARY
+from tokentune.models.merging.merge_result import SUMMARY
 from tokentune.models.pretrained import load_base_model
 
 MLP = ["gate_proj", "down_proj", "up_proj"]

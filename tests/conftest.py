@@ -16,7 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers below 5.23
+    PreTrainedModel.activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+    PreTrainedModel.activation_checkpointing_disable = PreTrainedModel.gradient_checkpointing_disable
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXT = [

@@ -94,11 +94,9 @@ def run_folder_of(arguments: ClassificationArguments) -> Path:
     name = run_folder_name(
         arguments.model.model_name_or_path,
         arguments.data.dataset_name_or_path or HUB_ID,
-        lora=arguments.adapters.lora,
-        qlora=arguments.adapters.qlora,
-        tokentune=arguments.selection.tokentune,
-        prefix_length=arguments.selection.selected,
-        task=arguments.task.name,
+        arguments.adapters,
+        arguments.selection,
+        arguments.task.name,
     )
     if arguments.selection.tokentune and arguments.selection.selection in ("labelled", "supervised"):
         name += f"-{arguments.selection.selection}"  # compared with a random draw of as many tokens, beside it

@@ -6,8 +6,8 @@
 Takes the gradient of a few rows over all tokens, then many draws of the selective one over the same rows, for every
 proportion, strategy and correction that is asked for, and compares them: cosine and error of one draw and of the mean
 over draws, bias, variance, the effective batch size, bytes; by layer and by kind of module. Prints a table, warns where
-the method is known to fail, and writes `diagnosis.json` (schema in `diagnostics/report.py`); `--figure` draws it. The
-flags are those of `finetune.py` that a gradient depends on, and those of `diagnostics/diagnose_arguments.py`. Adapters
+the method is known to fail, and writes `diagnosis.json` (schema in `gradients/report.py`); `--figure` draws it. The
+flags are those of `finetune.py` that a gradient depends on, and those of `settings/diagnose.py`. Adapters
 are as training would begin with them, where half of their factors are zero.
 """
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         full, results, data = compare(arguments, model, patch, tokenizer, rows)
     data |= {"rows": len(rows), "row_numbers": numbers, "micro_batch_size": arguments.diagnosis.micro_batch_size}
     facts = facts_of(model) | {"base_dtype": str(dtype).removeprefix("torch.")}
-    report = build_report(arguments, facts, data, full, results)
+    report = build_report(arguments, model=facts, data=data, full=full, results=results)
 
     output = Path(arguments.diagnosis.output).expanduser()
     write_whole(output, json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -11,10 +11,9 @@ fits, `--find length` the longest sequence. No data set is needed. The real step
 (`memory/sharding.py`).
 """
 
-import copy
+import dataclasses
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,215 +29,160 @@ if __name__ == "__main__":
 from tokentune.cli.arguments import checked
 from tokentune.cli.command import run_command
 from tokentune.cli.start import arguments_of, flags_given
-from tokentune.core.profile import Profile
-from tokentune.errors import UnsupportedModelError, UserError
-from tokentune.memory.estimate_table import Request, Row, fits_card, in_gib, print_table, settings_of
-from tokentune.memory.footprint import Footprint, measure, profile_of
-from tokentune.memory.micro_batch import last_that_fits
-from tokentune.memory.presets import load_subject
-from tokentune.memory.sharding import measure_share
+from tokentune.errors import UserError
+from tokentune.memory.accounting import Footprint
+from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
+from tokentune.memory.footprint import Estimate, estimator
+from tokentune.memory.presets import Subject, load_subject
+from tokentune.memory.probe import last_that_fits
 from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
-from tokentune.settings.finetune import Arguments
+from tokentune.training.checkpoints.saving import write_whole
 
-METHODS = {  # (tokentune, gradient checkpointing)
-    "full": (False, False),
-    "gradient checkpointing": (False, True),
-    "TokenTune": (True, False),
-    "TokenTune + checkpointing": (True, True),
+# The table's rows: the flags that choose each.
+METHODS = {
+    "full": {"tokentune": False, "gradient_checkpointing": False},
+    "gradient checkpointing": {"tokentune": False, "gradient_checkpointing": True},
+    "TokenTune": {"tokentune": True, "gradient_checkpointing": False},
+    "TokenTune + checkpointing": {"tokentune": True, "gradient_checkpointing": True},
 }
-WEIGHTS = {"all weights": (False, False), "LoRA": (True, False), "QLoRA": (True, True)}  # (lora, qlora)
-PROPORTIONS = tuple(step / 100 for step in range(5, 101, 5))
-MOST_SEQUENCES = 4096
-LENGTHS = range(128, 2**20 + 1, 128)  # tokens
+WEIGHTS = {
+    "all weights": {"lora": False, "qlora": False},
+    "LoRA": {"lora": True, "qlora": False},
+    "QLoRA": {"lora": True, "qlora": True},
+}
+TRIED = {  # what --find looks among: the flag or unit, and its ascending values
+    "proportion": ("--prefix_length", tuple(step / 100 for step in range(5, 101, 5))),
+    "batch": ("sequences", range(1, 4097)),
+    "length": ("tokens", range(128, 2**20 + 1, 128)),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
-    request = parse(argv)
-    profile = profile_or_reason(request)
-    report = {"settings": settings_of(request)}
-    if request.find is not None:
-        report["find"] = find(request, profile)
+    arguments, subject = parse(argv)
+    run = estimator_for(arguments, subject)
+    report = {"settings": settings_of(arguments, subject)}
+    if arguments.estimation.find is not None:
+        report["find"] = find(arguments, subject, run)
     else:
         rows = []
-        for row in estimate(request, profile):
+        for row in estimate(arguments, subject, run):
             print(f"{row.weights}, {row.method}: {row.seconds:.1f} s", file=sys.stderr)
             rows.append(row)
-        print_table(rows, request)
+        print_table(rows, arguments, subject)
         report["rows"] = [row.as_dict() for row in rows]
-    if request.json is not None:
-        write_json(report, request.json)
+    if arguments.estimation.json is not None:
+        write_whole(Path(arguments.estimation.json), json.dumps(report, indent=2) + "\n")
 
 
-def parse(argv: Sequence[str] | None) -> Request:
-    """The command's own flags, and `finetune.py`'s, of which only the model is needed."""
+def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
+    """The command's own flags with `finetune.py`'s, of which only the model is needed, and what they are asked of."""
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
     given = flags_given(argv, EstimateArguments)
     arguments = checked(arguments_of(given, EstimateArguments))
-    own = arguments.estimation
     subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
-    batch_given = {"global_batch_size", "gradient_accumulation_steps"} & given.keys()
-    sequences, rest_of_batch = divmod(arguments.optimization.micro_batch_size, own.num_processes)
-    if batch_given and (sequences == 0 or rest_of_batch):
-        raise UserError(
-            f"--global_batch_size {arguments.optimization.global_batch_size}: its micro-batches of "
-            f"{arguments.optimization.micro_batch_size} cannot be shared by --num_processes {own.num_processes}"
-        )
-    sequences = sequences if batch_given else subject.sequences
-    length = arguments.data.max_length if "max_length" in given else subject.length
+    if {"global_batch_size", "gradient_accumulation_steps"} & given.keys():
+        processes, optimization = arguments.estimation.num_processes, arguments.optimization
+        sequences, left_over = divmod(optimization.micro_batch_size, processes)
+        if sequences == 0 or left_over:
+            raise UserError(
+                f"--global_batch_size {optimization.global_batch_size}: its micro-batches of "
+                f"{optimization.micro_batch_size} cannot be shared by --num_processes {processes}"
+            )
+        subject = dataclasses.replace(subject, sequences=sequences)
+    if "max_length" in given:
+        subject = dataclasses.replace(subject, length=arguments.data.max_length)
     if subject.head is not CAUSAL_LM and "lora_target_modules" not in given:
         arguments.adapters.lora_target_modules = ["all-linear"]  # the default's names are those of decoders
     if "prefix_length" not in given:
         arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
-    sharding = None if own.num_processes == 1 else own.sharding or "ddp"
-    shape, shared = (sequences, length), (own.num_processes, sharding)
-    return Request(arguments, subject, shape, own.device, own.only, own.find, own.memory, own.json, *shared)
+    return arguments, subject
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
-def profile_or_reason(request: Request) -> Profile | str:
-    """How TokenTune serves the model, or why it cannot."""
-    if request.only and not request.arguments.selection.tokentune:
-        return "not asked for"
-    try:
-        model = request.arguments.model
-        return profile_of(
-            request.subject.config,
-            request.subject.head,
-            model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-        )
-    except UnsupportedModelError as error:
-        return f"TokenTune cannot serve this model exactly: {error}"
+def estimator_for(arguments: EstimateArguments, subject: Subject) -> Estimate:
+    """What runs the steps of this command."""
+    own = arguments.estimation
+    sharing = {"processes": own.num_processes, "engine": own.sharding}
+    return estimator(subject.config, own.device, subject.head, **sharing)
 
 
-def estimate(request: Request, profile: Profile | str) -> Iterator[Row]:
-    """The table's rows, one by one: the mode that the flags choose first."""
-    arguments = request.arguments
-    chosen_method = arguments.selection.tokentune, arguments.memory.gradient_checkpointing
-    chosen_weights = arguments.adapters.lora, arguments.adapters.qlora
-    modes = [
-        ((method, weights), (chosen_method, chosen_weights) == (METHODS[method], WEIGHTS[weights]))
-        for weights in WEIGHTS
-        for method in METHODS
-    ]
-    for (method, weights), chosen in modes:
-        if chosen or not request.only:
-            yield _row(request, method, weights, chosen, profile)
+def estimate(arguments: EstimateArguments, subject: Subject, run: Estimate) -> Iterator[Row]:
+    """The table's rows, one by one."""
+    for weights in WEIGHTS:
+        for method in METHODS:
+            changed = with_mode(arguments, method, weights)
+            chosen = changed == arguments
+            if arguments.estimation.only and not chosen:
+                continue
+            started = time.perf_counter()
+            footprint, reason = None, None
+            try:
+                footprint = run(changed, (subject.sequences, subject.length))
+            except UserError as error:
+                reason = str(error)
+            yield Row(method, weights, chosen, footprint, reason, time.perf_counter() - started)
 
 
-def _row(request: Request, method: str, weights: str, chosen: bool, profile: Profile | str) -> Row:
-    started = time.perf_counter()
-    footprint, reason = None, None
-    try:
-        footprint = footprint_of(request, with_mode(request.arguments, method, weights), request.shape, profile)
-    except (UserError, UnsupportedModelError) as error:
-        reason = str(error)
-    return Row(method, weights, chosen, footprint, reason, time.perf_counter() - started)
-
-
-def footprint_of(request: Request, arguments: Arguments, shape: tuple[int, int], profile: Profile | str) -> Footprint:
-    """`measure`, for the request's model.
-
-    Raises:
-        UserError: what cannot be run, with the reason.
-    """
-    if arguments.selection.tokentune and isinstance(profile, str):
-        raise UserError(profile)
-    subject = request.subject
-    options = {"device": request.device, "head": subject.head}
-    options["profile"] = None if isinstance(profile, str) else profile
-    if request.sharding is not None:
-        options |= {"processes": request.processes, "sharding": request.sharding}
-    try:
-        return (measure if request.sharding is None else measure_share)(subject.config, arguments, shape, **options)
-    # Code that reads what fake tensors do not have, or asks a GPU that is not there (torch without CUDA: an assertion).
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot be run without data: {type(error).__name__}: {lines[0]}") from error
-
-
-def with_mode(arguments: Arguments, method: str, weights: str) -> Arguments:
+def with_mode(arguments: EstimateArguments, method: str, weights: str) -> EstimateArguments:
     """The same flags, but for those that choose the table's row."""
-    changed = copy.deepcopy(arguments)
-    changed.selection.tokentune, changed.memory.gradient_checkpointing = METHODS[method]
-    changed.adapters.lora, changed.adapters.qlora = WEIGHTS[weights]
-    return changed
+    return arguments.changed(**METHODS[method], **WEIGHTS[weights])
 
 
 # --- the largest that fits --------------------------------------------------------------------------------------------
 
 
-def find(request: Request, profile: Profile | str) -> dict[str, Any]:
-    """The largest proportion of selected tokens, or micro-batch, that fits the card, in the mode that the flags choose.
+def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[str, Any]:
+    """The largest proportion of selected tokens, batch or length that fits the card, in the mode that the flags choose.
 
     Raises:
         UserError: not even the smallest fits, or a mode that this cannot be asked of.
     """
-    arguments = request.arguments
-    rows, length = request.shape
-    if request.find == "proportion":
-        if not arguments.selection.tokentune:
-            raise UserError("--find proportion is about selected tokens: add --tokentune")
-        steps, unit = PROPORTIONS, "--prefix_length"
+    asked, memory_gb = arguments.estimation.find, arguments.estimation.memory
+    sequences, length = subject.sequences, subject.length
+    if asked == "proportion" and not arguments.selection.tokentune:
+        raise UserError("--find proportion is about selected tokens: add --tokentune")
+    unit, values = TRIED[asked]
 
-        def run(proportion: float) -> Footprint:
-            changed = copy.deepcopy(arguments)
-            changed.selection.selected, changed.selection.prefix_length = proportion, str(proportion)
-            return footprint_of(request, changed, (rows, length), profile)
-    elif request.find == "length":
-        steps, unit = LENGTHS, "tokens"
+    def step(value: Any) -> Footprint:
+        if asked == "proportion":
+            return run(arguments.changed(selected=value, prefix_length=str(value)), (sequences, length))
+        return run(arguments, (value, length) if asked == "batch" else (sequences, value))
 
-        def run(tokens: int) -> Footprint:
-            return footprint_of(request, arguments, (rows, tokens), profile)
-    else:
-        steps, unit = range(1, MOST_SEQUENCES + 1), "sequences"
-
-        def run(sequences: int) -> Footprint:
-            return footprint_of(request, arguments, (sequences, length), profile)
-
-    best, footprint, tried = largest(steps, run, request.memory_gb)
+    best, footprint, tried = largest(values, step, memory_gb)
     if best is None:
         raise UserError(
-            f"--memory {request.memory_gb:g}: not even {unit} {steps[0]} fits, whose peak is "
+            f"--memory {memory_gb:g}: not even {unit} {values[0]} fits, whose peak is "
             f"{in_gib(footprint.peak)} GiB. Try --gradient_checkpointing, --lora, --qlora, or a shorter --max_length."
         )
     name = {
         "proportion": f"--prefix_length {best}",
         "batch": f"{best} sequences of {length} tokens",
-        "length": f"{rows} x {best} tokens",
-    }[request.find]
-    positions = getattr(request.subject.config.get_text_config(), "max_position_embeddings", None)
-    if request.find == "length" and positions is not None and best > positions:
+        "length": f"{sequences} x {best} tokens",
+    }[asked]
+    positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
+    if asked == "length" and positions is not None and best > positions:
         print(f"the model was made for at most {positions} positions")
-    bound = " (the most that was tried)" if best == steps[-1] else ""
-    print(f"largest {request.find} for {request.memory_gb:g} GB: {name}{bound}, peak {in_gib(footprint.peak)} GiB")
-    return {request.find: best, "memory_gb": request.memory_gb, "bytes": footprint.as_dict(), "steps_run": tried}
+    bound = " (the most that was tried)" if best == values[-1] else ""
+    print(f"largest {asked} for {memory_gb:g} GB: {name}{bound}, peak {in_gib(footprint.peak)} GiB")
+    return {asked: best, "memory_gb": memory_gb, "bytes": footprint.as_dict(), "steps_run": tried}
 
 
 def largest(
-    values: Sequence[Any], run: Callable[[Any], Footprint], memory_gb: float
+    values: Sequence[Any], step: Callable[[Any], Footprint], memory_gb: float
 ) -> tuple[Any | None, Footprint, int]:
     """The last of ascending `values` whose step fits (None: not even the first), its footprint, and the steps run."""
     seen: dict[Any, Footprint] = {}
 
     def whether_fits(value: Any) -> bool:
-        seen[value] = run(value)
+        seen[value] = step(value)
         return fits_card(seen[value].peak, memory_gb)
 
     best = last_that_fits(values, whether_fits)
     return best, seen[values[0] if best is None else best], len(seen)
-
-
-def write_json(report: dict[str, Any], path: str) -> None:
-    """Writes it whole or not at all."""
-    target = Path(path)
-    unfinished = target.with_suffix(target.suffix + ".tmp")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, target)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,8 @@ from tokentune.data.packing_check import check_separation
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.streaming_rows import seeded_rows
 from tokentune.environment import library_versions
-from tokentune.memory.dry_run import build_without_folder, say_plan
-from tokentune.memory.micro_batch import choose_micro_batch
-from tokentune.memory.probe import probe_memory
+from tokentune.memory.dry_run import say_plan
+from tokentune.memory.probe import choose_micro_batch, probe_memory
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
@@ -50,7 +49,7 @@ from tokentune.reports.summary import build_summary, draw_curves, warn_without_g
 from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
-from tokentune.training.checkpoints.run_folder import check_run_folder, removed_if_empty, run_folder_name
+from tokentune.training.checkpoints.run_folder import check_run_folder, run_folder_name
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.distributed.interruptions import interruptible
@@ -80,7 +79,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     started = time.perf_counter()
     # Whatever can be refused is refused here: nothing has been written, no weight read.
     check_push(arguments.run.push_to_hub, run_folder)
-    start = what_to_resume(arguments, run_folder)
+    start = what_to_resume(arguments.settings(), run_folder)
     overwrite = arguments.output.overwrite_output_dir
     if arguments.run.preview is None:
         check_run_folder(run_folder, overwrite=overwrite, resuming=start.in_place, can_resume=True)
@@ -108,15 +107,12 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     rows = seeded_rows(data.train, arguments.optimization.seed)
     if arguments.data.packing:
         rows = pack(rows, arguments.data.max_length)
-    if arguments.run.dry_run:
-        trainer = build_without_folder(
-            lambda: build_trainer(model, settings, rows, data.validation, tokenizer, arguments), settings
-        )
-        reports = {"train": data.train_report, "validation": data.validation_report}
-        say_plan(trainer, data.table, reports, arguments, config, run_folder)
-        return
-    with unsupported_models_refused(), removed_if_empty(run_folder):
+    with unsupported_models_refused():
         trainer = build_trainer(model, settings, rows, data.validation, tokenizer, arguments)
+        if arguments.run.dry_run:
+            reports = {"train": data.train_report, "validation": data.validation_report}
+            say_plan(trainer, data.table, reports, arguments, config, run_folder)
+            return
         if arguments.run.auto_micro_batch:
             choose_micro_batch(trainer, arguments, config, start.checkpoint)
         probe_memory(trainer, arguments, config)
@@ -147,10 +143,8 @@ def run_folder_of(arguments: Arguments) -> Path:
     name = run_folder_name(
         arguments.model.model_name_or_path,
         arguments.data.dataset_name_or_path,
-        lora=arguments.adapters.lora,
-        qlora=arguments.adapters.qlora,
-        tokentune=arguments.selection.tokentune,
-        prefix_length=arguments.selection.schedule or arguments.selection.selected,
+        arguments.adapters,
+        arguments.selection,
     )
     return Path(arguments.output.model_save_path).expanduser() / name
 

@@ -50,36 +50,21 @@ from tokentune.errors import UserError
 from tokentune.models.merging.folding import (
     BaseKind,
     Plan,
-    Trust,
-    dequantize,
-    fold_and_save,
-    folded_logits,
-    load_16bit,
+    fold_all,
     out_of_memory_refused,
     plan_fold,
-    release_memory,
-    trained_logits,
-)
-from tokentune.models.merging.logit_difference import LogitDifference, logit_difference, probe_logits
-from tokentune.models.merging.merge_folder import (
-    OUTPUT_FLAG,
-    SUMMARY,
-    check_output_folder,
-    replacing_folder,
     write_errors_refused,
 )
-from tokentune.models.merging.merge_report import QLORA_FLAG, merge_summary, report
-from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, check_recorded_base, read_adapter
-from tokentune.models.merging.trained_head import head_of, with_outputs
-from tokentune.models.merging.vocabulary import check_tokenizer, highest_token
-from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config, load_tokenizer
+from tokentune.models.merging.logit_difference import logit_difference
+from tokentune.models.merging.merge_result import SUMMARY, check_output_folder, merge_summary, replacing_folder, report
+from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, OUTPUT_FLAG, QLORA_FLAG, Adapter
+from tokentune.models.pretrained import load_base_model, load_tokenizer
 from tokentune.models.tasks import IMAGE
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import model_name, write_merged_card
+from tokentune.settings.flags import require
 from tokentune.settings.merge import MergeArguments
-from tokentune.sources import check_model_folder
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # Relative to the logits' standard deviation. A float32 fold is exact up to rounding (measured: 5e-6): more is a defect.
 LARGEST_FLOAT32_DIFFERENCE = 1e-3
@@ -123,19 +108,21 @@ def merge(
     output = Path(output_dir)
     check_push(push_to_hub, output)
     check_shard_size(max_shard_size)
-    trust = Trust(trust_remote_code, allow_pickle)
-    plan, processing = _prepare(base_model_name_or_path, peft_model_path, output, device, dtype, trust)
+    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    plan = plan_fold(base_model_name_or_path, peft_model_path, dtype=dtype, device=device, trust=trust)
+    check_output_folder(output, [base_model_name_or_path, peft_model_path])
+    processing = _processing(plan)
     kinds, recorded = _kinds(plan.adapter, qlora_base)
     earlier_card = own_card(output)
 
     with replacing_folder(output) as partial, out_of_memory_refused(device, plan.place):
-        trained, others, reference = _fold_all(plan, kinds, partial, max_shard_size)
+        reference, trained, others = fold_all(plan, kinds, partial, max_shard_size=max_shard_size)
         with write_errors_refused():
             processing.save_pretrained(partial)
         options = {"dtype": plan.dtype, "quantize_4bit": False, "trust_remote_code": trust_remote_code}
         merged = load_base_model(str(partial), flag=OUTPUT_FLAG, head=plan.head, **options).to(plan.place)
-        same = logit_difference(reference.in_dtype, probe_logits(merged, in_float32=False, head=plan.head))
-        in_float32 = probe_logits(merged, in_float32=True, head=plan.head)
+        same = logit_difference(reference.in_dtype, plan.logits(merged, in_float32=False))
+        in_float32 = plan.logits(merged, in_float32=True)
         exact = logit_difference(reference.in_float32, in_float32)
         if plan.dtype is torch.float32 and not exact.relative <= LARGEST_FLOAT32_DIFFERENCE:
             raise RuntimeError(f"the merged model's logits differ from base + adapter by {exact}; nothing was written")
@@ -149,7 +136,7 @@ def merge(
             }
         with write_errors_refused():
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            write_merged_card(summary, plan.adapter.record.summary, partial, name=model_name(output), own=earlier_card)
+            write_merged_card(summary, plan.adapter.summary, partial, name=model_name(output), own=earlier_card)
 
     report(summary, same, exact)
     print(f"saved {output}")
@@ -164,29 +151,8 @@ def check_shard_size(size: str) -> None:
         raise UserError(f"--max_shard_size {size}: give a number with its unit, such as 5GB or 500MB.")
 
 
-def _prepare(
-    base: str, adapter_folder: str, output: Path, device: str, dtype: str | None, trust: Trust
-) -> tuple[Plan, Any]:
-    """Reads and checks everything but the base's weights.
-
-    Returns:
-        The plan, and the tokenizer or image processor: the adapter's own where it has one, else the base's.
-    """
-    check_model_folder(base, BASE_FLAG)
-    adapter = read_adapter(Path(adapter_folder))
-    head = head_of(adapter)
-    config = load_config(base, flag=BASE_FLAG, head=head, trust_remote_code=trust.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
-    check_recorded_base(adapter.config.base_model_name_or_path, base, config)
-    check_output_folder(output, [base, adapter_folder])
-    held = checkpoint_dtype(config) if dtype in (None, "auto") else DTYPES[dtype]
-    config = with_outputs(config, adapter, head)
-    plan = plan_fold(base, config, head, adapter, dtype=held, device=device, trust=trust)
-    return plan, _processing(plan)
-
-
 def _processing(plan: Plan) -> Any:
+    """The merged model's tokenizer or image processor: the adapter's own where it has one, else the base's."""
     folder = plan.adapter.folder
     if plan.head is IMAGE:
         from tokentune.data.labelled.images import load_image_processor  # its packages take a second to import
@@ -195,11 +161,17 @@ def _processing(plan: Plan) -> Any:
         return load_image_processor(str(folder) if own else plan.base, plan.config, from_scratch=False)
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     source, flag = (str(folder), ADAPTER_FLAG) if own else (plan.base, BASE_FLAG)
-    trusted = {"trust_remote_code": plan.trust.trust_remote_code}
+    trusted = {"trust_remote_code": plan.trust["trust_remote_code"]}
     tokenizer = load_tokenizer(source, flag=flag, **trusted)
-    if own and highest_token(tokenizer) >= plan.rows:
-        base_tokenizer = load_tokenizer(plan.base, flag=BASE_FLAG, **trusted)
-        check_tokenizer(tokenizer, base_tokenizer, plan.rows, f"{ADAPTER_FLAG} {folder}")
+    # a base whose own tokenizer gives ids without a row is as it was published
+    if own and (highest := max(tokenizer.get_vocab().values())) >= plan.rows:
+        of_base = load_tokenizer(plan.base, flag=BASE_FLAG, **trusted)
+        require(
+            max(of_base.get_vocab().values()) >= highest,
+            f"{ADAPTER_FLAG} {folder}: its tokenizer has {highest + 1} tokens, but {BASE_FLAG} has embeddings for "
+            f"{plan.rows}, and the adapter's file holds none for the others.\nGive the resized base that it was "
+            "trained on.",
+        )
     text = plan.config.get_text_config()
     if plan.head.is_new and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks for the last token in front of padding
@@ -212,7 +184,7 @@ def _kinds(adapter: Adapter, flag: str) -> tuple[list[BaseKind], bool | None]:
     Raises:
         UserError: the flag asks for a base that the adapter was not trained on.
     """
-    known, start = adapter.record.qlora, adapter.start_in_base
+    known, start = adapter.qlora, adapter.start_in_base
     if start is not None and (known or flag != "auto"):
         raise UserError(
             f"{QLORA_FLAG} {flag}: the start of {adapter.folder} ({start}) changed the base's weights, which is found "
@@ -240,33 +212,6 @@ def _kinds(adapter: Adapter, flag: str) -> tuple[list[BaseKind], bool | None]:
         return ["16bit"], known
     chosen: BaseKind = "dequantized" if flag == "dequantized" else "16bit"
     return [chosen, *(kind for kind in get_args(BaseKind) if kind != chosen)], known
-
-
-def _fold_all(
-    plan: Plan, kinds: Sequence[BaseKind], partial: Path, max_shard_size: str
-) -> tuple[Any, dict[BaseKind, LogitDifference], Any]:
-    """Folds the adapter into each kind of base, one after another; the first of `kinds` is saved into `partial`.
-
-    Returns:
-        Logits of the 4-bit base + adapter (None for one kind), the differences of the kinds that are not saved from
-        them, and the logits of base + adapter of the one that is.
-    """
-    trained, others, reference = None, {}, None
-    if len(kinds) > 1:
-        trained, base = trained_logits(plan)
-        base = dequantize(base, plan.dtype)
-        if kinds[0] == "dequantized":
-            reference = fold_and_save(plan, base, partial, max_shard_size=max_shard_size)
-        else:
-            others["dequantized"] = logit_difference(trained, folded_logits(plan, base))
-        del base  # never two copies of the model
-        release_memory()
-    if kinds[0] == "16bit":
-        reference = fold_and_save(plan, load_16bit(plan), partial, max_shard_size=max_shard_size)
-    else:
-        others["16bit"] = logit_difference(trained, folded_logits(plan, load_16bit(plan)))
-    release_memory()
-    return trained, others, reference
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tokentune import estimate
+from tokentune.training.checkpoints.saving import write_whole
 
 MODELS = ("llama-3-8b", "llama-3-70b")
 PROCESSES = (1, 8, 64)
@@ -40,21 +41,20 @@ def main() -> None:
         for processes in PROCESSES:
             rows += missing_rows(model, processes, rows)
             report = {"schema_version": 1, "torch": torch.__version__, "rows": rows}
-            estimate.write_json(report, str(options.output))
+            write_whole(options.output, json.dumps(report, indent=2) + "\n")
     print(f"written: {options.output}")
 
 
 def missing_rows(model: str, processes: int, known: list[dict]) -> list[dict]:
     """The rows of one model on so many GPUs that are not known yet."""
     words = f"--model_name_or_path {model} --bf16 --max_length 2048 --prefix_length 0.3 --report_to none"
-    request = estimate.parse([*words.split(), *(sharding(processes))])
+    given, subject = estimate.parse([*words.split(), *(sharding(processes))])
+    run = estimate.estimator_for(given, subject)
     done = {(row["model"], row["processes"], row["weights"], row["method"]) for row in known}
     left = [pair for pair in ROWS if (model, processes, *pair) not in done]
-    profile = estimate.profile_or_reason(request) if left else None
     rows = []
     for weights, method in left:
-        arguments = estimate.with_mode(request.arguments, method, weights)
-        footprint = estimate.footprint_of(request, arguments, request.shape, profile)
+        footprint = run(estimate.with_mode(given, method, weights), (subject.sequences, subject.length))
         row = {"model": model, "processes": processes, "weights": weights, "method": method}
         rows.append(row | {"bytes": footprint.as_dict()})
         print(rows[-1]["model"], processes, weights, method, f"{footprint.peak / 2**30:.1f} GiB", flush=True)

@@ -138,7 +138,7 @@ def test_a_strategy_of_ones_own_is_found(tmp_path: Path) -> None:
         "    return tokens.input_ids + tokens.uniform\n"
     )
     selection = parse_arguments([*REQUIRED, "--tokentune", "--selection", f"{file}:rare"]).selection
-    assert not selection.looks and not selection.scored
+    assert not selection.scoring_pass and not selection.scored
     file.write_text("def rare(tokens):\n    return tokens.uniform[0]\n")
     (tmp_path / "worse.py").write_text(file.read_text())
     with pytest.raises(UserError, match=r"^--selection /.*worse.py:rare: must return priorities of its tokens"):
@@ -146,7 +146,7 @@ def test_a_strategy_of_ones_own_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "looks"),
+    ("words", "scoring_pass"),
     [
         ("", False),
         ("--tokentune", False),
@@ -155,8 +155,8 @@ def test_a_strategy_of_ones_own_is_found(tmp_path: Path) -> None:
         ("--selection loss", False),
     ],
 )
-def test_who_looks_first(words: str, looks: bool) -> None:
-    assert parse_arguments([*REQUIRED, *words.split()]).selection.looks is looks
+def test_what_a_scoring_pass_comes_before(words: str, scoring_pass: bool) -> None:
+    assert parse_arguments([*REQUIRED, *words.split()]).selection.scoring_pass is scoring_pass
 
 
 def test_qlora_implies_adapters() -> None:

@@ -194,11 +194,12 @@ def test_paths_are_relative_to_the_current_folder(config, tmp_path: Path, monkey
 def test_estimate_reads_it(config, capsys: pytest.CaptureFixture) -> None:
     text = "max_length: 64\nglobal_batch_size: 6\ngradient_accumulation_steps: 3\nfp16: true\nlora: true\n"
     text += "prefix_length: 0.5\ntokentune: true\n"
-    request = estimate.parse(["--config", config(text, required="model_name_or_path: bert-base\n"), "--only"])
-    assert request.shape == (2, 64) and request.arguments.model.fp16
-    assert request.arguments.selection.selected == 0.5
-    overridden = estimate.parse(["--config", config(text), "--model_name_or_path", "bert-base", "--max_length", "32"])
-    assert overridden.shape == (2, 32)
+    words = ["--config", config(text, required="model_name_or_path: bert-base\n"), "--only"]
+    arguments, subject = estimate.parse(words)
+    assert (subject.sequences, subject.length) == (2, 64) and arguments.model.fp16
+    assert arguments.selection.selected == 0.5
+    _, subject = estimate.parse(["--config", config(text), "--model_name_or_path", "bert-base", "--max_length", "32"])
+    assert (subject.sequences, subject.length) == (2, 32)
 
 
 # ---- the file that a run leaves --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_bert_config, tiny_llama_config
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +23,10 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
 from tokentune.memory import estimate_table
-from tokentune.memory.accounting import LiveBytes, quantization_constants
+from tokentune.memory.accounting import FRAGMENTATION, Footprint, LiveBytes, states_of, weights_of
 from tokentune.memory.fake_device import fake_device, run_backward, to_fake
-from tokentune.memory.footprint import Footprint, measure
+from tokentune.memory.footprint import measure
+from tokentune.memory.presets import load_subject
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.tasks import TEXT
 from tokentune.settings.finetune import Arguments
@@ -71,7 +72,7 @@ def measured(arguments: Arguments) -> Footprint:
         count = round(arguments.selection.selected * TOKENS)
         batch["selected_positions"] = torch.rand(SEQUENCES, TOKENS).argsort(1)[:, :count].sort(1).values
     with LiveBytes("cpu") as live:
-        live.claim("weights", (*model.parameters(), *model.buffers(), *quantization_constants(model)))
+        live.claim("weights", weights_of(model))
         live.claim("optimizer", states_of(optimizer))
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.model.bf16), SavedForBackward(model) as saved:
             loss = model(**batch).loss
@@ -79,9 +80,8 @@ def measured(arguments: Arguments) -> Footprint:
         gradients = sum(parameter.grad.nbytes for parameter in trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-    weights = [*model.parameters(), *model.buffers(), *quantization_constants(model)]
     return Footprint(
-        weights=sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in weights}.values()),
+        weights=sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in weights_of(model)}.values()),
         gradients=gradients,
         optimizer=sum(tensor.nbytes for tensor in states_of(optimizer)),
         activations=saved.bytes,
@@ -89,10 +89,6 @@ def measured(arguments: Arguments) -> Footprint:
         peak_phase=live.peak_phase,
         at_peak=live.at_peak(),
     )
-
-
-def states_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -294,7 +290,7 @@ def test_largest_asks_few_times() -> None:
 
     best, footprint, count = estimate.largest(range(1, 1001), step, 100.0)
     reserve = 100e9 - estimate_table.RESERVE_BYTES
-    assert best == int(reserve / 1e9 / (1 + estimate_table.FRAGMENTATION)) == footprint.peak // 10**9
+    assert best == int(reserve / 1e9 / (1 + FRAGMENTATION)) == footprint.peak // 10**9
     assert count == len(asked) < 16
     assert estimate.largest(range(200, 300), step, 100.0)[0] is None
     assert estimate.largest(range(1, 50), step, 100.0)[0] == 49
@@ -333,7 +329,7 @@ def test_every_preset_is_a_model() -> None:
         "qwen3-8b": 8191, "mistral-7b": 7242, "llama-2-70b": 68977, "llama-3-70b": 70554,
         "bert-base": 109, "bert-large": 335,
     }.items():  # fmt: skip
-        subject = estimate.load_subject(name)
+        subject = load_subject(name)
         with torch.device("meta"):
             model = subject.head.auto_class.from_config(subject.config)
         assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.005)

@@ -18,7 +18,7 @@ from tokentune import merge as merge_module
 from tokentune.cli.command import run_command
 from tokentune.errors import UserError
 from tokentune.merge import main, merge
-from tokentune.models.merging.merge_folder import SUMMARY, replacing_folder
+from tokentune.models.merging.merge_result import SUMMARY, replacing_folder
 from tokentune.models.merging.trained_adapter import attach_adapter, read_adapter
 from tokentune.models.pretrained import load_base_model
 

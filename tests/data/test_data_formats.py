@@ -193,6 +193,42 @@ def test_a_later_row_that_fits_another_format_too(tmp_path: Path) -> None:
 
 # ---- messages as JSON text -------------------------------------------------------------------------------------------
 
+TAKEN_AS_TEXT = "the column {!r} holds a list of messages written out as text"
+
+
+@pytest.mark.parametrize("written", [json.dumps, str])
+@pytest.mark.parametrize("messages", [CHAT, SHAREGPT])
+@pytest.mark.parametrize("column", ["instruction", "input", "output", "text"])
+def test_messages_that_are_taken_as_text_are_told(
+    column: str, messages: list, written: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = {"text": "a"} if column == "text" else {"instruction": "a", "input": "b", "output": "c"}
+    name = write(tmp_path / "a.jsonl", [plain, plain | {column: written(messages)}])
+    with caplog.at_level(logging.WARNING):
+        data = load(name, tokenizer=TOKENIZER)
+    assert f"{name}, row 2: {TAKEN_AS_TEXT.format(column)}" in caplog.text and "column 'messages'" in caplog.text
+    assert written(messages) in TOKENIZER.decode(data.train[1]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"role": "CEO", "name": "Ann"}]',
+        '[{"role": "user", "rights": ["read"]}]',
+        '[{"from": "Rome", "value": 3}, {"from": "human", "value": 4}]',
+        '[{"role": "user", "content": "a"}, {"id": 5}]',
+        '{"role": "user", "content": "a"}',
+        '[{"role": "user", "content": "a"}',
+        'As JSON: [{"role": "user", "content": "a"}]',
+        "[]",
+    ],
+)
+def test_answers_in_json_are_texts(answer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        data = load(write(tmp_path / "a.jsonl", [{"instruction": "a", "output": answer}]), tokenizer=TOKENIZER)
+    assert "written out" not in caplog.text
+    assert TOKENIZER.decode(data.train[0]["input_ids"]).endswith(answer)
+
 
 @pytest.mark.parametrize(
     "row",
@@ -251,7 +287,7 @@ def test_rows_of_a_stream_are_of_the_first_one_s_form(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 'history', which the prompt template has no place for"):
         list(zip(range(5), stream(name), strict=False))
     other = stream(write(tmp_path / "b.jsonl", [turn | {"history": [["c", "d"]]}, turn]))
-    assert other.sources[0].data_format == "alpaca_chat"
+    assert other.sources[0].encoder.data_format is FORMATS["alpaca_chat"]
 
 
 def test_no_format_reads_what_it_ignores() -> None:

@@ -30,7 +30,7 @@ def put(folder: Path, *names: str) -> Path:
 
 
 def found(folder: Path, role: str = "train", **asked: str) -> list[str]:
-    return [str(f.relative_to(folder)) for f in find_files(folder, FLAG, role=role, **asked).files]
+    return [str(f.relative_to(folder)) for f in find_files(folder, FLAG, role=role, **asked)]
 
 
 def refused(folder: Path, role: str = "train", **asked: str) -> str:

@@ -14,8 +14,7 @@ from transformers import AutoTokenizer
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats import json_files, records
 from tokentune.data.formats.data_formats import Answer
-from tokentune.data.instruction_data import InstructionData, load_instruction_data
-from tokentune.data.mixing import mixture_counts, mixture_rows
+from tokentune.data.instruction_data import InstructionData, load_instruction_data, mixture_counts, mixture_rows
 from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tokentune.data.record_encoding import held_out
 from tokentune.errors import UserError

@@ -12,9 +12,11 @@ import psutil
 import pytest
 import torch
 from chat_tokenizers import CHATML, chat_tokenizer, without_marks
+from test_instruction_data import PLAIN
 
+from tokentune.data.encoding import Notes
 from tokentune.data.formats.conversations import openai_conversation
-from tokentune.data.formats.data_formats import Answer
+from tokentune.data.formats.data_formats import FORMATS, Answer
 from tokentune.data.formats.record_files import chunks
 from tokentune.data.record_encoding import (
     CHUNKS_HERE,
@@ -24,6 +26,11 @@ from tokentune.data.record_encoding import (
     worker_count,
 )
 from tokentune.errors import UserError
+from tokentune.settings.data import DataArguments
+
+
+def encoder(template: str, **options: bool) -> RecordEncoder:
+    return RecordEncoder(chat_tokenizer(template), FORMATS["text"], PLAIN, DataArguments(["data"], **options))
 
 
 def items() -> list:
@@ -37,29 +44,25 @@ def items() -> list:
 
 
 def test_a_batch_is_its_rows() -> None:
-    encode = RecordEncoder(chat_tokenizer(without_marks(CHATML)), add_eos_token=True)
-    assert encode.batch(items()) == [encode(item, where) for item, where in items()]
+    encode = encoder(without_marks(CHATML), add_eos_token=True).encode
+    assert encode(items(), Notes()) == [row for item in items() for row in encode([item], Notes())]
 
 
 def test_a_bad_row_of_a_batch_is_told_at_its_place() -> None:
     template = "{% if messages[0].content == 'q4' %}{{ raise_exception('not this') }}{% endif %}" + CHATML
-    encode = RecordEncoder(chat_tokenizer(template), add_eos_token=False)
-    rows = encode.batch(items())
+    rows = encoder(template).encode(items(), Notes())
     assert [n for n, row in enumerate(rows) if isinstance(row, UserError)] == [4]
     assert str(rows[4]) == "row 4: the chat template, line 1, does not take this conversation: not this"
-    with pytest.raises(UserError, match="row 4: "):
-        encode(*items()[4])
 
 
 def test_notes_are_taken_once() -> None:
     template = "{% for m in messages if m.role != 'tool' %}{{ m.role + ':' + m.content + '<|end|>' }}{% endfor %}"
-    encode = RecordEncoder(chat_tokenizer(template), add_eos_token=False)
-    assert encode.take_notes().found == {}
+    encode, notes = encoder(template).encode, [Notes(), Notes()]
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "tool", "content": "r"}]
-    encode.batch([(openai_conversation(chat, None, "row 5"), "row 5")] * 3)
-    ((_, (_, where, times)),) = encode.take_notes().found.items()
-    assert (where, times) == ("row 5, message 3", 3)
-    assert encode.take_notes().found == {}
+    for found in notes:
+        encode([(openai_conversation(chat, None, "row 5"), "row 5")] * 3, found)
+        ((_, (_, where, times)),) = found.found.items()
+        assert (where, times) == ("row 5, message 3", 3)
 
 
 def numbers(taken: list[int]) -> Iterator[int]:

@@ -179,7 +179,7 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             opened.write(line)
     rows = stream(str(file), words="--max_length 16")
     encoded = streaming_rows.TokenRow([1, 2], [-100, 2])
-    monkeypatch.setattr(type(rows.encoder), "__call__", lambda self, item, where: encoded)
+    monkeypatch.setattr(type(rows.sources[0].encoder), "encode", lambda self, items, notes: [encoded])
     tracemalloc.start()
     try:
         for _ in islice(rows, 1900):

@@ -21,13 +21,12 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
-from tokentune.memory import available_memory, micro_batch
+from tokentune.memory import available_memory
 from tokentune.memory import probe as memory_probe
 from tokentune.memory.advice import advice, together
 from tokentune.memory.available_memory import available_bytes
 from tokentune.memory.footprint import measure
-from tokentune.memory.micro_batch import choose_micro_batch, last_that_fits
-from tokentune.memory.probe import generous_bytes, probe_memory, weights_of
+from tokentune.memory.probe import choose_micro_batch, generous_bytes, last_that_fits, probe_memory, weights_of
 from tokentune.memory.trial_step import longest_batch, try_batch
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
@@ -89,7 +88,7 @@ def test_a_run_with_it_is_the_run_without_it(words: str, build: Build, config: A
         trainer, arguments = build(f"{EVALUATED} {words}")
         torch.manual_seed(7)
         if probed:
-            assert probe_memory(trainer, arguments, config).peak > 0
+            assert probe_memory(trainer, arguments, config) > 0
         trainer.train()
         runs.append(
             (
@@ -155,7 +154,7 @@ def test_peak_is_that_of_the_estimate_and_below_the_generous_bound(words: str, b
     trainer, arguments = build(f"--global_batch_size 8 {words}", rows=rows)
     batch, shape = longest_batch(trainer, arguments, trainer.args.per_device_train_batch_size)
     assert shape == (arguments.optimization.micro_batch_size, 64)
-    peak = try_batch(trainer, arguments, batch).peak
+    peak = try_batch(trainer, arguments, batch)
     assert peak == pytest.approx(measure(config, arguments, shape, device="cpu").peak, rel=0.03)
     assert 2 * peak < generous_bytes(trainer.model, shape)
 
@@ -189,7 +188,7 @@ def test_a_batch_that_runs_out_of_memory_is_told_with_what_would_fit(
     ) as told:
         probe_memory(trainer, arguments, config)
     first, second = str(told.value).splitlines()
-    assert "would save most" in first and "are to be had" in first
+    assert "would save most" in first and "are available" in first
     assert second.startswith(("Any of these makes it fit: ", "No single flag makes it fit; together these do: "))
     said = capfd.readouterr().err
     assert "fits" in said and "--gradient_accumulation_steps 2" in said
@@ -201,7 +200,7 @@ def test_a_batch_that_runs_out_of_memory_is_told_with_what_would_fit(
 def test_on_a_cpu_what_cannot_fit_is_not_tried(build: Build, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, arguments = build("--global_batch_size 8")
     monkeypatch.setattr(memory_probe, "available_bytes", lambda device: 1000)
-    monkeypatch.setattr(memory_probe, "out_of_memory", lambda *_, when, **__: UserError(when))
+    monkeypatch.setattr(memory_probe, "out_of_memory", lambda run, when, **_: UserError(when))
     monkeypatch.setattr(memory_probe, "try_batch", lambda *_: pytest.fail("it was tried"))
     with pytest.raises(UserError, match=r"longest micro-batch \(8 x 24 tokens\)"):
         probe_memory(trainer, arguments, config)
@@ -216,7 +215,7 @@ def test_changes_are_combined_where_no_single_one_suffices() -> None:
         return SimpleNamespace(peak=shape[0] * shape[1] * 1000 // 2**given)
 
     now = run(arguments, shape)
-    ranked = advice(arguments, shape, now, run)
+    ranked = advice(arguments, shape, now.peak, run)
     assert {entry["peak"] for entry in ranked} == {now.peak // 2}
     for halves in range(2, 5):
         found = together(arguments, shape, ranked, run, int(1.03 * now.peak / 2**halves) + 1)
@@ -244,7 +243,7 @@ def test_an_allocation_that_fails_is_told(build: Build, config: Any, monkeypatch
     trainer, arguments = build("--global_batch_size 256", rows=rows)
     monkeypatch.setattr(memory_probe, "generous_bytes", lambda model, shape: 0)  # it is tried
     told = []
-    monkeypatch.setattr(memory_probe, "out_of_memory", lambda *_, when, **__: told.append(when) or UserError(when))
+    monkeypatch.setattr(memory_probe, "out_of_memory", lambda run, when, **_: told.append(when) or UserError(when))
     with address_space(200 * 2**20), pytest.raises(UserError, match=r"longest micro-batch \(256 x 500 tokens\)"):
         probe_memory(trainer, arguments, config)
     assert told
@@ -314,9 +313,8 @@ def test_micro_batch_that_fits_gives_the_same_update(
 ) -> None:
     words = "--global_batch_size 12 --learning_rate 1e-2 --tokentune --prefix_length 0.3"
     trainer, arguments = build(f"{words} --auto_micro_batch", dtype=torch.float64)
-    monkeypatch.setattr(micro_batch, "generous_bytes", lambda model, shape: 0 if shape[0] <= 4 else 10**18)
-    monkeypatch.setattr(micro_batch, "estimated", lambda trainer, arguments, config, shape: measured(config, shape))
-    monkeypatch.setattr(micro_batch, "room_of", lambda trainer: 1000)
+    monkeypatch.setattr(memory_probe, "generous_bytes", lambda model, shape: 0 if shape[0] <= 4 else 10**18)
+    monkeypatch.setattr(memory_probe, "room_of", lambda trainer: 1000)
     assert choose_micro_batch(trainer, arguments, config) == 4
     assert trainer.args.per_device_train_batch_size == trainer.args.per_device_eval_batch_size == 4
     assert trainer.args.gradient_accumulation_steps == 3
@@ -328,10 +326,6 @@ def test_micro_batch_that_fits_gives_the_same_update(
     for name, tensor in weights(whole).items():
         update = tensor - before[name]
         torch.testing.assert_close(weights(trainer)[name] - before[name], update, rtol=1e-6, atol=1e-9, msg=name)
-
-
-def measured(config: Any, shape: tuple[int, int]) -> Any:
-    return measure(config, parse_arguments(REQUIRED.split()), (1, 8), device="cpu")
 
 
 def test_micro_batch_is_tried_where_running_out_of_memory_is_told(
@@ -347,14 +341,11 @@ def test_micro_batch_is_tried_where_running_out_of_memory_is_told(
         return forward(*args, **kwargs)
 
     trainer.model.model.forward = small
-    trial = try_batch(trainer, arguments, longest_batch(trainer, arguments, 6)[0])
-    assert trial.peak is None and trial.during == "training"
+    assert try_batch(trainer, arguments, longest_batch(trainer, arguments, 6)[0]) is None
     monkeypatch.setattr(
-        micro_batch,
+        memory_probe,
         "_fits",
-        lambda trainer, arguments, config, count: (
-            try_batch(trainer, arguments, longest_batch(trainer, arguments, count)[0]).peak is not None
-        ),
+        lambda run, count: try_batch(trainer, arguments, longest_batch(trainer, arguments, count)[0]) is not None,
     )
     assert choose_micro_batch(trainer, arguments, config) == 3
     assert trainer.args.gradient_accumulation_steps == 2
@@ -362,7 +353,7 @@ def test_micro_batch_is_tried_where_running_out_of_memory_is_told(
 
 def test_not_one_row_fits(build: Build, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, arguments = build("--global_batch_size 4 --auto_micro_batch")
-    monkeypatch.setattr(micro_batch, "_fits", lambda *_: False)
+    monkeypatch.setattr(memory_probe, "_fits", lambda *_: False)
     with pytest.raises(UserError, match=r"longest micro-batch \(1 x 24 tokens\)"):
         choose_micro_batch(trainer, arguments, config)
 
@@ -372,10 +363,10 @@ def test_a_resumed_run_takes_its_checkpoint_s_micro_batch(
 ) -> None:
     words = "--global_batch_size 6 --auto_micro_batch --save_steps 1 --max_steps 1"
     trainer, arguments = build(words)
-    monkeypatch.setattr(micro_batch, "_fits", lambda trainer, arguments, config, count: count <= 2)
+    monkeypatch.setattr(memory_probe, "_fits", lambda run, count: count <= 2)
     choose_micro_batch(trainer, arguments, config)
     trainer.train()
-    monkeypatch.setattr(micro_batch, "_fits", lambda *_: pytest.fail("it searched"))
+    monkeypatch.setattr(memory_probe, "_fits", lambda *_: pytest.fail("it searched"))
     trainer, arguments = build(words)
     assert choose_micro_batch(trainer, arguments, config, tmp_path / "run" / "checkpoint-1") == 2
     assert trainer.args.gradient_accumulation_steps == 3
@@ -408,7 +399,7 @@ def test_a_run_that_does_not_fit_leaves_nothing_behind(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_probe, "available_bytes", lambda device: 1000)
-    monkeypatch.setattr(memory_probe, "out_of_memory", lambda *_, when, **__: UserError(when))
+    monkeypatch.setattr(memory_probe, "out_of_memory", lambda run, when, **_: UserError(when))
     with pytest.raises(UserError, match="before training, with the longest micro-batch"):
         finetune.main(command)
     assert not (tmp_path / "models").exists()
@@ -417,7 +408,7 @@ def test_a_run_that_does_not_fit_leaves_nothing_behind(
 def test_summary_says_which_micro_batch_was_found(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(micro_batch, "_fits", lambda trainer, arguments, config, count: count <= 5)
+    monkeypatch.setattr(memory_probe, "_fits", lambda run, count: count <= 5)
     finetune.main([*command, "--auto_micro_batch"])
     (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("models/*/training_summary.json"))
     assert summary["micro_batch_size"] == 4 and summary["optimizer_steps"] == 2

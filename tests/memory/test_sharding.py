@@ -15,9 +15,8 @@ from tokentune import estimate
 from tokentune.cli.arguments import parse_arguments
 from tokentune.core.layers import transformer_layers
 from tokentune.errors import UserError
-from tokentune.memory.accounting import REST, LiveBytes
-from tokentune.memory.footprint import Footprint, measure
-from tokentune.memory.sharding import measure_share
+from tokentune.memory.accounting import REST, Footprint, LiveBytes
+from tokentune.memory.footprint import measure
 from tokentune.settings.finetune import Arguments
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "vocab_size": 512}
@@ -36,8 +35,8 @@ def alone(words: str = "") -> Footprint:
     return measure(CONFIG, arguments_of(words), (2, 64))
 
 
-def share(words: str, processes: int, sharding: str) -> Footprint:
-    return measure_share(CONFIG, arguments_of(words), (2, 64), processes=processes, sharding=sharding)
+def share(words: str, processes: int, engine: str) -> Footprint:
+    return measure(CONFIG, arguments_of(words), (2, 64), processes=processes, engine=engine)
 
 
 def test_ddp_holds_everything_and_reduces_gradients_once() -> None:
@@ -108,9 +107,13 @@ def test_highest_by_hand() -> None:
         live.begin("second")
         another = kept + 2
         live.claim("grown", [another])
-    assert live.highest(lambda phase: {}, lambda phase: {})[0] == "first"
-    by_kind = {"first": {REST: 0.5}, "second": {"grown": 2.0, "kept": 0.25}}
-    phase, sizes = live.highest(by_kind.get, lambda phase: {"more": 7})
+    assert live.highest(lambda phase, sizes: dict(sizes))[0] == "first"
+    factors = {"first": {REST: 0.5}, "second": {"grown": 2.0, "kept": 0.25}}
+
+    def change(phase: str, sizes: dict[str, int]) -> dict[str, int]:
+        return {kind: int(size * factors[phase].get(kind, 1.0)) for kind, size in sizes.items()} | {"more": 7}
+
+    phase, sizes = live.highest(change)
     assert (phase, sizes["kept"], sizes["grown"], sizes["more"]) == ("second", 1000, 8000, 7)
 
 

@@ -25,14 +25,15 @@ from transformers import (
 from tokentune import sources
 from tokentune.errors import UserError
 from tokentune.models.adapters import add_adapters
+from tokentune.models.builder import base_dtype
 from tokentune.models.pretrained import (
     _check_placement,
     checkpoint_dtype,
     load_base_model,
     load_config,
     load_tokenizer,
-    resolve_base_dtype,
 )
+from tokentune.settings.model import AdapterArguments, SelectionArguments
 from tokentune.sources import hub_error, is_local_path
 from tokentune.training.checkpoints.run_folder import run_folder_name
 
@@ -225,32 +226,32 @@ def test_offloading_beside_gpus_is_refused():
         ({}, "bfloat16", "float32"),  # full training: float32 masters
         ({"bf16": True}, "bfloat16", "float32"),
         ({"fp16": True}, "float16", "float32"),
-        ({"adapters": True}, "float32", "float32"),
-        ({"adapters": True}, "bfloat16", "bfloat16"),
-        ({"adapters": True}, "float16", "bfloat16"),  # float16 without loss scaling loses gradients
-        ({"adapters": True, "bf16": True}, "float32", "bfloat16"),
-        ({"adapters": True, "bf16": True}, "float16", "bfloat16"),
-        ({"adapters": True, "fp16": True}, "float32", "float16"),
-        ({"adapters": True, "fp16": True}, "float16", "float16"),
-        ({"adapters": True, "fp16": True}, "bfloat16", "bfloat16"),
-        ({"quantized": True, "bf16": True}, "float16", "bfloat16"),
-        ({"base_dtype": "float32", "adapters": True, "bf16": True}, "bfloat16", "float32"),
-        ({"base_dtype": "float16", "adapters": True}, "bfloat16", "float16"),
+        ({"lora": True}, "float32", "float32"),
+        ({"lora": True}, "bfloat16", "bfloat16"),
+        ({"lora": True}, "float16", "bfloat16"),  # float16 without loss scaling loses gradients
+        ({"lora": True, "bf16": True}, "float32", "bfloat16"),
+        ({"lora": True, "bf16": True}, "float16", "bfloat16"),
+        ({"lora": True, "fp16": True}, "float32", "float16"),
+        ({"lora": True, "fp16": True}, "float16", "float16"),
+        ({"lora": True, "fp16": True}, "bfloat16", "bfloat16"),
+        ({"qlora": True, "bf16": True}, "float16", "bfloat16"),
+        ({"base_dtype": "float32", "lora": True, "bf16": True}, "bfloat16", "float32"),
+        ({"base_dtype": "float16", "lora": True}, "bfloat16", "float16"),
         ({"base_dtype": "bfloat16"}, "float32", "bfloat16"),
     ],
 )
 def test_base_dtype(settings, stored, expected):
-    chosen = {"base_dtype": "auto", "adapters": False, "quantized": False, "bf16": False, "fp16": False} | settings
-    config = tiny_llama_config(dtype=stored)
-    base_dtype = chosen.pop("base_dtype")
-    assert resolve_base_dtype(base_dtype, **chosen, model_config=config) is getattr(torch, expected)
+    assert base_dtype(flags(**settings), tiny_llama_config(dtype=stored)) is getattr(torch, expected)
+
+
+def flags(**settings):
+    chosen = {"base_dtype": "auto", "bf16": False, "fp16": False, "lora": False, "qlora": False} | settings
+    return SimpleNamespace(model=SimpleNamespace(**chosen), adapters=SimpleNamespace(**chosen))
 
 
 def test_float16_masters_are_refused():
     with pytest.raises(UserError, match="--base_dtype float16"):
-        resolve_base_dtype(
-            "float16", adapters=False, quantized=False, bf16=False, fp16=True, model_config=tiny_llama_config()
-        )
+        base_dtype(flags(base_dtype="float16", fp16=True), tiny_llama_config())
 
 
 def test_checkpoint_dtype_where_the_config_does_not_say():
@@ -420,8 +421,10 @@ def test_real_model_in_4_bits(shared):
     ],
 )
 def test_run_folder_name(model, dataset, settings, expected):
-    chosen = {"lora": False, "qlora": False, "tokentune": False, "prefix_length": 100} | settings
-    assert run_folder_name(model, dataset, **chosen) == expected
+    adapters = AdapterArguments(**{name: value for name, value in settings.items() if name in ("lora", "qlora")})
+    chosen = {name: str(value) for name, value in settings.items() if name == "prefix_length"}
+    selection = SelectionArguments(tokentune="tokentune" in settings, **chosen)
+    assert run_folder_name(model, dataset, adapters, selection) == expected
 
 
 def test_existing_folder_that_reads_like_a_hub_id(tmp_path, monkeypatch):
@@ -429,5 +432,4 @@ def test_existing_folder_that_reads_like_a_hub_id(tmp_path, monkeypatch):
     assert not is_local_path("owner/name")
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert is_local_path("owner/name")
-    name = run_folder_name("owner/name", "o/d", lora=False, qlora=False, tokentune=False, prefix_length=1)
-    assert name == "name-o-d"
+    assert run_folder_name("owner/name", "o/d", AdapterArguments(), SelectionArguments()) == "name-o-d"

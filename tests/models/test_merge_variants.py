@@ -18,7 +18,7 @@ from transformers import (
 from tokentune.merge import merge
 from tokentune.models.adapters import add_adapters
 from tokentune.models.merging.logit_difference import float32_arithmetic, probe_logits
-from tokentune.models.merging.merge_folder import SUMMARY
+from tokentune.models.merging.merge_result import SUMMARY
 from tokentune.models.pretrained import load_base_model
 
 
@@ -64,6 +64,13 @@ def test_modules_saved_whole(tied_base, tmp_path):
     merge(str(tied_base), str(tmp_path / "run"), str(tmp_path / "out"), dtype="float32")
     expected = logits_of(tied_base, tmp_path / "run")
     torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=0, atol=1e-4)
+
+
+def test_a_head_saved_whole_that_still_equals_the_embedding_stays_tied(tied_base, tmp_path):
+    adapter = make_adapter(tied_base, tmp_path / "run", modules_to_save=["lm_head"])
+    merge(str(tied_base), str(adapter), str(tmp_path / "out"), dtype="float32")
+    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(tied_base, adapter), rtol=0, atol=1e-4)
+    assert LlamaConfig.from_pretrained(tmp_path / "out").tie_word_embeddings
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}}])

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeCon
 from tokentune.models.merging.folding import dequantize
 from tokentune.models.pretrained import load_base_model
 from tokentune.models.saved_types import hold_in, kept_in_float32
-from tokentune.training import split_saving as split_weights
+from tokentune.training import result
 from tokentune.training.result import save_result
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -81,9 +81,9 @@ def test_a_split_model_keeps_them_too(monkeypatch, tmp_path):
     config, name = FAMILIES["buffer"]
     model = made(config)
     values = close_together(model, name)
-    monkeypatch.setattr(split_weights, "whole_state", lambda model, *, trained_only: model.state_dict())
+    monkeypatch.setattr(result, "whole_state", lambda model, *, trained_only: model.state_dict())
     kept = kept_in_float32(model, torch.bfloat16)
-    split_weights.save_split_model(model, tmp_path, torch.bfloat16, kept, writes=True)
+    result.save_split_model(model, tmp_path, torch.bfloat16, kept, writes=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.dtype is torch.bfloat16 and torch.equal(again.state_dict()[name], values)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokentune.cli.arguments import parse_arguments
+from tokentune.core.patched import DrawCounts
 from tokentune.data.collators import SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.memory.trial_step import longest_batch
@@ -97,8 +98,7 @@ def test_the_run_s_folder_and_what_memory_is_for(make_trainer: Callable[..., Sel
     trainer = make_trainer()
     selection = trainer.arguments.selection
     assert selection.selected == 0.9 and selection.schedule == SIZES
-    options = {"lora": False, "qlora": False, "tokentune": True}
-    assert run_folder_name("m", "d", prefix_length=selection.schedule, **options) == "m-d-tokentune-0.1-0.9"
+    assert run_folder_name("m", "d", trainer.arguments.adapters, selection) == "m-d-tokentune-0.1-0.9"
     batch, shape = longest_batch(trainer, trainer.arguments, 2)
     assert shape == (2, 30) and batch["selected_positions"].shape == (2, selected_count(0.9, 30))
 
@@ -142,14 +142,14 @@ def test_workers_that_fetch_ahead_and_resuming_change_nothing(make_trainer: Call
 def test_a_model_that_draws_itself_is_told_the_size(make_trainer: Callable[..., SelectiveTrainer]) -> None:
     trainer = make_trainer("--selection gradient")
     counted = []
-    original = trainer._count_look
+    original = trainer.figures.count_draw
 
-    def count() -> None:
+    def count(drawn: DrawCounts, *, selected: bool) -> None:
         before = int(trainer.figures._counts[1])
-        original()
+        original(drawn, selected=selected)
         counted.append((trainer.state.global_step, int(trainer.figures._counts[1]) - before))
 
-    trainer._count_look = count
+    trainer.figures.count_draw = count
     found = steps_of(trainer)
     assert all("selection_draws" in batch for _, batch in found)
     for (step, batch), (same, number) in zip(found, counted, strict=True):

@@ -27,7 +27,7 @@ from tokentune.models.builder import prepare_model
 from tokentune.models.pretrained import load_config
 from tokentune.models.tasks import HEADS, head_modules
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.training.checkpoints.weights import load_best_weights
+from tokentune.training.checkpoints.run_state import load_best_weights
 from tokentune.training.classification import (
     build_classification_trainer,
     classification_settings,

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
-from tokentune.memory.sharding import measure_share
+from tokentune.memory.footprint import measure
 from tokentune.training.distributed.engines import DDP, DEEPSPEED, FSDP, EvenSampler, check_checkpoint, engine
 from tokentune.training.distributed.peers import lost_peer
 
@@ -186,7 +186,7 @@ def test_bytes_of_the_parts_are_those_of_the_estimate(
     flags = CASES[processes][name].words
     words = f"--model_name_or_path {tiny_llama_dir} --dataset_name_or_path none --report_to none {flags}"
     config, arguments = AutoConfig.from_pretrained(tiny_llama_dir), parse_arguments(words.split())
-    share = measure_share(config, arguments, (1, 16), processes=processes, sharding="fsdp", device="cpu")
+    share = measure(config, arguments, (1, 16), processes=processes, engine="fsdp", device="cpu")
     for figures in launched(processes).figures(name):  # in float64, twice the estimate's float32
         assert figures["weight_bytes"] / 2 == pytest.approx(share.weights, rel=0.02)
         assert figures["trained_bytes"] / 2 == pytest.approx(share.gradients, rel=0.02)

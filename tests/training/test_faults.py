@@ -97,10 +97,11 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(
 ) -> None:
     real = tokentune.training.loop.write_checkpoint
 
-    def save(trainer: SelectiveTrainer, *args: object) -> None:
+    def save(trainer: SelectiveTrainer, *args: object) -> bool:
         full_disk(size if trainer.state.global_step in (4, 6) else None)
-        real(trainer, *args)
+        written = real(trainer, *args)
         full_disk(None)
+        return written
 
     monkeypatch.setattr(tokentune.training.loop, "write_checkpoint", save)
     monkeypatch.setattr(logging.getLogger("tokentune"), "propagate", True)

@@ -147,9 +147,9 @@ def test_moved_files_are_the_same_and_another_owner_s_model_is_not(tmp_path: Pat
     words = ["--dataset_name_or_path", "owner/data", "--gradient_checkpointing"]
     arguments = parse_arguments([*words, "--model_name_or_path", str(model)])
     before = arguments.settings() | {"model_name_or_path": "/elsewhere/tiny", "gradient_checkpointing": False}
-    check_same_run(arguments, before, "checkpoint-2")
+    check_same_run(arguments.settings(), before, "checkpoint-2")
     with pytest.raises(UserError, match=r"--dataset_name_or_path owner/data \(there other/data\)"):
-        check_same_run(arguments, before | {"dataset_name_or_path": ["other/data"]}, "checkpoint-2")
+        check_same_run(arguments.settings(), before | {"dataset_name_or_path": ["other/data"]}, "checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_what_changes_the_batches_of_a_stream_is_refused(flags: str, then: dict,
     arguments = parse_arguments(words.split())
     before = arguments.settings() | then
     if not refused:
-        check_same_run(arguments, before, "checkpoint-2")
+        check_same_run(arguments.settings(), before, "checkpoint-2")
         return
     with pytest.raises(UserError, match="would be another run"):
-        check_same_run(arguments, before, "checkpoint-2")
+        check_same_run(arguments.settings(), before, "checkpoint-2")
 
 
 def test_another_number_of_processes_for_a_stream(caplog: pytest.LogCaptureFixture) -> None:

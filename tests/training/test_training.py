@@ -30,7 +30,7 @@ from tokentune.training.build import build_trainer
 from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.result import save_result
-from tokentune.training.trainer import PRIVATE_MEMBERS, SelectiveTrainer
+from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import Extent, build_training_arguments
 
 ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
@@ -144,18 +144,18 @@ def test_draws_depend_on_epoch_and_row_alone(make_trainer: Callable[..., Selecti
     def draws(words: str) -> list[dict[tuple, tuple]]:
         trainer = make_trainer(f"--num_epochs 2 --tokentune --prefix_length 0.3 {words}")
         epochs: list[dict[tuple, tuple]] = [{}, {}]
-        count = trainer._count
+        step = trainer.training_step
 
-        def note(inputs: dict[str, Tensor]) -> None:
+        def note(model: nn.Module, inputs: dict[str, Tensor], items: Any) -> Tensor:
             for ids, mask, positions in zip(
                 inputs["input_ids"], inputs["attention_mask"], inputs["selected_positions"], strict=True
             ):
                 length = int(mask.sum())
                 chosen = tuple(p for p in positions.tolist() if p < length)
                 epochs[int(trainer.state.epoch)][tuple(ids[:length].tolist())] = chosen
-            count(inputs)
+            return step(model, inputs, items)
 
-        trainer._count = note
+        trainer.training_step = note
         trainer.train()
         return epochs
 
@@ -485,6 +485,17 @@ def test_a_loss_without_window_counts_is_told(
 
 # ---- what the Trainer has to have ------------------------------------------------------------------------------------
 
+# The private members of transformers' classes that a run calls (it overrides none), and why.
+PRIVATE_MEMBERS = {
+    "Trainer._prepare_for_training": "since 5.17 or before: the engine around model and optimizer, and their states",
+    "Trainer._load_best_model": "since 4.57 or before: the best weights, as FSDP or DeepSpeed reads them",
+    "Trainer._save_optimizer_and_scheduler": "since 4.57 or before: their states, as each engine writes them",
+    "Trainer._save_scaler": "since 4.57 or before: float16's loss scale",
+    "Trainer._save_rng_state": "since 4.57 or before: random numbers of the process, on each kind of device",
+    "Trainer._load_rng_state": "since 4.57 or before: the same, read without unpickling code",
+    "TrainingArguments._n_gpu": "since 4.57 or before: 1, or several GPUs are taken for nn.DataParallel's",
+}
+
 
 def private_members_used() -> set[str]:
     """`_name` of every attribute of a trainer or its settings in the package that transformers defines."""
@@ -514,7 +525,7 @@ def test_the_private_members_of_transformers_are_there_and_no_other_is_used() ->
     assert parameters == ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
 
 
-def test_whole_sequences_are_looked_at_too(make_trainer: Callable[..., SelectiveTrainer]) -> None:
+def test_whole_sequences_are_scored_too(make_trainer: Callable[..., SelectiveTrainer]) -> None:
     """Batches that the selection takes whole: the logged loss of all tokens is their training loss."""
     trainer = make_trainer("--tokentune --prefix_length 256 --selection_pass --global_batch_size 8")
     trainer.train()

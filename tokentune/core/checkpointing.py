@@ -70,6 +70,19 @@ def checkpoint_layers(stack: Stack, step: Step, choice: str, offload_kv: bool, u
     for layer in chosen:
         inputs_on_cpu = _keeps_inputs_on_cpu(getattr(layer, _FUNCTION))
         set_until_undone(undo, layer, _FUNCTION, partial(checkpointing.run, inputs_on_cpu))
+        if "__call__" in vars(GradientCheckpointingLayer):
+            # transformers below 5.23 checkpoints a layer's call with its hooks: the forward alone, as later ones do
+            set_until_undone(undo, layer, "gradient_checkpointing", False)
+            set_until_undone(undo, layer, "forward", _checkpointed_forward(layer))
+
+
+def _checkpointed_forward(layer: GradientCheckpointingLayer) -> Callable:
+    forward = layer.forward
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return getattr(layer, _FUNCTION)(partial(forward, **kwargs), *args)
+
+    return checkpointed
 
 
 def _keeps_inputs_on_cpu(function: Callable) -> bool:

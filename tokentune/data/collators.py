@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokentune.core.profile import Pooling, pooled_tokens
 from tokentune.sampling.resolver import find_strategy
@@ -26,26 +27,29 @@ from tokentune.sampling.sampler import (
     target_mask,
 )
 
-ALL_LABELS = "all_labels"  # a batch's labels before any was masked: for looks, and for `runs/diagnosing.py`
+ALL_LABELS = "all_labels"  # a batch's labels before any was masked: for scoring passes and `training/diagnosing.py`
+
+
+def draw_seed(*numbers: int) -> int:
+    """A seed that is drawn from these numbers, none of them negative: 63 bits, so that it fits int64."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SeededRows(torch.utils.data.Dataset):
-    """An encoded data set whose items carry a seed for their selection beside their columns: "draw_seed".
+    """An encoded data set whose items have a seed for their selection beside their columns: "draw_seed".
 
-    The seed depends on (seed, epoch, row) alone: a row draws anew in each epoch, and the same whatever the number of
-    workers, the batch it comes in and the order of the rows.
+    The seed depends on (seed, epoch, row) alone: a row's selection is drawn anew in each epoch, and does not depend on
+    the number of workers, the batch, or the order of the rows.
+
+    Args:
+        rows: indexed by row number (a `datasets.Dataset`, or a list of items).
+        seed: not negative.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], seed: int) -> None:
-        """
-        Args:
-            rows: indexed by row number (a `datasets.Dataset`, or a list of items).
-            seed: not negative.
-        """
-        self.rows = rows
-        self.seed = seed
+        self.rows, self.seed = rows, seed
         # Shared memory: workers that outlive an epoch (persistent_workers) hold a copy of this object, and would
-        # otherwise repeat the first epoch's draws for ever.
+        # otherwise repeat the first epoch's draws.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -59,14 +63,11 @@ class SeededRows(torch.utils.data.Dataset):
         """One row; None asks for one without targets, to fill the last batch up (`distributed.EvenSampler`)."""
         if row is None:
             return self._without_targets()
-        item = self.rows[row]
-        mixed = np.random.SeedSequence((self.seed, int(self._epoch), row)).generate_state(1, np.uint64)[0]
-        draw_seed = int(mixed >> np.uint64(1))  # 63 bits: fits int64
-        return {**item, "draw_seed": draw_seed}
+        return {**self.rows[row], "draw_seed": draw_seed(self.seed, int(self._epoch), row)}
 
     def _without_targets(self) -> dict[str, Any]:
         first = self.rows[0]
-        if set(first) <= {"input_ids", "labels"}:  # of a causal model: one token is enough
+        if set(first) <= {"input_ids", "labels"}:  # for a causal model: one token is enough
             return {"input_ids": first["input_ids"][:1], "labels": [IGNORED_LABEL], "draw_seed": 0}
         labels = np.full_like(first["labels"], IGNORED_LABEL).tolist()  # a class, or one for each token
         return {**first, "labels": labels, "draw_seed": 0}
@@ -77,12 +78,12 @@ class CausalCollator:
     """Pads rows on the right into a batch for a causal language model, and draws the selection when asked to.
 
     Args:
-        pad_token_id: fills "input_ids"; may equal any other token, for padding is told by length alone.
+        pad_token_id: fills "input_ids"; may be any token's id, as padding is known by length alone.
         prefix_length: an int is a count of tokens, a float a proportion; None draws nothing (evaluation).
         strategy: a name that `strategies.find_strategy` knows.
         pad_to_multiple_of: S is rounded up to a multiple of it (8 suits tensor cores).
-        keep_labels: where labels are masked, keep all of them beside them, as "all_labels".
-        draw_later: leave the draw to whom the batch goes, the model (which scores tokens first) or `draw`.
+        keep_labels: where labels are masked, also return them unmasked, as "all_labels".
+        draw_later: leave the draw to the model (which scores tokens first), or to a later call of `draw`.
 
     Raises:
         ValueError: no such strategy, or one that needs scores, which no collator has.
@@ -111,17 +112,13 @@ class CausalCollator:
         Raises:
             ValueError: `prefix_length` is set and an example has no "draw_seed".
         """
-        lengths = [len(example["input_ids"]) for example in examples]
-        multiple = self.pad_to_multiple_of or 1
-        longest = -(-max(lengths) // multiple) * multiple
-
-        input_ids = torch.full((len(examples), longest), self.pad_token_id, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED_LABEL)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-            input_ids[row, :length] = torch.as_tensor(example["input_ids"])
-            labels[row, :length] = torch.as_tensor(example["labels"])
-            attention_mask[row, :length] = 1
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        longest = round_up(int(lengths.max()), self.pad_to_multiple_of)
+        input_ids, labels = (
+            pad_rows([torch.as_tensor(example[name], dtype=torch.int64) for example in examples], fill, longest)
+            for name, fill in (("input_ids", self.pad_token_id), ("labels", IGNORED_LABEL))
+        )
+        attention_mask = (torch.arange(longest) < lengths[:, None]).long()
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if self.prefix_length is None:
             return batch
@@ -140,18 +137,17 @@ class CausalCollator:
 
         Returns:
             The batch with "selected_positions" (B, K) instead, and labels that are -100 at targets outside of the
-            selection. Where the strategy knows its probabilities, labels stay, all of them being stood for by the
-            selected ones' "selection_weights" (B, K). On the CPU also "num_supervised", an int: the targets that were
-            selected, for which a GPU would have to be waited for.
+            selection. Where the strategy knows its probabilities, labels stay, and "selection_weights" (B, K) weight
+            the selected ones to stand for all. On the CPU also "num_supervised", an int: the selected targets
+            (on a GPU, reading it would stop the host until the GPU is done).
         """
-        uniform = batch["selection_draws"]
         targets = target_mask(batch["labels"], causal=True)
         positions, weights = select_tokens(
             batch["attention_mask"],
             prefix_length,
             targets=targets,
             strategy=self.strategy,
-            scores=uniform,
+            scores=batch["selection_draws"],
             input_ids=batch["input_ids"],
             labels=batch["labels"],
         )
@@ -168,18 +164,20 @@ class CausalCollator:
         return drawn
 
     def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a batch that this collator made: real tokens, selected ones, and supervised targets of the selection.
+        """`token_counts`; where the model draws, the tokens that it will select, and all supervised targets."""
+        counts = token_counts(batch["attention_mask"], batch)
+        if "selection_draws" not in batch:
+            return counts
+        rows = batch["attention_mask"].sum(-1)
+        return counts[0], counts_of_rows(self.prefix_length, rows, self.strategy).sum(), counts[2]
 
-        Where the model will draw, so many as it will draw, and all supervised targets.
-        """
-        mask, positions = batch["attention_mask"], batch.get("selected_positions")  # (B, S), (B, K)
-        supervised = target_mask(batch["labels"], causal=True)
-        if positions is not None:
-            return mask.sum(), mask.gather(1, positions).sum(), supervised.gather(1, positions).sum()
-        selected = mask.sum()
-        if "selection_draws" in batch:
-            selected = counts_of_rows(self.prefix_length, mask.sum(-1), self.strategy).sum()
-        return mask.sum(), selected, supervised.sum()
+
+def token_counts(mask: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a causal model's batch: real tokens (B, S), selected ones, and supervised targets of the selection."""
+    targets, positions = target_mask(batch["labels"], causal=True), batch.get("selected_positions")
+    if positions is None:
+        return mask.sum(), mask.sum(), targets.sum()
+    return mask.sum(), mask.gather(1, positions).sum(), targets.gather(1, positions).sum()
 
 
 @dataclass
@@ -202,16 +200,14 @@ class ClassificationCollator:
         batch = dict(self.pad([{k: v for k, v in example.items() if k != "draw_seed"} for example in examples]))
         if self.draw is None:
             return batch
-        mask = self._mask(batch)
         seeds = [example["draw_seed"] for example in examples]
-        return batch | self.draw(mask, batch["labels"], seeds, batch.get("input_ids"))
+        return batch | self.draw(self._mask(batch), batch["labels"], seeds, batch.get("input_ids"))
 
     def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch that this collator made: real tokens, selected ones, and labels that are learnt from."""
-        mask, positions = self._mask(batch), batch.get("selected_positions")
+        mask, positions, labels = self._mask(batch), batch.get("selected_positions"), batch["labels"]
         selected = mask if positions is None else mask.gather(1, positions)
-        labels = batch["labels"]
-        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels, dtype=torch.bool)
+        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels)
         return mask.sum(), selected.sum(), learnt.sum()
 
     def _mask(self, batch: dict[str, Tensor]) -> Tensor:
@@ -227,10 +223,10 @@ class EncoderDraw:
 
     Args:
         prefix_length, strategy: as in `CausalCollator`.
-        pooling: which token the head for whole sequences pools: selected always.
-        pad_token_id: by which that head knows padding.
-        first_always: select the first token whatever is pooled (an image's class token).
-        in_place: the model returns all S rows, not K: labels of tokens are masked instead of gathered.
+        pooling: which token a head for whole sequences pools: always selected.
+        pad_token_id: by which that head recognises padding.
+        first_always: always select the first token (an image's class token).
+        in_place: the model returns all S rows, not K: token labels are masked instead of gathered.
         outside: the class of words outside of entities, which "supervised" selects after those inside.
     """
 
@@ -245,9 +241,9 @@ class EncoderDraw:
     def __call__(
         self, mask: Tensor, labels: Tensor, seeds: Sequence[int], input_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """mask (B, S), labels (B,), or (B, S) of tokens -> "selected_positions" (B, K) and "labels" to go with them.
+        """mask (B, S), labels (B,), or (B, S) of tokens -> "selected_positions" (B, K) and their "labels".
 
-        Weights of a strategy that knows its probabilities have no place in an encoder's loss, and are left out.
+        An encoder's loss has no weights: those of a strategy that knows its probabilities are left out.
         """
         targets = preferred = None
         if labels.ndim == 2:
@@ -266,10 +262,22 @@ class EncoderDraw:
             input_ids=input_ids,
             labels=labels,
         )
-        if labels.ndim == 2:
-            masked = self.in_place
-            labels = mask_unselected_labels(labels, positions, causal=False) if masked else labels.gather(1, positions)
+        if labels.ndim == 2 and self.in_place:
+            labels = mask_unselected_labels(labels, positions, causal=False)
+        elif labels.ndim == 2:
+            labels = labels.gather(1, positions)
         return {"selected_positions": positions, "labels": labels}
+
+
+def round_up(number: int, multiple: int | None) -> int:
+    """The smallest multiple that is not below the number; without a multiple, the number itself."""
+    return -(-number // (multiple or 1)) * (multiple or 1)
+
+
+def pad_rows(rows: Sequence[Tensor], fill: float, width: int) -> Tensor:
+    """Rows of any lengths as one batch, (B, width), filled up on the right."""
+    padded = pad_sequence(rows, batch_first=True, padding_value=fill)
+    return torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=fill)
 
 
 def stack_images(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

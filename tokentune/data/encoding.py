@@ -1,8 +1,4 @@
-"""Encoded rows on their way into training: cut or dropped at the maximum length, counted, and put into a table.
-
-What a record's tokens and labels are is told elsewhere (`data/prompts.py`, `data/formats/conversations.py`); this is
-the same for all.
-"""
+"""Encoded rows on their way into training: cut or dropped at the maximum length, counted, and put into a table."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +18,7 @@ FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("in
 
 
 class TokenRow(NamedTuple):
-    """One row, uncut: token ids, and as many labels, which are the ids or -100 where nothing is learnt."""
+    """One row: token ids, and as many labels, which are the ids, or -100 where nothing is learnt."""
 
     ids: list[int]
     labels: list[int]
@@ -31,10 +27,8 @@ class TokenRow(NamedTuple):
 def trimmed_offsets(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, int]]:
-    """Character offsets of tokens, without the white space that special tokens take from the text beside them.
-
-    A token with `lstrip` or `rstrip` (Phi-3's) covers the white space there, which is none of its own text.
-    """
+    """Character offsets of tokens, without the white space around special tokens with `lstrip` or `rstrip` (Phi-3's),
+    whose offsets include it."""
     greedy = {i for i, token in tokenizer.added_tokens_decoder.items() if token.lstrip or token.rstrip}
     for token_id, (start, end) in zip(ids, offsets, strict=True):
         if token_id in greedy and (core := text[start:end].strip()):
@@ -45,12 +39,12 @@ def trimmed_offsets(
 
 @dataclass
 class Notes:
-    """What was noticed while rows were encoded: each thing once, with its first place and how often it came."""
+    """What was noticed while rows were encoded: each thing once, with its first place and how often it occurred."""
 
-    found: dict[str, tuple[int, str, int]] = field(default_factory=dict)  # by sentence: level of the log, place, times
+    found: dict[str, tuple[int, str, int]] = field(default_factory=dict)  # sentence -> level of the log, place, times
 
     def add(self, level: int, sentence: str, where: str, times: int = 1) -> None:
-        """`where`: the row, and the message of it."""
+        """`where`: the row, perhaps with the message of a conversation."""
         level, where, before = self.found.get(sentence, (level, where, 0))
         self.found[sentence] = level, where, before + times
 
@@ -71,12 +65,12 @@ class EncodingReport:
     """What became of the records."""
 
     rows: int = 0  # kept
-    dropped_rows: int = 0  # without a single supervised token: the answer is empty, or cut away entirely
-    cut_rows: int = 0  # kept, but longer than max_length and cut
+    dropped_rows: int = 0  # without a supervised token: the answer is empty, or was cut off
+    cut_rows: int = 0  # kept, but cut at max_length
     tokens: int = 0  # of the kept rows
     supervised_tokens: int = 0  # of the kept rows
-    cut_ends: int = 0  # of the cut rows, those that lost supervised tokens, and so the end of an answer
-    dropped_long_rows: int = 0  # longer than max_length, where such rows are dropped
+    cut_ends: int = 0  # cut rows that lost supervised tokens, and so the end of an answer
+    dropped_long_rows: int = 0  # longer than max_length, with --long_rows drop
 
     def __str__(self) -> str:
         text = (
@@ -112,11 +106,11 @@ class EncodingReport:
 
 @dataclass
 class LengthLimit:
-    """What becomes of each row at the maximum length, counted.
+    """Cuts or drops each row at the maximum length, and counts.
 
     Args:
         max_length: tokens.
-        long_rows: "cut" takes the end away (an EOS too: a cut answer should not teach to stop there), "drop" the row.
+        long_rows: "cut" removes the end (EOS too, so that a cut answer does not teach to stop there), "drop" the row.
     """
 
     max_length: int
@@ -148,13 +142,9 @@ def count_supervised(labels: Iterable[int]) -> int:
 
 
 class TableOfRows:
-    """A table with the columns "input_ids" and "labels", written row by row.
+    """A table with the columns "input_ids" and "labels", written row by row into a file, or with None into memory.
 
-    Args:
-        file: where to; None keeps it in memory.
-
-    Raises (its methods too):
-        OSError: the file cannot be written.
+    All methods raise OSError when the file cannot be written.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -168,7 +158,7 @@ class TableOfRows:
         self._writer.write({"input_ids": row.ids, "labels": row.labels})
 
     def finish(self) -> Dataset:
-        """Closes the table and opens it for reading; one in a file is mapped, not read."""
+        """Closes the table and opens it for reading; a file is mapped into memory."""
         self._writer.finalize(close_stream=self.file is not None)
         if self.file is None:
             return Dataset.from_buffer(self._buffer.getvalue())

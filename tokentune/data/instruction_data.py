@@ -1,16 +1,19 @@
 """The data of a run: from the command line's names to rows of token ids and labels.
 
-Main path: `load_instruction_data` opens each data set (`data/formats/records.py`), tells its format
+Main path: `load_instruction_data` opens each data set (`data/formats/records.py`), recognises its format
 (`data/formats/data_formats.py`), encodes its rows (`record_encoding.py`), keeps the tokens for the next run
-(`token_cache.py`), and puts training and validation rows together (`data/mixing.py`). With `--streaming` it leaves the
-rows where they are (`streaming_rows.py`).
+(`token_cache.py`), and joins training and validation rows. With `--streaming` the rows are encoded while training
+(`streaming_rows.py`).
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -21,16 +24,8 @@ from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
 from tokentune.data.formats.record_files import chunks
 from tokentune.data.formats.records import DROPPED_SOURCES, RecordSource, open_source
-from tokentune.data.mixing import mixture_counts, mixture_rows
 from tokentune.data.prompts import PromptTemplate
-from tokentune.data.record_encoding import (
-    CHUNK,
-    ChunkEncoder,
-    RecordEncoder,
-    killed_workers_told,
-    ordered_map,
-    worker_count,
-)
+from tokentune.data.record_encoding import CHUNK, RecordEncoder, killed_workers_told, ordered_map, worker_count
 from tokentune.data.streaming_rows import StreamedRows, StreamedSource
 from tokentune.data.token_cache import Entry, cache_folder, cache_key, cached
 from tokentune.errors import UserError
@@ -52,16 +47,13 @@ class SourceReport:
     data_format: str
     rows: int | None  # that can be learnt from, or evaluated on; None: streamed, and not counted
     used: int | None  # of them in an epoch: more than there are where a weight repeats them
-    left_out: int  # of sources that training leaves out (`records.DROPPED_SOURCES`)
+    left_out: int  # of `records.DROPPED_SOURCES`
     bad: int = 0  # that --bad_rows skip leaves out
 
 
 @dataclass
 class InstructionData:
-    """What a run learns from and is evaluated on.
-
-    Rows have the columns "input_ids" and "labels" (-100: no loss) of equal length.
-    """
+    """Rows to learn from and to evaluate on: "input_ids", and "labels" of the same length (-100: no loss)."""
 
     train: Dataset | StreamedRows
     validation: Dataset | None
@@ -71,7 +63,7 @@ class InstructionData:
 
     @property
     def table(self) -> Dataset | None:
-        """The training rows, where they are at hand; None: streamed."""
+        """The training rows; None: streamed."""
         return self.train if isinstance(self.train, Dataset) else None
 
 
@@ -81,114 +73,105 @@ def load_instruction_data(
     """Reads, encodes and splits the data; shows progress on a terminal.
 
     Args:
-        tokenizer: takes over `--chat_template`, and so saves it with the model.
+        tokenizer: is given `--chat_template`, and so saves it with the model.
         template: around instructions.
 
     Raises:
-        UserError: data that cannot be found, read, told or learnt from; a conversation without a chat template.
+        UserError: data that cannot be found, read, recognised or learnt from; a conversation without a chat template.
     """
     data = arguments.data
     if data.chat_template is not None:
         tokenizer.chat_template = load_chat_template(data.chat_template)
     loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run)
-    # All are found, or not, before the first is tokenized.
-    held = None
+    held = None  # opened first: what cannot be found is told before anything is tokenized
     if data.eval_dataset_name_or_path is not None:
         asked = {"split": data.eval_dataset_split, "config": data.eval_dataset_config}
         held = open_source(data.eval_dataset_name_or_path, flag=VALIDATION_FLAG, role="validation", **asked)
+    names = data.dataset_name_or_path
     if data.streaming:
-        train, train_report, sources = _streamed(arguments, loader), None, []
+        train_report, sources = None, []
+        opened = [loader.open_stream(number) for number in range(len(names))]
+        block = arguments.optimization.micro_batch_size * process_count()
+        train = StreamedRows(opened, data, arguments.optimization.seed, block)
     else:
-        names = enumerate(data.dataset_name_or_path)
-        opened = [open_source(name, flag=TRAIN_FLAG, **data.chosen(number)) for number, name in names]
+        opened = [open_source(name, flag=TRAIN_FLAG, **data.chosen(number)) for number, name in enumerate(names)]
         parts = [loader.load(source, data.eval_fraction) for source in opened]
         train, train_report, sources = _mixed(parts, data, arguments.optimization.seed)
     validation = validation_report = None
     if held is not None:
         part = loader.load(held, None)
-        validation, validation_report = part.rows("train"), part.report("train")
+        validation, validation_report = part.tables["train"], part.reports["train"]
         validation_report.check(data.max_length)
-        sources.append(part.summary(len(validation)))
+        sources.append(part.summary)
     elif data.eval_fraction is not None:
-        validation = concatenate_datasets([part.rows("validation") for part in parts])
-        validation_report = sum((part.report("validation") for part in parts), EncodingReport())
+        validation = concatenate_datasets([part.tables["validation"] for part in parts])
+        validation_report = _sum(parts, "validation")
         logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
     if data.chat_template is not None and not loader.conversations:
         logger.warning("--chat_template has no effect: the data holds no conversation. It is saved all the same")
     return InstructionData(train, validation, train_report, validation_report, sources)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One encoded data set. Its tables: "train", and "validation" where a part of it is held out."""
+class _Part(NamedTuple):
+    """One encoded data set. Its sides: "train", and "validation" where a part of it is held out."""
 
-    source: RecordSource
-    entry: Entry
-
-    def rows(self, side: str) -> Dataset:
-        return self.entry.tables[side]
-
-    def report(self, side: str) -> EncodingReport:
-        return EncodingReport(**self.entry.facts["reports"][side])
-
-    def summary(self, used: int) -> SourceReport:
-        facts, source = self.entry.facts, self.source
-        lost = facts["left_out"], facts["bad"]["count"]
-        return SourceReport(source.flag, source.name, facts["format"], len(self.rows("train")), used, *lost)
+    tables: dict[str, Dataset]
+    reports: dict[str, EncodingReport]
+    summary: SourceReport
 
 
+@dataclass
 class _Loader:
-    """Opens and encodes the data sets of one command line."""
+    """Opens and encodes the data sets of one command line. `keep`: tokens may be written into the cache."""
 
-    def __init__(
-        self, data: DataArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, *, keep: bool
-    ) -> None:
-        """`keep`: tokens may be written into the cache."""
-        self.data, self.tokenizer, self.template, self.keep = data, tokenizer, template, keep
-        self.encoder = RecordEncoder(tokenizer, add_eos_token=data.add_eos_token, system_in_user=data.system_in_user)
-        self.conversations = False
+    data: DataArguments
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    keep: bool
+    conversations: bool = False  # whether one was found
 
     def load(self, source: RecordSource, fraction: float | None) -> _Part:
         """A data set, encoded: all of it as "train", or with a fraction of it apart as "validation"."""
-        data, folder = self.data, cache_folder(self.data.data_cache)
-        more = {"eval_fraction": fraction, "bad_rows": data.bad_rows}
-        key = "" if folder is None else cache_key(source, data, self.tokenizer, self.template, **more)
+        folder = cache_folder(self.data.data_cache)
+        key = "" if folder is None else cache_key(source, self.data, self.tokenizer, self.template, fraction)
         entry = cached(folder, key, lambda target: self._encode(source, fraction, target), source.where, keep=self.keep)
-        part, facts = _Part(source, entry), entry.facts
+        facts, rows = entry.facts, len(entry.tables["train"])
+        reports = {side: EncodingReport(**counts) for side, counts in facts["reports"].items()}
         if left_out := facts["left_out"]:
             logger.warning("%s: %d rows left out, data_source %s", source.name, left_out, " or ".join(DROPPED_SOURCES))
         self.conversations |= facts["conversations"]
-        Notes({sentence: tuple(note) for sentence, note in facts["notes"].items()}).log(logger)
-        bad = BadRows(data.bad_rows, **facts["bad"])
-        bad.settle(source.where, facts["read"])
+        Notes(facts["notes"]).log(logger)
+        BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
         read = f"{facts['read']:,} rows{source.read_from} read"
-        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], part.report("train"))
-        return part
+        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], reports["train"])
+        lost = left_out, facts["bad"]["count"]
+        return _Part(entry.tables, reports, SourceReport(source.flag, source.name, facts["format"], rows, rows, *lost))
 
-    def open_stream(self, name: str, chosen: dict[str, str | None]) -> StreamedSource:
-        """A data set that is read while training."""
+    def open_stream(self, number: int) -> StreamedSource:
+        """The data set of this number, to be read while training."""
+        name, chosen = self.data.dataset_name_or_path[number], self.data.chosen(number)
         source = open_source(name, flag=TRAIN_FLAG, streaming=True, **chosen)
         kind = recognised(source, self.data.data_format, whole=False)
-        if (unread := FORMATS[kind].unread(source.columns()[0])) is not None:
+        encoder = RecordEncoder(self.tokenizer, FORMATS[kind], self.template, self.data)
+        if (unread := encoder.data_format.unread(source.columns()[0])) is not None:
             logger.warning("%s: %s", source.where, unread)
-        rows = source.rows(FORMATS[kind].columns)
+        rows = source.rows(encoder.data_format.columns)
         where, first = next((where, row) for where, row in rows if not isinstance(row, UserError))
         with suppress(*([UserError] if self.data.bad_rows == "skip" else [])):
-            self.conversations |= not isinstance(FORMATS[kind].read(first, where, self.template), Answer)
+            self.conversations |= not isinstance(encoder.data_format.read(first, where, self.template), Answer)
         logger.info("%s: %s%s, read while training", source.where, kind, source.read_from)
-        return StreamedSource(source, kind, told=self.data.data_format == "auto")
+        return StreamedSource(source, encoder)
 
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
         kind = recognised(source, self.data.data_format, whole=True)
+        encode = RecordEncoder(self.tokenizer, FORMATS[kind], self.template, self.data, fraction)
         sides = ("train",) if fraction is None else ("train", "validation")
         limits = {side: LengthLimit(self.data.max_length, self.data.long_rows) for side in sides}
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
         read, left_out, conversations, bad, notes = 0, 0, False, BadRows(self.data.bad_rows), Notes()
-        rows = tqdm(source.rows(FORMATS[kind].columns), desc="Tokenizing", unit=" rows", disable=None)
-        if (unread := FORMATS[kind].unread(source.columns()[0])) is not None:
+        if (unread := encode.data_format.unread(source.columns()[0])) is not None:
             notes.add(logging.WARNING, unread, source.where)
-        told = self.data.data_format == "auto"
-        encode = ChunkEncoder(self.encoder, FORMATS[kind], self.template, told=told, fraction=fraction)
+        rows = tqdm(source.rows(encode.data_format.columns), desc="Tokenizing", unit=" rows", disable=None)
         with killed_workers_told():
             for chunk in ordered_map(encode, chunks(rows, CHUNK), worker_count(self.data.tokenize_workers)):
                 for where, side, row in chunk.rows:
@@ -201,67 +184,78 @@ class _Loader:
                 conversations |= chunk.conversations
                 notes.update(chunk.notes)
         bad.refuse(source.where, read)
-        reports = {side: vars(limit.report) for side, limit in limits.items()}
-        facts = {"format": kind, "left_out": left_out, "conversations": conversations, "reports": reports}
-        facts |= {"read": read, "bad": {"count": bad.count, "first": bad.first}, "notes": notes.found}
         if not any(limit.report.read_rows for limit in limits.values()):
             raise UserError(f"{source.where}: holds no rows to train on.")
+        facts = {
+            "format": kind,
+            "read": read,
+            "left_out": left_out,
+            "conversations": conversations,
+            "reports": {side: vars(limit.report) for side, limit in limits.items()},
+            "bad": {"count": bad.count, "first": bad.first},
+            "notes": notes.found,
+        }
         return Entry({side: table.finish() for side, table in tables.items()}, facts)
 
 
 def _mixed(parts: list[_Part], data: DataArguments, seed: int) -> tuple[Dataset, EncodingReport, list[SourceReport]]:
     """The training rows of an epoch."""
-    total = sum((part.report("train") for part in parts), EncodingReport())
-    sizes = [len(part.rows("train")) for part in parts]
+    report = _sum(parts, "train")
+    sizes = counts = [part.summary.rows for part in parts]
     if data.eval_fraction is None:
-        total.check(data.max_length)
+        report.check(data.max_length)
     else:
-        held = sum((part.report("validation") for part in parts), EncodingReport())
-        (total + held).check(data.max_length)
-        _check_sides(total.rows, held.rows, data.eval_fraction)
-    rows, counts = concatenate_datasets([part.rows("train") for part in parts]), sizes
+        held = _sum(parts, "validation")
+        (report + held).check(data.max_length)
+        for count, side, cure in ((report.rows, "training", "lower"), (held.rows, "validation", "raise")):
+            if count == 0:
+                raise UserError(
+                    f"--eval_fraction {data.eval_fraction} of {report.rows + held.rows} rows leaves none for {side}: "
+                    f"{cure} it, or name data with {VALIDATION_FLAG}."
+                )
+    rows = concatenate_datasets([part.tables["train"] for part in parts])
     if data.dataset_weights:
-        for part, size, weight in zip(parts, sizes, data.dataset_weights, strict=True):
+        for name, size, weight in zip(data.dataset_name_or_path, sizes, data.dataset_weights, strict=True):
             if weight > 0 and size == 0:
-                raise UserError(f"{part.source.where}: --dataset_weights {weight}, but no row is left to learn from.")
+                raise UserError(f"{TRAIN_FLAG} {name}: --dataset_weights {weight}, but no row is left to learn from.")
         counts = mixture_counts(sizes, data.dataset_weights)
         rows = rows.select(mixture_rows(sizes, counts, seed))
-        total = _recounted(total, rows)
-    summaries = [part.summary(count) for part, count in zip(parts, counts, strict=True)]
+        tokens, supervised = sum(map(len, rows["input_ids"])), sum(map(count_supervised, rows["labels"]))
+        report = replace(report, rows=len(rows), tokens=tokens, supervised_tokens=supervised)
+    summaries = [replace(part.summary, used=count) for part, count in zip(parts, counts, strict=True)]
     if len(parts) > 1:
         for summary in summaries:
             logger.info("%s: %s rows in an epoch, of %s", summary.name, f"{summary.used:,}", f"{summary.rows:,}")
-    return rows, total, summaries
+    return rows, report, summaries
 
 
-def _recounted(report: EncodingReport, rows: Dataset) -> EncodingReport:
-    """The report with the rows and tokens of this selection of rows."""
-    tokens = sum(len(ids) for ids in rows["input_ids"])
-    supervised = sum(count_supervised(labels) for labels in rows["labels"])
-    changed = {"rows": len(rows), "tokens": tokens, "supervised_tokens": supervised}
-    return EncodingReport(**(vars(report) | changed))
+def _sum(parts: list[_Part], side: str) -> EncodingReport:
+    return sum((part.reports[side] for part in parts), EncodingReport())
 
 
-def _check_sides(train: int, validation: int, fraction: float) -> None:
-    for count, side, cure in ((train, "training", "lower"), (validation, "validation", "raise")):
-        if count == 0:
-            raise UserError(
-                f"--eval_fraction {fraction} of {train + validation} rows leaves none for {side}: {cure} it, or name "
-                f"data with {VALIDATION_FLAG}."
-            )
+def mixture_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Rows of each data set in an epoch, in proportion to the weights.
+
+    No row is left out: the data set that is largest for its weight gives every row once, and the rows of the others are
+    repeated as their share demands. A data set of weight 0 gives none.
+
+    Args:
+        sizes: rows of the data sets; 0 only where the weight is 0.
+        weights: not negative, not all zero.
+    """
+    epoch = max(size / weight for size, weight in zip(sizes, weights, strict=True) if weight > 0)
+    return [round(epoch * weight) for weight in weights]
 
 
-def _streamed(arguments: FinetuneArguments, loader: _Loader) -> StreamedRows:
-    data = arguments.data
-    return StreamedRows(
-        [loader.open_stream(name, data.chosen(number)) for number, name in enumerate(data.dataset_name_or_path)],
-        loader.template,
-        loader.encoder,
-        max_length=data.max_length,
-        long_rows=data.long_rows,
-        weights=data.dataset_weights or None,
-        seed=arguments.optimization.seed,
-        batch_size=arguments.optimization.micro_batch_size,
-        world_size=process_count(),
-        bad_rows=data.bad_rows,
-    )
+def mixture_rows(sizes: Sequence[int], counts: Sequence[int], seed: int) -> np.ndarray:
+    """Indices into the concatenated data sets, one data set after another, of each so many.
+
+    Of one data set no row occurs more than once more often than another; the seed draws which do.
+    """
+    chosen, offset = [], 0
+    for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        times, more = divmod(count, max(size, 1))  # an empty one has the weight 0
+        drawn = np.random.default_rng((seed, number)).permutation(size)[:more]
+        chosen.append(offset + np.concatenate([np.tile(np.arange(size), times), np.sort(drawn)]))
+        offset += size
+    return np.concatenate(chosen)

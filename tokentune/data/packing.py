@@ -1,11 +1,11 @@
-"""Packing: several documents in one row, none of which sees another.
+"""Packing: several documents in one row, none of which attends to another.
 
     python -u ./tokentune/finetune.py ... --packing
 
-A document is a row of the data. It keeps the draw of its selection, and its labels, that it has in a row of its own;
-only then are documents joined. Their position ids restart, and from that, in a batch without an attention mask,
-transformers builds masks that keep them apart (`masking_utils.find_packed_sequence_indices`), for all its own mask
-functions and in any number of rows. Whether a model really keeps them apart, `data/packing_check.py` tries.
+A document is a row of the data. Its selection is drawn, and its labels are masked, as in a row of its own; then
+documents are joined. Their position ids restart, and in a batch without an attention mask transformers builds masks
+from that which keep them apart (`masking_utils.find_packed_sequence_indices`). `data/packing_check.py` tests whether a
+model does keep them apart.
 
 Legend: B rows of a batch, S tokens of the padded batch, K selected positions per row, N documents of the batch.
 """
@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows
-from tokentune.sampling.sampler import IGNORED_LABEL, target_mask
+from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows, pad_rows, round_up, token_counts
+from tokentune.sampling.sampler import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 def bins_of(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
     """Which documents share a row: best-fit decreasing, the longest first, each into the fullest row that has room.
 
-    The answer depends on the lengths alone. It needs at most about 11/9 of the fewest rows possible (Johnson et al.,
-    "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974).
+    It needs at most about 11/9 of the fewest rows possible (Johnson et al., "Worst-case performance bounds for simple
+    one-dimensional packing algorithms", 1974).
 
     Args:
         lengths: tokens of each document.
@@ -67,7 +67,7 @@ def bins_of(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[i
 
 
 def lengths_of(rows: Dataset | Sequence[dict[str, Any]]) -> np.ndarray:
-    """Tokens of each encoded row, (rows,) int64. Of a `Dataset` only the lists' ends are looked at."""
+    """Tokens of each encoded row, (rows,) int64. Of a `Dataset` only the lists' offsets are read."""
     if not isinstance(rows, Dataset):
         return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
@@ -75,17 +75,17 @@ def lengths_of(rows: Dataset | Sequence[dict[str, Any]]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *lengths])
 
 
+@dataclass(eq=False)
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of several documents each: the item is {"documents": [...]}, each with the draw seed that it has alone."""
+    """Rows of several documents each: {"documents": [...]}, each document with the draw seed that it has alone.
 
-    def __init__(self, rows: SeededRows, bins: Sequence[Sequence[int]]) -> None:
-        """
-        Args:
-            rows: the documents.
-            bins: for each packed row the numbers of its documents (`bins_of`).
-        """
-        self.rows = rows
-        self.bins = bins
+    Args:
+        rows: the documents.
+        bins: for each packed row the numbers of its documents (`bins_of`).
+    """
+
+    rows: SeededRows
+    bins: Sequence[Sequence[int]]
 
     def set_epoch(self, epoch: int) -> None:
         """As of `SeededRows`."""
@@ -137,76 +137,61 @@ class PackedCollator:
             When selecting also "selected_positions" (B, K), "num_supervised" and, where the strategy has them,
             "selection_weights" (B, K), as of `CausalCollator.draw`.
 
-            Rows that select fewer than K positions are filled up with their padding, which stands behind the documents
-            and becomes as wide as that takes. Padding has position 0, each token of it: a document of its own.
+            Rows that select fewer than K positions select padding too, and S is as large as that takes. Each padding
+            token has position 0, and so is a document of its own.
         """
         drawn = self.documents([document for example in examples for document in example["documents"]])
-        lengths = drawn["attention_mask"].sum(1).tolist()  # (N,)
-        placed, first = [], 0  # of each row its documents: (number in the batch, where it starts)
-        for example in examples:
-            starts = np.cumsum([0, *lengths[first : first + len(example["documents"])]]).tolist()
-            placed.append((list(enumerate(starts[:-1], start=first)), starts[-1]))
-            first += len(example["documents"])
-        selected = [self._selected(drawn, lengths, documents) for documents, _ in placed]
-        most = max(map(len, selected))
-        length = max(tokens + most - len(own) for (_, tokens), own in zip(placed, selected, strict=True))
-        multiple = self.documents.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-
-        input_ids = torch.full((len(examples), length), self.documents.pad_token_id, dtype=torch.int64)
-        labels = {name: torch.full_like(input_ids, IGNORED_LABEL) for name in ("labels", ALL_LABELS) if name in drawn}
-        position_ids = torch.zeros_like(input_ids)
-        for row, (documents, _) in enumerate(placed):
-            for number, start in documents:
-                n = lengths[number]
-                input_ids[row, start : start + n] = drawn["input_ids"][number, :n]
-                for name, placed_labels in labels.items():  # nothing predicts a document's first token
-                    placed_labels[row, start + 1 : start + n] = drawn[name][number, 1:n]
-                position_ids[row, start : start + n] = torch.arange(n)
-        batch = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False} | labels
-        if self.documents.prefix_length is None:
-            return batch
-        filled = [
-            torch.cat([own, torch.arange(tokens, tokens + most - len(own))])
-            for (_, tokens), own in zip(placed, selected, strict=True)
-        ]
-        batch |= {"selected_positions": torch.stack(filled), "num_supervised": drawn["num_supervised"]}
-        if "selection_weights" in drawn:
-            weights = [self._weights(drawn, lengths, documents, most) for documents, _ in placed]
-            batch["selection_weights"] = torch.stack(weights)
-        return batch
-
-    @staticmethod
-    def _weights(drawn: dict[str, Tensor], lengths: list[int], documents: list[tuple[int, int]], most: int) -> Tensor:
-        """(K,): of one row's documents, 0 where padding fills it up."""
-        own = [drawn["selection_weights"][number][drawn["selected_positions"][number] < lengths[number]]
-               for number, _ in documents]  # fmt: skip
-        joined = torch.cat(own)
-        return torch.nn.functional.pad(joined, (0, most - len(joined)))
-
-    @staticmethod
-    def _selected(drawn: dict[str, Tensor], lengths: list[int], documents: list[tuple[int, int]]) -> Tensor:
-        """The positions within one row that its documents drew, ascending; none where nothing is drawn."""
-        if "selected_positions" not in drawn:
-            return torch.zeros(0, dtype=torch.int64)
-        own = [(drawn["selected_positions"][number], lengths[number], start) for number, start in documents]
-        return torch.cat([positions[positions < n] + start for positions, n, start in own])
+        counts = [len(example["documents"]) for example in examples]
+        real = drawn["attention_mask"].bool()  # (N, tokens of the longest document)
+        lengths = real.sum(1)  # (N,)
+        tokens = torch.stack([own.sum() for own in lengths.split(counts)])  # (B,)
+        selection, width = {}, int(tokens.max())
+        if self.documents.prefix_length is not None:
+            positions = drawn["selected_positions"]
+            chosen = positions < lengths[:, None]  # not the padding of the document's own row
+            starts = torch.cat([own.cumsum(0) - own for own in lengths.split(counts)])  # (N,)
+            selected = _joined(positions + starts[:, None], chosen, counts, fill=-1)  # (B, K)
+            padding = (selected < 0).cumsum(1) - 1 + tokens[:, None]
+            selected = torch.where(selected < 0, padding, selected)
+            selection = {"selected_positions": selected, "num_supervised": drawn["num_supervised"]}
+            if "selection_weights" in drawn:
+                selection["selection_weights"] = _joined(drawn["selection_weights"], chosen, counts)
+            width = max(width, int(selected.max()) + 1)
+        width = round_up(width, self.documents.pad_to_multiple_of)
+        places = torch.arange(real.shape[1]).expand_as(real)
+        batch = {
+            "input_ids": _joined(drawn["input_ids"], real, counts, self.documents.pad_token_id, width),
+            "position_ids": _joined(places, real, counts, width=width),
+            "use_cache": False,
+        }
+        for name in ("labels", ALL_LABELS):
+            if name in drawn:
+                drawn[name][:, 0] = IGNORED_LABEL  # nothing predicts a document's first token
+                batch[name] = _joined(drawn[name], real, counts, IGNORED_LABEL, width)
+        return batch | selection
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a batch that this collator made: real tokens, selected ones, and supervised targets of the selection."""
-        tokens = real_tokens(batch["position_ids"])  # (B,)
-        positions = batch.get("selected_positions")
-        selected = tokens.sum() if positions is None else (positions < tokens[:, None]).sum()
-        supervised = target_mask(batch["labels"], causal=True)
-        learnt = supervised if positions is None else supervised.gather(1, positions)
-        return tokens.sum(), selected, learnt.sum()
+        """`token_counts` of a batch that this collator made."""
+        tokens, places = real_tokens(batch["position_ids"]), torch.arange(batch["labels"].shape[1])
+        return token_counts(places.to(tokens.device) < tokens[:, None], batch)
+
+
+def _joined(values: Tensor, kept: Tensor, counts: Sequence[int], fill: float = 0, width: int | None = None) -> Tensor:
+    """Of the documents (N, any) the kept values, those of so many documents in each row: (B, width).
+
+    Args:
+        counts: documents of each row.
+        width: of the rows; None: that of the longest.
+    """
+    sizes = [int(own.sum()) for own in kept.split(counts)]
+    return pad_rows(values[kept].split(sizes), fill, max(sizes) if width is None else width)
 
 
 def real_tokens(position_ids: Tensor) -> Tensor:
     """Tokens in front of the padding, (B, S) -> (B,): up to the last one that is not the first of a document.
 
-    A document of a single token at a row's end passes for padding; nothing can be learnt from it.
+    A document of one token at a row's end counts as padding; nothing can be learnt from it.
     """
     places = torch.arange(1, position_ids.shape[1] + 1, device=position_ids.device)
     return (places * (position_ids > 0)).amax(1)

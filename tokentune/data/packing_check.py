@@ -1,6 +1,6 @@
-"""Trust nothing: whether a model keeps the documents of a packed row apart is tried before it is trained on any.
+"""Whether a model keeps the documents of a packed row apart: tested before training.
 
-A tiny random copy of the model (`verify/tiny_copy.py`), patched where the model is, runs in float64 on two packed rows,
+A tiny random copy of the model (`verify/tiny_copy.py`), patched if the model is, runs in float64 on two packed rows,
 one of them padded, and on the same documents in rows of their own: outputs and gradients have to agree. They do not
 where a family counts positions by itself, makes its own masks, or mixes tokens outside of attention.
 """
@@ -19,7 +19,7 @@ from tokentune.data.packing import PackedCollator, real_tokens
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.verify.tiny_copy import Float64, tiny_copy, undisturbed
 
-# What takes a mask. FlashAttention's kernels take none, and look for several documents in a batch of one row alone.
+# Kernels that take a mask. FlashAttention takes none, and recognises several documents only in a batch of one row.
 SEPARATING = ("sdpa", "eager", "flex_attention")
 TOLERANCE = 1e-9  # relative, in float64
 LENGTHS = (9, 7, 11, 4)  # of documents: longer and shorter than the tiny copy's windows of 5 tokens
@@ -27,13 +27,13 @@ PROPORTION = 0.4  # selected, where the model is patched
 
 
 def check_separation(model: nn.Module) -> None:
-    """Refuses a model whose documents are not in a packed row what they are alone.
+    """Refuses a model that computes something else for a document in a packed row than for the document alone.
 
     Args:
-        model: with its adapters, and patched where it will be; its weights are not looked at.
+        model: with its adapters, and patched if it is to be; its weights are not used.
 
     Raises:
-        UserError: how much differs, or why it cannot be tried.
+        UserError: how much differs, or why it cannot be tested.
     """
     owner = inner_model(model)
     name, kernels = type(owner).__name__, owner.config._attn_implementation
@@ -52,7 +52,7 @@ def check_separation(model: nn.Module) -> None:
                     error = max(error, _difference(tiny, PROPORTION))
         except UnsupportedModelError as reason:
             raise UserError(f"--packing: {reason}. Leave --packing out.") from reason
-        except Exception as reason:  # whatever a family's own code raises on positions that it does not expect
+        except Exception as reason:  # a family's own code may raise anything on positions that it does not expect
             what = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
             raise UserError(f"--packing: {name} fails on packed rows ({what}). Leave --packing out.") from reason
     if not error <= TOLERANCE:  # also where it is NaN
@@ -91,7 +91,7 @@ def _outputs_and_gradients(tiny: nn.Module, batches: list[dict[str, Any]]) -> di
         mask, positions = batch.get("attention_mask"), batch.get("selected_positions")
         tokens = real_tokens(batch["position_ids"]) if mask is None else mask.sum(1)
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "num_supervised")}
-        with Float64(), rotary_state_kept(tiny):  # a document alone is one that no longer one came before
+        with Float64(), rotary_state_kept(tiny):  # a longer document before would change a dynamic rotary embedding
             logits = tiny(**inputs).logits
         if positions is None:
             positions = torch.arange(logits.shape[1]).expand(logits.shape[:2])

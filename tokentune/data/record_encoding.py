@@ -1,5 +1,4 @@
-"""Parsed records to rows of tokens, many at a time: by `data/prompts.py` or the chat template, in one or more
-processes."""
+"""Records to rows of tokens, many at a time, in one or more processes."""
 
 import hashlib
 import json
@@ -9,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
@@ -18,87 +18,18 @@ from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.encoding import Notes, TokenRow
-from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item, Record
+from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
 from tokentune.data.formats.records import DROPPED_SOURCES, Placed
 from tokentune.data.prompts import PromptTemplate, encode_answers
 from tokentune.errors import UserError
+from tokentune.settings.data import DataArguments
 from tokentune.sources import error_chain
 
 CHUNK = 64  # rows that are tokenized together
-CHUNKS_HERE = 16  # that are tokenized in this process before others are started: small data is done sooner without them
-MOST_WORKERS = 8  # by default: reading the records keeps no more of them busy
+CHUNKS_HERE = 16  # tokenized in this process before others are started: these would only delay small data
+MOST_WORKERS = 8  # by default: one process reads the records, no faster than so many encode them
 
 Chunk, Outcome = TypeVar("Chunk"), TypeVar("Outcome")
-
-
-class RecordEncoder:
-    """Encodes prompts with answers by `data/prompts.py`, conversations by the tokenizer's chat template.
-
-    Args:
-        add_eos_token, system_in_user: as of `ChatEncoder`.
-
-    Raises:
-        UserError: as `encode_answers` and `ChatEncoder`.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool, system_in_user: bool = False
-    ) -> None:
-        self.tokenizer, self.add_eos_token, self.system_in_user = tokenizer, add_eos_token, system_in_user
-        self._chat: ChatEncoder | None = None
-        self._notes = Notes()
-
-    def read(
-        self, record: Record, where: str, data_format: DataFormat, template: PromptTemplate, *, told: bool
-    ) -> Item:
-        """`DataFormat.read`, which notes the columns that are not read."""
-        if (unread := data_format.unread(record)) is not None:
-            self._notes.add(logging.WARNING, unread, where)
-        return data_format.read(record, where, template, told=told)
-
-    def __call__(self, item: Item, where: str) -> TokenRow:
-        """Uncut ids and labels. `where`: the row, for messages."""
-        (row,) = self.batch([(item, where)])
-        if isinstance(row, UserError):
-            raise row
-        return row
-
-    def batch(self, items: Sequence[tuple[Item, str]]) -> list[TokenRow | UserError]:
-        """As many rows; of one that cannot be encoded, what is wrong with it."""
-        answers = [n for n, (item, _) in enumerate(items) if isinstance(item, Answer)]
-        chats = [n for n, (item, _) in enumerate(items) if not isinstance(item, Answer)]
-        found: dict[int, TokenRow | UserError] = {}
-        if answers:
-            texts = [items[n][0] for n in answers]
-            found |= zip(answers, self._answers(texts), strict=True)
-        if chats:
-            if self._chat is None:  # a tokenizer without a chat template is good enough for everything else
-                options = {"add_eos_token": self.add_eos_token, "system_in_user": self.system_in_user}
-                self._chat = ChatEncoder(self.tokenizer, **options)
-            found |= zip(chats, self._chat.batch([items[n] for n in chats]), strict=True)
-        return [found[n] for n in range(len(items))]
-
-    def take_notes(self) -> Notes:
-        """What was noticed since this was last asked."""
-        notes, self._notes = self._notes, Notes()
-        if self._chat is not None:
-            notes.update(self._chat.notes)
-            self._chat.notes = Notes()
-        return notes
-
-    def _answers(self, texts: list[Answer]) -> list[TokenRow | UserError]:
-        try:
-            return encode_answers(texts, self.tokenizer, add_eos_token=self.add_eos_token)
-        except UserError as error:
-            if len(texts) == 1:
-                return [error]
-            return [row for text in texts for row in self._answers([text])]
-
-
-def held_out(item: Item, fraction: float) -> bool:
-    """Whether a row belongs to the validation data: told by what it says alone, so the same in every run and file."""
-    content = json.dumps([*item], sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
 
 
 class EncodedChunk(NamedTuple):
@@ -106,8 +37,8 @@ class EncodedChunk(NamedTuple):
 
     Attributes:
         rows: how messages about it begin, side ("train" or "validation"), and the row or what is wrong with it.
-        left_out: records of `DROPPED_SOURCES`.
-        conversations: there is one among them.
+        left_out: number of records of `DROPPED_SOURCES`.
+        conversations: whether there is one among them.
     """
 
     rows: list[tuple[str, str, TokenRow | UserError]]
@@ -116,42 +47,76 @@ class EncodedChunk(NamedTuple):
     notes: Notes
 
 
-@dataclass(frozen=True)
-class ChunkEncoder:
-    """Reads and encodes placed records, as `RecordSource.rows` yields them, for `ordered_map`.
+@dataclass
+class RecordEncoder:
+    """Encodes the records of one data set: texts by `data/prompts.py`, conversations by the tokenizer's chat template.
 
     Args:
-        told: as of `DataFormat.read`.
-        fraction: of the records, that is held out as "validation"; None: all are "train".
+        fraction: share of the records that is held out as "validation"; None: all are "train".
+
+    Raises (when called):
+        UserError: the tokenizer has no chat template, and the records are conversations.
     """
 
-    encoder: RecordEncoder
+    tokenizer: PreTrainedTokenizerBase
     data_format: DataFormat
     template: PromptTemplate
-    told: bool
-    fraction: float | None
+    data: DataArguments
+    fraction: float | None = None
 
-    def __call__(self, records: Sequence[Placed]) -> EncodedChunk:
+    def __call__(self, records: Iterable[Placed]) -> EncodedChunk:
+        """Encodes records as `RecordSource.rows` yields them; rows are not cut."""
         rows: list[tuple[str, str, TokenRow | UserError | None]] = []
-        items = []
+        items: list[tuple[Item, str]] = []
+        notes, left_out = Notes(), 0
         for where, record in records:
             if isinstance(record, UserError):
-                rows.append(("", "train", record))  # it names its place itself: a line, or a row
-                continue
-            if record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
-                continue
-            try:
-                item = self.encoder.read(record, where, self.data_format, self.template, told=self.told)
-            except UserError as error:
-                rows.append((where, "train", error))
-                continue
-            held = self.fraction is not None and held_out(item, self.fraction)
-            rows.append((where, "validation" if held else "train", None))
-            items.append((item, where))
-        encoded = iter(self.encoder.batch(items))
+                rows.append(("", "train", record))  # its message names the place: a line, or a row
+            elif record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
+                left_out += 1
+            else:
+                for doubt in self.data_format.doubts(record):
+                    notes.add(logging.WARNING, doubt, where)
+                try:
+                    item = self.data_format.read(record, where, self.template, told=self.data.data_format == "auto")
+                except UserError as error:
+                    rows.append((where, "train", error))
+                    continue
+                held = self.fraction is not None and held_out(item, self.fraction)
+                rows.append((where, "validation" if held else "train", None))
+                items.append((item, where))
+        encoded = iter(self.encode(items, notes))
         rows = [(where, side, next(encoded) if row is None else row) for where, side, row in rows]
-        conversations = any(not isinstance(item, Answer) for item, _ in items)
-        return EncodedChunk(rows, len(records) - len(rows), conversations, self.encoder.take_notes())
+        return EncodedChunk(rows, left_out, any(not isinstance(item, Answer) for item, _ in items), notes)
+
+    def encode(self, items: Sequence[tuple[Item, str]], notes: Notes) -> list[TokenRow | UserError]:
+        """Rows of (item, how messages about it begin); of one that cannot be encoded, what is wrong with it."""
+        answers = [n for n, (item, _) in enumerate(items) if isinstance(item, Answer)]
+        chats = [n for n, (item, _) in enumerate(items) if not isinstance(item, Answer)]
+        found = dict(zip(answers, self._answers([items[n][0] for n in answers]), strict=True))
+        if chats:
+            found |= zip(chats, self._chat.batch([items[n] for n in chats]), strict=True)
+            notes.update(self._chat.notes)
+            self._chat.notes = Notes()
+        return [found[n] for n in range(len(items))]
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        """Made when it is needed: without conversations a tokenizer needs no chat template."""
+        options = {"add_eos_token": self.data.add_eos_token, "system_in_user": self.data.system_in_user}
+        return ChatEncoder(self.tokenizer, **options)
+
+    def _answers(self, texts: list[Answer]) -> list[TokenRow | UserError]:
+        try:
+            return encode_answers(texts, self.tokenizer, add_eos_token=self.data.add_eos_token) if texts else []
+        except UserError as error:
+            return [error] if len(texts) == 1 else [row for text in texts for row in self._answers([text])]
+
+
+def held_out(item: Item, fraction: float) -> bool:
+    """Whether a row is validation data. It depends on the row's content alone: the same in every run and file."""
+    content = json.dumps([*item], sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
 
 
 def worker_count(asked: int | None) -> int:
@@ -160,10 +125,10 @@ def worker_count(asked: int | None) -> int:
 
 
 def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], workers: int) -> Iterator[Outcome]:
-    """`function` of each item, in order, by so many processes once `CHUNKS_HERE` items were done in this one.
+    """`function` of each item, in order: of the first `CHUNKS_HERE` in this process, of the others in worker processes.
 
     Args:
-        function: it and what it refers to is copied into the processes (by fork); what it changes there is lost.
+        function: copied into the processes (by fork) with all it refers to; what it changes there is lost.
         workers: below 2, this process does everything.
 
     Raises:
@@ -175,20 +140,20 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
     first = list(islice(items, 1))
     if not first:
         return
-    # Copies of a process with the tokenizer's threads must not use them: their locks may be held for ever.
+    # A forked process must not use the tokenizer's threads: they are not copied, and their locks may never be freed.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # as many processes as the user asked for
         outcomes = iter(
             DataLoader(
                 _Mapped(function),
-                sampler=chain(first, items),  # any items pass for the indices of a data set
+                sampler=chain(first, items),  # items take the place of a data set's indices
                 batch_size=None,
                 collate_fn=lambda outcome: outcome,
                 num_workers=workers,
-                prefetch_factor=4,  # as many as keep all busy; all items at once may not fit into memory
+                prefetch_factor=4,  # enough to keep all busy; all items at once may not fit into memory
                 multiprocessing_context="fork",
-                generator=torch.Generator(),  # the seeds of its processes are not drawn from this one's generator
+                generator=torch.Generator(),  # otherwise seeds for its processes are drawn from the global one
             )
         )
     with killed_workers_told():
@@ -200,11 +165,12 @@ def ordered_map(function: Callable[[Chunk], Outcome], items: Iterable[Chunk], wo
 
 @contextmanager
 def killed_workers_told() -> Iterator[None]:
-    """Also to be put around what is done with the outcomes of `ordered_map`: torch raises wherever its process is."""
+    """Names the cause where a worker was killed. The outcomes of `ordered_map` must be used within it too: torch raises
+    from a signal handler, at any place of the program."""
     try:
         yield
     except (RuntimeError, UserError) as error:
-        if not any(str(led_to_it).startswith("DataLoader worker") for led_to_it in error_chain(error)):
+        if not any(str(cause).startswith("DataLoader worker") for cause in error_chain(error)):
             raise
         raise UserError(
             "--tokenize_workers: a process that tokenizes was killed, perhaps for want of memory. Take fewer of them."
@@ -213,7 +179,7 @@ def killed_workers_told() -> Iterator[None]:
 
 @dataclass
 class _Mapped(torch.utils.data.Dataset):
-    """A function as a data set; a `UserError` is handed on as it is, which torch would put a traceback around."""
+    """A function as a data set. It returns a `UserError`: of a raised one torch makes the message a traceback."""
 
     function: Callable[[Chunk], Outcome]
 

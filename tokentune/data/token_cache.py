@@ -1,8 +1,8 @@
-"""Tokenized data kept for the next run, under a key that changes when anything does that the tokens depend on.
+"""Tokens kept for the next run, under a key that changes with everything that the tokens depend on.
 
-An entry is a folder: tables in Arrow's stream format, which are mapped into memory, and `entry.json` with what was
-counted and each table's SHA-256. It is written under another name and renamed when it is complete, so that an
-interrupted run leaves none; one that was damaged afterwards is found out by its hashes and made again.
+An entry is a folder: tables in Arrow's stream format, which are mapped into memory, and `entry.json` with counts and
+each table's SHA-256. It is written under another name and renamed when it is complete, so that an interrupted run
+leaves none; damage done later is detected by the hashes, and the entry is made again.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.formats.records import RecordSource
+from tokentune.data.formats.records import RecordSource, file_hash
 from tokentune.data.prompts import PromptTemplate
 from tokentune.settings.data import DataArguments
 from tokentune.sources import first_line
@@ -32,21 +32,20 @@ from tokentune.sources import first_line
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("transformers", "tokenizers", "datasets", "jinja2", "pyarrow")
-# What decides on tokens and labels: an entry must not outlive a change of it.
+# Determines tokens and labels: after a change of it, no older entry may be used.
 CODE = tuple(sorted(Path(__file__).parent.rglob("*.py")))
 ENTRY = "entry.json"
-ABANDONED_SECONDS = 24 * 3600  # a half-written entry as old as this belongs to a run that died
+ABANDONED_SECONDS = 24 * 3600  # an unfinished entry of this age is of a run that died
 
 
 class Entry(NamedTuple):
-    """Tables by name, and what else is to be remembered of them, as JSON holds it."""
+    """Tables by name, and facts about them as JSON holds them."""
 
     tables: dict[str, Dataset]
     facts: dict[str, Any]
 
 
-# Makes an entry; its tables are written into the folder, or kept in memory where there is none.
-Build = Callable[[Path | None], Entry]
+Build = Callable[[Path | None], Entry]  # makes an entry; writes its tables into the folder, if there is one
 
 
 def cache_folder(data_cache: str) -> Path | None:
@@ -59,44 +58,45 @@ def cache_folder(data_cache: str) -> Path | None:
 
 
 def cache_key(
-    source: RecordSource, data: DataArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, **more: Any
+    source: RecordSource,
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    fraction: float | None,
 ) -> str:
     """The key of a data set's tokens: a hash of its content and of everything that turns it into tokens.
 
     Args:
-        more: what else matters, as JSON holds it.
+        fraction: share of the rows that is held out for validation.
     """
     chat_template = json.dumps(tokenizer.chat_template)
+    flags = ("data_format", "max_length", "long_rows", "add_eos_token", "system_in_user", "bad_rows")
     parts = {
         "content": source.fingerprint(),
         "tokenizer": _tokenizer_state(tokenizer),
         "chat_template": chat_template,
         "day": today() if "strftime_now" in chat_template else None,
         "prompt_template": asdict(template),
-        "format": data.data_format,
-        "max_length": data.max_length,
-        "long_rows": data.long_rows,
-        "add_eos_token": data.add_eos_token,
-        "system_in_user": data.system_in_user,
+        "flags": {name: getattr(data, name) for name in flags},
+        "fraction": fraction,
         "versions": {name: version(name) for name in LIBRARIES},
-        "code": _code_hash(),
-        **more,
+        "code": [file_hash(file) for file in CODE],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return _hash_of(parts)[:32]
 
 
 def today() -> str:
-    """The date, which some chat templates write."""
+    """The date, which some chat templates write into a conversation."""
     return datetime.now().astimezone().date().isoformat()
 
 
 def cached(folder: Path | None, key: str, build: Build, what: str, *, keep: bool = True) -> Entry:
-    """The entry of this key, from the cache or made now and kept there.
+    """The entry of this key, from the cache, or made now and kept there.
 
     Args:
         folder: of the cache; None: there is none.
         what: names the data in log lines.
-        keep: False only looks for it.
+        keep: False writes nothing.
 
     Raises:
         UserError: what `build` raises.
@@ -125,14 +125,14 @@ def _write(folder: Path, key: str, build: Build) -> None:
     unfinished = Path(tempfile.mkdtemp(prefix=f"{key}.part-", dir=folder))
     try:
         entry = build(unfinished)
-        hashes = {name: _file_hash(unfinished / f"{name}.arrow") for name in entry.tables}
+        hashes = {name: file_hash(unfinished / f"{name}.arrow") for name in entry.tables}
         (unfinished / ENTRY).write_text(json.dumps({"sha256": hashes, "facts": entry.facts}), encoding="utf-8")
         if (folder / key).exists() and _open(folder / key) is None:
             shutil.rmtree(folder / key, ignore_errors=True)
         try:
             unfinished.rename(folder / key)
         except OSError:
-            if not (folder / key).exists():  # otherwise another process has finished the same meanwhile
+            if not (folder / key).exists():  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -143,7 +143,7 @@ def _open(folder: Path) -> Entry | None:
     try:
         content = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
         for name, expected in content["sha256"].items():
-            if _file_hash(folder / f"{name}.arrow") != expected:
+            if file_hash(folder / f"{name}.arrow") != expected:
                 return None
         tables = {name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in content["sha256"]}
         return Entry(tables, content["facts"])
@@ -151,21 +151,15 @@ def _open(folder: Path) -> Entry | None:
         return None
 
 
-def _file_hash(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _code_hash() -> str:
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in CODE)).hexdigest()
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides how a text is tokenized."""
+    """A hash of everything that determines how a text is tokenized."""
     if getattr(tokenizer, "is_fast", False):
         state: Any = tokenizer.backend_tokenizer.to_str()
     else:
         state = [tokenizer.get_vocab(), repr(sorted(tokenizer.init_kwargs.items()))]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    parts = [type(tokenizer).__name__, state, special, sorted(tokenizer.added_tokens_encoder.items())]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return _hash_of([type(tokenizer).__name__, state, special, sorted(tokenizer.added_tokens_encoder.items())])

@@ -1,25 +1,25 @@
-"""Draws of a gradient against the gradient that they stand for: direction, size, bias, variance, by part of the model.
+"""Selective gradients against the full gradient that they estimate: direction, size, bias and variance, by part.
 
     g  the full gradient          x_1 .. x_D  the draws, each over the same rows with a selection of its own
     m  the mean of the draws      V           their variance: sum of |x_d - m|^2 / (D - 1), over all weights
     R  rows of the batch          T           variance between rows: R n_i g_i / N summed over i as V is
 
-The mean of D draws still holds V / D of their variance. What is told of the draws' expectation is freed from it:
+The mean of D draws still holds V / D of their variance. Estimates of the draws' expectation are freed from it:
 
     |m|^2     - V / D    is an unbiased estimate of the expectation's square
-    |m - g|^2 - V / D    is one of the squared bias; few draws may bring it below zero, which is then reported as it is
+    |m - g|^2 - V / D    is one of the squared bias; with few draws it may be negative, and is reported as it is
 
-How many rows of full training are as noisy as a batch of B rows with a selection (its noise scale, McCandlish et al.
-2018, arXiv 1812.06162: variance over the squared norm of the signal): a full gradient over B rows has variance T / B.
+The effective batch: how many rows of full training are as noisy as one row with a selection (by the noise scale of
+McCandlish et al. 2018, arXiv 1812.06162: variance over squared norm). A full gradient over B rows has variance T / B.
 A selection adds R V / B, as rows draw independently of each other, and scales the signal by c = <m, g> / |g|^2, and
 with it the rows' own variance by c^2. Equal noise for equal signal: B' / B = T / (T + R V / c^2).
 
-Sums are float64, over pieces of the weights, whatever type these have; no draw is kept but in the running mean (Welford
-1962).
+Sums are float64, over pieces of the weights, whatever type these have. Of the draws only the running mean is held
+(Welford 1962).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,17 @@ _PIECE = 2**22  # numbers that are widened to float64 at once
 
 def inner(first: Tensor, second: Tensor) -> float:
     """The inner product of two tensors of one shape, in float64."""
-    pairs = zip(first.flatten().split(_PIECE), second.flatten().split(_PIECE), strict=True)
-    return sum(float(a.double() @ b.double()) for a, b in pairs)
+    return _summed(lambda a, b: a @ b, first, second)
 
 
 def squared_distance(first: Tensor, second: Tensor) -> float:
     """The square of the difference's norm, in float64."""
+    return _summed(lambda a, b: (a - b).square().sum(), first, second)
+
+
+def _summed(term: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> float:
     pairs = zip(first.flatten().split(_PIECE), second.flatten().split(_PIECE), strict=True)
-    return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return sum(float(term(a.double(), b.double())) for a, b in pairs)
 
 
 class RowVariance:
@@ -65,35 +68,29 @@ class DrawStatistics:
 
     def __init__(self, full: Gradient, parts: Mapping[str, Part]) -> None:
         """`parts`: of every weight in `full`."""
-        self.full, self.parts = full, parts
+        self.full = full
         self.groups = list(dict.fromkeys(parts[name] for name in full))  # the finest division; all others are sums
-        self._place = {part: place for place, part in enumerate(self.groups)}
+        self._group_of = {name: self.groups.index(parts[name]) for name in full}
         self._mean = {name: torch.zeros_like(tensor) for name, tensor in full.items()}
-        self._full_squares = self._by_group((name, inner(tensor, tensor)) for name, tensor in full.items())
+        self._full_squares = self._sums(full)[1]
         self._spread = np.zeros(len(self.groups))  # the sum of |x_d - m|^2
-        self._products: list[np.ndarray] = []  # <x_d, g>
-        self._squares: list[np.ndarray] = []  # |x_d|^2
-        self._errors: list[np.ndarray] = []  # |x_d - g|^2
+        self._draws: list[np.ndarray] = []
 
-    def _by_group(self, terms: Iterable[tuple[str, float]]) -> np.ndarray:
-        sums = np.zeros(len(self.groups))
-        for name, term in terms:
-            sums[self._place[self.parts[name]]] += term
+    def _sums(self, gradient: Gradient) -> np.ndarray:
+        """<x, g>, |x|^2 and |x - g|^2 of a gradient x, by group: (3, groups)."""
+        sums = np.zeros((3, len(self.groups)))
+        for name, full in self.full.items():
+            x = gradient[name]
+            sums[:, self._group_of[name]] += inner(x, full), inner(x, x), squared_distance(x, full)
         return sums
-
-    @property
-    def draws(self) -> int:
-        return len(self._products)
 
     def add(self, draw: Gradient) -> None:
         """One more draw: every weight of the full gradient, in any order."""
-        full = self.full
-        self._products.append(self._by_group((name, inner(draw[name], full[name])) for name in full))
-        self._squares.append(self._by_group((name, inner(draw[name], draw[name])) for name in full))
-        self._errors.append(self._by_group((name, squared_distance(draw[name], full[name])) for name in full))
-        before = self._by_group((name, squared_distance(draw[name], self._mean[name])) for name in full)
-        count = len(self._products)
+        self._draws.append(self._sums(draw))
+        count = len(self._draws)
+        before = np.zeros(len(self.groups))
         for name, mean in self._mean.items():
+            before[self._group_of[name]] += squared_distance(draw[name], mean)
             mean.lerp_(draw[name], 1 / count)
         # |x - m_before|^2 (count - 1) / count is <x - m_before, x - m_after>, Welford's update.
         self._spread += before * (count - 1) / count
@@ -104,41 +101,32 @@ class DrawStatistics:
         Args:
             row_variance, rows: T and R, for the effective batch; None leaves it out.
         """
-        products = self._by_group((name, inner(mean, self.full[name])) for name, mean in self._mean.items())
-        squares = self._by_group((name, inner(mean, mean)) for name, mean in self._mean.items())
-        errors = self._by_group((name, squared_distance(mean, self.full[name])) for name, mean in self._mean.items())
-        of_mean = np.stack([products, squares, errors])
-        everything = np.ones(len(self.groups), dtype=bool)
-        whole = self._figures(everything, of_mean)
+        of_mean = self._sums(self._mean)
+        whole = self._figures(of_mean, lambda part: True)
         if row_variance is not None:
-            scale = float(products.sum() / self._full_squares.sum())  # c
-            added = rows * self._spread.sum() / (self.draws - 1)
+            scale = float(of_mean[0].sum() / self._full_squares.sum())  # c
+            added = rows * self._spread.sum() / (len(self._draws) - 1)
             whole["effective_batch"] = _ratio(row_variance, row_variance + _ratio(added, scale**2, math.inf))
         layers = sorted({part.layer for part in self.groups if part.layer is not None})
         kinds = kinds_in_order({part.kind for part in self.groups})
         return {
             "whole": whole,
-            "by_layer": [{"layer": layer} | self._chosen(of_mean, layer=layer) for layer in layers],
-            "by_kind": [{"kind": kind} | self._chosen(of_mean, kind=kind) for kind in kinds],
+            "by_layer": [{"layer": at} | self._figures(of_mean, lambda part, at=at: part.layer == at) for at in layers],
+            "by_kind": [{"kind": of} | self._figures(of_mean, lambda part, of=of: part.kind == of) for of in kinds],
         }
 
-    def _chosen(self, of_mean: np.ndarray, **wanted: Any) -> dict[str, Any]:
-        ((name, value),) = wanted.items()
-        return self._figures(np.array([getattr(part, name) == value for part in self.groups]), of_mean)
-
-    def _figures(self, chosen: np.ndarray, of_mean: np.ndarray) -> dict[str, Any]:
-        """The figures over some groups; null where the full gradient is zero there."""
-        full = float(self._full_squares[chosen].sum())
-        product, square, error = (float(values[chosen].sum()) for values in of_mean)
-        variance = float(self._spread[chosen].sum()) / (self.draws - 1)
-        held = variance / self.draws  # of the variance, by the mean
-        draws = [np.stack(values)[:, chosen].sum(1) for values in (self._products, self._squares, self._errors)]
-        cosines = [_ratio(p, math.sqrt(s * full)) for p, s in zip(draws[0], draws[1], strict=True)]
-        errors = [_root(_ratio(e, full)) for e in draws[2]]
+    def _figures(self, of_mean: np.ndarray, chosen: Callable[[Part], bool]) -> dict[str, Any]:
+        """The figures over the chosen groups; null where the full gradient is zero there. `of_mean`: `_sums` of m."""
+        mask = np.array([chosen(part) for part in self.groups])
+        full = float(self._full_squares[mask].sum())
+        product, square, error = (float(sums[mask].sum()) for sums in of_mean)
+        variance = float(self._spread[mask].sum()) / (len(self._draws) - 1)
+        held = variance / len(self._draws)  # of the variance, by the mean
+        draws = np.stack(self._draws)[:, :, mask].sum(-1)  # (D, 3)
         return {
             "full_norm": math.sqrt(full),
-            "cosine": _mean_and_error(cosines),
-            "relative_error": _mean_and_error(errors),
+            "cosine": _mean_and_error([_ratio(p, math.sqrt(s * full)) for p, s, _ in draws]),
+            "relative_error": _mean_and_error([_root(_ratio(e, full)) for _, _, e in draws]),
             "variance": _ratio(variance, full),
             "mean_of_draws": {
                 "cosine": _ratio(product, math.sqrt(square * full)),

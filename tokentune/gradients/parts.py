@@ -1,14 +1,14 @@
-"""Which part of a model each trained weight belongs to: its layer, and the kind of module it stands in."""
+"""Which part of a model each trained weight belongs to: its layer, and the kind of module that it stands in."""
 
 from typing import NamedTuple
 
 from torch import nn
 
 from tokentune.core.layers import inner_model, transformer_layers
-from tokentune.core.saved_tensors.breakdown import ATTENTION as IN_ATTENTION
-from tokentune.core.saved_tensors.breakdown import kinds_of_modules
+from tokentune.core.saved_tensors import breakdown
+from tokentune.core.saved_tensors.breakdown import EMBEDDINGS, MLP, NORMS
 
-# Names of an attention's projections in transformers, by what comes out of them.
+# Names of an attention's projections in transformers, by what they give.
 _PROJECTIONS = {
     "q": ("q_proj", "query", "q_lin", "q_a_proj", "q_b_proj"),
     "k": ("k_proj", "key", "k_lin"),
@@ -16,8 +16,8 @@ _PROJECTIONS = {
     "o": ("o_proj", "out_proj", "out_lin", "dense", "c_proj", "Wo"),
     "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
 }
-KIND_OF_PROJECTION = {name: f"attention {letters}" for letters, names in _PROJECTIONS.items() for name in names}
-ATTENTION, MLP, NORMS, EMBEDDINGS, HEAD, OTHER = "attention, other", "mlp", "norms", "embeddings", "head", "other"
+_KIND_OF_PROJECTION = {name: f"attention {letters}" for letters, names in _PROJECTIONS.items() for name in names}
+ATTENTION, HEAD, OTHER = "attention, other", "head", "other"
 # In the order of a report; adapters come last, by the module that they adapt.
 KINDS = (EMBEDDINGS, *(f"attention {letters}" for letters in _PROJECTIONS), ATTENTION, MLP, NORMS, HEAD, OTHER)
 
@@ -37,36 +37,27 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
     """
     core = inner_model(model)
     layers = transformer_layers(core).layers
-    layer_of = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
-    kinds = kinds_of_modules(core)
+    layer_of = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
+    kinds = breakdown.kinds_of_modules(core)
     head = core.get_output_embeddings()
-    in_head = set() if head is None else {id(module) for module in head.modules()}
+    outside = dict.fromkeys([] if head is None else head.modules(), HEAD)
+
+    def kind(path: str, owner: nn.Module) -> str:
+        before, adapter, _ = path.partition(".lora_")
+        if adapter:
+            return f"adapter of {before.rpartition('.')[2]}"
+        if "norm" in type(owner).__name__.lower():
+            return NORMS
+        if isinstance(owner, nn.Embedding) or "Embedding" in type(owner).__name__:
+            return EMBEDDINGS
+        if kinds.get(id(owner)) == breakdown.ATTENTION:
+            names = reversed(path.split("."))
+            return next((_KIND_OF_PROJECTION[name] for name in names if name in _KIND_OF_PROJECTION), ATTENTION)
+        return MLP if owner in layer_of else outside.get(owner, OTHER)
+
+    owners = {name: name.rpartition(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
     modules = dict(model.named_modules())
-    parts = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        path = name.split(".")[:-1]
-        owner = modules[".".join(path)]
-        kind = _kind(path, owner, inside=id(owner) in layer_of, attention=kinds.get(id(owner)) == IN_ATTENTION)
-        if kind == OTHER and id(owner) in in_head:
-            kind = HEAD
-        parts[name] = Part(layer_of.get(id(owner)), kind)
-    return parts
-
-
-def _kind(path: list[str], owner: nn.Module, *, inside: bool, attention: bool) -> str:
-    """`path`: names from the model down to the module that owns the weight."""
-    lora = next((place for place, name in enumerate(path) if name.startswith("lora_")), None)
-    if lora is not None:
-        return f"adapter of {path[lora - 1]}"
-    if "norm" in type(owner).__name__.lower():
-        return NORMS
-    if isinstance(owner, nn.Embedding) or "Embedding" in type(owner).__name__:
-        return EMBEDDINGS
-    if attention:
-        return next((KIND_OF_PROJECTION[name] for name in reversed(path) if name in KIND_OF_PROJECTION), ATTENTION)
-    return MLP if inside else OTHER
+    return {name: Part(layer_of.get(modules[path]), kind(path, modules[path])) for name, path in owners.items()}
 
 
 def kinds_in_order(kinds: set[str]) -> list[str]:

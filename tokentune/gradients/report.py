@@ -1,4 +1,4 @@
-"""What `diagnose.py` leaves: `diagnosis.json`, a table, and warnings of the method's failure signs.
+"""What `diagnose.py` reports: `diagnosis.json`, a table, and warnings.
 
 The JSON's schema, version 1. Norms are in nats per token per unit of weight; a *ratio* is a norm over the full
 gradient's, 1 its size; null: not defined (the full gradient is zero there).
@@ -9,10 +9,9 @@ gradient's, 1 its size; null: not defined (the full gradient is zero there).
     model                    {class, parameters, trainable_parameters, base_dtype}
     data                     {rows (compared), row_numbers (in the training data, from 0), tokens (real ones),
                              supervised_tokens (targets), micro_batch_size (sequences)}
-    full                     the gradient of all tokens: {loss (nats per token), norm, saved_bytes (kept for the
-                             backward pass by the first micro-batch), seconds, row_variance (T of
-                             `gradients/draw_statistics.py`, norm squared), noise_scale (rows: T / |g|^2 without what T
-                             adds to |g|^2; null where nothing is left)}
+    full                     the gradient of all tokens: {loss (nats per token), norm, saved_bytes (by autograd, in the
+                             first micro-batch), seconds, row_variance (T of `gradients/draw_statistics.py`, norm
+                             squared), noise_scale (rows: T over an unbiased estimate of |g|^2; null: not positive)}
     results                  [one for each strategy, correction and proportion]:
         strategy, correction, proportion   as they were asked for
         draws                int
@@ -43,6 +42,7 @@ Figures, of the weights of a part:
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -57,31 +57,21 @@ from tokentune.settings.diagnose import DiagnoseArguments, Setting
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-LEAST_PROPORTION = 0.1
-LEAST_SUPERVISED = 0.5
+# Below these a result is warned of; `LEAST_SAVING`: of what a proportion could save at most.
+LEAST_PROPORTION, LEAST_SUPERVISED, LEAST_SAVING, LEAST_COSINE = 0.1, 0.5, 0.5, 0.8
 ALL_TARGETS = 0.95  # of the targets are as good as all
-LEAST_SAVING = 0.5  # of what a proportion could save at most
-LEAST_COSINE = 0.8
-LEAST_CORRECTED = 0.2
+LEAST_CORRECTED = 0.2  # proportion: below, a corrected gradient's variance is many times the other's
 
 
-def build_report(
-    arguments: DiagnoseArguments,
-    model: dict[str, Any],
-    data: dict[str, Any],
-    full: dict[str, Any],
-    results: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The report, as the schema above has it. Args: the parts of that name."""
+def build_report(arguments: DiagnoseArguments, **measured: Any) -> dict[str, Any]:
+    """The report, as the schema above has it. `measured`: its `model`, `data`, `full` and `results`."""
+    targets = measured["data"]["supervised_tokens"]
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": arguments.settings(),
-        "model": model,
-        "data": data,
-        "full": full,
-        "results": results,
-        "warnings": [warning for result in results for warning in failure_signs(result, data["supervised_tokens"])],
+        **measured,
+        "warnings": [warning for result in measured["results"] for warning in failure_signs(result, targets)],
         "device": device_facts(),
         "versions": library_versions(),
     }
@@ -91,9 +81,10 @@ def build_report(
 
 
 def failure_signs(result: dict[str, Any], targets: int) -> list[dict[str, Any]]:
-    """What the paper warns of, and what else makes a selection a poor one, with what helps.
+    """Warnings of the signs that a selection is a poor one, the paper's among them, each with what helps.
 
-    `targets`: how many tokens have a loss, selected or not.
+    Args:
+        targets: how many tokens have a loss, selected or not.
     """
     proportion, share, ratio = result["proportion"], result["supervised_share"], result["saved_ratio"]
     cosine = result["whole"]["mean_of_draws"]["cosine_corrected"]
@@ -116,7 +107,6 @@ def failure_signs(result: dict[str, Any], targets: int) -> list[dict[str, Any]]:
             "estimate.py, or add --gradient_checkpointing"
         )
     if cosine is not None and cosine < LEAST_COSINE:
-        # Below that share a corrected gradient's variance is many times the other's.
         corrects = result["correction"] < 1 and proportion >= LEAST_CORRECTED and find_strategy(result["strategy"]).even
         cure = "--corrections 1, or a larger proportion" if corrects else "a larger proportion"
         signs["direction"] = (
@@ -129,10 +119,10 @@ def failure_signs(result: dict[str, Any], targets: int) -> list[dict[str, Any]]:
 
 def say_warnings(warnings: Sequence[dict[str, Any]]) -> None:
     """One line for each sign, with the first of its messages and how many settings it holds for."""
-    for sign in dict.fromkeys(warning["sign"] for warning in warnings):
-        first, *others = [warning for warning in warnings if warning["sign"] == sign]
+    for sign, count in Counter(warning["sign"] for warning in warnings).items():
+        first = next(warning for warning in warnings if warning["sign"] == sign)
         setting = Setting(*(first[name] for name in Setting._fields))
-        more = f" (and {len(others)} more, in the JSON)" if others else ""
+        more = f" (and {count - 1} more, in the JSON)" if count > 1 else ""
         logger.warning("%s: %s%s", setting, first["message"], more)
 
 
@@ -142,32 +132,29 @@ def say_warnings(warnings: Sequence[dict[str, Any]]) -> None:
 COLUMNS = ("one draw: cosine", "error", "mean: cosine", "norm", "bias", "variance", "effective batch", "bytes", "loss")
 
 
-def print_table(report: dict[str, Any], console: Console | None = None) -> None:
+def print_table(report: dict[str, Any]) -> None:
     """The results on stdout, one line for each setting, and what the columns mean."""
-    data, full = report["data"], report["full"]
+    data, noise = report["data"], report["full"]["noise_scale"]
     table = Table(
         title=f"{report['settings']['model_name_or_path']}: {data['rows']} rows, {data['tokens']:,} tokens, "
         f"{data['supervised_tokens']:,} of them with a loss; {report['results'][0]['draws']} draws",
         title_justify="left",
         title_style="bold",
     )
-    for name in ("strategy", "correction", "proportion"):
-        table.add_column(name, justify="left" if name == "strategy" else "right")
-    for name in COLUMNS:
+    table.add_column("strategy")
+    for name in ("correction", "proportion", *COLUMNS):
         table.add_column(name, justify="right")
     previous = None
     for result in report["results"]:
-        kind = result["strategy"], result["correction"]
+        kind = result["strategy"], f"{result['correction']:g}"
         if previous not in (None, kind):
             table.add_section()
-        shown = (result["strategy"], f"{result['correction']:g}") if kind != previous else ("", "")
-        table.add_row(*shown, f"{result['proportion']:g}", *cells(result))
+        table.add_row(*(kind if kind != previous else ("", "")), f"{result['proportion']:g}", *cells(result))
         previous = kind
-    console = console or Console()
+    console = Console()
     if not console.is_terminal:
-        console = Console(file=console.file, width=200)  # a line of a log is not broken
+        console = Console(width=200)  # a line of a log is not broken
     console.print(table)
-    noise = full["noise_scale"]
     said = "cannot be told from so few rows" if noise is None else f"{noise:,.1f} rows"
     console.print(
         "Against the full gradient, in its size: one draw (± standard error); the mean of all draws and its bias, "
@@ -180,23 +167,13 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
 
 def cells(result: dict[str, Any]) -> list[str]:
     """A result's figures, as the table shows them under `COLUMNS`."""
-    whole = result["whole"]
-    mean = whole["mean_of_draws"]
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    def with_error(figure: dict[str, float | None]) -> str:
-        return "-" if figure["mean"] is None else f"{figure['mean']:.3f} ± {figure['standard_error']:.3f}"
-
-    return [
-        with_error(whole["cosine"]),
-        with_error(whole["relative_error"]),
-        number(mean["cosine_corrected"]),
-        number(mean["relative_norm_corrected"]),
-        number(mean["bias"]),
-        number(whole["variance"]),
-        number(whole["effective_batch"]),
-        f"{result['saved_ratio']:.0%}",
-        f"{result['supervised_share']:.0%}",
+    whole, mean = result["whole"], result["whole"]["mean_of_draws"]
+    with_errors = [
+        "-" if figure["mean"] is None else f"{figure['mean']:.3f} ± {figure['standard_error']:.3f}"
+        for figure in (whole["cosine"], whole["relative_error"])
     ]
+    of_mean = mean["cosine_corrected"], mean["relative_norm_corrected"], mean["bias"]
+    numbers = [
+        "-" if number is None else f"{number:.3f}" for number in (*of_mean, whole["variance"], whole["effective_batch"])
+    ]
+    return [*with_errors, *numbers, f"{result['saved_ratio']:.0%}", f"{result['supervised_share']:.0%}"]

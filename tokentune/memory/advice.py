@@ -3,51 +3,37 @@
 Each change is estimated on tensors without data (`memory/footprint.py`), within seconds.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from tokentune.core.profile import Profile
-from tokentune.memory.footprint import NOT_MEASURED, Footprint, fits, measure, profile_of
-from tokentune.models.tasks import CAUSAL_LM, Head
+from tokentune.errors import UserError
+from tokentune.memory.accounting import Footprint, fits
+from tokentune.memory.footprint import Estimate
 from tokentune.processes import process_count
 from tokentune.settings.finetune import Arguments
 from tokentune.training.distributed.engines import check_engine
 
 _LEAST_SAVING = 0.01  # of the peak; smaller savings are not listed
 
-# (settings, (sequences, tokens) of a micro-batch) -> the footprint of a step; None: it cannot be estimated.
-Estimate = Callable[[Arguments, tuple[int, int]], Footprint | None]
+Change = tuple[str, Arguments, tuple[int, int]]  # the flags, the changed settings, the changed (sequences, tokens)
 
 
-def estimator(arguments: Arguments, config: PreTrainedConfig, device: str, head: Head = CAUSAL_LM) -> Estimate:
-    """An `Estimate` for the model of `config`, on "cuda" or "cpu"; it verifies the selective layers only once."""
-
-    @cache
-    def profile() -> Profile:
-        return profile_of(config, head, arguments.model.attn_implementation)
-
-    def run(changed: Arguments, shape: tuple[int, int]) -> Footprint | None:
-        try:
-            check_engine(changed)  # which may not allow the change
-            known = profile() if changed.selection.tokentune else None
-            return measure(config, changed, shape, device=device, head=head, profile=known)
-        except NOT_MEASURED:
-            return None
-
-    return run
+def estimated(arguments: Arguments, shape: tuple[int, int], run: Estimate) -> Footprint | None:
+    """The footprint of a step; None: it cannot be estimated, or the launcher's engine does not allow the flags."""
+    try:
+        check_engine(arguments)
+        return run(arguments, shape)
+    except UserError:
+        return None
 
 
-def advice(arguments: Arguments, shape: tuple[int, int], now: Footprint, run: Estimate) -> list[dict[str, Any]]:
-    """Single changes of flags with their savings at the peak of the step `now`; the largest saving first."""
+def advice(arguments: Arguments, shape: tuple[int, int], peak: int, run: Estimate) -> list[dict[str, Any]]:
+    """Single changes of flags with their savings at the `peak` of the step as it is; the largest saving first."""
     found = []
     for change, changed, changed_shape in _changes(arguments, shape):
-        footprint = run(changed, changed_shape)
-        if footprint is not None and now.peak - footprint.peak > _LEAST_SAVING * now.peak:
-            found.append({"change": change, "peak": footprint.peak, "saving": now.peak - footprint.peak})
+        footprint = estimated(changed, changed_shape, run)
+        if footprint is not None and peak - footprint.peak > _LEAST_SAVING * peak:
+            found.append({"change": change, "peak": footprint.peak, "saving": peak - footprint.peak})
     return sorted(found, key=lambda entry: -entry["saving"])
 
 
@@ -61,7 +47,7 @@ def together(
         offered = {change: (changed, at) for change, changed, at in _changes(arguments, shape)}
         if name not in offered:  # excluded by an earlier change, or part of it
             continue
-        footprint = run(*offered[name])
+        footprint = estimated(*offered[name], run)
         if footprint is None or (peak is not None and footprint.peak >= peak):
             continue
         (arguments, shape), peak = offered[name], footprint.peak
@@ -71,42 +57,34 @@ def together(
     return None
 
 
-def _changes(arguments: Arguments, shape: tuple[int, int]) -> Iterator[tuple[str, Arguments, tuple[int, int]]]:
-    """Possible changes: (the flags, the changed settings, the changed (sequences, tokens))."""
+def _changes(arguments: Arguments, shape: tuple[int, int]) -> Iterator[Change]:
+    """What could be changed."""
     sequences, tokens = shape
-    selection, adapters, optimization = arguments.selection, arguments.adapters, arguments.optimization
-
-    def change(group: str, **values: Any) -> Arguments:
-        changed = copy.deepcopy(arguments)
-        for name, value in values.items():
-            setattr(getattr(changed, group), name, value)
-        return changed
-
+    selection, lora, optimization = arguments.selection, arguments.adapters.lora, arguments.optimization
+    in_backward, accumulation = optimization.optim_in_backward, optimization.gradient_accumulation_steps
+    changed = arguments.changed
     if not selection.tokentune:
-        settings = {"tokentune": True, "selected": 0.3, "prefix_length": "0.3"}
-        yield "--tokentune --prefix_length 0.3", change("selection", **settings), shape
+        yield "--tokentune --prefix_length 0.3", changed(tokentune=True, selected=0.3, prefix_length="0.3"), shape
     elif isinstance(selection.selected, float) and selection.selected > 0.2:
         half = round(selection.selected / 2, 2)
-        yield f"--prefix_length {half}", change("selection", selected=half, prefix_length=str(half)), shape
+        yield f"--prefix_length {half}", changed(selected=half, prefix_length=str(half)), shape
     if not arguments.memory.gradient_checkpointing:
-        yield "--gradient_checkpointing", change("memory", gradient_checkpointing=True), shape
-    if not adapters.lora:
-        yield "--lora", change("adapters", lora=True), shape
-    if not adapters.qlora:
-        yield "--qlora", change("adapters", lora=True, qlora=True), shape
+        yield "--gradient_checkpointing", changed(gradient_checkpointing=True), shape
+    if not lora:
+        yield "--lora", changed(lora=True), shape
+    if not arguments.adapters.qlora:
+        yield "--qlora", changed(lora=True, qlora=True), shape
     if not (arguments.model.bf16 or arguments.model.fp16):
-        yield "--bf16", change("model", bf16=True), shape
-    if not adapters.lora:
-        for optim in ("adamw_torch_fused", "adamw_bnb_8bit"):
-            if optimization.optim != optim:
-                yield f"--optim {optim}", change("optimization", optim=optim), shape
-        alone = process_count() == 1
-        if alone and not optimization.optim_in_backward and optimization.gradient_accumulation_steps == 1:
-            settings = {"optim_in_backward": True, "max_grad_norm": 0.0}
-            yield "--optim_in_backward --max_grad_norm 0", change("optimization", **settings), shape
-    if sequences > 1 and not optimization.optim_in_backward:
-        doubled = 2 * optimization.gradient_accumulation_steps
-        changed = change("optimization", gradient_accumulation_steps=doubled)
-        yield f"--gradient_accumulation_steps {doubled}", changed, (sequences // 2, tokens)
+        yield "--bf16", changed(bf16=True), shape
+    for optim in () if lora else ("adamw_torch_fused", "adamw_bnb_8bit"):
+        if optimization.optim != optim:
+            yield f"--optim {optim}", changed(optim=optim), shape
+    if not lora and process_count() == 1 and not in_backward and accumulation == 1:
+        applied = changed(optim_in_backward=True, max_grad_norm=0.0)
+        yield "--optim_in_backward --max_grad_norm 0", applied, shape
+    if sequences > 1 and not in_backward:
+        doubled = 2 * accumulation
+        halved = sequences // 2, tokens
+        yield f"--gradient_accumulation_steps {doubled}", changed(gradient_accumulation_steps=doubled), halved
     if tokens >= 64:
         yield f"--max_length {tokens // 2}", arguments, (sequences, tokens // 2)

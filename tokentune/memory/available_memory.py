@@ -1,6 +1,6 @@
 """How much memory this process may still use.
 
-On a GPU the driver knows. On the host the smallest of several limits counts: the machine's memory, the limit of a
+On a GPU the driver knows. On the CPU the smallest of several limits counts: the machine's memory, the limit of a
 container (cgroups), which kills a process without a message, or `ulimit -v`, which lets an allocation fail.
 """
 
@@ -42,23 +42,19 @@ def _cgroup_limits() -> Iterator[int]:
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, name = line.split(":", 2)
         if controllers == "":
-            top, files = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            top, limit, usage, cache = CGROUPS, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            top, files = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top, limit, usage = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
         else:
             continue
         folder = top / name.lstrip("/")
         # In a container the group may be mounted as the root, so the path that the process knows may not exist.
-        for group in (folder, *folder.parents):
-            if group.is_relative_to(top):
-                yield from _room_in(group, *files)
-
-
-def _room_in(group: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
-    most, used = "".join(_lines(group / limit)), "".join(_lines(group / usage))
-    if most.isdigit() and used.isdigit():  # not "max", which means no limit
-        cached = next((line.split()[1] for line in _lines(group / "memory.stat") if line.startswith(reclaimable)), "0")
-        yield max(int(most) - int(used) + int(cached), 0)
+        for group in (group for group in (folder, *folder.parents) if group.is_relative_to(top)):
+            most, used = "".join(_lines(group / limit)), "".join(_lines(group / usage))
+            if most.isdigit() and used.isdigit():  # not "max", which means no limit
+                cached = (line.split()[1] for line in _lines(group / "memory.stat") if line.startswith(cache))
+                yield max(int(most) - int(used) + int(next(cached, 0)), 0)
 
 
 def _lines(path: Path) -> list[str]:

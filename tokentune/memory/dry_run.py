@@ -1,7 +1,6 @@
 """`--dry_run`: prepares the run, prints a short plan, and stops; it makes no folder and no log."""
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +9,15 @@ from transformers import PreTrainedConfig
 
 from tokentune.core.layers import inner_model
 from tokentune.core.saved_tensors.saved_bytes import gib
-from tokentune.data.packing import PackedRows, lengths_of
-from tokentune.memory.footprint import NOT_MEASURED, measure_run
+from tokentune.data.packing import lengths_of
+from tokentune.errors import UserError
+from tokentune.memory.report import Run
+from tokentune.memory.trial_step import row_lengths
 from tokentune.sampling.sampler import selected_count
 from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import Extent
-
-
-def build_without_folder(build: Callable[[], SelectiveTrainer], settings: object) -> SelectiveTrainer:
-    """The result of `build`, with a temporary output folder: the Trainer creates its folder when it is made."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings.output_dir = folder
-        return build()
 
 
 def say_plan(
@@ -49,10 +43,8 @@ def say_plan(
     lines["steps"] = _steps(trainer)
     longest = arguments.data.max_length
     if rows is not None:
-        lengths = lengths_of(rows)
-        lines["tokens"] = _tokens(lengths, arguments)
-        packed = trainer.train_dataset if isinstance(trainer.train_dataset, PackedRows) else None
-        longest = int(lengths.max()) if packed is None else max(int(lengths[row].sum()) for row in packed.bins)
+        lines["tokens"] = _tokens(lengths_of(rows), arguments)
+        longest = int(row_lengths(trainer.train_dataset).max())
     lines["memory"] = _memory(trainer, longest, arguments, config)
     lines["run folder"] = str(run_folder)
     width = max(map(len, lines)) + 2
@@ -62,13 +54,12 @@ def say_plan(
 
 def _model(trainer: SelectiveTrainer) -> str:
     model = trainer.model
-    core = inner_model(model)
-    total = model.num_parameters() if hasattr(model, "num_parameters") else core.num_parameters()
     if hasattr(model, "get_nb_trainable_parameters"):
         trained, total = model.get_nb_trainable_parameters()  # counts 4-bit weights by their number, not by their bytes
     else:
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return f"{type(core).__name__}, {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})"
+        trained, total = (model.num_parameters(only_trainable=only) for only in (True, False))
+    name = type(inner_model(model)).__name__
+    return f"{name}, {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})"
 
 
 def _steps(trainer: SelectiveTrainer) -> str:
@@ -95,12 +86,12 @@ def _tokens(lengths: np.ndarray, arguments: Arguments) -> str:
 
 def _memory(trainer: SelectiveTrainer, longest: int, arguments: Arguments, config: PreTrainedConfig) -> str:
     """The footprint of a step on the longest rows, estimated on tensors without data."""
-    shape = trainer.args.per_device_train_batch_size, longest
+    sequences = trainer.args.per_device_train_batch_size
     try:
-        found = measure_run(trainer, arguments, config, shape)
-    except NOT_MEASURED as error:
+        found = Run(arguments, config, trainer).estimator()(arguments, (sequences, longest))
+    except UserError as error:
         return f"not estimated: {first_line(error)}"
     return (
-        f"{gib(found.peak)} at the peak of a step of {shape[0]} x {longest:,} tokens, {gib(found.activations)} of it "
+        f"{gib(found.peak)} at the peak of a step of {sequences} x {longest:,} tokens, {gib(found.activations)} of it "
         f"kept for the backward pass (estimated for {'the GPU' if trainer.args.device.type == 'cuda' else 'the CPU'})"
     )

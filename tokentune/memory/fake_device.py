@@ -1,9 +1,9 @@
 """Tensors without data that Python sees on a GPU, also on a machine without one.
 
 An estimate runs the real training step on them. On "cuda" the models and this package take the code paths of a GPU, on
-"cpu" those of the CPU. In C++ the tensors are on torch's meta device, so the parts of torch that choose by device in
-C++ are replaced by function modes: mixed precision (`_Autocast`), the kernel of scaled-dot-product attention
-(`_FusedAttention`) and, on any device, the product of experts (`_ExpertProducts`).
+"cpu" those of the CPU. In C++ the tensors are on torch's meta device, so what torch chooses by device in C++ is
+replaced by function modes: mixed precision (`_Autocast`), and the kernels of attention and of mixtures of experts
+(`_Kernels`).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,34 +23,31 @@ _MOST_REAL_NUMBERS = 2**24  # largest tensor of positions, masks or counters tha
 
 
 @contextmanager
-def fake_device(kind: str) -> Iterator["type[FakeTensorMode] | FakeTensorMode"]:
+def fake_device(kind: str) -> Iterator[None]:
     """Within it, new tensors have no data; `kind` is their device, "cuda" (which need not exist) or "cpu"."""
+    gpu = kind == "cuda"
+    mode = (_FakeCuda if gpu else FakeTensorMode)(allow_non_fake_inputs=True)
+    autocast = _Autocast()
+    replacements = (
+        (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (torch.cuda, "get_device_capability", lambda *_: (8, 0)),  # Ampere, as in `_attention`
+        (torch.cuda, "_initialized", False),  # so that no random state of a real GPU is read
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.Tensor, "record_stream", lambda *_: None),
+        *((torch.cuda, name, _NoStream) for name in ("Stream", "current_stream", "stream")),
+        (torch, "clear_autocast_cache", autocast.casts.clear),
+    )
     with ExitStack() as stack:
-        if kind == "cuda":
-            mode = _FakeCuda(allow_non_fake_inputs=True)
-            autocast = _Autocast()
-            for owner, name, value in (
-                (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
-                (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-                (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-                (torch.cuda, "get_device_capability", lambda *_: (8, 0)),  # Ampere, as in `_FusedAttention`
-                (torch.cuda, "_initialized", False),  # so that no random state of a real GPU is read
-                (torch.cuda, "synchronize", lambda *_: None),
-                (torch.Tensor, "record_stream", lambda *_: None),
-                *((torch.cuda, name, _NoStream) for name in ("Stream", "current_stream", "stream")),
-                (torch, "clear_autocast_cache", autocast.forget),
-            ):
-                stack.enter_context(replaced(owner, name, value))
-            stack.enter_context(mode)
-            stack.enter_context(_SmallRealTensors(mode))
-            stack.enter_context(_FusedAttention())
+        for replacement in replacements if gpu else ():
+            stack.enter_context(replaced(*replacement))
+        stack.enter_context(mode)
+        stack.enter_context(_SmallRealTensors())
+        stack.enter_context(_Kernels(gpu))
+        if gpu:
             stack.enter_context(autocast)  # innermost, so attention gets tensors that are cast
-        else:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            stack.enter_context(mode)
-            stack.enter_context(_SmallRealTensors(mode))
-        stack.enter_context(_ExpertProducts())
-        yield mode
+        yield
 
 
 @contextmanager
@@ -101,23 +98,17 @@ class _FakeCuda(FakeTensorMode):
 class _SmallRealTensors(TorchDispatchMode):
     """Computes on real tensors with real values: positions, masks and step counters on the CPU, which code reads."""
 
-    def __init__(self, mode: FakeTensorMode):
-        super().__init__()
-        self.mode = mode
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._is_real(func, args, kwargs):
-            with torch._subclasses.fake_tensor.unset_fake_temporarily():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        with unset_fake_temporarily() if self._is_real(func, args, kwargs) else nullcontext():
+            return func(*args, **kwargs)
 
     def _is_real(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device = kwargs.get("device")
-        if any(isinstance(tensor, FakeTensor) for tensor in tensors) or torch.device(device or "cpu").type != "cpu":
+        if torch.device(device or "cpu").type != "cpu":
             return False
-        if any(tensor.device.type != "cpu" for tensor in tensors):
+        if any(isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" for tensor in tensors):
             return False
         if not tensors:  # a new tensor: real if it holds indices, not if it holds floating-point values
             if kwargs.get("dtype") is None:
@@ -152,31 +143,26 @@ _IN_32_BITS: set[Callable] = {
 class _Autocast(TorchFunctionMode):
     """Casts arguments as `torch.autocast("cuda")` does, with its cache of 16-bit weights."""
 
-    def __init__(self, device: str = "cuda") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = device
         self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # id of a weight -> (weight, its 16-bit copy)
 
-    def forget(self) -> None:
-        self.casts.clear()
-
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if not torch.is_autocast_enabled(self.device):
-            return func(*args, **kwargs)
-        if func in _IN_16_BITS:
-            dtype = torch.get_autocast_dtype(self.device)
+        kwargs, dtype = kwargs or {}, None
+        if torch.is_autocast_enabled("cuda"):
+            if func in _IN_16_BITS:
+                dtype = torch.get_autocast_dtype("cuda")
+            elif func in _IN_32_BITS and kwargs.get("dtype") is None:
+                dtype = torch.float32
+        if dtype is not None:
             args = tuple(self._cast(value, dtype) for value in args)
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
-        elif func in _IN_32_BITS and kwargs.get("dtype") is None:
-            args = tuple(self._cast(value, torch.float32) for value in args)
-            kwargs = {name: self._cast(value, torch.float32) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, Tensor):
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.device.type == "cuda"):
             return value
-        if not value.is_floating_point() or value.dtype in (dtype, torch.float64) or value.device.type != self.device:
+        if value.dtype in (dtype, torch.float64):
             return value
         weight = value.is_leaf and value.requires_grad and not value._is_view()
         if not (weight and value.dtype is torch.float32 and torch.is_autocast_cache_enabled()):
@@ -188,74 +174,71 @@ class _Autocast(TorchFunctionMode):
         return self.casts[id(value)][1]
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Scaled-dot-product attention by the kernel that torch chooses on Ampere and later GPUs.
+class _Kernels(TorchFunctionMode):
+    """What torch runs on a GPU, in place of what it runs on its meta device; on a CPU the products of experts alone."""
 
-    FlashAttention for 16 bits without a mask, also with grouped heads. The memory-efficient kernel for float32 or with
-    a mask. For grouped heads that FlashAttention does not take, torch's plain fallback, with the scores in memory.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # in C++ both are on the meta device
-            return args[0].to(args[1].device, args[1].dtype)
-        kwargs.pop("pin_memory", None)  # memory without data cannot be pinned
-        return func(*args, **kwargs)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        grouped = enable_gqa and query.shape[1] != key.shape[1]
-        widths = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and widths:
-            return torch.ops.aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, scale=scale
-            )[0]
-        if not grouped:
-            if attn_mask is not None and attn_mask.dtype is torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-            if attn_mask is not None:
-                attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-            return torch.ops.aten._scaled_dot_product_efficient_attention(
-                query, key, value, attn_mask, gradients, dropout_p, is_causal, scale=scale
-            )[0]
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        scores = query @ key.transpose(-2, -1)
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        return F.dropout(scores.softmax(-1), dropout_p) @ value
-
-
-# --- mixtures of experts ----------------------------------------------------------------------------------------------
-
-
-class _ExpertProducts(TorchFunctionMode):
-    """The product of each token with its expert's weights. torch refuses float32 on the meta device only."""
+    def __init__(self, gpu: bool) -> None:
+        super().__init__()
+        self.gpu = gpu
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch._grouped_mm:  # what F.grouped_mm calls
             return _ExpertProduct.apply(*args[:2])
+        if self.gpu:
+            if func is F.scaled_dot_product_attention:
+                return _attention(*args, **kwargs)
+            # `to(other)`: in C++ both are on the meta device.
+            if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
+                return args[0].to(args[1].device, args[1].dtype)
+            kwargs.pop("pin_memory", None)  # memory without data cannot be pinned
         return func(*args, **kwargs)
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled-dot-product attention by the kernel that torch chooses on Ampere and later GPUs.
+
+    FlashAttention for 16 bits without a mask, also with grouped heads. The memory-efficient kernel for float32 or with
+    a mask. For grouped heads that FlashAttention does not take, torch's plain fallback, with the scores in memory.
+    """
+    aten, width = torch.ops.aten, query.shape[-1]
+    in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
+    if attn_mask is None and in_16_bits and width == value.shape[-1] <= 256 and width % 8 == 0:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    groups = query.shape[1] // key.shape[1] if enable_gqa else 1
+    if groups == 1:
+        if attn_mask is not None:
+            if attn_mask.dtype is torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, gradients, dropout_p, is_causal, scale=scale
+        )[0]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-2, -1)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
 class _ExpertProduct(torch.autograd.Function):
-    """Tokens sorted by expert (S, D), weights (experts, D, E) -> (S, E); saves what torch saves for backward."""
+    """The product of each token with its expert's weights, which torch refuses in float32 on the meta device only.
+
+    Tokens sorted by expert (S, D), weights (experts, D, E) -> (S, E). Saves what torch saves for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weights: Tensor) -> Tensor:
@@ -278,50 +261,53 @@ def to_fake(model: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
 
     `dtype`: the type of the weights before their quantization to 4 bits.
     """
-    made: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=kind)
-            if isinstance(tensor, nn.Parameter):
-                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = empty
-        return made[id(tensor)]
-
-    alive = [*model.parameters(), *model.buffers()]
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # id of a tensor -> (the tensor, its fake one); tied ones stay tied
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = _fake_4bit(tensor, kind, dtype) if hasattr(tensor, "quant_type") else fake(tensor)
-    del alive  # kept alive until here, so that ids are unique
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = tensor, _fake(tensor, kind, dtype)
+                tensors[name] = made[id(tensor)][1]
     return model
 
 
-def _fake_4bit(weight: Any, kind: str, dtype: torch.dtype) -> nn.Parameter:
-    """A `Params4bit` of bitsandbytes, not quantized yet, in the form that it has after quantization.
+def _fake(tensor: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    if hasattr(tensor, "quant_type"):
+        return _fake_4bit(tensor, kind, dtype)
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=kind)
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
-    Two values in a byte, and one scale for each block. With double quantization the scales are in 8 bits, with a
-    float32 scale for every 256 of them.
+
+def _fake_4bit(weight: Any, kind: str, dtype: torch.dtype) -> nn.Parameter:
+    """A `Params4bit` of bitsandbytes, not quantized yet, in the form that it has after double quantization.
+
+    Two values in a byte, one 8-bit scale for each block, and a float32 scale for every 256 of these.
     """
     from bitsandbytes.functional import QuantState
 
-    block, double = weight.blocksize or 64, weight.compress_statistics
-    packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=kind)
+    block = weight.blocksize or 64
     blocks = -(-weight.numel() // block)
-    table = torch.empty(16, device=kind)
-    state = {"blocksize": block, "quant_type": weight.quant_type, "shape": weight.shape, "dtype": dtype}
-    if double:
-        scales = QuantState(
-            absmax=torch.empty(-(-blocks // 256), device=kind), blocksize=256, code=torch.empty(256, device=kind),
-            dtype=torch.float32,
-        )  # fmt: skip
-        absmax = torch.empty(blocks, dtype=torch.uint8, device=kind)
-        quantized = QuantState(absmax=absmax, code=table, offset=torch.empty((), device=kind), state2=scales, **state)
-    else:
-        quantized = QuantState(absmax=torch.empty(blocks, device=kind), code=table, **state)
+    scales = QuantState(
+        absmax=torch.empty(-(-blocks // 256), device=kind),
+        blocksize=256,
+        code=torch.empty(256, device=kind),
+        dtype=torch.float32,
+    )
+    packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=kind)
     parameter = nn.Parameter(packed, requires_grad=False)
-    parameter.quant_state, parameter.bnb_quantized = quantized, True
+    parameter.bnb_quantized = True
+    parameter.quant_state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8, device=kind),
+        shape=weight.shape,
+        code=torch.empty(16, device=kind),
+        blocksize=block,
+        quant_type=weight.quant_type,
+        dtype=dtype,
+        offset=torch.empty((), device=kind),
+        state2=scales,
+    )
     for name in ("quant_type", "compress_statistics", "blocksize", "quant_storage"):
         setattr(parameter, name, getattr(weight, name))
     return parameter

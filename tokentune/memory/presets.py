@@ -32,10 +32,14 @@ def load_subject(name: str, *, trust_remote_code: bool = False) -> Subject:
         UserError: no such file, folder, preset or model on the hub; for a misspelt preset with the nearest name.
     """
     if name in PRESETS:
-        values = dict(PRESETS[name])
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = AutoConfig.for_model(**PRESETS[name])
     elif name.endswith(".json"):
-        config = _from_file(name, trust_remote_code)
+        if not os.path.isfile(name):
+            raise UserError(f"--model_name_or_path {name}: no such file.")
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except LOADING_ERRORS as error:
+            raise hub_error(name, error, "--model_name_or_path") from error
     elif "/" not in name and not is_local_path(name) and not os.path.exists(name):
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -44,7 +48,12 @@ def load_subject(name: str, *, trust_remote_code: bool = False) -> Subject:
             "otherwise a hub id (owner/name), a folder or a config.json"
         )
     else:
-        config = _of_either_kind(name, trust_remote_code)
+        try:
+            config = load_config(name, trust_remote_code=trust_remote_code)
+        except UserError as error:
+            if "is not a" not in str(error):
+                raise
+            config = load_config(name, head=TEXT, trust_remote_code=trust_remote_code)
     own_code = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
     causal = _serves(config, CAUSAL_LM, own_code) and not _is_encoder(config)
     if not causal and not _serves(config, TEXT, own_code):
@@ -60,26 +69,8 @@ def _serves(config: PreTrainedConfig, head: Head, own_code: dict[str, str]) -> b
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Encoders have causal variants too, as decoders of sequence-to-sequence models: their configuration says which."""
-    names = config.architectures or []
-    if names:
-        return not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names)
+    """Whether it is to classify: encoders have causal variants too, as decoders of sequence-to-sequence models."""
+    if config.architectures:
+        generative = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+        return not any(name.endswith(generative) for name in config.architectures)
     return hasattr(config, "is_decoder") and hasattr(config, "type_vocab_size") and not config.is_decoder
-
-
-def _of_either_kind(name: str, trusted: bool) -> PreTrainedConfig:
-    try:
-        return load_config(name, trust_remote_code=trusted)
-    except UserError as error:
-        if "is not a" not in str(error):
-            raise
-    return load_config(name, head=TEXT, trust_remote_code=trusted)
-
-
-def _from_file(name: str, trusted: bool) -> PreTrainedConfig:
-    if not os.path.isfile(name):
-        raise UserError(f"--model_name_or_path {name}: no such file.")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trusted)
-    except LOADING_ERRORS as error:
-        raise hub_error(name, error, "--model_name_or_path") from error

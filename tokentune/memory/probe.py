@@ -1,38 +1,45 @@
-"""A run's memory, tried before its first step: what does not fit is said then, and not an hour later.
+"""Whether a run fits into memory, found before its first step; and the largest micro-batch that fits.
 
     B sequences, S tokens
 
 The longest micro-batch takes one step (`memory/trial_step.py`), the longest batch of the validation one forward pass.
-Where memory runs out, the run ends with the flags that would make it fit and what each saves.
+If memory runs out, the run ends with the flags that would make it fit and what each saves. `--auto_micro_batch` takes
+the largest micro-batch that fits. The global batch stays, and so does its gradient, up to the order of sums: the loss
+of each micro-batch is divided by the targets of all (`training/trainer.py`).
 
-A GPU says itself that memory runs out. On a CPU the system may kill the process without a word, so there the step is
-estimated first (`memory/footprint.py`), unless a generous bound already says that it fits.
+On a GPU the allocator raises an error. On a CPU the system may kill the process without a message, so there the step
+is estimated first (`memory/footprint.py`), unless a generous bound already fits.
 """
 
-import copy
 import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.errors import UserError
+from tokentune.memory.accounting import bytes_of, fits, weights_of
 from tokentune.memory.available_memory import available_bytes
-from tokentune.memory.footprint import NOT_MEASURED, Footprint, measure_run
-from tokentune.memory.report import out_of_memory
-from tokentune.memory.trial_step import Trial, longest_batch, longest_validation_batch, try_batch, weights_of
+from tokentune.memory.report import Run, out_of_memory
+from tokentune.memory.trial_step import longest_batch, longest_validation_batch, try_batch
 from tokentune.settings.finetune import Arguments
+from tokentune.training.checkpoints.run_state import read_run_state
 from tokentune.training.trainer import SelectiveTrainer
 
 logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 _ESTIMATE_ERROR = 0.02  # of an estimate on the CPU
-# No step that was measured held more than a third of this: numbers per token for each row and column of the weights,
-# and bytes for each trained weight's.
+# For `generous_bytes`; no step that was measured held more than a third of it. Numbers per token, for each row and
+# column of a weight matrix; bytes per byte of a trained weight in float32.
 _GENEROUS_NUMBERS, _GENEROUS_WEIGHTS = 6, 6
 
 
-def probe_memory(trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig) -> Trial | None:
+def probe_memory(trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig) -> int | None:
     """Tries the longest training micro-batch, and the longest batch of the validation.
 
     Args:
@@ -40,51 +47,125 @@ def probe_memory(trainer: SelectiveTrainer, arguments: Arguments, config: PreTra
         config: of the base.
 
     Returns:
-        None where nothing was tried: with `--skip_memory_probe`, or where it cannot be (the log says why).
+        The peak in bytes; None where nothing was tried: with `--skip_memory_probe`, or where it cannot be (the log
+        says why).
 
     Raises:
         UserError: it does not fit; with what would make it fit.
     """
     if arguments.run.skip_memory_probe:
         return None
-    if reason := why_not_tried(trainer, arguments):
+    run = Run(arguments, config, trainer)
+    if reason := _why_not_tried(run):
         logger.info("the longest batch is not tried before training: %s", reason)
         return None
     batch, shape = longest_batch(trainer, arguments, trainer.args.per_device_train_batch_size)
     if trainer.args.device.type == "cpu":
-        _refuse_what_cannot_fit(trainer, arguments, config, shape)
-    trial = try_batch(trainer, arguments, batch, longest_validation_batch(trainer))
-    if trial.peak is None:
-        raise does_not_fit(trainer, arguments, config, shape, trial)
-    logger.info("the longest micro-batch, %d x %d tokens, fits: %s at its peak", *shape, gib(trial.peak))
-    return trial
+        room = room_of(trainer)
+        try:
+            needed = estimated_peak(run, shape, room)
+        except UserError:
+            needed = 0  # not known
+        if needed * (1 - _ESTIMATE_ERROR) > room:
+            raise _does_not_fit(run, shape)
+        if needed:  # logged before the trial, which the system may kill
+            logger.info("a step needs about %s of memory, %s are available", gib(needed), gib(room))
+    peak = try_batch(trainer, arguments, batch, longest_validation_batch(trainer))
+    if peak is None:
+        raise _does_not_fit(run, shape)
+    logger.info("the longest micro-batch, %d x %d tokens, fits: %s at its peak", *shape, gib(peak))
+    return peak
 
 
-def why_not_tried(trainer: SelectiveTrainer, arguments: Arguments) -> str | None:
+def choose_micro_batch(
+    trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, checkpoint: Path | None = None
+) -> int:
+    """Sets the trainer's micro-batch and accumulation to the largest micro-batch that fits, and returns its rows.
+
+    Divisors of the rows per process are tried: on a GPU by a step on the longest rows, on a CPU by estimates.
+
+    Args:
+        trainer: before `train()`; its micro-batches hold all rows of a process, or a part of them.
+        checkpoint: that training goes on from, with its micro-batch: another one would round differently.
+
+    Raises:
+        UserError: not even one row fits; with what would make it fit.
+    """
+    rows = arguments.optimization.global_batch_size // trainer.args.world_size
+    if checkpoint is not None:
+        before = read_run_state(checkpoint)["batch"]["sequences"]
+        if rows % before == 0:
+            trainer.set_micro_batch(before, rows // before)
+            logger.info("--auto_micro_batch: %d sequences, as in %s", before, checkpoint)
+            return before
+    run = Run(arguments, config, trainer)
+    if reason := _why_not_tried(run):
+        raise UserError(f"--auto_micro_batch cannot try a batch: {reason}. Give --gradient_accumulation_steps instead")
+    tried: list[int] = []
+
+    def whether_fits(count: int) -> bool:
+        tried.append(count)
+        trainer.set_micro_batch(count, rows // count)
+        vote = torch.tensor([int(_fits(run, count))], device=trainer.args.device)
+        # All processes take the same micro-batch.
+        return int(trainer.accelerator.reduce(vote, "sum")) == trainer.args.world_size
+
+    best = last_that_fits([count for count in range(1, rows + 1) if rows % count == 0], whether_fits)
+    if best is None:
+        _, shape = longest_batch(trainer, arguments, 1)
+        raise _does_not_fit(run, shape)
+    trainer.set_micro_batch(best, rows // best)
+    logger.info(
+        "--auto_micro_batch: %d sequences, %d micro-batches a step (looked at %s)",
+        *(best, rows // best, ", ".join(map(str, tried))),
+    )
+    return best
+
+
+def last_that_fits(values: Sequence[Value], whether_fits: Callable[[Value], bool]) -> Value | None:
+    """The last of ascending `values` that fits, None where the first does not; what is larger never fits better.
+
+    Looks at 1, 2, 4 ... values ahead, then halves the interval.
+    """
+    if not whether_fits(values[0]):
+        return None
+    low, width = 0, 1
+    while low + width < len(values) and whether_fits(values[low + width]):
+        low, width = low + width, 2 * width
+    high = min(low + width, len(values))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if whether_fits(values[middle]) else (low, middle)
+    return values[low]
+
+
+def _fits(run: Run, count: int) -> bool:
+    batch, shape = longest_batch(run.trainer, run.given, count)
+    room = room_of(run.trainer)
+    if run.trainer.args.device.type != "cpu":
+        peak = try_batch(run.trainer, run.given, batch)
+        return peak is not None and fits(peak, room)
+    try:
+        return fits(estimated_peak(run, shape, room), room)
+    except UserError as error:
+        raise UserError(
+            "--auto_micro_batch: a step of this model cannot be estimated; tried on a CPU it may end the process.\n"
+            "Give --gradient_accumulation_steps instead."
+        ) from error
+
+
+def _why_not_tried(run: Run) -> str | None:
     """What keeps a step of this run from being tried outside of its training; None where nothing does."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if run.trainer.is_deepspeed_enabled or run.trainer.is_fsdp_enabled:
         return "its weights are spread over the processes when training begins"
-    if "lomo" in arguments.optimization.optim:
-        return f"--optim {arguments.optimization.optim} moves the weights in every backward pass"
+    if "lomo" in run.given.optimization.optim:
+        return f"--optim {run.given.optimization.optim} moves the weights in every backward pass"
     return None
 
 
-def does_not_fit(
-    trainer: SelectiveTrainer,
-    arguments: Arguments,
-    config: PreTrainedConfig,
-    shape: tuple[int, int],
-    trial: Trial | None = None,
-) -> UserError:
-    """What is to be raised for a micro-batch of this shape that ran out of memory, or (no trial) is to."""
-    if trial is not None and trial.during == "validation":
-        return UserError(
-            "out of memory before training, with the longest batch of the validation.\n"
-            "Its batches have as many rows as the training's micro-batches: a higher --gradient_accumulation_steps "
-            "makes them smaller"
-        )
+def _does_not_fit(run: Run, shape: tuple[int, int]) -> UserError:
     when = f"before training, with the longest micro-batch ({shape[0]} x {shape[1]} tokens)"
-    return out_of_memory(_as_run(trainer, arguments), config, trainer, when=when, shape=shape, room=room_of(trainer))
+    return out_of_memory(run, when, shape=shape, room=room_of(run.trainer))
 
 
 # --- before it is tried on a CPU --------------------------------------------------------------------------------------
@@ -92,49 +173,25 @@ def does_not_fit(
 
 def room_of(trainer: SelectiveTrainer) -> int:
     """Bytes that a step may take on the devices that hold weights: those of the weights, and what is available."""
-    tensors = weights_of(trainer.model)
-    held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(held.values()) + sum(available_bytes(device) for device in {tensor.device for tensor in tensors})
+    weights = weights_of(trainer.model)
+    return bytes_of(weights) + sum(available_bytes(device) for device in {tensor.device for tensor in weights})
 
 
-def _refuse_what_cannot_fit(
-    trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, shape: tuple[int, int]
-) -> None:
-    room = room_of(trainer)
-    if generous_bytes(trainer.model, shape) <= room:
-        return
-    footprint = estimated(trainer, arguments, config, shape)
-    if footprint is None:
-        return
-    if footprint.peak * (1 - _ESTIMATE_ERROR) > room:
-        raise does_not_fit(trainer, arguments, config, shape)
-    # Said before it is tried: a system that runs out of memory kills, and the line stays.
-    logger.info("a step needs about %s of memory, %s are to be had", gib(footprint.peak), gib(room))
+def estimated_peak(run: Run, shape: tuple[int, int], room: int) -> int:
+    """Bytes that a step of (B, S) tokens needs, estimated; 0 where a generous bound already fits into `room`.
+
+    Raises:
+        UserError: it cannot be estimated.
+    """
+    return 0 if generous_bytes(run.trainer.model, shape) <= room else run.estimator()(run.arguments, shape).peak
 
 
 def generous_bytes(model: nn.Module, shape: tuple[int, int]) -> int:
-    """More than a step of (B, S) tokens can take, counted in no time: every layer's rows in and out, several times."""
+    """More bytes than a step of (B, S) tokens can take, without running it: all layers' inputs and outputs, 6 times."""
     sequences, tokens = shape
-    weights = sum(tensor.untyped_storage().nbytes() for tensor in weights_of(model))
     trained = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
     sizes = sum(int(np.prod(p.shape[:-2])) * sum(p.shape[-2:]) for p in model.parameters() if p.ndim >= 2)
     config = model.config.get_text_config()
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * tokens  # of eager attention
-    return weights + _GENEROUS_WEIGHTS * trained + 4 * sequences * tokens * (_GENEROUS_NUMBERS * sizes + scores)
-
-
-def estimated(
-    trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, shape: tuple[int, int]
-) -> Footprint | None:
-    """The footprint of a step on this type of device; None where it cannot be had."""
-    try:
-        return measure_run(trainer, _as_run(trainer, arguments), config, shape)
-    except NOT_MEASURED:
-        return None
-
-
-def _as_run(trainer: SelectiveTrainer, arguments: Arguments) -> Arguments:
-    """The command line with the accumulation that the trainer was given, which --auto_micro_batch may have found."""
-    changed = copy.deepcopy(arguments)
-    changed.optimization.gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    return changed
+    numbers = sequences * tokens * (_GENEROUS_NUMBERS * sizes + scores)
+    return bytes_of(weights_of(model)) + _GENEROUS_WEIGHTS * trained + 4 * numbers

@@ -8,12 +8,12 @@
 | zero2 | W | G / N | O / N | (N - 1) / N * (A G + W') |
 | fsdp | W / N | G / N | O / N | A (N - 1) / N * (2 W' + G) |
 
-W' are the weights in the type that is computed in; of FSDP those of the output head are gathered once, not twice. What
-is sent is that of ring collectives: N - 1 of N parts for a gather or a reduction to parts, twice that for one to all
+W' are the weights in the type of the matrix products; FSDP gathers those of the output head once, not twice. What is
+sent is that of ring collectives: N - 1 of N parts for a gather or a reduce-scatter, twice that for an all-reduce
 (ZeRO: Rajbhandari et al., SC 2020, section 7; FSDP: Zhao et al., VLDB 2023). FSDP splits the first dimension of each
-weight, in equal parts that are filled up: of a matrix with 8 rows each of 64 processes holds one. While layers compute
-it has besides, whole: two layers and the buffer of a third (the next one is gathered ahead), the head, and in the
-backward pass the largest unit's gradients with the buffer that they are added up in.
+weight into equal parts, with padding: of a matrix with 8 rows each of 64 processes holds one. While layers compute,
+whole weights are there too: two layers and the buffer of a third (the next one is gathered ahead), the head, and in
+the backward pass the gradients of the largest unit with the buffer that they are added up in.
 
 Activations are those of one device. In mixed precision FSDP and ZeRO compute in 16 bits throughout: no layer keeps a
 cast copy of its weights, and hidden states are in 16 bits.
@@ -21,51 +21,28 @@ cast copy of its weights, and hidden states are in 16 bits.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from tokentune.core.layers import inner_model, transformer_layers
-from tokentune.core.profile import Profile
 from tokentune.errors import UserError
-from tokentune.memory.accounting import REST, LiveBytes
-from tokentune.memory.footprint import GRADIENTS, OPTIMIZER, WEIGHTS, Footprint, measure, skeleton
+from tokentune.memory.accounting import GRADIENTS, OPTIMIZER, REST, WEIGHTS, Footprint, LiveBytes
 from tokentune.models.builder import autocast_dtype
-from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.settings.finetune import Arguments
 
-_NAMES = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp": "FSDP"}
-SHARDINGS = tuple(_NAMES)
+NAMES = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp": "FSDP"}
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size
 
 
 @dataclass
-class Shares:
-    """Bytes of one process of several, beside its activations.
-
-    Attributes:
-        weights, gradients, optimizer: while nothing computes.
-        gathered, reduced: whole weights, and gradients on their way, that are there for a moment.
-        sent: in an optimizer step.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    reduced: int
-    sent: int
-
-
-@dataclass
 class _Unit:
-    """Weights that FSDP gathers together. Bytes.
+    """Bytes of weights that FSDP gathers together.
 
     Attributes:
         share, trained_share: of the process that holds most.
-        whole: in the type that is computed in.
+        whole: in the type of the matrix products.
         gradients: whole, in that type.
         reduced: whole, in the type that gradients are added up in.
     """
@@ -77,109 +54,89 @@ class _Unit:
     reduced: int = 0
 
 
-def measure_share(
-    config: PreTrainedConfig,
-    arguments: Arguments,
-    shape: tuple[int, int],
-    *,
-    processes: int,
-    sharding: str,
-    device: str = "cuda",
-    head: Head = CAUSAL_LM,
-    profile: Profile | None = None,
-) -> Footprint:
-    """`footprint.measure`, of one of several processes.
+class Sharing:
+    """How an engine shares the training of a model out; made before the model is cast to `dtype`.
 
-    Args:
-        shape: (B, S) of one process's micro-batch.
-        sharding: one of `SHARDINGS`.
-
-    Raises:
-        UserError: what the engine cannot serve.
+    Attributes:
+        dtype: the type that the engine computes in throughout; None: as on one device.
     """
-    if sharding == "fsdp" and arguments.adapters.qlora:
-        raise UserError("FSDP leaves 4-bit weights whole: take --sharding ddp")
-    model = skeleton(config, arguments, head, profile)
-    alive: list[LiveBytes] = []
-    one = measure(
-        config,
-        arguments,
-        shape,
-        device=device,
-        head=head,
-        profile=profile,
-        all_in=None if sharding == "ddp" else autocast_dtype(arguments),
-        inspect=alive.append,
-    )
-    shares = shares_of(model, one, arguments, processes, sharding)
-    phase, at_peak = _peak(alive[0], shares, one, processes, sharding)
-    return Footprint(
-        weights=shares.weights,
-        gradients=shares.gradients,
-        optimizer=shares.optimizer,
-        activations=one.activations,
-        peak=sum(at_peak.values()),
-        peak_phase=phase,
-        at_peak=at_peak,
-        activations_by=one.activations_by,
-        host=one.host,
-        sent=shares.sent,
-    )
 
+    def __init__(self, model: nn.Module, arguments: Arguments, processes: int, engine: str):
+        """`engine`: one of `NAMES`. Raises UserError: what it cannot serve."""
+        if engine == "fsdp" and arguments.adapters.qlora:
+            raise UserError("FSDP leaves 4-bit weights whole: take --sharding ddp")
+        self.arguments, self.processes, self.engine = arguments, processes, engine
+        compute = autocast_dtype(arguments)
+        self.dtype = None if engine == "ddp" else compute
+        self.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.units = _units(model, processes, compute) if engine == "fsdp" else None
 
-def shares_of(model: nn.Module, one: Footprint, arguments: Arguments, processes: int, sharding: str) -> Shares:
-    """How a model's weights, gradients and optimizer states are shared out.
+    def footprint(self, one: Footprint, live: LiveBytes) -> Footprint:
+        """What one process holds and sends. `one`, `live`: the step on one device, and what counted its bytes."""
+        share, gathered, reduced = {"ddp": self._ddp, "zero2": self._zero2, "fsdp": self._fsdp}[self.engine](one)
+        gradients = share.gradients / max(1, one.gradients)
 
-    Args:
-        model: on any device, with its adapters.
-        one: its footprint on one device.
-    """
-    shares = {"ddp": _of_ddp, "zero2": _of_zero2, "fsdp": _of_fsdp}[sharding]
-    return shares(model, one, arguments, processes)
+        def change(phase: str, sizes: dict[str, int]) -> dict[str, int]:
+            factors, moment = {GRADIENTS: gradients}, gathered + (reduced if phase == "backward" else 0)
+            if phase == "optimizer":
+                # The update's temporaries are made of gradients and states: in parts where those are, in their type.
+                factors[REST] = 1.0 if self.engine == "ddp" else 1 / self.processes
+                factors[REST] *= gradients * self.processes if self.engine == "fsdp" else 1.0
+                moment = 0
+            changed = {kind: round(size * factors.get(kind, 1.0)) for kind, size in sizes.items()}
+            return changed | {WEIGHTS: share.weights, OPTIMIZER: share.optimizer, "engine": moment}
 
+        phase, at_peak = live.highest(change)
+        return replace(share, peak=sum(at_peak.values()), peak_phase=phase, at_peak=at_peak)
 
-def _of_ddp(model: nn.Module, one: Footprint, arguments: Arguments, processes: int) -> Shares:
-    sent = 2 * (processes - 1) / processes * one.gradients
-    return Shares(one.weights, 2 * one.gradients, one.optimizer, 0, 0, round(sent))
+    # One process's share (its peak is that of one device), and bytes that are there for a moment: whole weights, and
+    # gradients on their way.
 
+    def _ddp(self, one: Footprint) -> tuple[Footprint, int, int]:
+        return replace(one, gradients=2 * one.gradients, sent=round(2 * self._ring * one.gradients)), 0, 0
 
-def _of_zero2(model: nn.Module, one: Footprint, arguments: Arguments, processes: int) -> Shares:
-    """In mixed precision DeepSpeed has 16-bit weights, and float32 masters of them with the optimizer's parts."""
-    mixed = autocast_dtype(arguments) is not None
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    states = one.optimizer / max(1, one.gradients) * 4 * trained if mixed else one.optimizer
-    rounds = arguments.optimization.gradient_accumulation_steps
-    return Shares(
-        weights=one.weights,
-        gradients=math.ceil(one.gradients / processes),
-        optimizer=math.ceil((states + (4 * trained if mixed else 0)) / processes),
-        gathered=0,
-        reduced=2 * min(BUCKET_ELEMENTS, trained) * (2 if mixed else 4),  # two buckets, in turns
-        sent=round((processes - 1) / processes * (rounds + 1) * one.gradients),
-    )
+    def _zero2(self, one: Footprint) -> tuple[Footprint, int, int]:
+        """In mixed precision DeepSpeed has 16-bit weights, and float32 masters of them with the optimizer's parts."""
+        states, trained = one.optimizer, self.trained
+        if self.dtype is not None:
+            states = one.optimizer / max(1, one.gradients) * 4 * trained + 4 * trained
+        share = replace(
+            one,
+            gradients=math.ceil(one.gradients / self.processes),
+            optimizer=math.ceil(states / self.processes),
+            sent=round(self._ring * (self._micro_batches + 1) * one.gradients),
+        )
+        return share, 0, 2 * min(BUCKET_ELEMENTS, trained) * (4 if self.dtype is None else 2)  # two buckets, in turns
 
+    def _fsdp(self, one: Footprint) -> tuple[Footprint, int, int]:
+        layers, embeddings, head, others = self.units
+        units = [*layers, embeddings, head, others]
+        gradients = sum(unit.trained_share for unit in units)
+        memory = self.arguments.memory
+        passes = 3 if memory.gradient_checkpointing and memory.checkpoint_rest == "segments" else 2
+        gathers = passes * sum(unit.whole for unit in units if unit is not head) + head.whole
+        share = replace(
+            one,
+            weights=sum(unit.share for unit in units),
+            gradients=gradients,
+            optimizer=round(one.optimizer / max(1, one.gradients) * gradients),  # in proportion, in whatever type
+            sent=round(self._ring * self._micro_batches * (gathers + sum(unit.reduced for unit in units))),
+        )
+        ahead = 3 if self.processes > 1 else 1
+        gathered = head.whole + others.whole + ahead * max(unit.whole for unit in layers)
+        return share, gathered, max(unit.gradients + unit.reduced for unit in units)
 
-def _of_fsdp(model: nn.Module, one: Footprint, arguments: Arguments, processes: int) -> Shares:
-    layers, embeddings, head, others = _units(model, processes, autocast_dtype(arguments))
-    units = [*layers, embeddings, head, others]
-    gradients = sum(unit.trained_share for unit in units)
-    states = one.optimizer / max(1, one.gradients)  # of both, bytes per byte, whatever type they are in
-    segments = arguments.memory.gradient_checkpointing and arguments.memory.checkpoint_rest == "segments"
-    gathers = (3 if segments else 2) * sum(unit.whole for unit in units if unit is not head) + head.whole
-    rounds = arguments.optimization.gradient_accumulation_steps
-    ahead = 3 if processes > 1 else 1
-    return Shares(
-        weights=sum(unit.share for unit in units),
-        gradients=gradients,
-        optimizer=round(states * gradients),
-        gathered=head.whole + others.whole + ahead * max(unit.whole for unit in layers),
-        reduced=max(unit.gradients + unit.reduced for unit in units),
-        sent=round((processes - 1) / processes * rounds * (gathers + sum(unit.reduced for unit in units))),
-    )
+    @property
+    def _ring(self) -> float:
+        return (self.processes - 1) / self.processes
+
+    @property
+    def _micro_batches(self) -> int:
+        return self.arguments.optimization.gradient_accumulation_steps
 
 
 def _units(model: nn.Module, processes: int, compute: torch.dtype | None) -> tuple[list[_Unit], _Unit, _Unit, _Unit]:
-    """FSDP's units as accelerate makes them: each layer, the embeddings, the head, and what is left."""
+    """FSDP's units as accelerate makes them: each layer, the embeddings, the head, and all other weights."""
     core = inner_model(model)
     output = core.get_output_embeddings()
     head = [] if output is None else [*output.parameters()]
@@ -205,27 +162,3 @@ def _unit(parameters: Iterable[nn.Parameter], processes: int, compute: torch.dty
             unit.gradients += count * computed
             unit.reduced += count * held
     return unit
-
-
-def _peak(live: LiveBytes, shares: Shares, one: Footprint, processes: int, sharding: str) -> tuple[str, dict[str, int]]:
-    """The phase in which most is alive, and what that is."""
-    split = sharding == "fsdp"
-    gradients = shares.gradients / max(1, one.gradients)
-
-    def factors(phase: str) -> dict[str, float]:
-        updates = 1.0 if sharding == "ddp" else 1 / processes
-        # The update's temporaries are made of gradients and states: in parts where those are, in their type.
-        rest = updates * (gradients * processes if split else 1.0) if phase == "optimizer" else 1.0
-        return {WEIGHTS: 0.0, OPTIMIZER: 0.0, GRADIENTS: gradients, REST: rest}
-
-    def fixed(phase: str) -> dict[str, int]:
-        computes = phase != "optimizer"
-        moment = (shares.gathered if computes else 0) + (shares.reduced if phase == "backward" else 0)
-        return {WEIGHTS: shares.weights, OPTIMIZER: shares.optimizer, "engine": moment}
-
-    return live.highest(factors, fixed)
-
-
-def describe(sharding: str, processes: int) -> str:
-    """For a title."""
-    return f"each of {processes} GPUs with {_NAMES[sharding]}"

@@ -1,46 +1,31 @@
-"""One training step tried before training: the longest rows, forward, backward and update, and no trace of it.
+"""One training step tried before training, on the longest rows: forward pass, backward pass and update.
 
     B sequences, S tokens
 
-Afterwards everything is as it was, bit for bit: weights and buffers, gradients, random numbers, the trainer's own
-counters. The optimizer is another one than the run's, whose steps have gradients of zero and no learning rate.
+Nothing of it remains, bit for bit: weights and buffers, gradients, random states and the trainer's counters are as
+before. The step has an optimizer of its own, with gradients of zero and a learning rate of zero.
 """
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
-from tokentune.core.patched import reference_of
 from tokentune.data.packing import PackedRows, lengths_of
-from tokentune.memory.accounting import LiveBytes, quantization_constants
-from tokentune.memory.footprint import forward_loss
+from tokentune.errors import UserError
+from tokentune.memory.accounting import WEIGHTS, LiveBytes, weights_of
+from tokentune.memory.footprint import fill_states, forward_loss, update
 from tokentune.memory.report import is_out_of_memory
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.finetune import Arguments
 from tokentune.training.diagnosing import for_all_tokens
 from tokentune.training.trainer import SelectiveTrainer
-
-
-@dataclass
-class Trial:
-    """What came of trying a batch.
-
-    Attributes:
-        peak: most bytes that were alive on the device, the weights among them; None: memory ran out.
-        during: what was tried last: "training" or "validation".
-    """
-
-    peak: int | None = None
-    during: str = "training"
-
 
 # --- the longest rows -------------------------------------------------------------------------------------------------
 
@@ -63,67 +48,77 @@ def longest_batch(
 
 
 def longest_validation_batch(trainer: SelectiveTrainer) -> dict[str, Any] | None:
+    """The batch of the longest validation rows; None: there are none."""
     rows = trainer.eval_dataset
     return None if rows is None else trainer.eval_collator(_longest(rows, trainer.args.eval_batch_size))
 
 
+def row_lengths(rows: Any) -> np.ndarray:
+    """Tokens of each row of a trainer's data set, packed or not."""
+    if not isinstance(rows, PackedRows):
+        return lengths_of(getattr(rows, "rows", rows))
+    of_documents = lengths_of(rows.rows.rows)
+    return np.array([of_documents[documents].sum() for documents in rows.bins])
+
+
 def _longest(rows: Any, count: int) -> list[Any]:
     """The `count` longest items, the longest first."""
-    if isinstance(rows, PackedRows):
-        of_documents = lengths_of(rows.rows.rows)
-        lengths = np.array([of_documents[documents].sum() for documents in rows.bins])
-    else:
-        lengths = lengths_of(getattr(rows, "rows", rows))
-    return [rows[int(row)] for row in np.argsort(-lengths, kind="stable")[:count]]
+    return [rows[int(row)] for row in np.argsort(-row_lengths(rows), kind="stable")[:count]]
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
 def try_batch(
-    trainer: SelectiveTrainer,
-    arguments: Arguments,
-    batch: dict[str, Any],
-    validation: dict[str, Any] | None = None,
-) -> Trial:
-    """One optimizer step on `batch`, as in training, then the loss of `validation`; leaves no trace."""
-    trial = Trial()
+    trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any], validation: dict[str, Any] | None = None
+) -> int | None:
+    """One optimizer step on `batch`, as in training, then the loss of `validation`; leaves no trace.
+
+    Returns:
+        The most bytes that were alive on the device, the weights among them; None: memory ran out in the step.
+
+    Raises:
+        UserError: memory ran out in the validation.
+    """
+    highest, validates = None, False
     try:
-        with _left_as_it_was(trainer.model), _peak(trainer, trial):
+        with _left_as_it_was(trainer.model), _peak(trainer) as peak:
             optimizer = _step(trainer, arguments, batch)
             if validation is not None:
-                trial.during = "validation"
-                _validate(trainer, validation)
+                validates = True
+                trainer.model.eval()
+                with torch.no_grad(), trainer.accelerator.autocast():
+                    trainer.evaluation(trainer, [send_to_device(validation, trainer.args.device)])
             del optimizer
+            highest = peak()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        trial.peak = None
     finally:
-        if trial.peak is None:
-            gc.collect()  # what the error's frames held
+        if highest is None:
+            gc.collect()  # tensors that the error's frames held
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
-    return trial
+    if highest is None and validates:
+        raise UserError(
+            "out of memory before training, with the longest batch of the validation.\n"
+            "Its batches have as many rows as the training's micro-batches: a higher --gradient_accumulation_steps "
+            "makes them smaller"
+        )
+    return highest
 
 
 def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]) -> Any:
     """Forward, backward and the update, with the optimizer's states of earlier steps there; returns the optimizer."""
-    model, in_backward = trainer.model, trainer.optim_in_backward
+    model = trainer.model
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # In front of an optimizer's own hooks: no gradient ever reaches a weight.
+    # Registered before an optimizer's own hooks: no gradient ever reaches a weight.
     hooks = [parameter.register_post_accumulate_grad_hook(_erase) for parameter in trained]
-    # Paged optimizers keep their states in memory that is swapped out, and in a list that is never emptied.
+    # A paged optimizer's states may be swapped out, and bitsandbytes never frees them.
     optimizer = None if "paged" in arguments.optimization.optim else _idle_optimizer(trainer)
     try:
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-            if in_backward and optimizer is not None:
-                optimizer.optimizers[parameter].step()
-                parameter.grad = None
-        if optimizer is not None:
-            optimizer.step()
+        fill_states(optimizer, trained)
         if trainer.args.gradient_accumulation_steps == 1:  # else gradients of earlier micro-batches are there
             model.zero_grad()
         inputs = send_to_device(batch, trainer.args.device)
@@ -134,12 +129,7 @@ def _step(trainer: SelectiveTrainer, arguments: Arguments, batch: dict[str, Any]
             _backward(trainer, arguments, for_all_tokens(inputs))
             for parameter, gradient in zip(trained, aside, strict=True):
                 parameter.grad = gradient
-        given = [parameter for parameter in trained if parameter.grad is not None]
-        if given and arguments.optimization.max_grad_norm:
-            nn.utils.clip_grad_norm_(given, arguments.optimization.max_grad_norm)
-        if optimizer is not None:
-            optimizer.step()
-        model.zero_grad()
+        update(model, optimizer, arguments)
     finally:
         for hook in (*hooks, *getattr(optimizer, "hooks", ())):
             hook.remove()
@@ -157,7 +147,7 @@ def _erase(parameter: nn.Parameter) -> None:
 
 
 def _idle_optimizer(trainer: SelectiveTrainer) -> Any:
-    """One like the run's, that moves nothing: with gradients of zero there is nothing left but rate and decay."""
+    """An optimizer as the run's that changes no weight: gradients, learning rate and weight decay are zero."""
     own = trainer.optimizer, trainer.optimizer_cls_and_kwargs
     trainer.optimizer = None
     try:
@@ -171,18 +161,12 @@ def _idle_optimizer(trainer: SelectiveTrainer) -> Any:
     return optimizer
 
 
-def _validate(trainer: SelectiveTrainer, batch: dict[str, Any]) -> None:
-    trainer.model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        trainer.evaluation(trainer, [send_to_device(batch, trainer.args.device)])
-
-
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back whatever a step changes besides the weights, which it must leave alone itself."""
+    """Restores whatever a step changes besides the weights, which it must not change."""
     devices = {parameter.device for parameter in model.parameters()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    # Some models keep numbers of the batches that they saw: rotary embeddings that grow with the longest sequence.
+    # Some models store facts about their batches: rotary embeddings grow with the longest sequence.
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     try:
@@ -202,22 +186,14 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _peak(trainer: SelectiveTrainer, trial: Trial) -> Iterator[None]:
-    """Notes the most bytes that are alive within: on a GPU by its allocator, elsewhere counted tensor by tensor."""
-    devices = {parameter.device for parameter in trainer.model.parameters()}
-    if any(device.type == "cuda" for device in devices):
-        for device in devices:
+def _peak(trainer: SelectiveTrainer) -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the peak so far, in bytes: the GPU's allocator's, or counted tensor by tensor."""
+    gpus = {parameter.device for parameter in trainer.model.parameters() if parameter.device.type == "cuda"}
+    if gpus:
+        for device in gpus:
             torch.cuda.reset_peak_memory_stats(device)
-        yield
-        trial.peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+        yield lambda: sum(map(torch.cuda.max_memory_allocated, gpus))
         return
     with LiveBytes(trainer.args.device.type) as live:
-        live.claim("weights", weights_of(trainer.model))
-        yield
-    trial.peak = live.peak
-
-
-def weights_of(model: nn.Module) -> list[Tensor]:
-    reference = reference_of(model)
-    beside = [] if reference is None else weights_of(reference)
-    return [*model.parameters(), *model.buffers(), *quantization_constants(model), *beside]
+        live.claim(WEIGHTS, weights_of(trainer.model))
+        yield lambda: live.peak

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
+from tokentune.settings.flags import require
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,48 +32,44 @@ def _is_named(path: str, targets: Sequence[str]) -> bool:
 
 
 def _check_target_modules(model: PreTrainedModel, target_modules: Sequence[str]) -> list[str] | str:
-    """Each name must be the end of some layer's path: peft leaves out the unknown ones without a word."""
+    """Each name must be the end of some layer's path: peft silently ignores unknown ones."""
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if targets == ["all-linear"]:
         return "all-linear"  # peft's own word: every linear layer but the output head
     for path in _return_more(model):
-        if _is_named(path, targets):
-            raise UserError(
-                f"--lora_target_modules: {path} of {type(model).__name__} returns more than a product with its "
-                "weights, so that no adapter can be added to it. Leave it out."
-            )
+        require(
+            not _is_named(path, targets),
+            f"--lora_target_modules: {path} of {type(model).__name__} returns more than a product with its weights, so "
+            "that no adapter can be added to it. Leave it out.",
+        )
     linear = _linear_layers(model)
     paths = [*linear, *(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))]
     unknown = [target for target in targets if not any(_is_named(path, [target]) for path in paths)]
-    if unknown or not targets:
-        existing = sorted({path.rpartition(".")[2] for path in linear})
-        raise UserError(
-            f"--lora_target_modules: {type(model).__name__} has no layer named {', '.join(unknown) or '(none given)'}. "
-            f"Its linear layers: {', '.join(existing)}; all-linear stands for all of them but the output head."
-        )
+    existing = sorted({path.rpartition(".")[2] for path in linear})
+    require(
+        bool(targets) and not unknown,
+        f"--lora_target_modules: {type(model).__name__} has no layer named {', '.join(unknown) or '(none given)'}. "
+        f"Its linear layers: {', '.join(existing)}; all-linear stands for all of them but the output head.",
+    )
     return targets
 
 
 def _return_more(model: nn.Module) -> list[str]:
-    """Paths of linear layers whose forward returns something else than a product (routers), which no adapter adds to.
-
-    Tried on a copy without data. torch's and bitsandbytes' classes are known to be plain.
-    """
-    plain: dict[type, bool] = {nn.Linear: True, Conv1D: True}
-    found = []
-    for path, layer in _linear_layers(model).items():
-        kind = type(layer)
-        if kind not in plain:
-            plain[kind] = kind.__module__.startswith(("torch.", "bitsandbytes.")) or _returns_tensor(layer)
-        found += [] if plain[kind] else [path]
-    return found
+    """Paths of linear layers whose forward returns more than a product (routers), so that no adapter can be added."""
+    layers = _linear_layers(model)
+    by_class = {type(layer): layer for layer in layers.values()}
+    more = {kind for kind, layer in by_class.items() if not _returns_product(layer)}
+    return [path for path, layer in layers.items() if type(layer) in more]
 
 
-def _returns_tensor(layer: nn.Module) -> bool:
-    with torch.no_grad():
-        weight = layer.weight
-        result = copy.deepcopy(layer).to("meta")(torch.empty(2, layer.in_features, dtype=weight.dtype, device="meta"))
-    return isinstance(result, torch.Tensor)
+@torch.no_grad()
+def _returns_product(layer: nn.Module) -> bool:
+    """Tried on a copy without data; torch's, bitsandbytes' and GPT-2's classes are known to."""
+    kind, weight = type(layer), layer.weight
+    if kind is Conv1D or kind.__module__.startswith(("torch.", "bitsandbytes.")):
+        return True
+    inputs = torch.empty(2, layer.in_features, dtype=weight.dtype, device="meta")
+    return isinstance(copy.deepcopy(layer).to("meta")(inputs), torch.Tensor)
 
 
 def add_adapters(
@@ -85,19 +82,18 @@ def add_adapters(
     quantized: bool,
     head: Head = CAUSAL_LM,
 ) -> "PeftModel":
-    """Freezes the base and adds LoRA adapters (float32, whatever type a 16-bit base has) to the named layers.
+    """Freezes the base and adds float32 LoRA adapters to the named layers; the base keeps its types.
 
-    The base's own types stay. peft's `prepare_model_for_kbit_training` is not used for 4-bit bases: it turns all that
-    is not quantised to float32 (embeddings and head of an 8B Llama 3: 2 GiB more), and with it the activations
-    (measured on a 6-layer Llama under bfloat16 autocast: 33 % more bytes saved for backward, for adapter gradients
-    0.8 % instead of 1.1 % away from float32's). `--base_dtype float32` gives exactly that to whoever wants it. Its
-    gradient checkpointing does not work through selected tokens, and input gradients are not needed without it.
+    peft's `prepare_model_for_kbit_training` is not used for 4-bit bases: it turns embeddings, norms and head to float32
+    (2 GiB more for an 8B Llama 3), and with them the activations (measured on a 6-layer Llama under bfloat16 autocast:
+    33 % more bytes saved for backward, for adapter gradients 0.8 % instead of 1.1 % away from float32's). That is what
+    `--base_dtype float32` is for. Its gradient checkpointing does not work through selected tokens.
 
     Args:
         r, alpha, dropout: LoRA's rank, scale (adapters are multiplied by alpha / r) and dropout probability.
         target_modules: ends of layer paths (`down_proj`, `mlp.down_proj`), or `all-linear`.
         quantized: the base is in 4 bits.
-        head: of the model; one that is new is trained whole, and saved with the adapters.
+        head: of the model; a new one is trained whole, and saved with the adapters.
 
     Returns:
         The same model in peft's wrapper, with only the adapters (and a new head) trainable.
@@ -129,9 +125,9 @@ def add_adapters(
 
 
 def _set_dropout(model: "PeftModel", dropout: float) -> None:
-    """Puts dropout in front of the adapters, but for those of parameters (of fused experts), which peft gives none.
+    """Puts dropout in front of the adapters, except those of parameters (of fused experts), for which peft has none.
 
-    Where there are such, the configuration says 0: with another number peft would not load the adapter again.
+    With such adapters the configuration says 0: with another number peft would not load them again.
     """
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
@@ -146,7 +142,7 @@ def _set_dropout(model: "PeftModel", dropout: float) -> None:
 
 
 def say_adapters(model: "PeftModel", dropout: float, target_modules: Sequence[str]) -> None:
-    """Logs which modules got adapters, by their names' ends: the same targets mean others in each family of models."""
+    """Logs which modules got adapters: the same targets mean different modules in each family of models."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.utils import ModulesToSaveWrapper
 
@@ -155,14 +151,16 @@ def say_adapters(model: "PeftModel", dropout: float, target_modules: Sequence[st
     for path, module in model.named_modules():
         name = path.replace(".base_layer", "").rpartition(".")[2]
         if isinstance(module, ParamWrapper):
-            parameters.add(f"{name}.{module.parameter_name}")
-            adapted[f"{name}.{module.parameter_name} (parameter)"] += 1
+            name = f"{name}.{module.parameter_name}"
+            parameters.add(name)
+            kind = "parameter"
         elif isinstance(module, LoraLayer):
-            adapted[f"{name} ({type(module.get_base_layer()).__name__})"] += 1
+            kind = type(module.get_base_layer()).__name__
         elif isinstance(module, ModulesToSaveWrapper):
-            adapted[f"{name} (trained whole)"] += 1
+            kind = "trained whole"
         else:
             continue
+        adapted[f"{name} ({kind})"] += 1
         owned.append(f"{path}.")
     logger.info("adapters on %s", _listed(adapted))
     if parameters and dropout > 0:
@@ -170,7 +168,7 @@ def say_adapters(model: "PeftModel", dropout: float, target_modules: Sequence[st
         logger.warning("--lora_dropout %g: not on %s, as adapters of parameters take none", dropout, names)
     head = model.get_base_model().get_output_embeddings()
     every = list(target_modules) == ["all-linear"]
-    # peft takes names that a family's fused experts once had for theirs alone, though other layers have them too.
+    # peft applies the names that a family's fused experts once had to these alone, though other layers have them too.
     left_out = Counter(
         path.rpartition(".")[2]
         for path, module in _linear_layers(model).items()

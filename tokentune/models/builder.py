@@ -23,7 +23,6 @@ from tokentune.models.pretrained import (
     checkpoint_dtype,
     load_base_model,
     load_config,
-    resolve_base_dtype,
 )
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.sampling.resolver import find_strategy
@@ -37,15 +36,35 @@ _REFERENCE = "--selection_reference_model"
 
 
 def base_dtype(arguments: Arguments, config: PreTrainedConfig) -> torch.dtype:
-    """The type that the base's weights are held in while training."""
-    return resolve_base_dtype(
-        arguments.model.base_dtype,
-        adapters=arguments.adapters.lora,
-        quantized=arguments.adapters.qlora,
-        bf16=arguments.model.bf16,
-        fp16=arguments.model.fp16,
-        model_config=config,
+    """How the base's weights are held in training: --base_dtype, or for "auto":
+
+    | | |
+    |---|---|
+    | all weights trained | float32: 16-bit weights round small updates away (at a learning rate of 4e-5 about half of them do not move) |
+    | adapters, --bf16 | bfloat16: autocast would round to it anyway, and float16 weights beside bfloat16 products make float32 activations |
+    | adapters, --fp16 | float16, but a bfloat16 checkpoint as it is: its activations may exceed float16's range |
+    | adapters, neither | the checkpoint's type; bfloat16 for float16, whose gradients underflow without the loss scaling of --fp16 |
+
+    With a quantized base this is the type of the weights that are not quantized.
+
+    Raises:
+        UserError: float16 for weights that are trained.
+    """  # noqa: E501 (a table's row is one line)
+    held, bf16, fp16 = arguments.model.base_dtype, arguments.model.bf16, arguments.model.fp16
+    adapters = arguments.adapters.lora or arguments.adapters.qlora
+    require(
+        adapters or held != "float16",
+        "--base_dtype float16: weights that are trained cannot be held in float16 (their updates vanish or turn "
+        "to NaN). Leave --base_dtype out; --fp16 alone computes in float16 over float32 weights.",
     )
+    if held != "auto":
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[held]
+    if not adapters:
+        return torch.float32
+    stored = checkpoint_dtype(config)
+    if fp16 and not bf16:
+        return torch.bfloat16 if stored is torch.bfloat16 else torch.float16
+    return torch.bfloat16 if bf16 or stored is torch.float16 else stored
 
 
 def autocast_dtype(arguments: Arguments) -> torch.dtype | None:
@@ -54,12 +73,12 @@ def autocast_dtype(arguments: Arguments) -> torch.dtype | None:
 
 
 def saved_as(arguments: Arguments, config: PreTrainedConfig, dtype: torch.dtype) -> torch.dtype:
-    """The type that a fully trained model is saved in: as it was held where --base_dtype says, else as it came."""
+    """The type that a fully trained model is saved in: the checkpoint's own, or `dtype` if --base_dtype was given."""
     return checkpoint_dtype(config) if arguments.model.base_dtype == "auto" else dtype
 
 
 def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head = CAUSAL_LM) -> nn.Module:
-    """Refuses what cannot be adapted or patched, tried on a model without weights (torch's meta device), returned.
+    """Refuses what cannot be adapted or patched; returns the model without weights (meta device) that it was tried on.
 
     Raises:
         UserError: no model with this head, no such layers to adapt, or layers that TokenTune cannot serve.
@@ -88,12 +107,14 @@ def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head =
 
 
 def check_kernels(config: PreTrainedConfig) -> None:
-    """Refuses a model that Liger has no kernels for, which it would leave as it is without a word."""
+    """Refuses a model that Liger has no kernels for, and would silently leave as it is."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
-        raise UserError(f"--use_liger_kernel: Liger has no kernels for {config.model_type}; it has some for {known}")
+    known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
+    require(
+        config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN,
+        f"--use_liger_kernel: Liger has no kernels for {config.model_type}; it has some for {known}",
+    )
 
 
 def prepare_model(
@@ -107,28 +128,25 @@ def prepare_model(
     """The base with its weights, adapted and patched as the flags say.
 
     Args:
-        dtype: how the base's weights are held.
-        head: what the model ends in.
+        dtype: of the base's weights.
         config: instead of the checkpoint's own.
         from_scratch: random weights for `config`, none read.
     """
-    trusted = arguments.model.trust_remote_code
-    reference = None
+    flags, reference = arguments.model, None
     if from_scratch:
-        model = head.auto_class.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        model = head.auto_class.from_config(config, dtype=dtype, trust_remote_code=flags.trust_remote_code)
     else:
-        spread = arguments.model.model_parallel and torch.cuda.device_count() > 1
         model = load_base_model(
-            arguments.model.model_name_or_path,
+            flags.model_name_or_path,
             dtype=dtype,
             quantize_4bit=arguments.adapters.qlora,
-            device_map="auto" if spread else None,
-            compute_dtype=autocast_dtype(arguments) or dtype,
+            device_map="auto" if flags.model_parallel and torch.cuda.device_count() > 1 else None,
+            compute_dtype=autocast_dtype(arguments),
             head=head,
             config=config,
-            attn_implementation=arguments.model.attn_implementation,
-            trust_remote_code=trusted,
-            allow_pickle=arguments.model.allow_pickle,
+            attn_implementation=flags.attn_implementation,
+            trust_remote_code=flags.trust_remote_code,
+            allow_pickle=flags.allow_pickle,
         )
         reference = load_reference(arguments, dtype) if needs_reference(arguments) else None
     model = adapt_and_patch(model, arguments, head, reference)
@@ -140,9 +158,9 @@ def prepare_model(
 def adapt_and_patch(
     model: nn.Module, arguments: Arguments, head: Head = CAUSAL_LM, reference: PreTrainedModel | None = None
 ) -> nn.Module:
-    """Adds the adapters and the selective layers that the flags ask for; UserError where the model has no place.
+    """Adds the adapters and the selective layers that the flags ask for; UserError where the model cannot have them.
 
-    `reference` is what the strategy compares losses with, where it does.
+    `reference`: the model whose losses the strategy compares with, if it does.
     """
     adapters = arguments.adapters
     if adapters.lora:
@@ -163,17 +181,16 @@ def adapt_and_patch(
 
 
 def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrainedModel | None = None) -> nn.Module:
-    """Adds the selective layers that the flags ask for; once more, with other flags, changes their settings."""
+    """Adds the selective layers that the flags ask for; a second call, with other flags, changes their settings."""
     selection = arguments.selection
     options = {}
-    if selection.looks:
+    if selection.scoring_pass:
         _check_look(arguments, model)
-        if selection.scored:  # the model then draws, by what it saw
-            options["prefix_length"] = selection.selected
-            options["strategy"] = selection.selection
+        if selection.scored:  # the model itself draws, by the scores
+            options |= {"prefix_length": selection.selected, "strategy": selection.selection}
         reference = reference_of(model) if reference is None else reference
         options["scoring_pass"] = ScoringOptions(selection.selection_draw, selection.selection_layers, reference)
-    # ZeRO-3 gathers the head's weights in each of its calls, on all processes; of chunks they have different numbers.
+    # ZeRO-3 gathers the head's weights in each of its calls, on all processes, whose numbers of chunks differ.
     chunked = {"auto": False if is_deepspeed_zero3_enabled() else None, "on": True, "off": False}
     with unsupported_models_refused(), made_whole():
         return apply_tokentune(
@@ -188,10 +205,9 @@ def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrained
 
 
 def _check_look(arguments: Arguments, model: nn.Module) -> None:
-    """Refuses flags that a pass over all tokens cannot follow, with this model."""
+    """Refuses flags that this model's scoring pass over all tokens cannot follow."""
     layers, rest = arguments.selection.selection_layers, arguments.memory.checkpoint_rest
-    core = inner_model(model)
-    depth = core.config.get_text_config().num_hidden_layers
+    depth = inner_model(model).config.get_text_config().num_hidden_layers
     require(
         layers is None or layers < depth,
         f"--selection_layers {layers}: the model has {depth}; leave it out to look through all of them",
@@ -210,7 +226,7 @@ def _check_look(arguments: Arguments, model: nn.Module) -> None:
 def needs_reference(arguments: Arguments) -> bool:
     """Whether the strategy compares losses with those of a second model."""
     selection = arguments.selection
-    return selection.looks and "excess_loss" in find_strategy(selection.selection).needs
+    return selection.scoring_pass and "excess_loss" in find_strategy(selection.selection).needs
 
 
 def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
@@ -224,8 +240,7 @@ def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
     )
     reference = load_config(name, flag=_REFERENCE)
     check_quantization(reference, name, qlora=False, flag=_REFERENCE)
-    other = reference.get_text_config().vocab_size
-    own = config.get_text_config().vocab_size
+    own, other = (model.get_text_config().vocab_size for model in (config, reference))
     require(
         own == other,
         f"{_REFERENCE} {name} has a vocabulary of {other:,} tokens, the model one of {own:,}: losses "
@@ -235,7 +250,7 @@ def check_reference(arguments: Arguments, config: PreTrainedConfig) -> None:
 
 
 def load_reference(arguments: Arguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The model whose losses are taken off, frozen."""
+    """The frozen model whose losses are subtracted."""
     reference = load_base_model(
         arguments.selection.selection_reference_model,
         dtype=dtype,
@@ -251,7 +266,8 @@ def enable_checkpointing(model: nn.Module) -> None:
     """Turns gradient checkpointing on; UserError where the model has none."""
     core = inner_model(model)
     try:
-        core.activation_checkpointing_enable()
+        enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
+        enable()  # (the second name is that of transformers below 5.23)
     except ValueError as error:
         raise UserError(f"--gradient_checkpointing: {type(core).__name__} does not support it") from error
     if hasattr(core, "_require_grads_hook"):

@@ -1,10 +1,8 @@
-"""Everything between a model's name and its weights in memory: config, tokenizer, precision, checkpoint.
+"""From a model's name to its configuration, tokenizer and weights in memory.
 
-The main path is `load_config` -> `resolve_base_dtype` -> `load_base_model`. Whatever a user can get wrong on the way
-(a folder that is not there, a gated repository, a damaged file) ends in a `UserError` that names the flag and the cure.
-
-Nothing that comes with a model is executed: no Python code of its repository unless `trust_remote_code`; weights are
-read from safetensors, or with `allow_pickle` from pickle files too, of which torch takes the tensors alone.
+Whatever a user can get wrong on the way (a missing folder, a gated repository, a damaged file) ends in a `UserError`
+that names the flag and the cure. Nothing that comes with a model is executed: no Python code of its repository unless
+`trust_remote_code`; weights are read from safetensors, with `allow_pickle` from pickle files too, tensors alone.
 """
 
 import os
@@ -34,11 +32,7 @@ logger = logging.get_logger(__name__)
 MODEL_FLAG = "--model_name_or_path"
 # What transformers, safetensors and the hub's client raise for input that cannot be read.
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
-PICKLE_ERRORS = (pickle.UnpicklingError, EOFError)
 NO_WEIGHTS = "give a folder that has them"
-
-
-# ------------------------------------------------------------------------------------------- config, tokenizer, weights
 
 
 def load_config(
@@ -62,24 +56,23 @@ def load_config(
 
 
 def check_quantization(config: PreTrainedConfig, name: str, *, qlora: bool, flag: str = MODEL_FLAG) -> None:
-    """Refuses weights that come quantised, UserError, unless they are those of bitsandbytes' 4 bits, with `qlora`.
+    """Refuses weights that are quantized already (UserError), unless by bitsandbytes to 4 bits, with `qlora`.
 
-    Loaded as if they were none, 8-bit ones pass for numbers that lack their scales.
+    8-bit weights would be loaded as plain numbers, without their scales.
     """
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
         return
     known = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = known.get("quant_method") or "bitsandbytes"  # which did not say so at first
-    if method == "bitsandbytes" and known.get("load_in_4bit"):
-        if not qlora:
-            cure = " Add --qlora, or give" if flag == MODEL_FLAG else " Give"
-            raise UserError(f"{flag} {name}: its weights are in 4 bits (bitsandbytes).{cure} the unquantised model.")
-        return
-    raise UserError(
-        f"{flag} {name}: its weights are quantised already ({method}), in a way that is not trained on here. Give the "
-        "unquantised model; --qlora turns that into 4 bits by itself."
-    )
+    method = known.get("quant_method") or "bitsandbytes"  # whose first files do not name it
+    if method != "bitsandbytes" or not known.get("load_in_4bit"):
+        raise UserError(
+            f"{flag} {name}: its weights are quantised already ({method}), in a way that is not trained on here. Give "
+            "the unquantised model; --qlora turns that into 4 bits by itself."
+        )
+    if not qlora:
+        cure = "Add --qlora, or give" if flag == MODEL_FLAG else "Give"
+        raise UserError(f"{flag} {name}: its weights are in 4 bits (bitsandbytes). {cure} the unquantised model.")
 
 
 def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow_pickle: bool = False) -> None:
@@ -91,21 +84,20 @@ def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow
     if not pickles:
         raise UserError(f"{flag} {name_or_path}: this folder holds no weights (*.safetensors); {hint}.")
     if not allow_pickle:
-        raise UserError(f"{flag} {name_or_path}: {_only_pickle(pickles[0].name, flag)}")
+        raise _only_pickle(name_or_path, pickles[0].name, flag)
 
 
-def _only_pickle(file: str, flag: str) -> str:
+def _only_pickle(name: str, file: str, flag: str) -> UserError:
     cure = " or give --allow_pickle, which reads tensors alone" if flag.endswith("model_name_or_path") else ""
-    return f"its weights are a pickle file ({file}), which could run code. Take them as safetensors{cure}."
+    return UserError(
+        f"{flag} {name}: its weights are a pickle file ({file}), which could run code. Take them as safetensors{cure}."
+    )
 
 
 def load_tokenizer(
     name_or_path: str, *, flag: str = MODEL_FLAG, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's or adapter's folder, or of a hub id. A missing pad token is the collation's matter.
-
-    Args:
-        options: of the tokenizer's class.
+    """The tokenizer of a model's or adapter's folder, or of a hub id; it may lack a pad token.
 
     Raises:
         UserError: unknown folder or hub id, gated, unreachable, no tokenizer in it, or one that brings its own code.
@@ -142,24 +134,20 @@ def load_base_model(
     allow_pickle: bool = False,
     check_new: Callable[[list[str]], None] | None = None,
 ) -> PreTrainedModel:
-    """A model with every weight read from the checkpoint, but for those of a head that is learnt from the start.
-
-    Such a head's weights that the checkpoint lacks, or has for other classes, are random, and said in the log.
+    """A model with every weight read from the checkpoint, but for those of a new head, which may be random.
 
     Args:
         name_or_path: local folder or hub id.
-        dtype: how the weights are held; with `quantize_4bit`, those that stay unquantised.
-        quantize_4bit: NF4 with double quantisation (QLoRA's, Dettmers et al. 2023, section 3) for all linear layers
-            but the output head.
-        device_map: e.g. "auto", to spread the layers over the visible GPUs. None leaves the model on the CPU, for
-            the Trainer to move; a quantised one is made on the current GPU where there is one.
+        dtype: of the weights; with `quantize_4bit`, of those that are not quantized.
+        quantize_4bit: NF4 (see `nf4`) for all linear layers but the output head.
+        device_map: as in transformers. None leaves the model on the CPU, for the Trainer to move; a quantized one is
+            made on the current GPU where there is one.
         compute_dtype: of the 4-bit layers' matrix products; default `dtype`.
-        head: what it ends in.
         config: instead of the checkpoint's own (other classes, say).
-        attn_implementation: of the attention's kernels, as in transformers; None: the model's own.
+        attn_implementation: as in transformers; None: the model's own.
         trust_remote_code: run the code that comes with the model.
         allow_pickle: where there are no safetensors, read the tensors (and nothing else) of pytorch_model.bin.
-        check_new: is told which weights of the head are random, instead of the log, and may refuse them.
+        check_new: gets the names of the head's random weights, and may refuse them; default: they are logged.
 
     Raises:
         UserError: it cannot be found or read, is not a model with this head, its files lack weights or hold others,
@@ -169,9 +157,7 @@ def load_base_model(
     check_quantization(own, name_or_path, qlora=quantize_4bit, flag=flag)
     # Without safetensors on the hub, transformers would have a service of the hub convert the weights, and use those.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    quantization = None
-    if quantize_4bit:
-        quantization = nf4(compute_dtype or dtype, _new_modules(head, own, trust_remote_code))
+    quantization = nf4(compute_dtype or dtype, _new_modules(head, own, trust_remote_code)) if quantize_4bit else None
     try:
         model, report = head.auto_class.from_pretrained(
             name_or_path,
@@ -191,10 +177,10 @@ def load_base_model(
         if "no file named" in str(error):
             check_weights(name_or_path, hint=NO_WEIGHTS, flag=flag, allow_pickle=allow_pickle)
         if "use_safetensors" in str(error):
-            raise UserError(f"{flag} {name_or_path}: {_only_pickle('pytorch_model.bin', flag)}") from error
+            raise _only_pickle(name_or_path, "pytorch_model.bin", flag) from error
         raise loading_error(name_or_path, error, flag) from error
-    except (*PICKLE_ERRORS, RuntimeError) as error:
-        if not isinstance(error, PICKLE_ERRORS) and "PytorchStreamReader" not in str(error):
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
         raise UserError(
             f"{flag} {name_or_path}: its pickle file is damaged, or holds more than tensors; nothing in it was run. "
@@ -202,7 +188,11 @@ def load_base_model(
         ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{flag} {name_or_path}: this repository holds an adapter, not a full model. Give its base.")
-    _check_complete(report, name_or_path, flag, head, model, check_new or _say_new)
+    new = _check_complete(report, f"{flag} {name_or_path}", head, model)
+    if new and check_new is not None:
+        check_new(new)
+    elif new:
+        logger.info("weights that are learnt from the start: %s", ", ".join(new))
     _check_placement(getattr(model, "hf_device_map", None) or {}, name_or_path, flag)
     _repair_generation_config(model)
     return model
@@ -225,39 +215,31 @@ def nf4(compute_dtype: torch.dtype, left_out: list[str] | None) -> BitsAndBytesC
 
 
 def _new_modules(head: Head, config: PreTrainedConfig, trust: bool) -> list[str] | None:
-    """The modules of a new head, which must be trained and so cannot be in 4 bits; None: it is no new one."""
+    """The modules of a new head, which is trained and so cannot be in 4 bits; None: the head is not new."""
     if not head.is_new:
         return None
     with torch.device("meta"):
         return head_modules(head.auto_class.from_config(config, trust_remote_code=trust))
 
 
-def _say_new(weights: list[str]) -> None:
-    logger.info("weights that are learnt from the start: %s", ", ".join(weights))
-
-
-def _check_complete(
-    report: dict, name: str, flag: str, head: Head, model: PreTrainedModel, check_new: Callable[[list[str]], None]
-) -> None:
-    """Refuses a checkpoint that left weights at their random initial values, other than those of a new head."""
+def _check_complete(report: dict, where: str, head: Head, model: PreTrainedModel) -> list[str]:
+    """Refuses a checkpoint that left weights random, other than those of a new head; returns the names of these."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
-    if head.is_new:
-        new = head_weights(model, [*missing, *(key for key, *_ in mismatched)])
-        missing = [key for key in missing if key not in new]
-        mismatched = [entry for entry in mismatched if entry[0] not in new]
-        if new:
-            check_new(new)
+    new = head_weights(model, [*missing, *(key for key, *_ in mismatched)]) if head.is_new else []
+    missing = [key for key in missing if key not in new]
     if missing:
         raise UserError(
-            f"{flag} {name}: {len(missing)} weights that its config.json asks for are not in its files "
+            f"{where}: {len(missing)} weights that its config.json asks for are not in its files "
             f"(the first: {missing[0]}). It is incomplete, or not a checkpoint of {head.description}."
         )
+    mismatched = [entry for entry in mismatched if entry[0] not in new]
     if mismatched:
         key, stored, wanted = mismatched[0]
         raise UserError(
-            f"{flag} {name}: {len(mismatched)} weights do not have the shape that its config.json asks for "
+            f"{where}: {len(mismatched)} weights do not have the shape that its config.json asks for "
             f"(the first: {key}, {tuple(stored)} instead of {tuple(wanted)})."
         )
+    return new
 
 
 def _check_placement(device_map: dict, name: str, flag: str) -> None:
@@ -277,54 +259,15 @@ def _repair_generation_config(model: PreTrainedModel) -> None:
     run would be lost at its very end.
     """
     generation = getattr(model, "generation_config", None)
-    if generation is None:
-        return
     try:
-        generation.validate(strict=True)
+        if generation is not None:
+            generation.validate(strict=True)
     except ValueError:
         generation.do_sample = True
         logger.warning("the generation config has sampling settings without do_sample: do_sample=True is set")
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
 
 
 def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
     """The type that the checkpoint's weights are stored in; float32, as in transformers, where it does not say."""
     dtype = config.dtype or config.get_text_config().dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def resolve_base_dtype(
-    base_dtype: str, *, adapters: bool, quantized: bool, bf16: bool, fp16: bool, model_config: PreTrainedConfig
-) -> torch.dtype:
-    """How the base's weights are held: `base_dtype` as given, or for "auto":
-
-    | | |
-    |---|---|
-    | all weights trained | float32 masters: 16-bit weights round small updates away (at a learning rate of 4e-5 about half of them do not move) |
-    | adapters, `bf16` | bfloat16: autocast would round to it anyway, and float16 weights beside bfloat16 products make float32 activations |
-    | adapters, `fp16` | float16, but a bfloat16 checkpoint as it is: its activations may exceed float16's range |
-    | adapters, neither | the checkpoint's type; bfloat16 for float16, whose gradients vanish without the loss scaling of `fp16` |
-
-    A quantised base is one with adapters; then this is the type of what stays unquantised.
-
-    Raises:
-        UserError: float16 for weights that are trained.
-    """  # noqa: E501 (a table's row is one line)
-    adapters = adapters or quantized
-    if base_dtype == "float16" and not adapters:
-        raise UserError(
-            "--base_dtype float16: weights that are trained cannot be held in float16 (their updates vanish or turn "
-            "to NaN). Leave --base_dtype out; --fp16 alone computes in float16 over float32 weights."
-        )
-    if base_dtype != "auto":
-        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[base_dtype]
-    stored = checkpoint_dtype(model_config)
-    if not adapters:
-        return torch.float32
-    if bf16:
-        return torch.bfloat16
-    if fp16:
-        return torch.bfloat16 if stored is torch.bfloat16 else torch.float16
-    return torch.bfloat16 if stored is torch.float16 else stored

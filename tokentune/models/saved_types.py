@@ -1,4 +1,4 @@
-"""The types that weights and buffers are saved in: not one for all, as transformers keeps some in float32."""
+"""The types that weights and buffers are saved in: transformers keeps some in float32 in a 16-bit model."""
 
 import copy
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from tokentune.core.compat.fsdp import made_whole, own_class
 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
-    """The weights and buffers that transformers holds in float32 in a model of this class whose type is `dtype`.
+    """Names of the weights and buffers that transformers holds in float32 in a model of this class and `dtype`.
 
-    Biases of routers, whose differences 16 bits round away, above all. By the same rules as its `from_pretrained`.
+    Above all biases of routers, whose differences 16 bits would round away. The rules are `from_pretrained`'s.
     """
     if dtype is torch.float32:
         return set()
@@ -28,7 +28,7 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
 
 
 def hold_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Turns a model into another type, in place, but for what transformers keeps in float32 in one of that type."""
+    """Casts a model to `dtype` in place, except for the tensors that transformers keeps in float32."""
     kept = kept_in_float32(model, dtype)
     held = {name: tensor.data for name, tensor in _named_tensors(model) if name in kept}
     model.to(dtype)

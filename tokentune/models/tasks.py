@@ -1,4 +1,4 @@
-"""The kinds of model that are trained: which auto class loads one, and what a pretrained checkpoint may lack of it."""
+"""The kinds of model that are trained: which auto class loads one, and which weights make up a new head."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Head:
-    """What a model ends in."""
+    """The last part of a model, which its task decides."""
 
     description: str  # what a model without it is not: "a causal language model"
     auto_class: Any
     models: Mapping[type[PreTrainedConfig], Any]
     adapter_task: str | None  # peft's word for it, saved with an adapter; None where peft has none
-    is_new: bool  # its weights are learnt from the start: a pretrained checkpoint need not hold them
+    is_new: bool  # trained from random weights: a pretrained checkpoint need not hold them
 
 
 CAUSAL_LM = Head("a causal language model", AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "CAUSAL_LM", False)
@@ -56,7 +56,7 @@ HEADS = {"text": TEXT, "token": TOKEN, "image": IMAGE}  # by what gets a label
 
 
 def head_weights(model: PreTrainedModel, weights: list[str]) -> list[str]:
-    """Those of `weights` that belong to the head: all that lies outside of the base model, and its pooler."""
+    """Those of `weights` that belong to the head: the pooler, and all that is outside of the base model."""
     base = f"{model.base_model_prefix}."
     return [name for name in weights if not name.startswith(base) or "pooler" in name.split(".")]
 

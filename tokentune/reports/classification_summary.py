@@ -1,27 +1,6 @@
 """The files that a run of `classify.py` leaves besides its weights.
 
-The `training_summary.json` of each seed is that of `finetune.py` (`reports/summary.py`), except for:
-
-    data                     {train, validation, test}: each {rows, cut_rows, tokens, labels, cut_labels,
-                             unwritten_labels}; test is null without test data; tokens of images are not counted
-    tokens                   trained on, over all epochs and processes: {processed, selected, labels (of rows or words;
-                             null for a run that selects tokens, ended within an epoch and drew its rows grouped by
-                             length), selected_labels (those that were trained on)}
-    share_of_labels_trained  selected_labels / labels, or null
-    loss, validation_loss    nats per label; for regression squared error
-    evaluations              [{step, epoch, loss and every score}], each by the full forward pass without selection
-    metric                   the score that chose the best checkpoint
-    best                     {step, score, metrics}: the checkpoint that was kept
-    seconds_per_step         median over the optimizer steps, without logging, evaluating and saving
-
-`classification_summary.json` in the run's top folder, schema version 1, over all seeds:
-
-    task, metric, classes    name or type of the task; the metric of `score`; names of the classes, null for regression
-    method                   {tokentune, prefix_length, selection, lora}: prefix_length and selection null without it
-    seeds                    [{seed, score, metrics, seconds_per_step, saved_for_backward_bytes, peak_memory_bytes,
-                             train_rows, steps, best_step, share_of_labels_trained, folder}]
-    mean, standard_deviation of the scores (sample standard deviation, n - 1; null for one seed)
-    settings, device, versions
+What its summaries hold: docs/encoders.md, "The summaries".
 """
 
 import itertools
@@ -29,7 +8,6 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +26,7 @@ from tokentune.training.scores import LOWER_IS_BETTER
 from tokentune.training.trainer import SelectiveTrainer
 
 SCHEMA_VERSION = 1
+SHOWN = ("seconds_per_step", "saved_for_backward_bytes", "peak_memory_bytes", "share_of_labels_trained")  # per seed
 
 
 def seed_summary(
@@ -58,7 +37,7 @@ def seed_summary(
     metric: str,
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The summary of one seed's finished training, in the schema above.
+    """The content of a seed's `training_summary.json`.
 
     Args:
         splits: "train", "validation" and "test".
@@ -71,15 +50,11 @@ def seed_summary(
     evaluations = [{"step": step, "epoch": epochs[step]} | figures for step, figures in trainer.figures.evaluations]
     best = (min if metric in LOWER_IS_BETTER else max)(evaluations, key=lambda entry: entry[metric])
     figures = {name: value for name, value in best.items() if name not in ("step", "epoch")}
-    return run_facts(trainer, arguments, model_facts, wall_seconds) | {
-        "data": {name: None if split is None else asdict(split.report) for name, split in splits.items()},
-        "tokens": {
-            "processed": counts["processed"],
-            "selected": counts["selected"],
-            "labels": labels,
-            "selected_labels": counts["selected_supervised"],
-        },
-        "share_of_labels_trained": counts["selected_supervised"] / labels if labels else None,
+    reports = {name: split and split.report for name, split in splits.items()}
+    trained = counts["selected_supervised"]
+    tokens = {name: counts[name] for name in ("processed", "selected")} | {"labels": labels, "selected_labels": trained}
+    return run_facts(trainer, arguments, model_facts, reports, tokens, wall_seconds) | {
+        "share_of_labels_trained": trained / labels if labels else None,
         "evaluations": evaluations,
         "metric": metric,
         "best": {"step": best["step"], "score": best[metric], "metrics": figures},
@@ -115,15 +90,11 @@ def scores_over_seeds(
     seeds = [
         {
             "seed": summary["seed"],
-            "score": summary["best"]["score"],
-            "metrics": summary["best"]["metrics"],
-            "seconds_per_step": summary["seconds_per_step"],
-            "saved_for_backward_bytes": summary["saved_for_backward_bytes"],
-            "peak_memory_bytes": summary["peak_memory_bytes"],
+            **{name: summary["best"][name] for name in ("score", "metrics")},
+            **{name: summary[name] for name in SHOWN},
             "train_rows": summary["data"]["train"]["rows"],
             "steps": summary["optimizer_steps"],
             "best_step": summary["best"]["step"],
-            "share_of_labels_trained": summary["share_of_labels_trained"],
             "folder": summary["run_folder"],
         }
         for summary in summaries

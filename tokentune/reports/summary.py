@@ -1,56 +1,16 @@
 """The files that a run leaves besides its weights: `training_summary.json` and `training_curves.png`.
 
-The summary's schema, version 1 (memory in bytes, times in seconds, losses in nats per token; null: not measured):
-
-    schema_version           1
-    finished                 UTC time, ISO 8601
-    run_folder               path
-    seed                     int
-    settings                 {flag: value}, every flag of finetune.py
-    model                    {class, parameters, trainable_parameters, base_dtype, saved_dtype}
-    data                     {train (of one epoch; null if streamed), validation (null without such data)}: each {rows,
-                             dropped_rows (no supervised token), dropped_long_rows, cut_rows, cut_ends (rows that lost
-                             the end of an answer), tokens, supervised_tokens}
-    sources                  [{flag, name, data_format, rows, used (in an epoch), left_out, bad}], one per data set
-    optimizer_steps          int
-    micro_batch_size         sequences per forward pass and process
-    saved_step               the optimizer step of the saved weights: the last one, or with --load_best_model_at_end
-                             the one with the lowest validation loss
-    stopped_early            whether --early_stopping_patience ended the run
-    tokens                   trained on, over all epochs and processes: {processed (without padding), supervised (null
-                             for a run that ended within an epoch), selected (those with gradients),
-                             selected_supervised}
-    loss                     {first (of step 1), last (mean since the previous log entry)}
-    validation_loss          {base (before training), final (of saved_step), best: {step, loss}, steps: [{step, loss}]},
-                             or null
-    peak_memory_bytes        GPU: the peak of the allocator, summed over the GPUs, in training only (without loading and
-                             evaluation); CPU: the highest resident memory of the process since its start
-    saved_for_backward_bytes unique storages that autograd kept after the forward pass of the first micro-batch,
-                             without parameters
-    tokens_per_second        processed tokens / training_seconds
-    training_seconds         from the start of the first step to the end of the last, without evaluation
-    wall_seconds             of the whole command
-    log                      [{step, epoch, loss (mean since the previous entry), learning_rate, grad_norm (before
-                             clipping, of the last step), tokens_per_second, memory_allocated_bytes,
-                             memory_reserved_bytes, memory_peak_bytes}], one per log entry. For steps compared by
-                             --diagnose_steps also gradient_cosine (of selective and full gradient, before clipping) and
-                             gradient_relative_error (norm of their difference / norm of the full gradient). With a
-                             scoring pass also loss_all_tokens (mean over all supervised tokens, selected or not, since
-                             the previous entry)
-    device                   {type, name, count}: GPUs, or the CPU with its threads
-    versions                 {tokentune, python, and each library}
+What the summary holds: docs/evaluation.md, "The training summary".
 """
 
 import json
 import logging
-import math
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_GIB
-from tokentune.data.encoding import EncodingReport
 from tokentune.data.instruction_data import InstructionData
 from tokentune.environment import device_facts, library_versions
 from tokentune.file_names import CURVES_NAME, SUMMARY_NAME
@@ -71,32 +31,34 @@ def build_summary(
     model_facts: dict[str, Any],
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The summary of a finished run, in the schema above.
+    """The content of `training_summary.json`.
 
     Args:
         trainer: after `train()`.
         data: the training and validation data.
-        model_facts: `model` in the schema.
+        model_facts: `class`, `parameters`, `trainable_parameters`, `base_dtype`, `saved_dtype`.
         wall_seconds: since the command started.
     """
-    counts = trainer.figures.tokens
     of_an_epoch, epochs = data.train_report, trainer.state.epoch
     known = of_an_epoch is not None and epochs == int(epochs)
     supervised = of_an_epoch.supervised_tokens * int(epochs) if known else None
-    return run_facts(trainer, arguments, model_facts, wall_seconds) | {
-        "data": {"train": _report(data.train_report), "validation": _report(data.validation_report)},
-        "sources": [asdict(source) for source in data.sources],
-        "tokens": {"processed": counts["processed"], "supervised": supervised}
-        | {name: counts[name] for name in ("selected", "selected_supervised")},
-    }
+    reports = {"train": data.train_report, "validation": data.validation_report}
+    tokens = {"processed": 0, "supervised": supervised} | trainer.figures.tokens
+    facts = run_facts(trainer, arguments, model_facts, reports, tokens, wall_seconds)
+    return facts | {"sources": [asdict(source) for source in data.sources]}
 
 
 def run_facts(
-    trainer: SelectiveTrainer, arguments: Arguments, model_facts: dict[str, Any], wall_seconds: float
+    trainer: SelectiveTrainer,
+    arguments: Arguments,
+    model_facts: dict[str, Any],
+    reports: dict[str, Any],
+    tokens: dict[str, Any],
+    wall_seconds: float,
 ) -> dict[str, Any]:
-    """The part of the summary that all commands share: the schema above without `data` and `tokens`."""
+    """The part of the summary that all commands share. `reports`: by split; None: no such data."""
     entries = [_log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
-    counts, seconds = trainer.figures.tokens, trainer.figures.training_seconds
+    seconds = trainer.figures.training_seconds
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -104,27 +66,23 @@ def run_facts(
         "seed": arguments.optimization.seed,
         "settings": arguments.settings(),
         "model": model_facts,
-        "data": None,
+        "data": {name: None if report is None else asdict(report) for name, report in reports.items()},
         "optimizer_steps": trainer.state.global_step,
         "micro_batch_size": trainer.args.per_device_train_batch_size,
         "saved_step": trainer.saved_step,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
-        "tokens": None,
+        "tokens": tokens,
         "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]},
         "validation_loss": _validation(trainer.figures.validation_losses, trainer.saved_step),
         "peak_memory_bytes": entries[-1]["memory_peak_bytes"],
         "saved_for_backward_bytes": trainer.figures.saved_for_backward_bytes,
-        "tokens_per_second": counts["processed"] / seconds,
+        "tokens_per_second": tokens["processed"] / seconds,
         "training_seconds": seconds,
         "wall_seconds": wall_seconds,
         "log": entries,
         "device": device_facts(),
         "versions": library_versions(),
     }
-
-
-def _report(report: EncodingReport | None) -> dict[str, int] | None:
-    return None if report is None else asdict(report)
 
 
 def warn_without_gain(summary: dict[str, Any]) -> None:
@@ -140,9 +98,9 @@ def warn_without_gain(summary: dict[str, Any]) -> None:
 def _log_entry(entry: dict[str, float]) -> dict[str, float]:
     names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
     kept = {name: entry.get(name) for name in names}
+    kept |= {name: entry[name] for name in (COSINE, RELATIVE_ERROR, "loss_all_tokens") if name in entry}
     # A number of bytes over 2**30 is exact in float64, so the product is the number of bytes again.
     kinds = ("allocated", "reserved", "peak")
-    kept |= {name: entry[name] for name in (COSINE, RELATIVE_ERROR, "loss_all_tokens") if name in entry}
     return kept | {f"memory_{kind}_bytes": int(entry[f"memory_{kind}_gib"] * BYTES_IN_GIB) for kind in kinds}
 
 
@@ -157,16 +115,9 @@ def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, A
 def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:
     """Writes a summary as JSON, whole or not at all. Numbers that JSON cannot hold (NaN, infinity) become null."""
     path = run_folder / name
-    write_whole(path, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
     return path
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "nats per token") -> Path:
@@ -180,39 +131,43 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    log = summary["log"]
-    steps = [entry["step"] for entry in log]
-    marker = "o" if len(steps) <= 30 else None
+    log, on_cpu = summary["log"], summary["device"]["type"] == "cpu"
     rows = 3 if any(COSINE in entry for entry in log) else 2
     figure, panels = pyplot.subplots(rows, 2, figsize=(11, 3.75 * rows), sharex=True)
-    (loss, rate), (memory, norm) = panels[:2]
-    loss.plot(steps, [entry["loss"] for entry in log], marker=marker, markersize=3, label="training")
-    if "loss_all_tokens" in log[0]:
-        of_all = [entry["loss_all_tokens"] for entry in log]
-        loss.plot(steps, of_all, marker=marker, markersize=3, label="training, all supervised tokens")
-    if summary["validation_loss"] is not None:
-        points = summary["validation_loss"]["steps"]
-        xs, ys = [point["step"] for point in points], [point["loss"] for point in points]
-        loss.plot(xs, ys, marker="s", markersize=5, label="validation (all tokens)")
-    rate.plot(steps, [entry["learning_rate"] for entry in log], marker=marker, markersize=3, color="tab:green")
-    # On the CPU reserved and allocated memory are the same number: the resident memory.
-    on_cpu = summary["device"]["type"] == "cpu"
-    kinds = ("peak", "allocated") if on_cpu else ("peak", "reserved", "allocated")
-    for name, style in zip(kinds, ("-", "--", ":"), strict=False):
-        sizes = [entry[f"memory_{name}_bytes"] / BYTES_IN_GIB for entry in log]
-        label = "now" if on_cpu and name == "allocated" else name
-        memory.plot(steps, sizes, style, marker=marker, markersize=3, label=label)
-    norm.plot(steps, [entry["grad_norm"] for entry in log], marker=marker, markersize=3, color="tab:purple")
+    loss, rate, memory, norm, *compared = panels.flat
 
-    titles = {
-        loss: ("Loss", loss_unit),
-        rate: ("Learning rate", "learning rate"),
-        memory: ("Resident memory of the process" if on_cpu else "GPU memory", "GiB"),
-        norm: ("Gradient norm, before clipping", "L2 norm"),
-    }
-    for axes, name in zip(panels[2:].flat, (COSINE, RELATIVE_ERROR), strict=False):
-        titles[axes] = _draw_compared(axes, log, name)
-    for axes, (title, unit) in titles.items():
+    def draw(axes: Any, name: str, style: str = "-", unit: float | None = None, **options: Any) -> None:
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        steps, values = zip(*points, strict=True)
+        values = values if unit is None else [value / unit for value in values]
+        axes.plot(steps, values, style, marker="o" if len(points) <= 30 else None, markersize=3, **options)
+
+    draw(loss, "loss", label="training")
+    if "loss_all_tokens" in log[0]:
+        draw(loss, "loss_all_tokens", label="training, all supervised tokens")
+    if summary["validation_loss"] is not None:
+        points = [(point["step"], point["loss"]) for point in summary["validation_loss"]["steps"]]
+        loss.plot(*zip(*points, strict=True), marker="s", markersize=5, label="validation (all tokens)")
+    draw(rate, "learning_rate", color="tab:green")
+    # On the CPU reserved and allocated memory are the same number: the resident memory.
+    kinds = {"peak": "-", "allocated": "--"} if on_cpu else {"peak": "-", "reserved": "--", "allocated": ":"}
+    for name, style in kinds.items():
+        label = "now" if on_cpu and name == "allocated" else name
+        draw(memory, f"memory_{name}_bytes", style, BYTES_IN_GIB, label=label)
+    draw(norm, "grad_norm", color="tab:purple")
+    for axes, name in zip(compared, (COSINE, RELATIVE_ERROR), strict=False):
+        draw(axes, name, color="tab:red")
+        axes.axhline(0.0, color="0.6", linewidth=0.8)
+
+    titles = (
+        ("Loss", loss_unit),
+        ("Learning rate", "learning rate"),
+        ("Resident memory of the process" if on_cpu else "GPU memory", "GiB"),
+        ("Gradient norm, before clipping", "L2 norm"),
+        ("Selective to full gradient", "cosine"),
+        ("Their difference", "/ full norm"),
+    )
+    for axes, (title, unit) in zip(panels.flat, titles, strict=False):
         axes.set_title(title)
         axes.set_ylabel(unit)
         axes.grid(alpha=0.3)
@@ -230,12 +185,3 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
-
-
-def _draw_compared(axes: Any, log: list[dict[str, float]], name: str) -> tuple[str, str]:
-    """Draws one measure of the selective gradient against the full one, at the compared steps. Returns the titles."""
-    points = [(entry["step"], entry[name]) for entry in log if name in entry]
-    axes.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3, color="tab:red")
-    axes.axhline(0.0, color="0.6", linewidth=0.8)
-    texts = {COSINE: ("Selective to full gradient", "cosine"), RELATIVE_ERROR: ("Their difference", "/ full norm")}
-    return texts[name]

@@ -1,7 +1,4 @@
-"""Every flag of `estimate.py`: those of `finetune.py`, of which only the model is needed, and what is asked.
-
-python ./tokentune/estimate.py --help
-"""
+"""Every flag of `estimate.py`: those of `finetune.py`, of which only the model is needed, and what is asked."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,14 +71,13 @@ class EstimationArguments:
         require(self.memory is None or self.memory > 0, f"--memory {self.memory or 0:g}: must be above 0 (GB)")
         require(self.memory is None or self.find is not None, "--memory goes with --find proportion, batch or length")
         require(self.num_processes >= 1, f"--num_processes {self.num_processes}: must be 1 or more")
+        several = self.num_processes > 1
         require(
-            self.sharding is None or self.num_processes > 1,
-            f"--sharding {self.sharding} is about several GPUs: add --num_processes 8",
+            several or not self.sharding, f"--sharding {self.sharding} is about several GPUs: add --num_processes 8"
         )
-        require(
-            self.json is None or Path(self.json).resolve().parent.is_dir(),
-            f"--json {self.json}: there is no such folder",
-        )
+        self.sharding = (self.sharding or "ddp") if several else None
+        there = self.json is None or Path(self.json).resolve().parent.is_dir()
+        require(there, f"--json {self.json}: there is no such folder")
 
 
 @dataclass

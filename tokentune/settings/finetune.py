@@ -9,8 +9,9 @@ one `Arguments`, or into another command's: a dataclass derived from it, whose g
 them (`settings/classification.py`). `--config` reads flags from a file first (`cli/config_file.py`).
 """
 
+import copy
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from tokentune.settings.data import DataArguments
 from tokentune.settings.flags import log_without_effect, require
@@ -53,6 +54,13 @@ class Arguments:
     def settings(self) -> dict[str, Any]:
         """Every flag's name and value, in one level."""
         return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+    def changed(self, **values: Any) -> Self:
+        """A copy in which these flags, or what was read from them, have other values; they are not checked."""
+        other = copy.deepcopy(self)
+        for name, value in values.items():
+            setattr(next(group for group in vars(other).values() if hasattr(group, name)), name, value)
+        return other
 
 
 @dataclass

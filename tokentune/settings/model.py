@@ -165,7 +165,7 @@ class SelectionArguments:
             log_without_effect(self, ("selection_draw",), "a --selection with scores")
 
     @property
-    def looks(self) -> bool:
+    def scoring_pass(self) -> bool:
         """Whether a pass over all tokens comes first, after which the model draws, and not the collator."""
         return self.tokentune and (self.selection_pass or self.scored)
 

@@ -1,7 +1,6 @@
-"""From a command's flags to its trainer."""
+"""The trainer of `finetune.py`, and its collator."""
 
 import logging
-from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -12,11 +11,8 @@ from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.model import SelectionArguments
 from tokentune.training.callbacks import EarlyStopping
-from tokentune.training.diagnosing import GradientDiagnosis
 from tokentune.training.evaluation import loss_per_token
-from tokentune.training.trackers import prepare_trackers
 from tokentune.training.trainer import SelectiveTrainer
-from tokentune.training.trainer_arguments import Extent
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +25,9 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     arguments: Arguments,
 ) -> SelectiveTrainer:
-    """The trainer of a run, ready for `train()`. Creates the run's folder (the Trainer does).
-
-    Args:
-        model: with its adapters, and patched where `--tokentune` is given.
-        train_rows, eval_rows: encoded rows (`input_ids`, `labels`); eval_rows None: no evaluation.
-        tokenizer: has a pad token; saved beside the model.
-    """
+    """The trainer of a run, ready for `train()`; arguments as of `SelectiveTrainer`."""
     patience = arguments.run.early_stopping_patience
-    trainer = selective_trainer(
+    trainer = SelectiveTrainer(
         model,
         settings,
         train_rows,
@@ -60,48 +50,12 @@ def build_trainer(
 def training_collator(
     selection: SelectionArguments, tokenizer: PreTrainedTokenizerBase, *, packed: bool
 ) -> CausalCollator | PackedCollator:
-    """What makes batches of training rows, with their selection where `--tokentune` is given. `packed`: their kind."""
+    """Makes batches of training rows, with their selection where `--tokentune` is given. `packed`: rows are packed."""
     collator = CausalCollator(
         pad_token_id=tokenizer.pad_token_id,
         prefix_length=selection.selected if selection.tokentune else None,
         strategy=selection.selection,
-        keep_labels=selection.diagnose_steps is not None or selection.looks,
+        keep_labels=selection.diagnose_steps is not None or selection.scoring_pass,
         draw_later=selection.scored or selection.schedule is not None,
     )
     return PackedCollator(collator) if packed else collator
-
-
-def selective_trainer(
-    model: nn.Module,
-    settings: TrainingArguments,
-    train_rows: Any,
-    eval_rows: Any,
-    processing: Any,
-    arguments: Arguments,
-    **parts: Any,
-) -> SelectiveTrainer:
-    """A command's trainer: what its flags say of the selection, the optimizer and the trackers. `parts`: the rest."""
-    selection, diagnose = arguments.selection, arguments.selection.diagnose_steps
-    trainer = SelectiveTrainer(
-        model,
-        settings,
-        train_rows,
-        eval_rows,
-        processing,
-        schedule=selection.schedule if selection.tokentune else None,
-        looks=selection.looks,
-        model_draws=selection.looks and selection.scored,
-        diagnosis=None if diagnose is None else GradientDiagnosis(diagnose),
-        optim_in_backward=arguments.optimization.optim_in_backward,
-        flags=arguments.settings(),
-        **parts,
-    )
-    prepare_trackers(trainer.callback_handler.callbacks, arguments.output.logging_dir)
-    steps = Extent.of(train_rows, settings).steps
-    if settings.warmup_steps >= steps:
-        logger.warning(
-            "--warmup_steps %d: this run has %d optimizer steps, so the learning rate never reaches its peak",
-            settings.warmup_steps,
-            steps,
-        )
-    return trainer

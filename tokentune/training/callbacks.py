@@ -1,4 +1,4 @@
-"""The callbacks of a run: when it stops early, and what the user sees."""
+"""The callbacks of a run: early stopping, and what the user sees."""
 
 import logging
 import sys
@@ -10,15 +10,16 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tokentune.core.saved_tensors.saved_bytes import gib
+from tokentune.training.diagnosing import COSINE, RELATIVE_ERROR
 
 logger = logging.getLogger(__name__)
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """The Trainer's, whose last step is logged like any last step. Its patience is kept in checkpoints."""
+    """The Trainer's early stopping; the last step is logged like any last step. Checkpoints hold its patience."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        pass  # the Trainer's own warns that the last weights are not the best, which another flag is for
+        pass  # the Trainer's warns that the last weights are not the best, which --load_best_model_at_end is for
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, metrics, **kwargs)
@@ -82,14 +83,14 @@ def log_line(logs: dict[str, float], step: int, total: int, *, epochs: bool = Tr
         return f"{head}  validation " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     if "loss" not in logs:
         return None
-    # Without an accelerator what is allocated is what the process holds, imports and all.
-    names = {"allocated": "allocated", "reserved": "reserved", "peak": "peak"}
-    names = names if torch.accelerator.is_available() else {"resident": "allocated", "peak": "peak"}
-    memory = ", ".join(f"{shown} {logs[f'memory_{name}_gib']:.2f}" for shown, name in names.items())
+    kinds = ("allocated", "reserved", "peak")
+    if not torch.accelerator.is_available():  # without one, "allocated" is all memory that the process holds
+        kinds, logs = ("resident", "peak"), {**logs, "memory_resident_gib": logs["memory_allocated_gib"]}
+    memory = ", ".join(f"{kind} {logs[f'memory_{kind}_gib']:.2f}" for kind in kinds)
     head = f"{head}  epoch {logs['epoch']:.2f}" if epochs else head
     compared = ""
-    if "gradient_cosine" in logs:
-        compared = f"  to full: cosine {logs['gradient_cosine']:.3f}, error {logs['gradient_relative_error']:.3f}"
+    if COSINE in logs:
+        compared = f"  to full: cosine {logs[COSINE]:.3f}, error {logs[RELATIVE_ERROR]:.3f}"
     of_all = f" (all tokens {logs['loss_all_tokens']:.4f})" if "loss_all_tokens" in logs else ""
     return (
         f"{head}  loss {logs['loss']:.4f}{of_all}  learning rate {logs['learning_rate']:.2e}  "

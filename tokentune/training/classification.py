@@ -3,7 +3,7 @@
 Legend: B rows in a micro-batch, S tokens, K selected tokens, C classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
 
 from tokentune.core.layers import inner_model, transformer_layers
@@ -23,14 +23,13 @@ from tokentune.data.labelled.labels import Labels
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.training.build import selective_trainer
 from tokentune.training.scores import LOWER_IS_BETTER, scorer
-from tokentune.training.trainer import SelectiveTrainer
+from tokentune.training.trainer import Evaluation, SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 
 def classification_settings(arguments: ClassificationArguments, run_folder: Path, metric: str) -> TrainingArguments:
-    """The Trainer's settings for one seed: evaluated after each epoch or every --eval_steps; the best is kept."""
+    """The Trainer's settings for one seed: validated after each epoch or every --eval_steps; the best is kept."""
     every = arguments.data.eval_steps
     return build_training_arguments(
         arguments,
@@ -49,8 +48,8 @@ def classification_settings(arguments: ClassificationArguments, run_folder: Path
 def window_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """The head's loss, summed over the labels and divided by their number in the whole accumulation window.
 
-    Not the model's own: several encoders' heads (BERT's) average each micro-batch, whatever number is given to them,
-    which the Trainer takes for a sum.
+    Not the model's own: several encoders' heads (BERT's) average each micro-batch and ignore the number of items, where
+    the Trainer expects a sum.
 
     Args:
         outputs: with `logits` (B, C), (B, K, C) or (B, S, C).
@@ -70,59 +69,44 @@ def window_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
 # ---- validation and predictions --------------------------------------------------------------------------------------
 
 
-class Scores:
+def scores_of(task_type: str, labels: Labels) -> Evaluation:
     """The trainer's `Evaluation`: loss per label, and the task's scores, over all rows."""
+    score = scorer(task_type, labels)
 
-    def __init__(self, task_type: str, labels: Labels) -> None:
-        self.labels = labels
-        self.score = scorer(task_type, labels)
-
-    def __call__(self, trainer: SelectiveTrainer, loader: DataLoader) -> dict[str, float]:
-        rows = []  # of (predicted, true, loss, labels): few bytes each, where logits would be many
+    def evaluation(trainer: SelectiveTrainer, loader: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        rows: list[tuple] = []  # few bytes each, where logits would be many
         for batch in loader:
             true = batch.pop("labels")
-            logits = trainer.model(**batch).logits.float()
-            rows += zip(_predicted(logits, self.labels, true), _known(true), *_losses(logits, true), strict=True)
+            rows += _predicted(trainer.model(**batch).logits.float(), true)
         predicted, true, losses, counts = zip(*gather_object(rows), strict=True)
-        scores = self.score(predicted, true, self.labels)
-        return {"loss": sum(losses) / sum(counts)} | scores
+        return {"loss": sum(losses) / sum(counts)} | score(predicted, true, labels)
+
+    return evaluation
 
 
-def _predicted(logits: Tensor, labels: Labels, true: Tensor) -> list[Any]:
-    """Per row: a number, a class, or the classes of the tokens that have a label."""
-    if labels.is_regression:
-        return logits.squeeze(-1).tolist()
-    classes = logits.argmax(-1)
-    return (
-        [c[t != IGNORED_LABEL].tolist() for c, t in zip(classes, true, strict=True)]
-        if true.ndim == 2
-        else (classes.tolist())
-    )
-
-
-def _known(true: Tensor) -> list[Any]:
-    return [row[row != IGNORED_LABEL].tolist() for row in true] if true.ndim == 2 else true.tolist()
-
-
-def _losses(logits: Tensor, true: Tensor) -> tuple[list[float], list[int]]:
-    """Per row: the sum of its labels' losses, and their number."""
+def _predicted(logits: Tensor, true: Tensor) -> Iterable[tuple]:
+    """Per row: what is predicted and true (a number, a class, or classes of words), the summed loss, labels."""
+    if true.ndim == 2:
+        known, predicted = true != IGNORED_LABEL, logits.argmax(-1)
+        losses = cross_entropy(logits.transpose(1, 2), true, ignore_index=IGNORED_LABEL, reduction="none").sum(1)
+        words = [[row[at].tolist() for row, at in zip(rows, known, strict=True)] for rows in (predicted, true)]
+        return zip(*words, losses.tolist(), known.sum(1).tolist(), strict=True)
     if true.is_floating_point():
-        return mse_loss(logits.squeeze(-1), true, reduction="none").tolist(), [1] * len(true)
-    if true.ndim == 1:
-        return cross_entropy(logits, true, reduction="none").tolist(), [1] * len(true)
-    losses = cross_entropy(logits.transpose(1, 2), true, ignore_index=IGNORED_LABEL, reduction="none")
-    return losses.sum(1).tolist(), (true != IGNORED_LABEL).sum(1).tolist()
+        predicted = logits.squeeze(-1)
+        losses = mse_loss(predicted, true, reduction="none")
+    else:
+        predicted, losses = logits.argmax(-1), cross_entropy(logits, true, reduction="none")
+    return zip(predicted.tolist(), true.tolist(), losses.tolist(), [1] * len(true), strict=True)
 
 
 @torch.no_grad()
 def predict(trainer: SelectiveTrainer, rows: Sequence[dict[str, Any]], labels: Labels) -> Iterator[dict[str, Any]]:
     """For each row "prediction": a class's name with its "probability", a number, or a name for each word.
 
-    Every process predicts all rows; a word behind --max_length has no prediction (None).
+    Every process predicts all rows; a word beyond --max_length has no prediction (None).
     """
     trainer.model.eval()
     size = trainer.args.eval_batch_size
-    number = 0
     for start in range(0, len(rows), size):
         part = [dict(rows[row]) for row in range(start, min(start + size, len(rows)))]
         words = [item.pop("word_positions", None) for item in part]
@@ -130,8 +114,7 @@ def predict(trainer: SelectiveTrainer, rows: Sequence[dict[str, Any]], labels: L
         batch.pop("labels", None)
         with trainer.accelerator.autocast():
             logits = trainer.model(**batch).logits.float()
-        for scores, positions in zip(logits.cpu(), words, strict=True):
-            number += 1
+        for number, (scores, positions) in enumerate(zip(logits.cpu(), words, strict=True), start=start + 1):
             yield {"row": number} | _prediction(scores, positions, labels)
 
 
@@ -158,47 +141,36 @@ def build_classification_trainer(
     arguments: ClassificationArguments,
     labels: Labels,
 ) -> SelectiveTrainer:
-    """The trainer of one seed, ready for `train()`. Creates the run's folder (the Trainer does).
-
-    Args:
-        model: with its adapters, and patched where `--tokentune` is given.
-        processing: the tokenizer or image processor, saved beside the model.
-    """
+    """The trainer of one seed, ready for `train()`; arguments as of `SelectiveTrainer`, and what the labels mean."""
     task_type = arguments.task.task_type
-    pad = {
-        "text": lambda: DataCollatorWithPadding(processing),
-        "token": lambda: DataCollatorForTokenClassification(processing),
-        "image": lambda: stack_images,
-    }[task_type]()
-    tokens = tokens_per_image(model, train_rows.rows[0]["pixel_values"]) if task_type == "image" else 1
-    return selective_trainer(
+    if task_type == "image":
+        pad, tokens = stack_images, tokens_per_image(model, train_rows.rows[0]["pixel_values"])
+    else:
+        kind = DataCollatorForTokenClassification if task_type == "token" else DataCollatorWithPadding
+        pad, tokens = kind(processing), 1
+    draw, selection = None, arguments.selection
+    if selection.tokentune:
+        profile = profile_of(model)
+        draw = EncoderDraw(
+            prefix_length=selection.selected,
+            strategy=selection.selection,
+            pooling=profile.pooling,
+            pad_token_id=pad_token(inner_model(model)),
+            first_always=task_type == "image",
+            in_place=profile.rows is Rows.ALL,
+            outside=labels.outside,
+        )
+    return SelectiveTrainer(
         model,
         settings,
         train_rows,
         eval_rows,
         processing,
         arguments,
-        collator=ClassificationCollator(pad, draw_of(model, arguments, labels), tokens),
+        collator=ClassificationCollator(pad, draw, tokens),
         eval_collator=ClassificationCollator(pad, None, tokens),
-        evaluation=Scores(task_type, labels),
+        evaluation=scores_of(task_type, labels),
         loss=window_loss,
-    )
-
-
-def draw_of(model: nn.Module, arguments: ClassificationArguments, labels: Labels) -> EncoderDraw | None:
-    """How the selection is drawn for a patched model; None without --tokentune."""
-    selection = arguments.selection
-    if not selection.tokentune:
-        return None
-    profile = profile_of(model)
-    return EncoderDraw(
-        prefix_length=selection.selected,
-        strategy=selection.selection,
-        pooling=profile.pooling,
-        pad_token_id=pad_token(inner_model(model)),
-        first_always=arguments.task.task_type == "image",
-        in_place=profile.rows is Rows.ALL,
-        outside=labels.outside,
     )
 
 
@@ -218,11 +190,8 @@ def tokens_per_image(model: nn.Module, pixels: Tensor | np.ndarray) -> int:
         lambda layer, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
         with_kwargs=True,
     )
-    was_training = model.training
-    try:
-        weight = next(inner.parameters())
-        model.eval()(pixel_values=torch.as_tensor(pixels)[None].to(weight.device, weight.dtype))
-    finally:
-        handle.remove()
-        model.train(was_training)
+    was_training, weight = model.training, next(inner.parameters())
+    model.eval()(pixel_values=torch.as_tensor(pixels)[None].to(weight.device, weight.dtype))
+    model.train(was_training)
+    handle.remove()
     return lengths[0]

@@ -2,9 +2,9 @@
 
     B sequences, S tokens, V vocabulary
 
-One batch's logits (B, S, V) in float32 can weigh more than the model: 16 GiB for 8 x 4,096 tokens of 128,256 words.
-Where a model's head can be called on a part of the rows (`core/loss.py`), which is tried on a few tokens first, there
-are never more of them than one chunk's, and those of the tokens that carry no loss are never computed.
+One batch's logits (B, S, V) in float32 can take more memory than the model: 16 GiB for 8 x 4,096 tokens of 128,256
+words. Where a model's head can be called on a part of the rows (`core/loss.py`), which is tried on a few tokens first,
+only one chunk of logits exists at a time, and none of tokens without a loss.
 """
 
 import logging
@@ -31,7 +31,6 @@ def loss_per_token(trainer: Trainer, loader: DataLoader) -> dict[str, float]:
     """`Evaluation` of a causal language model: "loss", nats per supervised token.
 
     The Trainer's own loop averages the batches' means, which weighs a short answer's tokens more than a long one's.
-    Only two sums are kept, no logits.
     """
     device, model = trainer.args.device, trainer.model
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

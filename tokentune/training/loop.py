@@ -1,9 +1,9 @@
-"""The training loop: epochs, windows of micro-batches, updates; after each its log line, validation and checkpoint.
+"""The training loop: epochs, windows of micro-batches, updates; after each update its log line, validation, checkpoint.
 
-It stands in the place of the loop in transformers' Trainer, whose optimizers, schedulers, engines (DDP, FSDP,
-DeepSpeed), loss and callbacks it calls. A run that is resumed has to end with the same bits, be it interrupted after a
-step, within a validation or at an epoch's end: that is decided between the lines of a loop, which the Trainer's private
-parts hide and rearrange from release to release.
+It replaces the loop of transformers' Trainer, whose optimizers, schedulers, engines (DDP, FSDP, DeepSpeed), loss and
+callbacks it calls. A resumed run has to end with the same bits, whether it was interrupted after a step, in a
+validation or at an epoch's end. That depends on the order of the loop's lines, which the Trainer keeps in private
+methods and changes from release to release.
 """
 
 import contextlib
@@ -15,16 +15,22 @@ from typing import NoReturn
 
 import torch
 from accelerate import skip_first_batches
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerState
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, align_special_tokens, speed_metrics
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, align_special_tokens, speed_metrics
 
-from tokentune.training.checkpoints.run_state import restore_run
+from tokentune.training.checkpoints.run_state import (
+    load_best_weights,
+    load_weights,
+    loads_weights,
+    read_run_state,
+    restore_run,
+)
 from tokentune.training.checkpoints.saving import rotate
-from tokentune.training.checkpoints.weights import load_best_weights, load_weights, reads_weights
 from tokentune.training.checkpoints.writing import write_checkpoint
 from tokentune.training.distributed.interruptions import Interrupted, interruption, signal_name
 from tokentune.training.nan_batch import sampler_of
@@ -40,8 +46,7 @@ class TrainingLoop:
     Attributes:
         loss_sum: of the micro-batches' losses since the last log entry.
         logged_step: the optimizer step of that entry.
-        gradient_norm, learning_rate: of the optimizer step that was made last; None before it.
-        evaluation_pending: the validation due at this step was interrupted.
+        gradient_norm, learning_rate: of the last optimizer step; None before it.
         best_before: best metric and its step before the last validation.
         asked: the signal that asked the run to end; None: none did.
     """
@@ -52,12 +57,11 @@ class TrainingLoop:
         self.logged_step = 0
         self.gradient_norm: Tensor | float | None = None
         self.learning_rate: float | None = None
-        self.evaluation_pending = False
         self.best_before: tuple[float | None, int | None] = (None, None)
         self.asked: int | None = None
         self._loss_total = 0.0  # of the entries logged by this process
 
-    def run(self, checkpoint: Path | None) -> TrainOutput:
+    def run(self, checkpoint: Path | None) -> None:
         """Trains to the end, from a checkpoint or from the beginning.
 
         Raises:
@@ -72,7 +76,7 @@ class TrainingLoop:
         self._tell("on_train_begin")
         at_end = state.global_step >= state.max_steps
         if checkpoint is not None:
-            at_end = self._go_on(checkpoint) or at_end
+            at_end = self._restore(checkpoint) or at_end
         elif settings.eval_on_start:
             self._evaluate()
         loss_before = self.loss_sum.item()
@@ -84,9 +88,7 @@ class TrainingLoop:
         while epoch < extent.epochs and not trainer.control.should_training_stop:
             self._epoch(model, loader, epoch, skipped, checkpoint)
             epoch, skipped, checkpoint = epoch + 1, 0, None
-        return self._finish(first_step, started, loss_before)
-
-    # -- the beginning
+        self._finish(first_step, started, loss_before)
 
     def _prepare(self, checkpoint: Path | None) -> tuple[nn.Module, DataLoader]:
         """The model as the engine wraps it, with optimizer, scheduler and a checkpoint's states; the batches."""
@@ -97,7 +99,7 @@ class TrainingLoop:
         if isinstance(trainer.processing_class, PreTrainedTokenizerBase | ProcessorMixin):
             align_special_tokens(trainer.model, trainer.processing_class)
         trainer.accelerator.free_memory()
-        if checkpoint is not None and reads_weights(trainer):
+        if checkpoint is not None and loads_weights(trainer):
             load_weights(trainer.model, checkpoint)
         loader = trainer.get_train_dataloader()
         self.extent = Extent.of(trainer.train_dataset, settings)
@@ -108,7 +110,7 @@ class TrainingLoop:
             )
 
     def _first_state(self, checkpoint: Path | None) -> TrainerState:
-        """The Trainer's record of a run, from the beginning or a checkpoint; how often is logged is this command's."""
+        """The Trainer's record of a run, new or a checkpoint's; how often it logs follows the command line."""
         trainer = self.trainer
         state = TrainerState(train_batch_size=trainer.args.train_batch_size)
         if checkpoint is not None:
@@ -124,44 +126,46 @@ class TrainingLoop:
         state.init_training_references(trainer, self.extent.steps, self.extent.epochs, None)
         return state
 
-    def _go_on(self, checkpoint: Path) -> bool:
-        """Puts the figures of a resumed run back, makes the validation it owes; returns whether it had ended."""
-        had_ended, owes_validation = restore_run(self.trainer, self, checkpoint)
-        if owes_validation:
-            # Random numbers are set back when the first batch is there; this may save a checkpoint before that.
+    def _restore(self, checkpoint: Path) -> bool:
+        """Restores the figures of a resumed run, makes the validation it owes; returns whether it had ended."""
+        saved = read_run_state(checkpoint)
+        progress, last_step = saved["progress"], saved["progress"]["last_step"]
+        self.loss_sum.fill_(progress["loss_sum"])
+        self.logged_step = progress["last_logged"]
+        self.gradient_norm, self.learning_rate = last_step["grad_norm"], last_step["learning_rate"]
+        had_ended = restore_run(self.trainer, saved)
+        if saved["evaluation_pending"]:
+            # Random numbers are restored with the first batch; this validation may save a checkpoint before that.
             self.trainer._load_rng_state(str(checkpoint))
             self.trainer.control.should_evaluate = True
             self._log_evaluate_save()
         return had_ended or self.trainer.control.should_training_stop
 
-    # -- steps
-
     def _epoch(self, model: nn.Module, loader: DataLoader, epoch: int, skipped: int, checkpoint: Path | None) -> None:
-        """One pass over the data, without the first `skipped` micro-batches where `checkpoint` is gone on from."""
+        """One pass over the data, without its first `skipped` micro-batches where it continues from `checkpoint`."""
         trainer, settings = self.trainer, self.trainer.args
-        trainer.train_dataset.set_epoch(epoch)  # before the workers start: accelerate's loader does it in a plain run
+        trainer.train_dataset.set_epoch(epoch)  # before workers start: accelerate's loader only does it in one process
         self._tell("on_epoch_begin")
         sampler = sampler_of(loader)
         if skipped:
             loader = skip_first_batches(loader, skipped)
         elif checkpoint is not None:
             trainer._load_rng_state(str(checkpoint))
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        if hasattr(sampler, "set_epoch"):  # behind a sharding sampler that skips batches, accelerate does not reach it
-            sampler.set_epoch(epoch)
-        batches, done = iter(loader), skipped
-        while done < self.extent.batches_per_epoch and not trainer.control.should_training_stop:
-            count = min(settings.gradient_accumulation_steps, self.extent.batches_per_epoch - done)
+        for shuffled in (loader, sampler):  # accelerate does not reach a sampler behind one that skips batches
+            if hasattr(shuffled, "set_epoch"):
+                shuffled.set_epoch(epoch)
+        batches, done, length = iter(loader), skipped, self.extent.batches_per_epoch
+        while done < length and not trainer.control.should_training_stop:
+            count = min(settings.gradient_accumulation_steps, length - done)
             window, items = trainer.get_batch_samples(batches, count, settings.device)
-            if skipped and checkpoint is not None:  # what was skipped may have drawn
+            if skipped and checkpoint is not None:  # skipped batches may have drawn random numbers
                 trainer._load_rng_state(str(checkpoint))
                 checkpoint = None
             if not window:
                 break
             self._window(model, window, items)
             done += len(window)
-            self._update(model, epoch + done / self.extent.batches_per_epoch)
+            self._update(model, epoch + done / length)
         if not done:
             logger.warning("not one batch came of the training data: stopped at step %d", trainer.state.global_step)
             trainer.control.should_training_stop = True
@@ -174,23 +178,22 @@ class TrainingLoop:
         trainer.current_gradient_accumulation_steps = len(window)  # for a loss without `items`
         self._tell("on_step_begin")
         self._step_began = time.perf_counter()
-        for number, batch in enumerate(window, start=1):
-            last = number == len(window)
+        first = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        for place, batch in enumerate(window):
+            last = place == len(window) - 1
             trainer.accelerator.sync_gradients = last
-            with contextlib.nullcontext() if last else self._without_sync(model):
-                self.loss_sum += trainer.training_step(model, batch, items)
+            # FSDP's gradients would stay whole until they are synchronized; DeepSpeed accumulates by itself.
+            split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            with contextlib.nullcontext() if last or split else trainer.accelerator.no_sync(model):
+                loss = trainer.training_step(model, batch, items)
+            self.loss_sum += loss
+            trainer.bad_loss.note(loss, first + place)
             trainer.current_flos += float(trainer.floating_point_ops(batch))
             if not last:
                 self._tell("on_substep_end")
 
-    def _without_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """FSDP's gradients would stay whole until they are synchronized; DeepSpeed accumulates by itself."""
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            return contextlib.nullcontext()
-        return self.trainer.accelerator.no_sync(model)
-
     def _update(self, model: nn.Module, epochs: float) -> None:
-        """The optimizer step, and what is due after it. `epochs`: the place in the run."""
+        """The optimizer step, and what is due after it. `epochs`: trained on so far."""
         trainer, state, settings = self.trainer, self.trainer.state, self.trainer.args
         # Without clipping the norm is computed all the same, for the log.
         norm = trainer.accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
@@ -220,44 +223,50 @@ class TrainingLoop:
         if step >= trainer.state.max_steps:
             control.should_log = True
             control.should_evaluate = settings.eval_on_start or settings.eval_strategy == IntervalStrategy.STEPS
-        # The last step gets no checkpoint of its own beside the model itself.
+        # The last step gets no checkpoint beside the model itself.
         control.should_save = self._is_asked_to_end() or step % settings.save_steps == 0
 
-    # -- after a step
+    def _is_asked_to_end(self) -> bool:
+        """Whether a signal came. Several processes agree on it, which waits for a GPU: there every 10 steps."""
+        trainer, settings = self.trainer, self.trainer.args
+        if settings.world_size == 1:
+            self.asked = interruption()
+        elif settings.device.type == "cpu" or trainer.state.global_step % 10 == 0:
+            number = torch.tensor([interruption() or 0], device=settings.device)
+            self.asked = int(trainer.accelerator.gather(number).max()) or None
+        return self.asked is not None
 
     def _log_evaluate_save(self) -> None:
         trainer, state = self.trainer, self.trainer.state
         if trainer.control.should_log and state.global_step > self.logged_step:
             self._log()
         if trainer.control.should_evaluate:
-            metrics = self._evaluate()
-            is_best = self._is_best(metrics)
+            is_best = self._is_best(self._evaluate())
             if trainer.args.save_strategy == SaveStrategy.BEST:
                 due = state.global_step % trainer.args.save_steps == 0 or self.asked is not None
                 trainer.control.should_save = is_best or due
         if trainer.control.should_save:
-            write_checkpoint(trainer, self)
+            self._save(evaluation_pending=False)
             self._tell("on_save")
             if self.asked is not None:
                 self._end_as_asked()
 
     def _log(self) -> None:
-        trainer, step = self.trainer, self.trainer.state.global_step
+        trainer, step, last_step = self.trainer, self.trainer.state.global_step, self._last_step()
         loss = trainer.accelerator.gather(self.loss_sum).mean().item()
         self.loss_sum.zero_()
-        logs = {"loss": loss / (step - self.logged_step)}
-        norm = self.last_step()["grad_norm"]
-        if norm is not None:
-            logs["grad_norm"] = norm
+        logs = {"loss": loss / (step - self.logged_step)} | last_step
+        if last_step["grad_norm"] is None:
+            del logs["grad_norm"]
         self._loss_total += loss
         self.logged_step = step
         trainer.store_flos()
-        trainer.log(logs | {"learning_rate": self.learning_rate})
+        trainer.log(logs)
 
-    def last_step(self) -> dict[str, float | None]:
-        """Norm and learning rate of the step that was made last. Waits for the device."""
+    def _last_step(self) -> dict[str, float | None]:
+        """Gradient norm and learning rate of the last step. Waits for the device."""
         norm = self.gradient_norm
-        if self.trainer.optim_in_backward and self.trainer.figures.has_begun:  # there are no gradients left to see
+        if self.trainer.optim_in_backward and self.trainer.figures.has_begun:  # its gradients are freed
             norm = self.trainer.optimizer.optimizer.gradient_norm()
         norm = norm.item() if isinstance(norm, Tensor) else norm
         return {"grad_norm": norm, "learning_rate": self.learning_rate}
@@ -266,14 +275,12 @@ class TrainingLoop:
         try:
             if self.asked is not None:
                 raise Interrupted(self.asked, f"interrupted by {signal_name(self.asked)}")
-            metrics = self.trainer.evaluate()
+            return self.trainer.evaluate()
         except Interrupted as error:
-            self.asked, self.evaluation_pending = error.signal_number, True
+            self.asked = error.signal_number
             if self.trainer.state.global_step > 0:
-                write_checkpoint(self.trainer, self)
+                self._save(evaluation_pending=True)
             self._end_as_asked()
-        self.evaluation_pending = False
-        return metrics
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Whether this validation is the best so far, which the state then records."""
@@ -288,9 +295,16 @@ class TrainingLoop:
             state.best_metric, state.best_global_step = metric, state.global_step
         return is_best
 
-    # -- the end
+    def _save(self, *, evaluation_pending: bool) -> None:
+        """Writes a checkpoint. `evaluation_pending`: the validation due at this step was interrupted."""
+        state, losses = self.trainer.state, gather_object([self.loss_sum.item()])
+        loss = sum(losses) / len(losses)
+        progress = {"loss_sum": loss, "last_logged": self.logged_step, "last_step": self._last_step()}
+        written = write_checkpoint(self.trainer, progress, evaluation_pending)
+        if not written and state.best_global_step == state.global_step:  # the best of those that could be written
+            state.best_metric, state.best_global_step = self.best_before
 
-    def _finish(self, first_step: int, started: float, loss_before: float) -> TrainOutput:
+    def _finish(self, first_step: int, started: float, loss_before: float) -> None:
         """Closing figures, the best weights where they are asked for, and the end of the callbacks."""
         trainer, state, settings = self.trainer, self.trainer.state, self.trainer.args
         steps = state.global_step - first_step
@@ -300,8 +314,7 @@ class TrainingLoop:
             rows = len(trainer.train_dataset) * settings.num_train_epochs * steps / max(state.max_steps, 1)
         metrics = speed_metrics("train", started, num_samples=rows, num_steps=steps)
         trainer.store_flos()
-        metrics |= {"total_flos": state.total_flos, "train_loss": loss}
-        trainer.log(metrics)
+        trainer.log(metrics | {"total_flos": state.total_flos, "train_loss": loss})
         best = state.best_model_checkpoint
         if settings.load_best_model_at_end and best is not None:
             load_best_weights(trainer)
@@ -309,17 +322,6 @@ class TrainingLoop:
             rotate(Path(settings.output_dir), 1, {Path(best)})
         self._tell("on_train_end")
         trainer.is_in_train = False
-        return TrainOutput(state.global_step, loss, metrics)
-
-    def _is_asked_to_end(self) -> bool:
-        """Whether a signal came. Several processes agree on it: on a GPU, which would have to be waited for, seldom."""
-        trainer, settings = self.trainer, self.trainer.args
-        if settings.world_size == 1:
-            self.asked = interruption()
-        elif settings.device.type == "cpu" or trainer.state.global_step % 10 == 0:
-            number = torch.tensor([interruption() or 0], device=settings.device)
-            self.asked = int(trainer.accelerator.gather(number).max()) or None
-        return self.asked is not None
 
     def _end_as_asked(self) -> NoReturn:
         """Ends the run after a signal, with a sentence that says how to go on."""

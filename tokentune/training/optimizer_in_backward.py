@@ -1,10 +1,10 @@
 """The update of each weight within the backward pass: its gradient is applied and freed before the next one exists.
 
-Full training otherwise holds a gradient for every weight, as much memory as the weights take; here the largest one.
-One optimizer per parameter, called by the hook that autograd runs once the parameter's gradient is complete (after both
-uses of a tied one). Torch's own recipe: docs.pytorch.org, "How to save memory by fusing the optimizer step into the
-backward pass". What looks at all gradients together cannot be had: accumulation over micro-batches, clipping by the
-common norm, float16's loss scaling, averages over processes.
+Full training otherwise holds a gradient for every weight, as much memory as the weights; here only the largest one. One
+optimizer per parameter is called by a hook, once autograd has completed the parameter's gradient (after both uses of a
+tied one). The recipe is torch's: docs.pytorch.org, "How to save memory by fusing the optimizer step into the backward
+pass". It excludes what needs all gradients together: accumulation over micro-batches, clipping by the common norm,
+float16's loss scaling, averages over processes.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 
 
 class OptimizerInBackward(Optimizer):
-    """One optimizer for each parameter behind the face of one, for schedulers, checkpoints and the Trainer.
+    """One optimizer per parameter with the interface of one, for schedulers, checkpoints and the Trainer.
 
-    Its `param_groups` are the optimizers' own, so that a scheduler sets their learning rates. `step` has nothing left
-    to do. The weights change during `backward()`: the learning rate has to be set before it, as schedulers do.
+    Its `param_groups` are the optimizers' own, so that a scheduler sets their learning rates. The weights change during
+    `backward()`, so the learning rate has to be set before it, as schedulers do.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class OptimizerInBackward(Optimizer):
     ) -> None:
         """
         Args:
-            groups: parameters, or groups of them with options of their own; those that need no gradient are left out.
+            groups: parameters, or groups of them with options; those that need no gradient are left out.
             build: an optimizer class, or what makes one of (parameter groups, **options).
         """
         groups = [group if isinstance(group, dict) else {"params": [group]} for group in groups]
@@ -52,16 +52,11 @@ class OptimizerInBackward(Optimizer):
         parameter.grad = None
 
     def step(self, closure: Callable | None = None) -> None:
-        """Applies nothing: every gradient was applied when it was complete."""
+        """Ends a step, whose gradients have all been applied already."""
         self._norms, self._new_norms = self._new_norms, []
 
-    def remove(self) -> None:
-        """Ends it: gradients stay on the parameters again."""
-        for hook in self.hooks:
-            hook.remove()
-
     def train(self) -> None:
-        """For the optimizers that average weights (schedule-free ones) and have modes as models do."""
+        """For optimizers that average weights (schedule-free ones) and have modes as models do."""
         self._call("train")
 
     def eval(self) -> None:
@@ -88,5 +83,5 @@ class OptimizerInBackward(Optimizer):
         self.param_groups = self._groups_of_all()  # loading makes new ones
 
     def gradient_norm(self) -> float:
-        """The common norm of the gradients of the last step, known only after they were applied."""
+        """The common norm of the last step's gradients, known only after they were applied."""
         return torch.stack([norm.to(self._norms[0].device) for norm in self._norms]).norm().item()

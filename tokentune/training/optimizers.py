@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
@@ -23,7 +24,7 @@ from tokentune.training.optimizer_in_backward import OptimizerInBackward
 logger = logging.getLogger(__name__)
 
 LAYERWISE = "_layerwise"  # the Trainer's ending for GaLore and APOLLO in the backward pass
-# By the beginning of a name: the package that holds it. The Trainer's own messages name forks, or none at all.
+# The package of an optimizer, by the beginning of its name. The Trainer's own messages name forks, or none.
 PACKAGES = {
     "galore": "galore-torch",
     "apollo": "apollo-torch",
@@ -38,7 +39,7 @@ PACKAGES = {
 
 
 def check_optimizer(settings: TrainingArguments) -> None:
-    """Refuses an optimizer that cannot be had here: one step of it is tried, on one small layer.
+    """Refuses an optimizer that does not work here: one step of it is tried, on one small layer.
 
     Raises:
         UserError: with the package to install, or what is wrong with its options or with this device.
@@ -56,25 +57,20 @@ def check_optimizer(settings: TrainingArguments) -> None:
 
 def _try_a_step(settings: TrainingArguments) -> None:
     with torch.random.fork_rng():
-        optimizer, weight = _on_one_layer(settings)
+        linear = nn.Linear(128, 128, device=settings.device)  # 8-bit states begin at 4,096 numbers
+        model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"linear": linear})])})
+        build, options = Trainer.get_optimizer_cls_and_kwargs(settings, model)
+        if settings.optim_args:
+            without = Trainer.get_optimizer_cls_and_kwargs(replace(settings, optim_args=None), model)
+            if str((build, options)) == str(without):
+                given = (settings.optim_args, settings.optim.value)
+                logger.warning("--optim_args %s changes nothing: --optim %s has no such options", *given)
+        optimizer = build(options.pop("params", None) or options.pop("model", None) or model.parameters(), **options)
         if hasattr(optimizer, "train"):  # schedule-free ones have modes
             optimizer.train()
-        if not hasattr(optimizer, "fused_backward"):  # LOMO's, which have no other step than the backward pass
-            weight.grad = torch.ones_like(weight)
+        if not hasattr(optimizer, "fused_backward"):  # LOMO's, whose only step is the backward pass
+            linear.weight.grad = torch.ones_like(linear.weight)
             optimizer.step()
-
-
-def _on_one_layer(settings: TrainingArguments) -> tuple[Optimizer, nn.Parameter]:
-    linear = nn.Linear(128, 128, device=settings.device)  # 8-bit states begin at 4,096 numbers
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"linear": linear})])})
-    build, options = Trainer.get_optimizer_cls_and_kwargs(settings, model)
-    if settings.optim_args:
-        without = Trainer.get_optimizer_cls_and_kwargs(replace(settings, optim_args=None), model)
-        if str((build, options)) == str(without):
-            name = settings.optim.value
-            logger.warning("--optim_args %s changes nothing: --optim %s has no such options", settings.optim_args, name)
-    groups = options.pop("params", None) or options.pop("model", None) or list(model.parameters())
-    return build(groups, **options), linear.weight
 
 
 def state_classes(optim: str) -> list[type]:
@@ -93,8 +89,8 @@ def state_classes(optim: str) -> list[type]:
 
 @contextmanager
 def load_optimizer(trainer: Trainer, checkpoint: Path | None) -> Iterator[None]:
-    """Around the Trainer's reading of a checkpoint's optimizer: what it may hold, and where its tensors go."""
-    # Torch reads tensors and plain numbers alone, and these classes, which hold nothing else.
+    """Around the Trainer's loading of a checkpoint's optimizer: which classes it may hold, and on which device."""
+    # Torch loads tensors and plain numbers alone, and these classes, which hold nothing else.
     with torch.serialization.safe_globals(state_classes(trainer.args.optim.value)):
         yield
     if checkpoint is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -103,24 +99,17 @@ def load_optimizer(trainer: Trainer, checkpoint: Path | None) -> Iterator[None]:
     for optimizer in getattr(inner, "optimizers", {None: inner}).values():  # one, or one per parameter
         for parameter, state in optimizer.state.items():
             for kept in state.values():
-                if hasattr(kept, "ortho_matrix"):  # torch moves tensors that it finds, not those inside of others
-                    kept.ortho_matrix = _moved(kept.ortho_matrix, parameter.device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A tensor, or several, on a device; None as it is."""
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return value if value is None else value.to(device)
+                if hasattr(kept, "ortho_matrix"):  # torch does not move tensors inside of other objects
+                    kept.ortho_matrix = send_to_device(kept.ortho_matrix, parameter.device)
 
 
 def in_backward(build: Any, options: dict[str, Any], model: nn.Module) -> tuple[type, dict[str, Any]]:
-    """The Trainer's optimizer class and options, made over for one optimizer per parameter."""
+    """The Trainer's optimizer class and options, turned into those of one optimizer per parameter."""
     if options.get("optim_bits") == 8:
-        # Embeddings keep 32-bit states, as in the Trainer. Its way, bitsandbytes' global table, goes by a parameter's
-        # number in its optimizer, which is 0 for every one here.
-        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-        build = partial(_build_wide_for, {id(weight) for weight in embeddings}, build)
+        # Embeddings keep 32-bit states, as in the Trainer. It uses bitsandbytes' global table, which goes by a
+        # parameter's number in its optimizer: here 0 for every one.
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        build = partial(_build_wide_for, embeddings, build)
     return OptimizerInBackward, options | {"build": build}
 
 

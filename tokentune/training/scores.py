@@ -1,8 +1,8 @@
-"""What predictions are worth: metrics by name, from scikit-learn, SciPy and seqeval.
+"""Metrics of predictions by name, from scikit-learn, SciPy and seqeval.
 
 For classes: accuracy, f1 (of class 1 where there are two, else the classes' mean), matthews_correlation; for a number:
 pearson, spearman, mean_squared_error; for entities (labels B-..., I-..., O): f1, precision and recall of whole
-entities, accuracy of words; for other classes of words: accuracy, and the classes' mean f1.
+entities, accuracy of words; for other classes of words the same as for classes.
 """
 
 import re
@@ -22,11 +22,10 @@ def of_classes(predicted: Sequence[int], true: Sequence[int], labels: Labels) ->
     """Scores of class numbers; a correlation or an F1 that is undefined (one class alone) counts as 0."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    two = len(labels.names) == 2
-    average = {"average": "binary", "pos_label": 1} if two else {"average": "macro"}
+    average = "binary" if len(labels.names) == 2 else "macro"
     return {
         "accuracy": float(accuracy_score(true, predicted)),
-        "f1": float(f1_score(true, predicted, zero_division=0.0, **average)),
+        "f1": float(f1_score(true, predicted, zero_division=0.0, average=average)),
         "matthews_correlation": float(matthews_corrcoef(true, predicted)),
     }
 
@@ -50,16 +49,12 @@ def of_words(predicted: Sequence[Sequence[int]], true: Sequence[Sequence[int]], 
         return of_classes([n for row in predicted for n in row], [n for row in true for n in row], labels)
     from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-    predicted = [[labels.names[number] for number in row] for row in predicted]
-    true = [[labels.names[number] for number in row] for row in true]
+    predicted, true = ([[labels.names[number] for number in row] for row in rows] for rows in (predicted, true))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # seqeval's own, on what `zero_division` decides
-        return {
-            "f1": float(f1_score(true, predicted, zero_division=0)),
-            "precision": float(precision_score(true, predicted, zero_division=0)),
-            "recall": float(recall_score(true, predicted, zero_division=0)),
-            "accuracy": float(accuracy_score(true, predicted)),
-        }
+        warnings.simplefilter("ignore")  # seqeval's own, on undefined scores
+        scores = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
+        found = {name: float(score(true, predicted, zero_division=0)) for name, score in scores.items()}
+        return found | {"accuracy": float(accuracy_score(true, predicted))}
 
 
 def are_entities(labels: Labels) -> bool:
@@ -68,18 +63,16 @@ def are_entities(labels: Labels) -> bool:
 
 
 def scorer(task_type: str, labels: Labels) -> Any:
-    """Which of the three a task is scored by."""
+    """The function above that scores a task."""
     if task_type == "token":
         return of_words
     return of_numbers if labels.is_regression else of_classes
 
 
 def metric_names(task_type: str, labels: Labels) -> list[str]:
-    """What the best checkpoint can be chosen by; the first is the default."""
-    if task_type == "token":
-        return ["f1", "precision", "recall", "accuracy", "loss"] if are_entities(labels) else _of_classes()
-    return ["pearson", "spearman", "mean_squared_error", "loss"] if labels.is_regression else _of_classes()
-
-
-def _of_classes() -> list[str]:
+    """The metrics that the best checkpoint can be chosen by; the first is the default."""
+    if task_type == "token" and are_entities(labels):
+        return ["f1", "precision", "recall", "accuracy", "loss"]
+    if labels.is_regression:
+        return ["pearson", "spearman", "mean_squared_error", "loss"]
     return ["accuracy", "f1", "matthews_correlation", "loss"]

@@ -1,28 +1,30 @@
-"""The trainer of a run: transformers' Trainer with a loop of its own that resumes to the last bit.
+"""The trainer of a run: transformers' Trainer with its own loop (`training/loop.py`), which resumes bit for bit.
 
-Legend: B sequences in a micro-batch, S tokens. Memory in bytes unless a name says GiB.
-
-What it adds: token counts and memory figures in every log line, one validation loss per supervised token (not a mean
-of batch means), the bytes that autograd keeps in the first step for the backward pass, and an end to a run whose loss
-is no number any more. The loss needs no change: the collator masks the labels of unselected targets, so the Trainer's
-`num_items_in_batch` counts the selected supervised tokens of the whole accumulation window, and every split of a global
-batch into micro-batches gives the same update.
+It adds token counts and memory to every log line, a validation loss per supervised token (not a mean of batch means),
+the bytes that autograd saves for the backward pass in the first step, and it stops at a loss that is not finite. The
+training loss needs no change: the collator masks the labels of unselected targets, so that `num_items_in_batch` counts
+the selected supervised tokens of the whole accumulation window, and every split of a global batch into micro-batches
+gives the same update.
 """
 
+import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers.trainer_utils import seed_worker
 
 from tokentune.core.compat.fsdp import runs_together
 from tokentune.core.compat.rotary_state import rotary_state_kept
@@ -30,8 +32,9 @@ from tokentune.core.patched import last_draw, set_prefix_length
 from tokentune.core.saved_tensors.breakdown import KindOfModule
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
-from tokentune.sampling.schedule import Schedule
+from tokentune.settings.finetune import Arguments
 from tokentune.training.callbacks import Progress
+from tokentune.training.checkpoints.run_folder import no_empty_folders
 from tokentune.training.diagnosing import GradientDiagnosis
 from tokentune.training.distributed.engines import as_often_as_others, even_sampler
 from tokentune.training.distributed.interruptions import until_interrupted
@@ -40,21 +43,12 @@ from tokentune.training.loop import TrainingLoop
 from tokentune.training.nan_batch import FirstBadLoss, write_nan_batch
 from tokentune.training.offline import offline
 from tokentune.training.optimizers import in_backward
-from tokentune.training.split_saving import set_fsdp_policy
+from tokentune.training.trackers import prepare_trackers
+from tokentune.training.trainer_arguments import Extent
 
-# The private members of transformers' classes that a run calls (it overrides none), and why: {member: reason}. Looked
-# for by a test, so that a release without one is noticed before a user does.
-PRIVATE_MEMBERS = {
-    "Trainer._prepare_for_training": "since 5.17 or before: the engine around model and optimizer, and their states",
-    "Trainer._load_best_model": "since 4.57 or before: the best weights, as FSDP or DeepSpeed reads them",
-    "Trainer._save_optimizer_and_scheduler": "since 4.57 or before: their states, as each engine writes them",
-    "Trainer._save_scaler": "since 4.57 or before: float16's loss scale",
-    "Trainer._save_rng_state": "since 4.57 or before: random numbers of the process, on each kind of device",
-    "Trainer._load_rng_state": "since 4.57 or before: the same, read without unpickling code",
-    "TrainingArguments._n_gpu": "since 4.57 or before: 1, or several GPUs are taken for nn.DataParallel's",
-}
+logger = logging.getLogger(__name__)
 
-# What a validation finds out, given the trainer and a loader of batches: "loss" and other figures by name.
+# A validation: "loss" and other figures by name, given the trainer and a loader of batches.
 Evaluation = Callable[["SelectiveTrainer", Iterable[dict[str, Tensor]]], dict[str, float]]
 
 
@@ -63,10 +57,16 @@ class SelectiveTrainer(Trainer):
 
     Attributes:
         figures: what the run counts and times.
-        schedule, looks, model_draws, diagnosis, optim_in_backward, flags: as given.
-        use_cache: the model's own setting, which the Trainer switches off in its config; None where it has none.
+        schedule: how the selection's size changes over the run; None: it does not.
+        scoring_pass: whether the model makes a scoring pass over all tokens before each step.
+        model_draws: whether the model then draws the selection, by those scores, and not the collator.
+        diagnosis: compares gradients every some steps (--diagnose_steps); None: never.
+        optim_in_backward: whether each weight is updated within the backward pass.
+        flags: {flag: value} of the run, kept in its checkpoints.
+        use_cache: of the model's config, where the Trainer switches it off; None: the config has none.
         data_digest: of the training rows, kept in checkpoints; None: not known.
-        last_checkpoint: the newest that is whole; None: there is none yet.
+        last_checkpoint: the newest one; None: there is none yet.
+        bad_loss: the first micro-batch whose loss was not finite.
     """
 
     def __init__(
@@ -76,18 +76,13 @@ class SelectiveTrainer(Trainer):
         train_rows: Any,
         eval_rows: Any,
         processing: Any,
+        arguments: Arguments,
         *,
         collator: Callable[[list], dict[str, Tensor]],
         eval_collator: Callable[[list], dict[str, Tensor]],
         evaluation: Evaluation,
         loss: Callable[..., Tensor] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-        schedule: Schedule | None = None,
-        looks: bool = False,
-        model_draws: bool = False,
-        diagnosis: GradientDiagnosis | None = None,
-        optim_in_backward: bool = False,
-        flags: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -96,46 +91,54 @@ class SelectiveTrainer(Trainer):
             processing: tokenizer or image processor, saved beside the model.
             collator: makes batches of training rows and counts their tokens (`count`).
             loss: of (outputs, labels, num_items_in_batch); None: the model's own.
-            schedule: how the selection's size changes over the run; None: it does not.
-            looks: whether the model makes a scoring pass over all tokens before each step.
-            model_draws: whether it then draws the selection itself, by those scores, and not the collator.
-            diagnosis: compares gradients every some steps (--diagnose_steps).
-            optim_in_backward: whether each weight is updated within the backward pass.
-            flags: {flag: value} of the run, kept in its checkpoints.
         """
         self.use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(
-            model=model,
-            args=settings,
-            data_collator=collator,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=processing,
-            compute_loss_func=loss,
-            callbacks=list(callbacks),
-        )
-        self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(self.memory_figures, epochs=not isinstance(train_rows, IterableDataset)))
+        # The Trainer makes its folder at once; here `train` does, as a run may still be refused, or be a dry one.
+        with no_empty_folders(Path(settings.output_dir)) if settings.should_save else nullcontext():
+            super().__init__(
+                model=model,
+                args=settings,
+                data_collator=collator,
+                train_dataset=train_rows,
+                eval_dataset=eval_rows,
+                processing_class=processing,
+                compute_loss_func=loss,
+                callbacks=list(callbacks),
+            )
         self.eval_collator, self.evaluation = eval_collator, evaluation
-        self.schedule, self.looks, self.model_draws = schedule, looks, model_draws
-        self.diagnosis, self.optim_in_backward = diagnosis, optim_in_backward
-        self.flags, self.data_digest = flags or {}, None
+        selection = arguments.selection
+        self.schedule = selection.schedule if selection.tokentune else None
+        self.scoring_pass, self.model_draws = selection.scoring_pass, selection.scoring_pass and selection.scored
+        self.diagnosis = GradientDiagnosis(selection.diagnose_steps) if selection.diagnose_steps is not None else None
+        self.optim_in_backward = arguments.optimization.optim_in_backward
+        self.flags = arguments.settings()
+        self.data_digest: str | None = None
         self.last_checkpoint: Path | None = None
-        self.figures = RunFigures(settings.device)
-        self._bad_loss = FirstBadLoss(settings.device)
-        self._place = (0, -1)  # optimizer step, micro-batch of it
+        self.figures = RunFigures(model, settings.device)
+        self.bad_loss = FirstBadLoss(settings.device)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Progress(self.figures.memory, epochs=not isinstance(train_rows, IterableDataset)))
+        prepare_trackers(self.callback_handler.callbacks, arguments.output.logging_dir)
+        steps = Extent.of(train_rows, settings).steps
+        if settings.warmup_steps >= steps:
+            logger.warning(
+                "--warmup_steps %d: this run has %d optimizer steps, so the learning rate never reaches its peak",
+                *(settings.warmup_steps, steps),
+            )
 
-    def train(self, resume_from_checkpoint: str | Path | None = None) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
         """Trains to the end, from a checkpoint or from the beginning.
 
         Raises:
             UserError: a loss that is no number.
             Interrupted: after a signal, with a checkpoint written.
         """
-        return TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's; with `optim_in_backward` one per parameter."""
+        """The Trainer's optimizer; with `optim_in_backward` one per parameter."""
         if self.optim_in_backward and self.optimizer is None:
             chosen = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = in_backward(*chosen, self.model)
@@ -147,28 +150,27 @@ class SelectiveTrainer(Trainer):
         self.args.gradient_accumulation_steps = accumulation
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's accelerator, with this project's precision where FSDP adds gradients up."""
-        super().create_accelerator_and_postprocess()
-        set_fsdp_policy(self.accelerator)
+        """The Trainer's accelerator; FSDP computes in its 16 bits, and keeps weights and sums of gradients in float32.
 
-    # -- batches
+        accelerate's own policy would sum gradients, and round the loss, in 16 bits.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            reduce_dtype = None if dtype is None else torch.float32
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
+            # A checkpointed layer returns its hidden states through an identity, a view. Nothing writes into them.
+            warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training rows, each process's share of them, in an order of the seed."""
         rows, settings = self.train_dataset, self.args
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"pin_memory": settings.dataloader_pin_memory}
         if not isinstance(rows, IterableDataset):
             seeds = {"num_workers": settings.dataloader_num_workers, "rank": settings.process_index}
-            options = {"sampler": self._sampler(), "worker_init_fn": partial(seed_worker, **seeds)}
-        loader = DataLoader(
-            rows,
-            batch_size=settings.train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=settings.dataloader_num_workers,
-            pin_memory=settings.dataloader_pin_memory,
-            **options,
-        )
-        return self.accelerator.prepare(loader)
+            options |= {"sampler": self._sampler(), "worker_init_fn": partial(seed_worker, **seeds)}
+        return self._loader(rows, settings.train_batch_size, self.data_collator, **options)
 
     def _sampler(self) -> Sampler:
         if self.args.train_sampling_strategy == "group_by_length":
@@ -177,12 +179,16 @@ class SelectiveTrainer(Trainer):
             return LengthGroupedSampler(together, dataset=self.train_dataset, model_input_name=name)
         return even_sampler(self) or RandomSampler(self.train_dataset)
 
+    def _loader(self, rows: Any, batch_size: int, collate: Callable, **options: Any) -> DataLoader:
+        options |= {"batch_size": batch_size, "num_workers": self.args.dataloader_num_workers}
+        return self.accelerator.prepare(DataLoader(rows, collate_fn=collate, **options))
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
-        """An optimizer step's micro-batches, and the number of their targets; drawn here where it depends on the step.
+        """An optimizer step's micro-batches, and the number of their targets; a schedule's selection is drawn here.
 
-        Not in the collator: workers make batches ahead, before anyone knows in which step they will be.
+        Not in the collator: workers make batches ahead, before their step is known.
         """
         if self.schedule is not None:
             size = self.schedule.at(self.state.global_step, self.state.max_steps)
@@ -190,33 +196,29 @@ class SelectiveTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def drawn(self, batch: dict[str, Tensor], size: int | float) -> dict[str, Tensor]:
-        """A batch of a schedule with its selection of this size; where the model draws, it is told."""
+        """A schedule's batch with a selection of this size; where the model draws, it gets the size."""
         if not self.model_draws:
             return self.data_collator.draw(batch, size)
         set_prefix_length(self.model, size)
         return batch
 
-    # -- one micro-batch
-
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step (forward, backward), counted. Returns the micro-batch's share of the loss."""
         if not self.figures.has_begun:
-            self.figures.begin(self.model)
+            self.figures.begin()
         if self.args.device.type == "cpu" or self.state.global_step % 10 == 0:
             self.check_finite()
-        self._count(inputs)
+        processed, *selected = self.data_collator.count(inputs)
+        self.figures.count(processed, *([] if self.model_draws else selected))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.looks:
-            self._count_look()
+        if self.scoring_pass:
+            self.figures.count_draw(last_draw(self.model), selected=self.model_draws)
         if self.diagnosis is not None:
             self.diagnosis.note(self, inputs, partial(super().training_step, model))
-        step, place = self._place
-        self._place = (self.state.global_step, place + 1 if step == self.state.global_step else 0)
-        self._bad_loss.note(loss, self._place[0] * self.args.gradient_accumulation_steps + self._place[1])
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's loss. The first training step's also measures what autograd keeps; later ones run free."""
+        """The Trainer's loss. The first training step also measures what autograd saves."""
         if self.figures.saved_for_backward_bytes is not None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         kinds = KindOfModule(self.model)
@@ -226,21 +228,9 @@ class SelectiveTrainer(Trainer):
         self.figures.saved_for_backward_bytes, self.figures.saved_for_backward_by = saved.bytes, saved.bytes_by
         return loss
 
-    def _count(self, inputs: dict[str, Tensor]) -> None:
-        processed, selected, supervised = self.data_collator.count(inputs)
-        if self.model_draws:  # it counts them itself
-            selected, supervised = torch.zeros_like(selected), torch.zeros_like(supervised)
-        self.figures.count(processed, selected, supervised)
-
-    def _count_look(self) -> None:
-        drawn = last_draw(self.model)
-        if self.model_draws:
-            self.figures.count_drawn(drawn)
-        self.figures.count_loss_of_all(drawn)
-
     def check_finite(self) -> None:
-        """Raises UserError when the loss of any step so far was no finite number; writes its batch down first."""
-        number = self._bad_loss.number()
+        """Raises UserError where the loss of any step so far was not finite, with its batch written to a file."""
+        number = self.bad_loss.number()
         if number is not None:
             path, step = write_nan_batch(self, number)
             batch = "" if path is None else f" The batch is in {path}."
@@ -249,29 +239,23 @@ class SelectiveTrainer(Trainer):
                 "Try a lower --learning_rate, a longer --warmup_steps, or --bf16 (float16 overflows above 65504)."
             )
 
-    # -- what is said and saved
-
-    def memory_figures(self) -> dict[str, int]:
-        """Bytes of all devices that hold weights: now allocated, now reserved, and the peak of training so far."""
-        return self.figures.memory(self.model)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds memory and speed to a training log line, for the bar, TensorBoard and the summary alike."""
+        """Adds memory and speed to a training log line, for the progress bar, trackers and the summary."""
         if "loss" in logs:
             self.check_finite()
-            logs |= self.figures.log_entry(self.accelerator, self.model)
+            logs |= self.figures.log_entry()
             if self.diagnosis is not None:
                 logs |= self.diagnosis.latest
                 self.diagnosis.latest = {}
         super().log(logs, start_time)
 
     def average_weights(self) -> None:
-        """Puts the weights in place that the optimizer means to be used: schedule-free ones train others."""
+        """Switches a schedule-free optimizer to its averaged weights, which are to be used; it trains others."""
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's save; a model whose loss was no number is not saved."""
+        """The Trainer's save; a model whose loss was not finite is not saved."""
         self.check_finite()
         with offline():
             super().save_model(output_dir, _internal_call)
@@ -282,50 +266,38 @@ class SelectiveTrainer(Trainer):
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         return self.state.best_global_step if best else self.state.global_step
 
-    # -- validation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """The figures of `self.evaluation` over all rows, by the full forward pass without a selection.
 
         Raises:
             UserError: the loss is not finite.
         """
         started = time.perf_counter()
-        self.memory_figures()  # takes note of training's peak, which evaluation's must not raise
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loader = self.accelerator.prepare(
-            DataLoader(
-                rows,
-                batch_size=self.args.eval_batch_size,
-                collate_fn=self.eval_collator,
-                num_workers=self.args.dataloader_num_workers,
-            )
-        )
-        # Among several processes no row is to count twice: one may then have a batch less, which `self.model`, the
-        # model inside of DistributedDataParallel, does not mind.
+        self.figures.memory()  # notes training's peak, which evaluation must not raise
+        loader = self._loader(self.eval_dataset, self.args.eval_batch_size, self.eval_collator)
+        # No row may count twice. A process may then have one batch less, which `self.model`, the model inside
+        # DistributedDataParallel, allows.
         loader.batch_sampler.even_batches = False
         self.model.eval()
         self.average_weights()
-        # A data loader takes a seed from the CPU's generator; forked, so that watching a run does not change it.
+        # A data loader draws a seed from the CPU's generator: forked, so that validation does not change training.
         with (
             torch.no_grad(),
             self.accelerator.autocast(),
             torch.random.fork_rng(devices=[]),
             rotary_state_kept(self.model),
         ):
-            together = runs_together(self.model)
-            batches = as_often_as_others(loader, rows, self.eval_collator) if together else loader
+            batches: Iterable = loader
+            if runs_together(self.model):
+                batches = as_often_as_others(loader, self.eval_dataset, self.eval_collator)
             figures = self.evaluation(self, until_interrupted(batches))
         if not math.isfinite(figures["loss"]):
             raise UserError(f"the validation loss is {figures['loss']} at step {self.state.global_step}: stopped.")
         self.figures.evaluations.append((self.state.global_step, figures))
-        self.figures.reset_peaks(self.model)
+        self.figures.reset_peaks()
         seconds = time.perf_counter() - started
         self.figures.evaluation_seconds += seconds if self.figures.has_begun else 0.0
-        metrics = {f"{metric_key_prefix}_{name}": figure for name, figure in figures.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
+        metrics = {f"eval_{name}": figure for name, figure in figures.items()} | {"eval_runtime": round(seconds, 3)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -16,8 +16,8 @@ from tokentune.settings.low_rank import TARGET_MODULES, is_low_rank
 from tokentune.training.distributed.engines import FSDP, engine
 from tokentune.training.optimizers import LAYERWISE, check_optimizer
 
-# Of Liger's kernels: its fused loss replaces the model's forward and sees (B, S) rows and labels; `core/loss.py` takes
-# the loss of the selected rows in chunks itself. Norms, rotary embeddings and MLPs act on each token alone.
+# Not all of Liger's kernels: its fused loss replaces the model's forward and takes (B, S) rows and labels, where
+# `core/loss.py` takes the loss of the selected rows in chunks. Norms, rotary embeddings and MLPs act on each token.
 BESIDE_TOKENTUNE = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 
 
@@ -25,14 +25,15 @@ def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: 
     """The Trainer's settings for a command line. Writes nothing.
 
     Args:
-        changes: settings that a command has otherwise.
+        changes: settings of this command that differ.
 
     Raises:
         UserError: an optimizer whose package or options are missing, a precision that the device cannot do.
     """
     optimization, output, data = arguments.optimization, arguments.output, arguments.data
+    run = getattr(arguments, "run", None)  # `finetune.py`'s
     try:
-        settings = dict(
+        settings: Any = dict(
             output_dir=str(run_folder),
             per_device_train_batch_size=optimization.micro_batch_size,
             per_device_eval_batch_size=optimization.micro_batch_size,
@@ -65,36 +66,30 @@ def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: 
             save_total_limit=output.save_total_limit,
             logging_steps=output.logging_steps,
             logging_first_step=True,
-            # The filter looks at every loss on the host, which would make it wait for the GPU; and it hides the
-            # failure that `SelectiveTrainer` stops at.
+            # The filter reads every loss on the host, which makes it wait for the GPU, and hides the losses that
+            # `SelectiveTrainer` stops at.
             logging_nan_inf_filter=False,
             report_to=output.report_to or "none",
             run_name=run_folder.name,  # what trackers call the run
             disable_tqdm=True,
+            accelerator_config={
+                # FSDP's gradients would otherwise stay whole on every device until the last micro-batch.
+                "gradient_accumulation_kwargs": {"sync_each_batch": True} if engine() == FSDP else None,
+                # Every process reads a stream and takes its share of each batch.
+                "dispatch_batches": False if getattr(data, "streaming", False) else None,
+            },
         )
-        accelerator: dict[str, Any] = {}
-        if engine() == FSDP:  # whose gradients would otherwise stay whole on every device until the last micro-batch
-            accelerator["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
-        if getattr(data, "streaming", False):  # every process reads the stream and takes its share of each batch
-            accelerator["dispatch_batches"] = False
-        if accelerator:
-            settings["accelerator_config"] = accelerator
-        settings = TrainingArguments(**(settings | _best_weights(arguments) | changes))
+        if run is not None and (run.early_stopping_patience or run.load_best_model_at_end):
+            settings |= {"metric_for_best_model": "loss", "greater_is_better": False}
+            if run.load_best_model_at_end:
+                settings |= {"load_best_model_at_end": True, "save_strategy": "best"}
+        settings = TrainingArguments(**(settings | changes))
     except (ValueError, ImportError) as error:  # what is left after the flags' own checks: precision and devices
         raise UserError(f"this machine cannot train with these flags: {error}") from error
     check_optimizer(settings)
     # A plain run that sees several GPUs would be wrapped in nn.DataParallel, whose replicas call the original's layers.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
-
-
-def _best_weights(arguments: Arguments) -> dict[str, Any]:
-    """What early stopping and keeping the best weights take; nothing for a command that has no such flags."""
-    run = getattr(arguments, "run", None)
-    if run is None or not (run.early_stopping_patience or run.load_best_model_at_end):
-        return {}
-    watched = {"metric_for_best_model": "loss", "greater_is_better": False}
-    return watched | ({"load_best_model_at_end": True, "save_strategy": "best"} if run.load_best_model_at_end else {})
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The answers as a template marks them itself, by `{% generation %}`, and whether those marks can be used."""
 
-from tokentune.data.chat.rendering import CALL_NAME, Rendering, last_words
+from tokentune.data.chat.marks import CALL_NAME, SPEAKER
+from tokentune.data.chat.rendering import Rendering, last_words
 from tokentune.data.chat.spans import Span
 
 
@@ -10,8 +11,10 @@ def generation_spans(rendering: Rendering) -> tuple[list[Span] | None, tuple[int
     messages, learnt = rendering.conversation.messages, rendering.conversation.learnt
     ranges = sorted((start, end) for start, end in rendering.generation or () if start < end)
     for place in rendering.places:
-        message = rendering.words[place.number].message
-        if messages[message]["role"] != "assistant" and any(start <= place.start < end for start, end in ranges):
+        message, key = rendering.words[place.number].message, rendering.words[place.number].key
+        if messages[message]["role"] == "assistant" or key == SPEAKER:
+            continue
+        if any(start <= place.start < end for start, end in ranges):
             return None, (message, "within")
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if list(learnt) != assistants:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple, NoReturn
 
-from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, REASONING, Rendering, Words
+from tokentune.data.chat.marks import CALL_ARGUMENTS, CALL_NAME, SPEAKER, Words
+from tokentune.data.chat.rendering import Rendering
+from tokentune.data.formats.conversations import REASONING
 from tokentune.errors import UserError
 
 
@@ -17,14 +19,14 @@ class Omission(NamedTuple):
     """What a template leaves out.
 
     Attributes:
-        level: of the log.
         message: index of the message that shows it.
         sentence: what is left out; the same for all messages that it happens to.
+        level: of the log.
     """
 
-    level: int
     message: int
     sentence: str
+    level: int = logging.WARNING
 
 
 def omissions(rendering: Rendering) -> Iterator[Omission]:
@@ -35,7 +37,7 @@ def omissions(rendering: Rendering) -> Iterator[Omission]:
     """
     if rendering.written is None:
         return
-    numbered = enumerate(rendering.words)
+    numbered = [(number, words) for number, words in enumerate(rendering.words) if words.key != SPEAKER]
     for index, group in groupby(numbered, key=lambda pair: pair[1].message):
         of_message = list(group)
         left_out = [words for number, words in of_message if number not in rendering.written]
@@ -54,7 +56,7 @@ def _of_message(rendering: Rendering, index: int, left_out: list[Words], written
         cure = (
             "; --system_in_user puts them in front of the user's" if message["role"] in ("system", "developer") else ""
         )
-        yield _warning(index, f"{what}, which the model is therefore not shown{cure}")
+        yield Omission(index, f"{what}, which the model is therefore not shown{cure}")
         return
     keys = {words.key for words in left_out}
     _refuse_unlearnable(rendering, index, left_out, nothing=nothing)
@@ -63,18 +65,18 @@ def _of_message(rendering: Rendering, index: int, left_out: list[Words], written
     which = "the last answer" if last_answer else "earlier answers, as many templates do"
     reasoning = keys.intersection(REASONING)
     if reasoning and not written.intersection(REASONING):
-        yield Omission(level, index, f"the reasoning ({sorted(reasoning)[0]!r}) of {which}")
+        yield Omission(index, f"the reasoning ({sorted(reasoning)[0]!r}) of {which}", level)
     content = [words for words in left_out if words.key == "content"]
     if any(words.last for words in content):
-        yield _warning(index, "the text beside a call" if "tool_calls" in message else "answers that are not learnt")
+        yield Omission(index, "the text beside a call" if "tool_calls" in message else "answers that are not learnt")
     elif content:
-        yield Omission(level, index, f"the reasoning within the text of {which}")
+        yield Omission(index, f"the reasoning within the text of {which}", level)
     if CALL_NAME in keys:
-        yield _warning(index, "calls of tools")
+        yield Omission(index, "calls of tools")
     elif CALL_ARGUMENTS in keys:
-        yield _warning(index, "some arguments of calls")
+        yield Omission(index, "some arguments of calls")
     for key in sorted(keys & {"refusal", "tool_plan"}):
-        yield _warning(index, f"{key!r} of answers")
+        yield Omission(index, f"{key!r} of answers")
 
 
 def _refuse_unlearnable(rendering: Rendering, index: int, left_out: list[Words], *, nothing: bool) -> None:
@@ -104,7 +106,3 @@ def refuse_call(call: dict, where: str) -> NoReturn:
         f"{where}: the chat template leaves its call of {call.get('function', call)['name']!r} out. Give one that "
         "writes tool calls (--chat_template), or leave such rows out."
     )
-
-
-def _warning(index: int, sentence: str) -> Omission:
-    return Omission(logging.WARNING, index, sentence)

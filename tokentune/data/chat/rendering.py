@@ -1,137 +1,27 @@
-"""A conversation rendered by its chat template, and where in the rendering the words of each message stand.
+"""A conversation rendered by its chat template: the whole with the places of its words, and beginnings of it.
 
-A template is a program and may trim, move, repeat or leave out what it is given. So the conversation is rendered a
-second time with every text between two marks, private-use characters that no text has. When the marks are taken out
-again, what is left must be the first rendering, to the last character; then the places of the marks are places in it.
-That is two renderings, however many messages there are.
-
-White space at a text's ends and tags such as `</think>` stay outside of the marks: templates trim the one and look for
-the other, and have to find the same as without marks.
-
-Templates are rendered by transformers, in Jinja's immutable sandbox: they see plain data alone, and no attribute of it.
+The whole takes two renderings, without and with marks around the texts (`data/chat/marks.py`), however many messages
+there are. Templates are rendered by transformers, in Jinja's immutable sandbox: they see plain data alone, and no
+attribute of it.
 """
 
 import json
 import re
 import traceback
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tokentune.data.chat.marks import ANY_MARK, SPEAKER, MarkedMessages, Place, Words, read_marks, with_calls
 from tokentune.data.formats.conversations import ROLES, Conversation
 from tokentune.errors import UserError
 from tokentune.sources import first_line
 
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-TEXTS = ("content", *REASONING, "refusal", "tool_plan")  # keys of a message that hold what somebody says
-CALL_NAME, CALL_ARGUMENTS = "name of a call", "arguments of a call"
-
-BEGIN, END = "\uf8a0", "\uf8a1"
-DIGITS = "".join(chr(0xF8B0 + digit) for digit in range(10))
-TO_DIGITS = str.maketrans("0123456789", DIGITS)
-FROM_DIGITS = str.maketrans(DIGITS, "0123456789")
-MARK = re.compile(f"([{BEGIN}{END}])([{DIGITS}]+)")
-ANY_MARK = re.compile(f"[{BEGIN}{END}{DIGITS}]")
-TAG = re.compile(r"(<[^<>\s]{1,40}>)")
-
-
-class Words(NamedTuple):
-    """Marked words: one text of a message, or what stands between two tags of it.
-
-    Attributes:
-        message: index of the message.
-        key: one of `TEXTS`, `CALL_NAME` or `CALL_ARGUMENTS`.
-        before, after: what of their text stands around them and is not marked: white space, tags before the first.
-        last: no others of the same text follow.
-    """
-
-    message: int
-    key: str
-    before: str
-    after: str
-    last: bool
-
-
-class Place(NamedTuple):
-    """Characters [start, end) of a rendering that are the words of this number."""
-
-    number: int
-    start: int
-    end: int
-
-
-class MarkedMessages:
-    """Messages whose texts are marked.
-
-    Args:
-        calls: names and arguments of tool calls too.
-        empty: roles of which messages without words have a place too.
-    """
-
-    def __init__(self, messages: list[dict[str, Any]], *, calls: bool, empty: Collection[str]) -> None:
-        self.words: list[Words] = []
-        self.messages = [self._message(index, message, calls, empty) for index, message in enumerate(messages)]
-
-    def _message(self, index: int, message: dict[str, Any], calls: bool, empty: Collection[str]) -> dict[str, Any]:
-        begun = len(self.words)
-        marked = {key: self._marked(message[key], index, key) for key in TEXTS if isinstance(message.get(key), str)}
-        if calls and message.get("tool_calls"):
-            marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
-        if message["role"] in empty and len(self.words) == begun:  # nothing, white space or tags alone
-            self.words.append(Words(index, "content", "", "", True))
-            marked["content"] = self._between_marks(message["content"])
-        return message | marked
-
-    def _between_marks(self, core: str) -> str:
-        """Marked as the words that were added last."""
-        number = str(len(self.words) - 1).translate(TO_DIGITS)
-        return f"{BEGIN}{number}{core}{END}{number}"
-
-    def _call(self, call: dict[str, Any], index: int) -> dict[str, Any]:
-        if "function" in call:
-            return call | {"function": self._call(call["function"], index)}
-        marked = {"name": self._marked(call["name"], index, CALL_NAME)}
-        if "arguments" in call:
-            marked["arguments"] = self._marked(call["arguments"], index, CALL_ARGUMENTS)
-        return call | marked
-
-    def _marked(self, value: Any, index: int, key: str) -> Any:
-        """The value with all of its texts marked; keys of objects, numbers, true, false and null stay as they are."""
-        if isinstance(value, Mapping):
-            return {name: self._marked(inner, index, key) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [self._marked(inner, index, key) for inner in value]
-        if not isinstance(value, str) or not value.strip():
-            return value
-        pieces = TAG.split(value)
-        visible = [n for n, piece in enumerate(pieces) if n % 2 == 0 and piece.strip()]
-        for n in visible:
-            core = pieces[n].strip()
-            before, _, after = pieces[n].partition(core)
-            tags = "".join(pieces[:n]) if n == visible[0] else ""
-            self.words.append(Words(index, key, tags + before, after, n == visible[-1]))
-            pieces[n] = before + self._between_marks(core) + after
-        return "".join(pieces)
-
-
-def read_marks(text: str) -> tuple[str, list[Place], set[int]]:
-    """A rendering without its marks; the places of words in it, in order; the numbers of all words that are in it."""
-    parts, places, begun, seen = [], [], {}, set()
-    position = length = 0
-    for mark in MARK.finditer(text):
-        parts.append(text[position : mark.start()])
-        length += len(parts[-1])
-        position, number = mark.end(), int(mark[2].translate(FROM_DIGITS))
-        seen.add(number)
-        if mark[1] == BEGIN:
-            begun[number] = length
-        elif number in begun:
-            places.append(Place(number, begun.pop(number), length))
-    return "".join(parts) + text[position:], sorted(places, key=lambda place: place.start), seen
 
 
 class Rendering:
@@ -156,14 +46,13 @@ class Rendering:
         except ValueError as error:
             raise UserError(f"the tokenizer's chat template cannot be used: {first_line(error)}") from error
         try:
-            if self._read(parts=False):
-                return
+            silent = self._read(parts=())
         except UserError:
-            if not self._read_as_parts():
+            if not self._read_as_parts(ROLES):
                 raise
         else:
-            if not self._read_as_parts():
-                self._read(parts=False)
+            if silent and not self._read_as_parts(silent):
+                self._read(parts=())
 
     def beginning(
         self, messages: int, *, generation_prompt: bool = False, answer: str | None = None
@@ -190,11 +79,11 @@ class Rendering:
             "({% endgeneration %}): --chat_template."
         )
 
-    def _read(self, *, parts: bool) -> bool:
-        """Renders and marks the conversation. Whether the template writes any message's content, as far as marks tell.
+    def _read(self, *, parts: Collection[str]) -> set[str]:
+        """Renders and marks the conversation. The roles of which no content is written, as far as marks tell.
 
         Args:
-            parts: content is given as a list of parts, which some templates (of vision models) take alone.
+            parts: roles whose content is given as a list of parts, which some templates (of vision models) take alone.
         """
         self._parts = parts
         self.messages = self.conversation.messages
@@ -205,50 +94,57 @@ class Rendering:
         self.places: list[Place] = []
         self.written: set[int] | None = None
         self._find_words()
-        content = {number for number, words in enumerate(self.words) if words.key == "content"}
-        return self.written is None or not content or bool(content & self.written)
+        return set() if self.written is None else self._speaking(range(len(self.words))) - self._speaking(self.written)
 
-    def _read_as_parts(self) -> bool:
-        """Whether the template takes content in parts, and writes its text rather than the parts as JSON or Python."""
+    def _speaking(self, numbers: Collection[int]) -> set[str]:
+        """The roles of messages whose content has one of these words."""
+        contents = [n for n in numbers if self.words[n].key == "content"]
+        return {self.messages[self.words[n].message]["role"] for n in contents}
+
+    def _read_as_parts(self, roles: Collection[str]) -> bool:
+        """Whether the template takes these roles' content in parts, and writes its text rather than JSON or Python."""
         try:
-            written = self._read(parts=True) and self.written is not None
+            self._read(parts=roles)
         except UserError:
             return False
-        parts = [message["content"][0] for message in _contents_as_parts(self.conversation.messages)]
-        forms = (form for part in parts for form in (str(part), json.dumps(part, ensure_ascii=False)))
-        return written and not any(form in self.text for form in forms)
+        given = _contents_as_parts([m for m in self.conversation.messages if m["role"] in roles], roles)
+        forms = (form for m in given for part in m["content"] for form in (str(part), _json(part)))
+        return bool(self._speaking(self.written or ()) & {*roles}) and not any(form in self.text for form in forms)
 
     def _whole(self, marks: bool) -> tuple[str, list[tuple[int, int]]]:
-        """With the arguments of calls as objects or as JSON text, whichever the template takes."""
+        """With the arguments of calls as objects, or as JSON text where the template takes these alone."""
+        as_text = [with_calls(message, _arguments_as_text) for message in self.messages]
         try:
-            text, ranges = self._render(self.messages, marks=marks)
+            found = self._render(self.messages, marks=marks)
         except UserError:
-            if (as_text := _calls_as_text(self.messages)) is None:
-                raise
-            try:
-                text, ranges = self._render(as_text, marks=marks)
-            except UserError:
-                pass  # not the arguments' doing
-            else:
+            with suppress(UserError):
+                found = self._render(as_text, marks=marks)
                 self.messages = as_text
-                return text, ranges
+                return found
             raise
-        if _writes_python(self.messages, text) and (as_text := _calls_as_text(self.messages)) is not None:
+        if _writes_python(self.messages, found[0]):
             self.messages = as_text
-            text, ranges = self._render(self.messages, marks=marks)
-        return text, ranges
+            found = self._render(as_text, marks=marks)
+        return found
 
     def _find_words(self) -> None:
         if ANY_MARK.search(self.text):
             return
         # Templates that look whether a text is empty write something else around marks: without these, then.
-        for calls, empty in ((True, ROLES), (True, ("assistant",)), (True, ()), (False, ())):
-            marked = MarkedMessages(self.messages, calls=calls, empty=empty)
+        named = any(SPEAKER in message for message in self.messages)
+        for speakers, calls, empty in (
+            *([(True, True, ROLES)] if named else []),
+            (False, True, ROLES),
+            (False, True, ("assistant",)),
+            (False, True, ()),
+            (False, False, ()),
+        ):
+            marked = MarkedMessages(self.messages, speakers=speakers, calls=calls, empty=empty)
             try:
                 text, places, written = read_marks(self._render(marked.messages)[0])
             except UserError:
                 continue
-            if text == self.text:
+            if text == self.text or (marked.complete and _same_but_for_case(text, self.text)):
                 self.messages, self.words, self.places, self.written = marked.messages, marked.words, places, written
                 return
 
@@ -257,7 +153,7 @@ class Rendering:
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
             texts, ranges = render_jinja_template(
-                conversations=[_contents_as_parts(messages) if self._parts else messages],
+                conversations=[_contents_as_parts(messages, self._parts)],
                 tools=self.conversation.tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=marks,
@@ -272,45 +168,33 @@ class Rendering:
         return texts[0], ranges[0] if marks else []
 
 
-def call_arguments(messages: list[dict[str, Any]]) -> list[Any]:
-    """The arguments of all calls."""
-    calls = (call.get("function", call) for message in messages for call in message.get("tool_calls", ()))
-    return [call.get("arguments") for call in calls]
+def _same_but_for_case(a: str, b: str) -> bool:
+    """As of templates that write texts capitalized, and with marks before them do not."""
+    return len(a) == len(b) and a.lower() == b.lower()
 
 
-def _contents_as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with each text as a list of one part (OpenAI's form)."""
-    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
-
-
-def _calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages with the arguments of calls as JSON text; None where that changes nothing."""
-
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        if "function" in call:
-            return call | {"function": as_text(call["function"])}
-        if isinstance(call.get("arguments"), Mapping | list):
-            return call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-        return call
-
-    changed = [
-        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
+def _contents_as_parts(messages: list[dict[str, Any]], roles: Collection[str]) -> list[dict[str, Any]]:
+    """The messages, those of these roles with their text as a list of one part (OpenAI's form)."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]} if message["role"] in roles else message
         for message in messages
     ]
-    return None if changed == messages else changed
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _arguments_as_text(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    return function | {"arguments": _json(arguments)} if isinstance(arguments, Mapping | list) else function
 
 
 def _writes_python(messages: list[dict[str, Any]], text: str) -> bool:
     """Whether the arguments of calls stand there as Python writes an object, not as JSON does."""
-    return any(
-        isinstance(arguments, Mapping)
-        and arguments
-        and str(arguments) in text
-        and json.dumps(arguments, ensure_ascii=False) not in text
-        for arguments in call_arguments(messages)
-    )
+    calls = (call.get("function", call) for message in messages for call in message.get("tool_calls", ()))
+    found = [call["arguments"] for call in calls if isinstance(call.get("arguments"), Mapping) and call["arguments"]]
+    return any(str(arguments) in text and _json(arguments) not in text for arguments in found)
 
 
 def last_words(message: dict) -> str:

@@ -4,7 +4,8 @@ from bisect import bisect_left
 from itertools import groupby
 from typing import NamedTuple
 
-from tokentune.data.chat.rendering import CALL_ARGUMENTS, CALL_NAME, Place, Rendering
+from tokentune.data.chat.marks import CALL_ARGUMENTS, CALL_NAME, Place
+from tokentune.data.chat.rendering import Rendering
 
 
 class Run(NamedTuple):

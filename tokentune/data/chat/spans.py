@@ -15,13 +15,15 @@ templates") are taken at their word. For the others:
 A message's place holds exactly or is not found; then the row is refused, never guessed at.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.chat.rendering import Place, Rendering
+from tokentune.data.chat.marks import Place
+from tokentune.data.chat.rendering import Rendering
 from tokentune.data.chat.runs import Run, Runs, begin_with_space
 from tokentune.data.chat.wordless import PROBE, WordlessMessages
 from tokentune.data.prompts import common_prefix
@@ -117,9 +119,13 @@ class SpanFinder:
 
     def _behind(self, header: str, run: Run) -> int | None:
         """Where the header ends that stands between the words before this run and the run; None where it does not."""
-        for position in self._ends(run.previous):
-            if header and self.text.startswith(header, position) and position + len(header) <= run.start:
-                return position + len(header)
+        # A message's last white space and the header's first cannot be told apart, where the template trims texts.
+        visible = header.lstrip()
+        for position in self._ends(run.previous) if header else ():
+            gap = self.text[position : run.start]
+            start = position + (len(gap) - len(gap.lstrip()) if visible else 0)
+            if self.text.startswith(visible or header, start, run.start):
+                return start + len(visible or header)
         return None
 
     def _behind_answer_header(self, run: Run) -> int:
@@ -168,12 +174,12 @@ class SpanFinder:
         return asked["role"], "tool_calls" in asked, spoke, tuple(map(self.runs.said, silent))
 
     def _ends(self, place: Place | None, text: str | None = None) -> list[int]:
-        """Where the words end: with the white space that the message has after them, if that is there, and without."""
+        """Where the words end: with what the message has after them, if that is there, and without."""
         if place is None:
             return [0]
-        after = self.rendering.words[place.number].after
-        followed = (self.text if text is None else text).startswith(after, place.end)
-        return [place.end + len(after), place.end] if after and followed else [place.end]
+        text, after = self.text if text is None else text, self.rendering.words[place.number].after
+        forms = [form for kept in (after, after.rstrip()) for form in (kept, json.dumps(kept)[1:-1])]  # GPT-OSS: JSON
+        return [place.end + len(form) for form in forms if text.startswith(form, place.end)] + [place.end]
 
     # ---- where it ends -----------------------------------------------------------------------------------------------
 
@@ -188,6 +194,8 @@ class SpanFinder:
             limit = self._begins_at(following, limit)
             length = max(min(length, limit - run.end), 0)
         tail = text[run.end : run.end + length].rstrip()
+        if not tail and run.start == run.end and following is None:  # an answer of white space, and nothing behind it
+            tail = text[run.end : run.end + len(self.rendering.words[run.last_words].after)]
         end = run.end + len(tail)
         content_end = end if exact else run.end
         if self.eos and text.startswith(self.eos, end):  # of templates that end a turn where the next one begins

@@ -48,8 +48,9 @@ class WordlessMessages:
         if begin > end:
             return None
         ends = [(messages[n]["role"], "tool_calls" in messages[n]) for n in (first - 1, last)]
-        said = map(self.runs.said, range(first, last))
-        return begin, (index - first, messages[index]["content"], self.text[begin:end], *ends, *said)
+        # What white space is written of them stands in the text itself.
+        said = [(role, text and text.strip(), name) for role, text, name in map(self.runs.said, range(first, last))]
+        return begin, (index - first, messages[index]["content"].strip(), self.text[begin:end], *ends, *said)
 
     def _measured(self, index: int) -> tuple[int, int]:
         """Where a message begins and ends, by the conversation up to it."""

@@ -1,8 +1,9 @@
-"""Rows that cannot be used: all are counted, the first are named, and `--bad_rows` says whether the run goes on."""
+"""Rows that cannot be used: all are counted, the first are named, and `--bad_rows` decides whether the run goes on."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tokentune.errors import UserError
@@ -16,35 +17,26 @@ LONGEST = 200  # characters of one of them in a list
 BadRowPolicy = Literal["stop", "skip"]
 
 
+@dataclass
 class BadRows:
-    """The bad rows of one data set.
+    """The bad rows of one data set."""
 
-    Args:
-        policy: "stop" or "skip".
-        skippable: whether the user could have said "skip".
-    """
-
-    def __init__(
-        self, policy: BadRowPolicy, count: int = 0, first: Sequence[str] = (), *, skippable: bool = True
-    ) -> None:
-        self.policy, self.skippable = policy, skippable
-        self.count, self.first = count, list(first)
-        self.rows: set[int] = set()  # of a table of all rows, those that are known to be bad
+    policy: BadRowPolicy
+    count: int = 0
+    first: Sequence[str] = ()  # messages of the first `NAMED`
+    skippable: bool = field(default=True, kw_only=True)  # whether the user could have said "skip"
+    rows: set[int] = field(default_factory=set)  # numbers of those that are known, in a table of all rows
 
     def add(self, error: UserError, row: int | None = None) -> None:
         """Counts a row that is wrong in this way."""
         self.count += 1
-        self.rows |= set() if row is None else {row}
-        if len(self.first) < NAMED:
-            self.first.append(str(error))
+        self.rows |= {row} - {None}
+        self.first = [*self.first, str(error)][:NAMED]
 
     @contextmanager
     def catch(self, where: str) -> Iterator[None]:
-        """Counts what goes wrong with the row at this place within the block.
-
-        Raises:
-            UserError: one that does not begin with the place, and so is about more than the row.
-        """
+        """Counts a `UserError` of the block, unless it does not begin with this place, and so is about more than a
+        row."""
         try:
             yield
         except UserError as error:
@@ -57,10 +49,10 @@ class BadRows:
 
         Args:
             where: the data set.
-            read: rows that there are, the bad ones among them.
+            read: number of rows, bad ones included.
 
         Raises:
-            UserError: there are bad rows, and the policy is to stop, or no row is a good one.
+            UserError: there are bad rows, and the policy is to stop or all rows are bad.
         """
         if self.count and (self.policy == "stop" or self.count >= read):
             raise UserError(self.first[0] if self.count == 1 else f"{self._told(where, read)}.\n{self._cure(read)}")

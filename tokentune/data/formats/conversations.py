@@ -4,9 +4,11 @@ OpenAI's form is a list of {"role", "content"}, ShareGPT's a list of {"from", "v
 OpenAI's form with texts for content and parsed tool arguments (transformers' documentation, "Tool use").
 """
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from tokentune.data.formats.json_files import json_type, parse_json
@@ -20,7 +22,7 @@ SPEAKERS = {
 SHAREGPT_ROLES = SPEAKERS | {
     **{"function_call": "assistant", "observation": "tool", "tool": "tool", "function_response": "tool"},
 }
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("train", "training", "loss")  # true or false: axolotl's and ms-swift's word for OpenAI's "weight"
 OPENAI_ROLES = {role: role for role in ROLES} | SPEAKERS | {"function": "tool"}  # "function": its older form
 SPOKEN = re.compile(
@@ -130,6 +132,24 @@ def messages_in(value: Any, what: str) -> Any:
     return parsed if isinstance(first, Mapping) and ("role" in first or "from" in first) else value
 
 
+def is_written_out(value: Any) -> bool:
+    """Whether a text is nothing but a list of messages, as JSON or as Python writes it."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value) or not SPOKEN.search(value):
+        return False
+    for parse in (parse_json, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError):
+            return all(_is_message(message) for message in parse(value.strip()))
+    return False
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    if _speaker(value.get("from"), SHAREGPT_ROLES) is not None:
+        return "value" in value
+    return _speaker(value.get("role"), OPENAI_ROLES) is not None and not {"content", "tool_calls"}.isdisjoint(value)
+
+
 def json_value(value: Any, what: str) -> Any:
     """The value, parsed where it is JSON as text. `what`: names it in the message. Raises UserError: it is no JSON."""
     try:
@@ -215,9 +235,8 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
     if role is None:
         raise UserError(f"{where}: unknown speaker {speaker!r:.40}; known are {', '.join(SHAREGPT_ROLES)}.")
     text = text_of(turn["value"], f"{where}: 'value'")
-    message = {"role": role, "content": text}
-    kept = ("weight", *TRAINED, *THOUGHTS)
-    message |= {key: turn[key] for key in kept if turn.get(key) is not None}
+    kept = {key: turn[key] for key in ("weight", *TRAINED, *REASONING) if turn.get(key) is not None}
+    message = {"role": role, "content": text} | kept
     if turn.get("tool_calls"):
         raise UserError(
             f"{where}: has 'tool_calls', which turns of 'from' and 'value' have not: --data_format messages."
@@ -225,8 +244,7 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
     if speaker.strip().lower() != "function_call":
         return message
     calls = json_value(text, f"{where}: a function_call's 'value'")
-    calls = calls if isinstance(calls, list) else [calls]
-    wrapped = [{"type": "function", "function": call} for call in calls]
+    wrapped = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
     return message | {"content": "", "tool_calls": [_tool_call(call, where) for call in wrapped]}
 
 

@@ -1,12 +1,13 @@
 """The formats of instruction data: told by columns, and how each record becomes a prompt with an answer or a chat."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tokentune.data.formats.conversations import (
     Conversation,
+    is_written_out,
     json_value,
     messages_in,
     openai_conversation,
@@ -38,6 +39,7 @@ MEANT = (*CHAT_COLUMNS, "history")
 # As well, but the names are used for remarks on a row too: said to be left out.
 PERHAPS_MEANT = ("input", "context", "documents", "chat_template_kwargs", "thinking", "reasoning", "reasoning_content")
 PERHAPS_MEANT += ("images", "videos", "audios")
+TEXT_COLUMNS = ("instruction", "input", "output", "text")  # taken as text whatever is in them
 SOURCE_COLUMN = "data_source"  # of Open-Platypus
 NAME_ONE = "name one with --data_format"
 
@@ -69,6 +71,17 @@ class DataFormat:
         # "Input" and " input" are read by nobody.
         found = [n for n in names if n in doubtful or (n not in known and n.strip().lower() in known)]
         return f"not read: the columns {listed(found)}" if found else None
+
+    def doubts(self, record: Record) -> Iterator[str]:
+        """What to say of a row: its columns that are not read, and its texts that are chats written out."""
+        if (unread := self.unread(record)) is not None:
+            yield unread
+        for name in TEXT_COLUMNS:
+            if name in (*self.needs, *self.may_have) and is_written_out(record.get(name)):
+                yield (
+                    f"the column {name!r} holds a list of messages written out as text, and is taken as this text. To "
+                    "train on it as a chat, put it into a column 'messages'"
+                )
 
     def read(self, record: Record, where: str, template: PromptTemplate, *, told: bool = False) -> Item:
         """A row as what is learnt from it.
@@ -181,16 +194,10 @@ def _filled(value: Any) -> bool:
 
 FORMATS = {
     "alpaca": DataFormat(
-        ("instruction", "output"),
-        ("input",),
-        _alpaca,
-        "alpaca: 'instruction', 'output' (and 'input', if any)",
+        ("instruction", "output"), ("input",), _alpaca, "alpaca: 'instruction', 'output' (and 'input', if any)"
     ),
-    "alpaca_chat": DataFormat(
-        ("instruction", "output"),
-        ("input", "history", *CHAT_COLUMNS),
-        _alpaca_chat,
-        "",  # told with alpaca
+    "alpaca_chat": DataFormat(  # told with alpaca
+        ("instruction", "output"), ("input", "history", *CHAT_COLUMNS), _alpaca_chat, ""
     ),
     "prompt_completion": DataFormat(
         ("prompt", "completion"), CHAT_COLUMNS, _prompt_completion, "prompt_completion: 'prompt', 'completion'"

@@ -1,7 +1,7 @@
-"""Which files of a folder are the data set that is asked for: its splits and configurations, never joined by guess.
+"""Which files of a folder are the data set that is asked for: its splits and configurations, never joined by a guess.
 
-What is there is told, in this order, by what `save_to_disk` writes, by the `configs:` in a README.md (as the hub's data
-sets have it), and by names: `train.jsonl`, `data/train_sft-00000-of-00001.parquet`, `main/test.csv`.
+They are known, in this order, by what `save_to_disk` wrote, by the `configs:` in a README.md (as in the hub's data
+sets), and by names: `train.jsonl`, `data/train_sft-00000-of-00001.parquet`, `main/test.csv`.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from datasets.data_files import FILES_TO_IGNORE, resolve_pattern, sanitize_patterns
@@ -25,55 +25,49 @@ from tokentune.sources import COMPRESSIONS, KINDS, first_line, listed
 logger = logging.getLogger(__name__)
 
 CHOICES = {role: f"--{which}dataset" for role, which in (("train", ""), ("validation", "eval_"), ("test", "test_"))}
-# Parameters of a README's configuration that change nothing about which rows its files hold.
+# Parameters of a README's configuration that do not change which rows its files hold.
 CARD_PARAMETERS = {"data_files", "data_dir", "default", "description", "version", "features"}
 DOCUMENTS = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog)\b|.*\.(md|py|ya?ml|toml|cff|bib|png|jpe?g|svg|pdf)$"
 )
 
-# name -> files, or the folder of a saved data set, which need not be there where a README tells them; None: no name
-# tells one
+# Name -> files, or the folder of a saved data set; those that a README names may be missing. None: without a name.
 Splits = dict[str | None, list[Path]]
 Catalogue = dict[str, Splits]  # configuration -> its splits; "": the folder itself
 
 
-class Found(NamedTuple):
-    """The files of the split, or the folder of a saved data set."""
+def find_files(
+    folder: Path, flag: str, *, role: str, split: str | None = None, config: str | None = None
+) -> list[Path]:
+    """The files that are asked for, or the folder of a saved data set alone (`is_saved`). The log names files that are
+    not read.
 
-    files: list[Path]
-    saved: Path | None = None
-
-
-def find_files(folder: Path, flag: str, *, role: str, split: str | None = None, config: str | None = None) -> Found:
-    """The files that are asked for; those that are not read are named in the log.
-
-    They are sorted, so that rows, and with them every seeded draw, keep their order on any file system.
+    They are sorted: rows, and so every seeded draw, have the same order on any file system.
 
     Args:
         flag: that named the folder.
         role: "train", "validation" or "test": which split is meant where `split` is None.
-        split, config: asked for by name; None: there has to be one that is meant.
+        split, config: asked for by name; None: there must be one that is meant.
 
     Raises:
         UserError: there is none, or more than one.
     """
     where = f"{flag} {folder}"
     catalogue, default = _catalogue(folder, where)
-    wanted = split or role
-    splits = _chosen_config(catalogue, where, role, config or default, wanted)
+    splits = _chosen_config(catalogue, where, role, config or default, split or role)
     files = _chosen_split(splits, where, role, split)
     _check_there(files, folder, where)
     if any(is_saved(file) for file in files):
         if len(files) > 1:
             raise UserError(f"{where}: holds several saved data sets ({_paths(files, folder)}). Name one of them.")
-        return Found([], files[0])
+        return files
     _check_kinds(files, folder, where)
     _tell_unread(folder, where, files, catalogue)
-    return Found(files)
+    return files
 
 
 def tells_split(name_or_path: str, role: str) -> bool:
-    """Whether a folder names this split; a file does not, and of a hub data set loading it tells."""
+    """Whether a folder names this split. Of a file, and of a hub data set (loading it tells), False."""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return False
@@ -86,13 +80,8 @@ def tells_split(name_or_path: str, role: str) -> bool:
 
 
 def subfolder_of_split(folder: Path, where: str, role: str, split: str | None) -> Path | None:
-    """The one of a folder's subfolders that is asked for, or of several that `datasets` would join.
-
-    None: none is asked for, and joining is not in question.
-
-    Raises:
-        UserError: there is no such one, or several are meant.
-    """
+    """The subfolder that is asked for; None where none is asked for, and there are not several that `datasets` would
+    join. Raises UserError: there is no such one, or several are meant."""
     named = {path.name: [path] for path in sorted(folder.iterdir()) if path.is_dir() and base_of(path.name)}
     if split is None and len([name for name in named if base_of(name) == role]) < 2:
         return None
@@ -108,7 +97,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def _catalogue(folder: Path, where: str) -> tuple[Catalogue, str | None]:
-    """What the folder holds, and the name of its default configuration, if a README tells one."""
+    """What the folder holds, and the name of its default configuration, if a README names one."""
     if is_saved(folder):
         return {"": _saved_splits(folder, where)}, None
     cards = _card_configs(folder, where)
@@ -137,7 +126,7 @@ def _card_configs(folder: Path, where: str) -> MetadataConfigs:
     except (OSError, UnicodeDecodeError):
         return MetadataConfigs()
     head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    if head is None or not re.search(r"^configs\s*:", head[1], re.MULTILINE):
+    if head is None or not re.search(r"^configs\s*:", head[1], re.MULTILINE):  # what else it holds may be malformed
         return MetadataConfigs()
     try:
         configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(configs=yaml.safe_load(head[1])["configs"]))
@@ -168,35 +157,36 @@ def _card_splits(folder: Path, name: str, card: dict[str, Any], where: str) -> S
         for pattern in patterns:
             if "://" in pattern:
                 raise UserError(f"{where}: its README.md names a file elsewhere ({pattern:.80}). Download it first.")
-            try:
-                matching = map(Path, resolve_pattern(pattern, str(folder.absolute())))
-            except FileNotFoundError:  # a copy of some of the data, where it matters only once it is chosen
-                matching = [folder.absolute() / pattern]
             at = folder.absolute()
+            try:
+                matching = map(Path, resolve_pattern(pattern, str(at)))
+            except FileNotFoundError:  # an incomplete copy: refused only if this split is chosen
+                matching = [at / pattern]
             found |= {folder / path.relative_to(at) if path.is_relative_to(at) else path: None for path in matching}
         splits[split] = list(found)
     return splits
 
 
 def _told_by_names(folder: Path) -> Catalogue:
-    paths = {path: path.name if path.is_dir() else stem_of(path) for path in _data_paths(folder)}
-    return labelled({path: (stem, path.relative_to(folder).parts[:-1]) for path, stem in paths.items()})
-
-
-def _data_paths(folder: Path) -> list[Path]:
-    """Data files, and the folders of saved data sets, whose own files are left out. Hidden ones are not looked at."""
+    """Data files, and the folders of saved data sets, whose own files are left out."""
     saved = {path.parent for path in folder.rglob("state.json") if (path.parent / "dataset_info.json").is_file()}
-    paths = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        inside = any(parent in saved for parent in path.parents)
-        if path in saved or (kind_of_file(path) and path.is_file() and path.name not in FILES_TO_IGNORE and not inside):
-            paths += [] if hidden else [path]
-    return paths
+    stems = {}
+    for path in _visible(folder):
+        if path in saved:
+            stems[path] = path.name
+        elif kind_of_file(path) and path.is_file() and path.name not in FILES_TO_IGNORE and not saved & {*path.parents}:
+            stems[path] = stem_of(path)
+    return labelled({path: (stem, path.relative_to(folder).parts[:-1]) for path, stem in stems.items()})
+
+
+def _visible(folder: Path) -> list[Path]:
+    """All that is below a folder, sorted, without what is hidden."""
+    paths = sorted(folder.rglob("*"))
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _check_there(files: list[Path], folder: Path, where: str) -> None:
-    """Refuses a split of which the folder's own list names what is not there, and tells of missing shards."""
+    """Refuses a split of which the folder's own list names files that are missing, and warns of missing shards."""
     saved = (folder / "dataset_dict.json").is_file()
     missing = [file for file in files if not (is_saved(file) if saved else file.exists())]
     if missing:
@@ -222,12 +212,15 @@ def _chosen_config(catalogue: Catalogue, where: str, role: str, config: str | No
             return catalogue[config]
         there = f"only {', '.join(sorted(names))}" if names else f"nor any other: leave {config_flag} out"
         raise UserError(f"{where}: no configuration {config!r}, {there}.")
-    meant = {name: _meant(splits, wanted) for name, splits in catalogue.items()}
+    meant = {
+        name: [file for split in _fitting(splits, wanted) for file in splits[split]]
+        for name, splits in catalogue.items()
+    }
     having = [name for name, files in meant.items() if _present(files)] or [name for name in meant if meant[name]]
     if len(having) == 1 or len(catalogue) == 1:
         return catalogue[having[0] if having else next(iter(catalogue))]
     if len(having) == 2 and "" in having and all(list(catalogue[name]) == [None] for name in having):
-        # Files, and more of them in one folder below.
+        # Files, and more of them in one subfolder.
         return {None: sorted(path for name in having for path in catalogue[name][None])}
     if not having:
         there = dict.fromkeys(split for splits in catalogue.values() for split in splits if split is not None)
@@ -238,18 +231,12 @@ def _chosen_config(catalogue: Catalogue, where: str, role: str, config: str | No
     )
 
 
-def _fitting(splits: Splits, wanted: str) -> list[str]:
-    """The splits that are meant by a name: the one of that name, or all that are for the same."""
-    if wanted in splits:
-        return [wanted]
+def _fitting(splits: Splits, wanted: str) -> list[str | None]:
+    """The splits that a name means: the one of that name, or all for the same purpose; None where none has a name."""
+    if wanted in splits or list(splits) == [None]:
+        return [wanted if wanted in splits else None]
     named = [name for name in splits if name is not None and wanted in SPLIT_WORDS and base_of(name) == wanted]
     return [name for name in named if _present(splits[name])] or named
-
-
-def _meant(splits: Splits, wanted: str) -> list[Path]:
-    if list(splits) == [None]:
-        return splits[None]
-    return [file for name in _fitting(splits, wanted) for file in splits[name]]
 
 
 def _present(files: Iterable[Path]) -> bool:
@@ -258,20 +245,17 @@ def _present(files: Iterable[Path]) -> bool:
 
 def _chosen_split(splits: Splits, where: str, role: str, split: str | None) -> list[Path]:
     split_flag, wanted = f"{CHOICES[role]}_split", split or role
-    if list(splits) == [None]:
-        if split is not None:
-            raise UserError(f"{where}: tells no splits, so there is no {split!r}: leave {split_flag} out.")
-        return splits[None]
-    there = [name for name in splits if name is not None]
-    fitting = _fitting(splits, wanted)
-    if len(fitting) == 1:
-        return splits[fitting[0]]
+    if split is not None and list(splits) == [None]:
+        raise UserError(f"{where}: tells no splits, so there is no {split!r}: leave {split_flag} out.")
+    fitting, there = _fitting(splits, wanted), [name for name in splits if name is not None]
     if not fitting:
         raise _no_split(where, role, wanted, there)
-    raise UserError(
-        f"{where}: holds several splits for {wanted}: {', '.join(sorted(fitting))}. Choose one with {split_flag}; "
-        f"there are {', '.join(there)}."
-    )
+    if len(fitting) > 1:
+        raise UserError(
+            f"{where}: holds several splits for {wanted}: {', '.join(sorted(fitting))}. Choose one with {split_flag}; "
+            f"there are {', '.join(there)}."
+        )
+    return splits[fitting[0]]
 
 
 def _no_split(where: str, role: str, wanted: str, there: list[str]) -> UserError:
@@ -280,7 +264,7 @@ def _no_split(where: str, role: str, wanted: str, there: list[str]) -> UserError
 
 
 def _check_kinds(files: list[Path], folder: Path, where: str) -> None:
-    """Refuses the same rows in two kinds of file, as far as names tell."""
+    """Refuses two kinds of file with one name, which may hold the same rows."""
     named: dict[Path, Path] = {}
     for file in files:
         stem = stem_of(file)
@@ -302,14 +286,12 @@ def _tell_unread(folder: Path, where: str, files: list[Path], catalogue: Catalog
     others = sorted(path for path in known - set(files) if path.exists())
     if others:
         logger.info("%s: not read, as they are of other splits or configurations: %s", where, _paths(others, folder))
-    unknown = []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        inside = any(up in known for up in path.parents)
-        document = path.name in FILES_TO_IGNORE or DOCUMENTS.match(path.name.lower())
-        if path.is_file() and not (hidden or inside or document or path in known):
-            unknown.append(path)
+    unknown = [
+        path
+        for path in _visible(folder)
+        if path.is_file() and not known & {path, *path.parents}
+        if path.name not in FILES_TO_IGNORE and not DOCUMENTS.match(path.name.lower())
+    ]
     if unknown:
         read = f"{', '.join(KINDS)}, the first three also with {', '.join(COMPRESSIONS)}"
         logger.warning("%s: not read: %s (what is read: %s)", where, _paths(unknown, folder), read)

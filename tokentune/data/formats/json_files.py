@@ -1,16 +1,17 @@
 """JSON and JSON Lines: records one after another, each with its place in the file, in bounded memory.
 
-A JSON Lines file is read line by line, and a line is refused before more than `MOST_LINE_BYTES` of it are in memory. A
-JSON array has to be held whole, so files above `MOST_JSON_BYTES` are to be converted.
+A JSON Lines file is read line by line, and no more than `MOST_LINE_BYTES` of a line. A JSON array has to be held in
+memory whole, so files above `MOST_JSON_BYTES` are refused.
 
-A row that is wrong while the file can be read on is yielded as the `UserError` that describes it, so that the caller
-can count such rows; what makes the rest of the file unreadable is raised.
+A row that is wrong in a file that can be read on is yielded as the `UserError` that describes it, so that the caller
+can count such rows. What makes the rest of the file unreadable is raised.
 """
 
 import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,41 +21,39 @@ from tokentune.errors import UserError
 from tokentune.sources import COMPRESSIONS, first_line
 
 MOST_LINE_BYTES = 64 * 2**20  # a document of a million words has 6 MB
-MOST_JSON_BYTES = 2**30  # about five times as much once it is parsed
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as Windows programs write it; no text
+MOST_JSON_BYTES = 2**30  # parsed, it takes about five times as much
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows programs write in front of the text
 
 
 class RepeatedName(ValueError):
-    """A JSON object that has a name twice: which of the values is meant cannot be told."""
+    """A JSON object that has a name twice: it is not known which of the values is meant."""
 
 
 def read_json_lines(path: Path) -> Iterator[dict | UserError]:
-    """The objects of a JSON Lines file, blank lines left out.
-
-    Yields:
-        An object, or what is wrong with a line (with its number) that is no JSON or no object.
+    """The objects of a JSON Lines file, or what is wrong with a line; blank lines are skipped.
 
     Raises:
-        UserError: a line that is too long, no UTF-8 (with its place); an empty file.
+        UserError: a line that is too long or not UTF-8; an empty file.
         OSError: the file cannot be read.
     """
     found = False
     for number, line in text_lines(path):
         if line.strip():
             found = True
-            yield _parse_line(line, path, number)
+            try:
+                yield _object(_parsed(line, path, number), f"{path}, line {number}")
+            except UserError as error:
+                yield error
     if not found:
         raise UserError(f"{path}: the file is empty.")
 
 
 def read_json(path: Path) -> Iterator[dict | UserError]:
-    """The objects of a `.json` file: an array, {"data": array}, one object, or JSON Lines under a wrong name.
-
-    Yields:
-        An object, or what is wrong with an element that is none.
+    """The objects of a `.json` file, or what is wrong with an element: an array, {"data": array}, one object, or JSON
+    Lines with a wrong suffix.
 
     Raises:
-        UserError, OSError: as `read_json_lines`; no JSON; larger than `MOST_JSON_BYTES` and no JSON Lines.
+        UserError, OSError: as `read_json_lines`; not JSON; larger than `MOST_JSON_BYTES` and not JSON Lines.
     """
     if _holds_lines(path):
         yield from read_json_lines(path)
@@ -65,28 +64,29 @@ def read_json(path: Path) -> Iterator[dict | UserError]:
     if not isinstance(content, list):
         raise UserError(f"{path}: holds a JSON {json_type(content)}; expected an array of objects.")
     for row, record in enumerate(content, start=1):
-        if isinstance(record, dict):
-            yield record
-        else:
-            yield UserError(f"{path}, row {row}: expected an object, found a JSON {json_type(record)}.")
+        yield _object(record, f"{path}, row {row}")
+
+
+def _object(value: Any, where: str) -> dict | UserError:
+    if isinstance(value, dict):
+        return value
+    return UserError(f"{where}: expected an object, found a JSON {json_type(value)}.")
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """A file's content, decompressed where its name ends in one of `COMPRESSIONS`. Raises OSError."""
+    """A file's content, decompressed if its name ends in one of `COMPRESSIONS`. Raises OSError."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
         return open(path, "rb")
-    # Arrow reports a file that is cut short, which some readers take for the end of the data.
+    # Arrow raises where a file is cut short, which other readers take for the end of the data.
     return io.BufferedReader(pyarrow.CompressedInputStream(str(path), compression))
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text with its line break) of every line, without a byte order mark.
-
-    Lines end at a line feed alone: JSON allows U+2028 and the like within a text.
+    """(number, text with its line feed) of every line. Other line breaks are text: JSON allows U+2028 in a string.
 
     Raises:
-        UserError: a line that is too long, or no UTF-8.
+        UserError: a line that is too long or not UTF-8.
         OSError: the file cannot be read.
     """
     number = offset = 0
@@ -98,29 +98,26 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                     f"{path}, line {number}: longer than {MOST_LINE_BYTES / 2**20:.0f} MiB. A line holds one row: "
                     "split this one, or give the file the ending of what it is (.json for an array)."
                 )
-            mark = len(BYTE_ORDER_MARK) if number == 1 and line.startswith(BYTE_ORDER_MARK) else 0
-            try:
-                yield number, line[mark:].decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise not_text(path, offset + mark + error.start) from error
+            text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             offset += len(line)
+            yield number, _decoded(text, path, offset - len(text))
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text holds; NaN, which JSON has not but Python writes (pandas' missing values), is null.
+    """The value of a JSON text. NaN, which Python writes although it is not JSON (pandas' missing values), is null.
 
     Raises:
-        json.JSONDecodeError: no JSON.
+        json.JSONDecodeError: not JSON.
         RepeatedName: an object that has a name twice.
-        ValueError: JSON that Python does not take: nested too deeply, or an integer of thousands of digits.
+        ValueError: JSON that Python does not read: nested too deeply, or an integer of thousands of digits.
     """
     try:
-        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=_object)
+        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=_without_repeats)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         raise RepeatedName(name_twice(name for name, _ in pairs))
@@ -128,7 +125,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def name_twice(names: Iterable[str]) -> str | None:
-    """What to say of the first name that occurs more than once; None where none does."""
+    """The message about the first name that occurs more than once; None where none does."""
     return next((f"the name {name!r:.60} occurs twice" for name, n in Counter(names).items() if n > 1), None)
 
 
@@ -138,13 +135,17 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def not_text(path: Path, byte: int) -> UserError:
-    """What to say of a file with a byte that no UTF-8 text has."""
-    return UserError(f"{path}: not UTF-8 text (byte {byte}). Convert it, e.g. with iconv.")
+def _decoded(content: bytes, path: Path, offset: int = 0) -> str:
+    """`offset`: bytes of the file in front of the content. Raises UserError."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = offset + error.start
+        raise UserError(f"{path}: not UTF-8 text (byte {byte}). Convert it, e.g. with iconv.") from error
 
 
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
-    """What a line, or without one the whole file, holds. Raises UserError."""
+    """The value of a line, or without a number of the whole file. Raises UserError."""
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
@@ -153,16 +154,6 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     except ValueError as error:
         where = path if line is None else f"{path}, line {line}"
         raise UserError(f"{where}: cannot be read: {first_line(error)}.") from error
-
-
-def _parse_line(line: str, path: Path, number: int) -> dict | UserError:
-    try:
-        record = _parsed(line, path, number)
-    except UserError as error:
-        return error
-    if not isinstance(record, dict):
-        return UserError(f"{path}, line {number}: expected an object, found a JSON {json_type(record)}.")
-    return record
 
 
 def _holds_lines(path: Path) -> bool:
@@ -181,19 +172,16 @@ def _holds_lines(path: Path) -> bool:
 
 
 def _parse_whole(path: Path) -> Any:
-    content = bytearray()
     with open_bytes(path) as file:
-        while chunk := file.read(2**20):
-            content += chunk
-            if len(content) > MOST_JSON_BYTES:
-                raise UserError(
-                    f"{path}: more than {MOST_JSON_BYTES / 2**30:.1f} GiB of JSON in one piece would have to be held "
-                    "in memory whole. Convert it to JSON Lines (one row in each line, .jsonl)."
-                )
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise not_text(path, error.start) from error
+        pieces = iter(lambda: file.read(2**20), b"")
+        content = b"".join(islice(pieces, MOST_JSON_BYTES // 2**20 + 1))
+    if len(content) > MOST_JSON_BYTES:
+        raise UserError(
+            f"{path}: more than {MOST_JSON_BYTES / 2**30:.1f} GiB of JSON in one piece would have to be held in memory "
+            "whole. Convert it to JSON Lines (one row in each line, .jsonl)."
+        )
+    text = content.removeprefix(BYTE_ORDER_MARK)
+    text = _decoded(text, path, len(content) - len(text))
     if not text.strip():
         raise UserError(f"{path}: the file is empty.")
     return _parsed(text, path)

@@ -1,14 +1,13 @@
 """The rows of one file or table, one after another: JSON, JSON Lines, CSV and Parquet, and tables of `datasets`.
 
-As in `data/formats/json_files.py`, a row that is wrong while the file can be read on is yielded as the `UserError` of
-it.
+As in `data/formats/json_files.py`, a row that is wrong in a file that can be read on is yielded as a `UserError`.
 """
 
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -38,81 +37,75 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def kind_of_file(path: Path) -> str | None:
-    """The one of `sources.KINDS` that a file's name tells, compressed or not; None for a file that is not read."""
+    """The one of `sources.KINDS` in a file's name, compressed or not; None for a file that cannot be read."""
     ending = path.name[len(stem_of(path)) :].lower()
     return next((kind for kind in KINDS if kind in (ending, ending[: ending.rfind(".")])), None)
 
 
 def stem_of(path: PurePath) -> str:
-    """A file's name without the endings that tell its kind."""
+    """A file's name without the suffixes of its kind and compression."""
     ends = [suffix for suffix in DATA_SUFFIXES if path.name.lower().endswith(suffix)]
     return path.name[: -len(ends[0])] if ends else path.name
 
 
 def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:
-    """The rows of a file, but for JSON with the given columns alone.
-
-    Raises:
-        UserError: an unknown kind of file, or one that cannot be read.
-    """
-    kind = _known_kind(path, flag)
-    with readable(path, flag):
-        if kind in (".parquet", ".csv"):
-            yield from {".parquet": _rows_of_parquet, ".csv": _rows_of_csv}[kind](path, columns)
+    """The rows of a file, with the given columns alone (of JSON, with all). Raises UserError: as `readable`."""
+    with readable(path, flag) as kind:
+        if kind == ".parquet":
+            yield from _rows_of_parquet(path, columns)
+        elif kind == ".csv":
+            yield from _rows_of_csv(path, columns)
         else:
-            yield from {".json": read_json, ".jsonl": read_json_lines}[kind](path)
+            yield from read_json(path) if kind == ".json" else read_json_lines(path)
 
 
 def columns_of_file(path: Path, flag: str) -> list[str] | None:
-    """The names of a file's columns; None for JSON, whose rows have names of their own.
-
-    Raises:
-        UserError: as `rows_of_file`.
-    """
-    kind = _known_kind(path, flag)
-    with readable(path, flag):
+    """The names of a file's columns; None for JSON, whose rows have names of their own. Raises UserError."""
+    with readable(path, flag) as kind:
         if kind == ".parquet":
             return parquet_schema(path).names
         return [name for name in next(_csv_records(path))[1] if name] if kind == ".csv" else None
 
 
 @contextmanager
-def readable(path: Path, flag: str) -> Iterator[None]:
-    """Turns a file that cannot be read into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read: {error.strerror or first_line(error)}.") from error
-
-
-def _known_kind(path: Path, flag: str) -> str:
+def readable(path: Path, flag: str) -> Iterator[str]:
+    """To read a file within, of which it yields the kind. Raises UserError: it is of no known kind, or cannot be
+    read."""
     kind = kind_of_file(path)
     if kind is None:
         compressed = "" if path.suffix.lower() not in COMPRESSIONS else f" (compressed: {', '.join(KINDS[:-1])} alone)"
         raise UserError(f"{flag} {path}: unknown file type; {', '.join(KINDS)} can be read{compressed}.")
-    return kind
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty.")
+        yield kind
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror or first_line(error)}.") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if kind != ".parquet":
+            raise
+        raise UserError(f"{path}: not a valid Parquet file: {first_line(error)}") from error
 
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
 def _rows_of_csv(path: Path, columns: Sequence[str] | None) -> Rows:
-    """Every cell is text, as it stands: an answer "42", "NA" or "None" too. Only an empty one is missing."""
+    """Every cell is text, unchanged: also an answer "42", "NA" or "None". Only an empty one is missing."""
     records = _csv_records(path)
     _, names = next(records)
     read = {name for name in names if name and (columns is None or name in columns)}
     for line, cells in records:
         if len(cells) > len(names):
             yield UserError(f"{path}, line {line}: has {len(cells)} cells, and the header {len(names)} names.")
-            continue
-        cells += [""] * (len(names) - len(cells))
-        yield {name: cell or None for name, cell in zip(names, cells, strict=True) if name in read}
+        else:
+            yield {name: cell or None for name, cell in zip_longest(names, cells) if name in read}
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of the header and of every row. A column without a name is nobody's."""
+    """(line, cells) of the header and of every row."""
     csv.field_size_limit(MOST_LINE_BYTES)
-    # Old programs end lines with a carriage return alone; within quotes the pieces are joined again.
+    # Some programs end lines with a carriage return alone. Within quotes the reader joins the pieces again.
     pieces = (piece for _, line in text_lines(path) for piece in re.split(r"(?<=\r)(?!\n)", line))
     reader = csv.reader(pieces, strict=True)
     names = None
@@ -120,10 +113,9 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         for cells in reader:
             if not cells or (len(cells) == 1 and cells[0].isspace()):
                 continue
-            if names is None:
-                names = cells
-                if twice := name_twice(name for name in names if name):
-                    raise UserError(f"{path}: {twice} in the header. Rename or remove one of the columns.")
+            if names is None and (twice := name_twice(filter(None, cells))):
+                raise UserError(f"{path}: {twice} in the header. Rename or remove one of the columns.")
+            names = names or cells
             yield reader.line_num, cells
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {first_line(error)}.") from error
@@ -135,49 +127,24 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def parquet_schema(path: Path) -> pyarrow.Schema:
-    """The columns of a Parquet file with their types.
-
-    Raises:
-        UserError: no Parquet file, or a name that occurs twice.
-    """
-    with _valid_parquet(path):
-        schema = pyarrow.parquet.read_schema(path)
+    """The columns of a Parquet file. Raises UserError: a name that occurs twice."""
+    schema = pyarrow.parquet.read_schema(path)
     if twice := name_twice(schema.names):
         raise UserError(f"{path}: {twice} among its columns. Rename or remove one of them.")
     return schema
 
 
-@contextmanager
-def _valid_parquet(path: Path) -> Iterator[None]:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty.")
-    try:
-        yield
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a valid Parquet file: {first_line(error)}") from error
-
-
-def read_parquet(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """These columns of a Parquet file, as a table. Raises UserError."""
-    with _valid_parquet(path):
-        return pyarrow.parquet.read_table(path, columns=list(columns))
-
-
 def _rows_of_parquet(path: Path, columns: Sequence[str] | None) -> Rows:
-    names = parquet_schema(path).names
-    with _valid_parquet(path), pyarrow.parquet.ParquetFile(path) as file:
-        chosen = names if columns is None else [name for name in names if name in columns]
+    chosen = [name for name in parquet_schema(path).names if columns is None or name in columns]
+    with pyarrow.parquet.ParquetFile(path) as file:
         batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=chosen)
         yield from _rows_of_arrow(map(pyarrow.table, batches), str(path))
 
 
 def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | None, where: str) -> Rows:
-    """The rows of a table of `datasets`, of which only the given columns are converted.
-
-    Raises:
-        UserError: a value that cannot be converted; a stream that breaks off.
-    """
-    names = table.column_names  # None: a streamed table that does not know them before its first row
+    """The rows of a table of `datasets`, of which only the given columns are converted. Raises UserError: a value that
+    cannot be converted; a stream that breaks off."""
+    names = table.column_names  # None: a streamed table whose columns are not known before its first row
     if columns is not None and names is not None:
         chosen = [name for name in names if name in columns]
         if not chosen and isinstance(table, Dataset):  # a table without columns has no rows
@@ -215,7 +182,7 @@ def _shapes(schema: pyarrow.Schema) -> dict[str, Any]:
 
 
 def _shape(kind: pyarrow.DataType) -> Any:
-    """Where below a type JSON is: `_JSON` itself, {field: shape}, [shape of the items], or None for nowhere."""
+    """Where a type has JSON in it: `_JSON` itself, {field: shape}, [shape of the items], or None for nowhere."""
     if isinstance(kind, pyarrow.JsonType):
         return _JSON
     if pyarrow.types.is_struct(kind):
@@ -226,10 +193,10 @@ def _shape(kind: pyarrow.DataType) -> Any:
 
 
 def _cleaned(value: Any, shape: Any, *, parsed: bool = False) -> Any:
-    """The value as a JSON Lines file would hold it.
+    """The value as in a JSON Lines file.
 
-    Arrow gives every struct of a column the same keys, null where it had none: those are left out again. Of JSON, which
-    Arrow keeps as text, nulls are meant.
+    In Arrow every struct of a column has the same keys, null where a row had none: these are removed. JSON, which Arrow
+    keeps as text, keeps its nulls.
     """
     if shape is _JSON:
         return value if parsed or value is None else parse_json(value)

@@ -1,4 +1,4 @@
-"""Files as one table in memory, for what needs columns of one type each."""
+"""Files as one table in memory, whose columns have one type each."""
 
 import json
 import logging
@@ -9,16 +9,17 @@ from typing import Any
 
 import pyarrow
 import pyarrow.compute
+import pyarrow.parquet
 from datasets import Dataset, Features, concatenate_datasets
 
 from tokentune.data.formats.bad_rows import BadRows
-from tokentune.data.formats.record_files import kind_of_file, parquet_schema, read_parquet, readable, rows_of_file
+from tokentune.data.formats.record_files import kind_of_file, parquet_schema, readable, rows_of_file
 from tokentune.errors import UserError
 from tokentune.sources import first_line, listed
 
 logger = logging.getLogger(__name__)
 
-CSV_TYPES = (pyarrow.int64(), pyarrow.float64(), pyarrow.bool_())  # what a column of a CSV file may be but text
+CSV_TYPES = (pyarrow.int64(), pyarrow.float64(), pyarrow.bool_())  # of a CSV file's column, besides text
 
 
 def table_of_files(files: Sequence[Path], flag: str, text_columns: Sequence[str], bad: BadRows) -> Dataset:
@@ -26,7 +27,7 @@ def table_of_files(files: Sequence[Path], flag: str, text_columns: Sequence[str]
 
     Args:
         text_columns: stay text where a CSV file has them.
-        bad: takes the rows that cannot be read; in their place are rows without any value.
+        bad: counts the rows that cannot be read; in their place the table has rows without any value.
 
     Raises:
         UserError: a file cannot be read, or the files do not fit together.
@@ -36,15 +37,15 @@ def table_of_files(files: Sequence[Path], flag: str, text_columns: Sequence[str]
         if parquet:
             parts += [_parquet_table(file, flag) for file in group]
         else:
-            parts.append(_dataset_of(group, flag, text_columns, bad, sum(map(len, parts))))
+            parts.append(_table_of_rows(group, flag, text_columns, bad, sum(map(len, parts))))
     return _joined(parts, flag)
 
 
 def _parquet_table(path: Path, flag: str) -> Dataset:
-    """A Parquet file without the columns whose type `datasets` has no name for, which nothing here can use."""
+    """A Parquet file without the columns whose type `datasets` does not know."""
     with readable(path, flag):
         known = [field.name for field in parquet_schema(path) if _has_feature(field)]
-        return Dataset(read_parquet(path, known))
+        return Dataset(pyarrow.parquet.read_table(path, columns=known))
 
 
 def _has_feature(field: pyarrow.Field) -> bool:
@@ -55,7 +56,7 @@ def _has_feature(field: pyarrow.Field) -> bool:
 
 
 def _joined(parts: list[Dataset], where: str) -> Dataset:
-    """The tables as one. Columns that have another type in each are nobody's."""
+    """The tables as one, without the columns whose type differs between them."""
     try:
         return concatenate_datasets(parts)
     except (ValueError, TypeError, pyarrow.ArrowException):
@@ -69,44 +70,42 @@ def _joined(parts: list[Dataset], where: str) -> Dataset:
         raise UserError(f"{where}: the files' columns do not fit together: {first_line(error)}") from error
 
 
-def _dataset_of(files: Iterable[Path], flag: str, text_columns: Sequence[str], bad: BadRows, first: int) -> Dataset:
-    """The rows of files in memory: every column that any row has, None where a row lacks it.
+def _table_of_rows(files: Iterable[Path], flag: str, text_columns: Sequence[str], bad: BadRows, first: int) -> Dataset:
+    """The rows of files: every column that any row has, None where a row lacks it.
 
     Args:
-        first: rows of the data set before these.
+        first: number of the first row in the data set, from 0.
     """
-    columns: dict[str, list] = {}
-    count = 0
+    rows: list[dict[str, Any]] = []
     for file in files:
-        rows: list[dict[str, Any]] = []
+        start = len(rows)
         for row in rows_of_file(file, None, flag):
             if isinstance(row, UserError):
-                bad.add(row, first + count + len(rows))
+                bad.add(row, first + len(rows))
             rows.append({} if isinstance(row, UserError) else row)
-        for name in dict.fromkeys(name for row in rows for name in row):
-            values = [row.get(name) for row in rows]
-            typed = kind_of_file(file) == ".csv" and name not in text_columns
-            columns.setdefault(name, [None] * count).extend(_typed(values) if typed else values)
-        count += len(rows)
-        for values in columns.values():
-            values += [None] * (count - len(values))
-    return Dataset(pyarrow.table({name: _array(columns.pop(name)) for name in list(columns)}))
+        if kind_of_file(file) == ".csv":
+            _set_types(rows[start:], text_columns)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset(pyarrow.table({name: _array([row.get(name) for row in rows]) for name in names}))
 
 
-def _typed(cells: list[str | None]) -> list:
-    """Cells of a CSV column, as numbers or truth values where all of them are."""
-    trimmed = pyarrow.compute.utf8_trim_whitespace(pyarrow.array(cells, pyarrow.string()))
-    for kind in CSV_TYPES:
-        try:
-            return trimmed.cast(kind).to_pylist()
-        except pyarrow.ArrowException:
-            continue
-    return cells
+def _set_types(rows: Sequence[dict[str, Any]], text_columns: Sequence[str]) -> None:
+    """Makes the cells of a CSV column numbers or truth values, where all of them are."""
+    for name in dict.fromkeys(name for row in rows for name in row if name not in text_columns):
+        cells = pyarrow.array([row.get(name) for row in rows], pyarrow.string())
+        for kind in CSV_TYPES:
+            try:
+                values = pyarrow.compute.utf8_trim_whitespace(cells).cast(kind).to_pylist()
+            except pyarrow.ArrowException:
+                continue
+            for row, value in zip(rows, values, strict=True):
+                row[name] = value
+            break
 
 
 def _array(values: list) -> pyarrow.Array:
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):  # of no one type: what is read is looked at
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):  # of several types: kept as JSON
         texts = [None if value is None else json.dumps(value) for value in values]
         return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts, pyarrow.string()))

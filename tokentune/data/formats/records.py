@@ -1,61 +1,46 @@
 """Reading data sets: from the hub, and local JSON, JSON Lines, CSV and Parquet files or folders of them.
 
-`open_source` finds a data set, and `RecordSource` reads its rows one after another: each stands for itself, nested
-values stay as the file has them, and memory holds a few rows at a time. `load_records` makes one table of them, whose
-columns have one type each.
+`open_source` finds a data set, and `RecordSource` reads its rows one after another, with a few of them in memory, and
+nested values as the file has them. `load_records` makes one table of them, whose columns have one type each.
 
-Local files are read here instead of by `datasets.load_dataset`, whose errors tell no line or row number, which reads
-a `.json` array and JSON Lines by guessing, and which leaves a copy of every file in a cache.
+Local files are not read by `datasets.load_dataset`: its errors name no line or row, it does not tell a `.json` array
+from JSON Lines reliably, and it copies every file into a cache.
 """
 
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow
-from datasets import (
-    Dataset,
-    IterableDataset,
-    load_dataset,
-    load_dataset_builder,
-    load_from_disk,
-)
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from tokentune.data.formats.bad_rows import BadRows
-from tokentune.data.formats.dataset_layout import CHOICES, find_files
-from tokentune.data.formats.record_files import (
-    Rows,
-    columns_of_file,
-    kind_of_file,
-    rows_of_file,
-    rows_of_table,
-)
+from tokentune.data.formats.dataset_layout import CHOICES, find_files, is_saved
+from tokentune.data.formats.record_files import columns_of_file, kind_of_file, rows_of_file, rows_of_table, stem_of
 from tokentune.data.formats.record_tables import table_of_files
-from tokentune.data.formats.split_names import check_one_configuration
+from tokentune.data.formats.split_names import labelled
 from tokentune.errors import UserError
 from tokentune.sources import first_line, hub_error, is_local_path, listed
 
 logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("instruction", "input", "output")  # of instruction data
-# Parts of Open-Platypus that the released training leaves out: text by other models, and LeetCode solutions.
+# Parts of Open-Platypus that the released training leaves out: texts by other models, and LeetCode solutions.
 DROPPED_SOURCES = ("airoboros", "leetcode_ne")
 Placed = tuple[str, dict[str, Any] | UserError]  # ("file, row 3", the row or what is wrong with it)
 
 
 @dataclass(frozen=True)
 class RecordSource:
-    """One data set of the command line, opened: files, or a table of the `datasets` library.
-
-    Iterating reads it from its beginning, whenever that is done.
-    """
+    """One data set of the command line, opened: files, or a table of the `datasets` library."""
 
     name: str
     flag: str
@@ -64,31 +49,29 @@ class RecordSource:
 
     @property
     def where(self) -> str:
-        """For messages about the whole of it."""
+        """How messages about it begin."""
         return f"{self.flag} {self.name}"
 
     @property
     def read_from(self) -> str:
-        """For the log: the files that are read."""
+        """For the log: the split or the files, unless the name tells it."""
         if self.table is not None:
             return "" if self.table.split is None else f" of the split {self.table.split}"
-        names = listed([file.name for file in self.files], most=4)
-        count = len(self.files)
-        return "" if str(self.files[0]) == self.name else f" of {count:,} file{'s' * (count > 1)} ({names})"
+        if str(self.files[0]) == self.name:
+            return ""
+        names, count = listed([file.name for file in self.files], most=4), len(self.files)
+        return f" of {count:,} file{'s' * (count > 1)} ({names})"
 
     def columns(self) -> tuple[list[str], bool]:
-        """The names of its columns that are known before its rows are read, and whether these are all: not in JSON."""
+        """The names of the columns that are known before rows are read, and whether these are all (in JSON not)."""
         if self.table is not None:
             return self.table.column_names or [], self.table.column_names is not None
         of_files = [columns_of_file(file, self.flag) for file in self.files]
         return list(dict.fromkeys(name for names in of_files for name in names or ())), None not in of_files
 
     def peek(self, columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The names of its columns, with those of the first good row, and of that row the given columns.
-
-        Raises:
-            UserError: it cannot be read, or holds no rows.
-        """
+        """The names of the columns, with those of the first good row, and the given columns of this row. Raises
+        UserError: it cannot be read, or holds no rows."""
         (names, _), bad = self.columns(), BadRows("stop")
         for _, row in self.rows(columns):
             if not isinstance(row, UserError):
@@ -101,32 +84,30 @@ class RecordSource:
         """("file, row 3", row) for every row, in order: the row itself, or what is wrong with it.
 
         Args:
-            columns: to be read, where the others can be left alone (all but JSON).
+            columns: to be read; None: all. In JSON all are.
 
         Raises:
             UserError: the rest cannot be read.
         """
-        if self.table is not None:
-            yield from _placed(rows_of_table(self.table, columns, self.where), self.name)
-        for file in self.files:
-            yield from _placed(rows_of_file(file, columns, self.flag), str(file))
+        parts = [] if self.table is None else [(self.name, rows_of_table(self.table, columns, self.where))]
+        parts += [(str(file), rows_of_file(file, columns, self.flag)) for file in self.files]
+        for name, rows in parts:
+            for number, row in enumerate(rows, start=1):
+                yield f"{name}, row {number}", row
 
     def fingerprint(self) -> str:
-        """Changes when the content does: a hash of all files' bytes, and of what `datasets` made of tables."""
-        digest, files = hashlib.sha256(), list(self.files)
+        """A hash of all files' bytes, and of the fingerprint that `datasets` gives a table."""
+        files, made = list(self.files), ""
         if isinstance(self.table, Dataset):
             files += [Path(file["filename"]) for file in self.table.cache_files]
-        for file in files:
-            with open(file, "rb") as opened:
-                content = hashlib.file_digest(opened, "sha256")
-            digest.update(f"{kind_of_file(file)} {content.hexdigest()}\n".encode())
-        if isinstance(self.table, Dataset):
-            digest.update(self.table._fingerprint.encode())
-        return digest.hexdigest()
+            made = self.table._fingerprint
+        return hashlib.sha256(repr([made, *((kind_of_file(f), file_hash(f)) for f in files)]).encode()).hexdigest()
 
 
-def _placed(rows: Rows, name: str) -> Iterator[Placed]:
-    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+def file_hash(file: Path) -> str:
+    """The SHA-256 of its content. Raises OSError."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def open_source(
@@ -138,14 +119,13 @@ def open_source(
     config: str | None = None,
     streaming: bool = False,
 ) -> RecordSource:
-    """Finds a data set; of the hub's, downloads it, or with `streaming` only looks at it.
+    """Finds a data set. One of the hub is downloaded, unless `streaming`.
 
     Args:
         name: a hub id; a .json (array of objects, {"data": [...]}, or JSON Lines), .jsonl, .csv or .parquet file, the
             first three perhaps compressed; a folder of such files; a folder written by `save_to_disk`.
         flag: the flag that named it, for error messages.
         role: "train", "validation" or "test": the split that is meant where none is named. A single file is read whole.
-        split, config: that are named.
 
     Raises:
         UserError: not found, unreachable or gated; no file of a known type, no such split, or several.
@@ -154,14 +134,13 @@ def open_source(
     if not path.exists():
         if is_local_path(name):
             raise UserError(f"{flag} {name}: no such file or folder. Check the path (now in {Path.cwd()}).")
-        return RecordSource(
-            name, flag, table=load_from_hub(name, flag, role, split or role, config, streaming=streaming)
-        )
+        table = _load_from_hub(name, flag, role, split or role, config, streaming=streaming)
+        return RecordSource(name, flag, table=table)
     if path.is_dir():
-        found = find_files(path, flag, role=role, split=split, config=config)
-        if found.saved is not None:
-            return RecordSource(name, flag, table=_load_saved(found.saved, flag))
-        return RecordSource(name, flag, files=tuple(found.files))
+        files = find_files(path, flag, role=role, split=split, config=config)
+        if files and is_saved(files[0]):
+            return RecordSource(name, flag, table=_load_saved(files[0], flag))
+        return RecordSource(name, flag, files=tuple(files))
     for asked, what in ((split, "split"), (config, "config")):
         if asked is not None:
             asking = f"{CHOICES[role]}_{what} {asked}"
@@ -169,14 +148,10 @@ def open_source(
     return RecordSource(name, flag, files=(path,))
 
 
-def load_from_hub(
-    name: str, flag: str, role: str, split: str, config: str | None = None, streaming: bool = False
+def _load_from_hub(
+    name: str, flag: str, role: str, split: str, config: str | None, *, streaming: bool
 ) -> Dataset | IterableDataset:
-    """A hub data set's split, downloaded, or with `streaming` read from there while it is iterated over.
-
-    Raises:
-        UserError: not found, gated or unreachable; no such split or configuration, or several; needs its own code.
-    """
+    """A hub data set's split, downloaded, or with `streaming` read from there while it is iterated over."""
     options = {"streaming": True} if streaming else {}
     try:
         if config is None:
@@ -193,16 +168,23 @@ def load_from_hub(
 
 
 def _check_hub_files(name: str, flag: str, split: str) -> None:
-    """Refuses folders of configurations that `datasets` would join where no README tells them apart."""
+    """Refuses folders of configurations that `datasets` would join because no README names them."""
     try:
         files = load_dataset_builder(name).config.data_files or {}
         if DatasetCard.load(name).data.get("configs"):
             return
     except EntryNotFoundError:  # no README
         pass
-    except (OSError, ValueError, RuntimeError, DatasetsError):  # what is the matter is said when it is loaded
+    except (OSError, ValueError, RuntimeError, DatasetsError):  # loading it raises the same, with the cure
         return
-    check_one_configuration(map(str, files.get(split, [])), f"{flag} {name}")
+    # hf://datasets/owner/name@revision/folder/file
+    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in map(str, files.get(split, []))}
+    configs = [c for c in labelled({url: (stem_of(path), path.parts[:-1]) for url, path in paths.items()}) if c]
+    if len(configs) > 1:
+        raise UserError(
+            f"{flag} {name}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
+            "Download it (hf download), and give the folder of one."
+        )
 
 
 def _load_saved(folder: Path, flag: str) -> Dataset:
@@ -235,8 +217,8 @@ def load_records(
 
     Args:
         name_or_path, flag, role, split, config: as `open_source` takes them.
-        text_columns: stay text where a CSV file has them ("42" is no number there).
-        bad: takes the rows that cannot be read, in whose place the table has rows without any value; None: they are
+        text_columns: stay text where a CSV file has them ("42" is not a number there).
+        bad: counts the rows that cannot be read, in whose place the table has rows without any value; None: they are
             refused.
 
     Raises:

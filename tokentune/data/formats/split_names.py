@@ -1,12 +1,8 @@
-"""What names of files and folders tell: splits, configurations, shards."""
+"""Splits, configurations and shards by the names of files and folders."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from tokentune.data.formats.record_files import stem_of
-from tokentune.errors import UserError
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -18,8 +14,8 @@ NUMBERS = re.compile(r"(?:(?<![a-z])(?:part|shard|chunk|file|of)(?![a-z])|[-_. (
 
 
 def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[str | None, list]]:
-    """Files, given with their stem and the folders around them, by what these tell."""
-    # Where one sharded name tells a split, all of them are splits: "unsupervised-00000-of-00001" too.
+    """Configuration -> split -> files, by each file's stem and the folders around it."""
+    # Where the name of one shard is a split's, all are: "unsupervised-00000-of-00001" too.
     sharded = any((match := SHARD.match(stem)) and base_of(match[1]) for stem, _ in paths.values())
     catalogue: dict[str, dict[str | None, list]] = {}
     for path, (stem, folders) in paths.items():
@@ -32,21 +28,6 @@ def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[s
         around = [part for part in around if part.lower() != "data" and _unnumbered(part)]
         catalogue.setdefault("/".join(around), {}).setdefault(split, []).append(path)
     return catalogue
-
-
-def check_one_configuration(urls: Iterable[str], where: str) -> None:
-    """Refuses files of a hub data set whose folders are configurations: without a README's word they would be joined.
-
-    Args:
-        urls: of the files of one split: hf://datasets/owner/name@revision/folder/file.
-    """
-    paths = {url: PurePosixPath(re.sub(r"^[^@]*@[^/]*/", "", url)) for url in urls}
-    configs = [c for c in labelled({url: (stem_of(p), p.parts[:-1]) for url, p in paths.items()}) if c]
-    if len(configs) > 1:
-        raise UserError(
-            f"{where}: holds several configurations ({', '.join(sorted(configs))}), and its README names none. "
-            "Download it (hf download), and give the folder of one."
-        )
 
 
 def _split_told(text: str) -> str | None:
@@ -64,6 +45,6 @@ def _unnumbered(text: str) -> str:
 
 
 def base_of(name: str) -> str | None:
-    """What a split's name says that it is for: "train", "validation" or "test"; None: nothing."""
+    """What a split is for by its name: "train", "validation" or "test"; None: none of these."""
     words = re.findall("[a-z]+", name.lower())
     return next((base for word in reversed(words) for base, known in SPLIT_WORDS.items() if word in known), None)

@@ -1,15 +1,15 @@
-"""What the data would make of a run: refused where it would be wasted, warned of where it may be.
+"""Data that would waste a run is refused; data that may waste it is warned of.
 
-Every one of these ends, in common tools, in a run that says "success": no token to learn, a selection that misses all
-that there are, ids without an embedding, two BOS, an end token that is never learnt, rows cut or dropped, fewer rows
-than one batch, validation rows that were trained on.
+In common tools each of these ends in a run that says "success": no token to learn, a selection that misses all
+supervised tokens, ids without an embedding, two BOS, an end token that is never learnt, rows cut or dropped, fewer rows
+than one batch, validation rows that are trained on.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -18,48 +18,37 @@ from transformers import PreTrainedTokenizerBase
 from tokentune.data.collators import SeededRows
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.inspection.row_statistics import RowStatistics, draws, row_statistics
+from tokentune.data.instruction_data import InstructionData
 from tokentune.data.packing import bins_of, fill_rate
 from tokentune.errors import UserError
 from tokentune.settings.finetune import FinetuneArguments
 
-if TYPE_CHECKING:
-    from tokentune.data.instruction_data import InstructionData
-
 logger = logging.getLogger(__name__)
 
-STREAMED = 1_000  # rows that are looked at of a data set that is read while training
-MANY = 0.5  # a share of the rows that is most of them
-DOUBLED = 0.01  # a share with two BOS beyond which it is no single text's doing
+STREAMED = 1_000  # rows of streamed data that are checked
+MANY = 0.5  # share of rows above which most are meant
+DOUBLED = 0.01  # share of rows with two BOS above which the template, not a single text, must be the cause
 
 
 @dataclass
 class Findings:
-    """What was found out about the data, for the checks and the preview.
+    """What was found out about the data, for the checks and the preview."""
 
-    Attributes:
-        train, validation: statistics of the rows; of streamed training data, of its first `STREAMED` ones.
-        rows: the training rows, or those first ones, with their draw seeds.
-        drawn: `row_statistics.draws` of them; None without --tokentune, and where the model draws.
-        bins: with --packing, the packed rows.
-        refusals, warnings: sentences, the most important first.
-    """
-
-    rows: Sequence[dict[str, Any]]
-    train: RowStatistics
+    rows: Sequence[dict[str, Any]]  # for training, with their draw seeds; of streamed data the first `STREAMED`
+    train: RowStatistics  # of these rows
     validation: RowStatistics | None
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-    bins: list[list[int]] | None
-    refusals: list[str] = field(default_factory=list)
+    drawn: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # `draws` of the rows; None where nothing is drawn here
+    bins: list[list[int]] | None  # with --packing, the packed rows
+    refusals: list[str] = field(default_factory=list)  # sentences, the most important first
     warnings: list[str] = field(default_factory=list)
 
 
 def check_data(
-    data: "InstructionData", tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
+    data: InstructionData, tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
 ) -> Findings:
-    """Looks at all rows, warns in the log, and refuses what would waste the run.
+    """Checks all rows, warns in the log, and refuses what would waste the run.
 
     Args:
-        data: encoded training and validation rows, and the reports of their encoding.
         vocab_size: rows of the model's embedding.
 
     Raises:
@@ -74,7 +63,7 @@ def check_data(
 
 
 def look_at(
-    data: "InstructionData", tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
+    data: InstructionData, tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments, vocab_size: int
 ) -> Findings:
     """`check_data` that neither warns nor raises."""
     streamed = not isinstance(data.train, Dataset | list)
@@ -91,69 +80,67 @@ def look_at(
     findings = Findings(rows, train, validation, drawn, bins)
     for name, statistics in (("training", train), ("validation", validation)):
         if statistics is not None:
-            findings.refusals += _unusable(statistics, name, tokenizer, vocab_size)
-            findings.warnings += _doubtful(statistics, name, tokenizer, arguments)
+            _judge_rows(findings, statistics, name, tokenizer, arguments, vocab_size)
     if drawn is not None and train.supervised.any():
         _judge_draws(findings, arguments)
     for name, report in (("training", data.train_report), ("validation", data.validation_report)):
-        findings.warnings += [] if report is None else _lost(report, name, arguments)
-    if validation is not None:
-        findings.warnings += _shared(train, validation)
+        findings.warnings += [] if report is None else _lost(report, name, max_length)
+    shared = 0 if validation is None else int(np.isin(validation.fingerprints, train.fingerprints).sum())
+    if shared:
+        findings.warnings.append(
+            f"{shared:,} of {len(validation):,} validation rows are in the training data too: their loss tells what "
+            "was memorised, not what was learnt"
+        )
     if not streamed:
         findings.warnings += _short(findings, arguments)
     return findings
 
 
-def _unusable(
-    statistics: RowStatistics, name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> Iterator[str]:
-    """What no run can learn from, or compute with."""
-    if not statistics.supervised.any():
-        yield (
-            f"the {name} data has {len(statistics):,} rows and no supervised token: there is nothing to learn. "
-            "--preview shows which tokens carry loss."
+def _judge_rows(
+    findings: Findings,
+    statistics: RowStatistics,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: FinetuneArguments,
+    vocab_size: int,
+) -> None:
+    """What no run can learn from or compute with, and what can be trained on but may not be meant."""
+    count, learnt = len(statistics), statistics.supervised > 0
+    if not learnt.any():
+        findings.refusals.append(
+            f"the {name} data has {count:,} rows and no supervised token: there is nothing to learn. --preview shows "
+            "which tokens carry loss."
         )
-    outside = np.flatnonzero(statistics.outside)
-    if len(outside):
-        yield (
+    if len(outside := np.flatnonzero(statistics.outside)):
+        findings.refusals.append(
             f"{name} row {outside[0] + 1:,} holds a token that the model has no embedding for ({len(outside):,} rows "
             f"do): the tokenizer has {len(tokenizer):,} tokens, the model {vocab_size:,} embeddings. Take the "
             "tokenizer that belongs to the model, or a model whose embeddings were resized to it."
         )
+    idle = count - int(learnt.sum())
+    if learnt.any() and idle > MANY * count:
+        findings.warnings.append(
+            f"{idle:,} of {count:,} {name} rows have no supervised token: they cost time and teach nothing"
+        )
     doubled = np.flatnonzero(statistics.doubled_bos)
-    if len(doubled) > DOUBLED * len(statistics):
-        yield _doubled_bos(doubled, statistics, name, tokenizer)
-
-
-def _doubtful(
-    statistics: RowStatistics, name: str, tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments
-) -> Iterator[str]:
-    """What can be trained on and may not be meant."""
-    learnt = statistics.supervised > 0
-    if not learnt.any():
-        return
-    idle = len(statistics) - int(learnt.sum())
-    if idle > MANY * len(statistics):
-        yield f"{idle:,} of {len(statistics):,} {name} rows have no supervised token: they cost time and teach nothing"
-    doubled = np.flatnonzero(statistics.doubled_bos)
-    if 0 < len(doubled) <= DOUBLED * len(statistics):
-        yield _doubled_bos(doubled, statistics, name, tokenizer)
-    if name != "training":
-        return
-    yield from _endless(statistics, learnt, tokenizer, arguments)
+    if len(doubled) > DOUBLED * count or (len(doubled) and learnt.any()):
+        (findings.refusals if len(doubled) > DOUBLED * count else findings.warnings).append(
+            f"{len(doubled):,} of {count:,} {name} rows begin with two {tokenizer.bos_token} (the first: row "
+            f"{doubled[0] + 1:,}): the texts or the template spell one out, and another is added. Take it out."
+        )
+    if learnt.any() and name == "training":
+        findings.warnings += _endless(statistics, learnt, tokenizer, arguments)
 
 
 def _endless(
     statistics: RowStatistics, learnt: np.ndarray, tokenizer: PreTrainedTokenizerBase, arguments: FinetuneArguments
 ) -> Iterator[str]:
-    """Answers that do not end: each row's last ones, and those before, which a last one's end must not hide."""
-    whole = learnt & (
-        statistics.lengths < arguments.data.max_length
-    )  # a row that was cut does not end where its text does
+    """Answers that do not end. The last answer of each row is counted apart from the others: often it alone has an end
+    token."""
+    whole = learnt & (statistics.lengths < arguments.data.max_length)  # a row that was cut may have lost its end
     eos = tokenizer.eos_token
-    what = (
-        f"without a supervised end token{'' if eos is None else f' ({eos})'}: the model does not learn to stop there;"
-    )
+    named = "" if eos is None else f" ({eos})"
+    what = f"without a supervised end token{named}: the model does not learn to stop there;"
     last, last_endless = int(whole.sum()), int((whole & ~statistics.last_ended).sum())
     if last_endless > MANY * last:
         cure = "add --add_eos_token" if eos is not None else "give the tokenizer an end-of-sequence token"
@@ -169,68 +156,47 @@ def _endless(
         )
 
 
-def _doubled_bos(doubled: np.ndarray, statistics: RowStatistics, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return (
-        f"{len(doubled):,} of {len(statistics):,} {name} rows begin with two {tokenizer.bos_token} (the first: row "
-        f"{doubled[0] + 1:,}): the texts or the template spell one out, and another is added. Take it out."
-    )
-
-
 def _judge_draws(findings: Findings, arguments: FinetuneArguments) -> None:
     """Whether the selection leaves rows something to learn."""
     sample, _, learnt = findings.drawn
     supervised = findings.train.supervised[sample] > 0
-    missed = int((supervised & (learnt == 0)).sum())
+    count, missed = int(supervised.sum()), int((supervised & (learnt == 0)).sum())
     if not missed:
         return
-    length, strategy = arguments.selection.prefix_length, arguments.selection.selection
-    what = (
-        f"--prefix_length {length}: the selection misses every supervised token in {missed:,} of "
-        f"{int(supervised.sum()):,} rows, which then teach nothing: raise it"
-        f"{', or take --selection random, which keeps at least one' if strategy != 'random' else ''}"
+    is_random = arguments.selection.selection == "random"
+    other = "" if is_random else ", or take --selection random, which keeps at least one"
+    (findings.refusals if missed > MANY * count else findings.warnings).append(
+        f"--prefix_length {arguments.selection.prefix_length}: the selection misses every supervised token in "
+        f"{missed:,} of {count:,} rows, which then teach nothing: raise it{other}"
     )
-    (findings.refusals if missed > MANY * supervised.sum() else findings.warnings).append(what)
 
 
-def _lost(report: EncodingReport, name: str, arguments: FinetuneArguments) -> Iterator[str]:
-    """Rows that lost their end, or are not there at all."""
-    length = arguments.data.max_length
+def _lost(report: EncodingReport, name: str, length: int) -> Iterator[str]:
+    """Rows that lost their end, or are left out."""
     if report.cut_ends > MANY * report.rows:
         yield (
             f"{report.cut_ends:,} of {report.rows:,} {name} rows are longer than --max_length {length} and lose the "
             "end of an answer, the end token with it: raise it, or leave such rows out with --long_rows drop"
         )
-    if report.dropped_rows > MANY * report.read_rows:
-        yield (
-            f"{report.dropped_rows:,} of {report.read_rows:,} {name} records are left out, because their answer is "
-            f"empty or lies beyond --max_length {length}"
-        )
-    if report.dropped_long_rows > MANY * report.read_rows:
-        yield (
-            f"{report.dropped_long_rows:,} of {report.read_rows:,} {name} records are left out, because they are "
-            f"longer than --max_length {length} (--long_rows drop)"
-        )
-
-
-def _shared(train: RowStatistics, validation: RowStatistics) -> Iterator[str]:
-    shared = int(np.isin(validation.fingerprints, train.fingerprints).sum())
-    if shared:
-        yield (
-            f"{shared:,} of {len(validation):,} validation rows are in the training data too: their loss tells what "
-            "was memorised, not what was learnt"
-        )
+    for count, why in (
+        (report.dropped_rows, f"their answer is empty or lies beyond --max_length {length}"),
+        (report.dropped_long_rows, f"they are longer than --max_length {length} (--long_rows drop)"),
+    ):
+        if count > MANY * report.read_rows:
+            yield f"{count:,} of {report.read_rows:,} {name} records are left out, because {why}"
 
 
 def _short(findings: Findings, arguments: FinetuneArguments) -> Iterator[str]:
-    """Runs of few steps, and packing that does not pay."""
+    """Runs of few steps, and packing that saves nothing."""
     optimization, selection = arguments.optimization, arguments.selection
-    sequences = len(findings.train) if findings.bins is None else len(findings.bins)
-    batch = optimization.global_batch_size
-    if 0 < sequences < batch:
+    sequences, what = len(findings.train), ""
+    if findings.bins is not None:
+        sequences, what = len(findings.bins), "packed "
+    if 0 < sequences < optimization.global_batch_size:
         steps = optimization.max_steps or optimization.num_epochs
         yield (
-            f"{sequences:,} {'packed ' if findings.bins is not None else ''}rows are fewer than --global_batch_size "
-            f"{batch}: each optimizer step takes all of them, and the run has {steps:,} step{'s' * (steps != 1)}"
+            f"{sequences:,} {what}rows are fewer than --global_batch_size {optimization.global_batch_size}: each "
+            f"optimizer step takes all of them, and the run has {steps:,} step{'s' * (steps != 1)}"
         )
     if findings.bins is None:
         return

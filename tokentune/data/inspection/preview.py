@@ -2,17 +2,18 @@
 
     python -u ./tokentune/finetune.py ... --preview 3
 
-On a terminal roles are colours; elsewhere, and under NO_COLOR, lines of marks below the text. The selection shown is
-that of the first epoch.
+On a terminal roles are colours; elsewhere, and with NO_COLOR set, marks in a line below the text. The selection shown
+is that of the first epoch.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -21,15 +22,15 @@ from rich.theme import Theme
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.collators import CausalCollator
+from tokentune.data.encoding import EncodingReport
 from tokentune.data.inspection.checks import Findings, look_at
-from tokentune.data.inspection.table import data_table
+from tokentune.data.inspection.row_statistics import RowStatistics
 from tokentune.data.inspection.token_text import spelled, visible
+from tokentune.data.instruction_data import InstructionData
+from tokentune.data.packing import fill_rate
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.finetune import FinetuneArguments
-
-if TYPE_CHECKING:
-    from tokentune.data.instruction_data import InstructionData
 
 PROMPT_TOKENS, ANSWER_TOKENS = 160, 300  # shown of a prompt or answer of more than half as many again
 DOCUMENTS = 4  # shown of one packed row
@@ -50,20 +51,13 @@ GUTTER = "{:>8} │ "
 
 @dataclass
 class Document:
-    """One row of the data as training sees it: per token its id, and what it is.
+    """One row of the data as training sees it: its T tokens, and the roles of each, (T,) bool."""
 
-    Attributes:
-        row: its number, from 0.
-        supervised: has a label.
-        learnt: its loss counts, because it is supervised and the token before it selected, or all tokens are.
-        selected: keeps gradients; none without --tokentune.
-    """
-
-    row: int
+    row: int  # from 0
     ids: list[int]
-    supervised: np.ndarray
-    learnt: np.ndarray
-    selected: np.ndarray
+    supervised: np.ndarray  # has a label
+    learnt: np.ndarray  # its loss counts: supervised, and the token before it is selected, if any selection is made
+    selected: np.ndarray  # keeps gradients; none without --tokentune
 
     def __str__(self) -> str:
         text = f"row {self.row + 1:,}: {len(self.ids):,} tokens, {self.supervised.sum():,} supervised"
@@ -73,7 +67,7 @@ class Document:
 
 
 def show_preview(
-    data: "InstructionData",
+    data: InstructionData,
     tokenizer: PreTrainedTokenizerBase,
     arguments: FinetuneArguments,
     vocab_size: int,
@@ -82,11 +76,11 @@ def show_preview(
     """Prints `arguments.run.preview` examples, a table of counts, and what the checks warn of.
 
     Args:
-        data, vocab_size: as of `data_checks.check_data`.
-        console: where to; None: stdout.
+        data, vocab_size: as in `checks.check_data`.
+        console: None: stdout.
 
     Raises:
-        UserError: in the end, where training would be refused.
+        UserError: after the output, where training would be refused.
     """
     console = console or _stdout()
     findings = look_at(data, tokenizer, arguments, vocab_size)
@@ -108,7 +102,7 @@ def show_preview(
             if room:
                 _print_text(console, Text(f"[room for {room:,} tokens more]", "left_out"))
         console.print()
-        console.print(data_table(findings, data, arguments, tokenizer))
+        console.print(_data_table(findings, data, arguments, tokenizer))
         console.print()
         for warning in findings.warnings:
             console.print(Text(f"warning: {warning}", style="yellow"))
@@ -118,7 +112,7 @@ def show_preview(
 
 def _stdout() -> Console:
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # the texts may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="replace")  # the texts may hold characters outside of the terminal's encoding
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
@@ -127,26 +121,26 @@ def _in_colour(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
+LEGEND = {  # style -> name, meaning without --tokentune, meaning with it
+    "prompt": ("prompt", "read, carries no loss", "read, carries no loss"),
+    "supervised": (
+        "supervised",
+        "an answer's token: carries loss",
+        "an answer's token; no loss in this draw, as the token before it is not selected",
+    ),
+    "learnt": ("selected and supervised", None, "its loss counts, as the token before it is selected"),
+    "selected": ("selected", None, "keeps gradients, whatever else it is"),
+    "special": ("<special>", *["a token of its own; ⏎ is a line break, ⇥ a tab"] * 2),
+}
+
+
 def _print_legend(console: Console, *, tokentune: bool) -> None:
-    roles = [("prompt", "prompt", "read, carries no loss")]
-    if tokentune:
-        roles += [
-            (
-                "supervised",
-                "supervised",
-                "an answer's token; no loss in this draw, as the token before it is not selected",
-            ),
-            ("learnt", "selected and supervised", "its loss counts, as the token before it is selected"),
-            ("selected", "selected", "keeps gradients, whatever else it is"),
-        ]
-    else:
-        roles.append(("supervised", "supervised", "an answer's token: carries loss"))
-    roles.append(("special", "<special>", "a token of its own; ⏎ is a line break, ⇥ a tab"))
     marks = MARKS["loss"] | MARKS["selected"]
     table = Table.grid(padding=(0, 2))
-    for style, name, meaning in roles:
-        mark = [] if _in_colour(console) else [marks.get(style, "")]
-        table.add_row(*mark, Text.assemble((name, style)), meaning)
+    for style, (name, *meanings) in LEGEND.items():
+        if (meaning := meanings[tokentune]) is not None:
+            mark = [] if _in_colour(console) else [marks.get(style, "")]
+            table.add_row(*mark, Text.assemble((name, style)), meaning)
     console.print(table)
 
 
@@ -171,14 +165,12 @@ def _examples(findings: Findings, arguments: FinetuneArguments) -> Iterator[tupl
 def _document(rows: Sequence[dict[str, Any]], row: int, arguments: FinetuneArguments) -> Document:
     item, selection = rows[row], arguments.selection
     supervised = np.array(item["labels"]) != IGNORED_LABEL
-    supervised[:1] = False  # nothing predicts it
-    if not selection.tokentune or selection.scored:
-        return Document(row, list(item["input_ids"]), supervised, supervised, np.zeros_like(supervised))
-    collate = CausalCollator(0, prefix_length=selection.selected, strategy=selection.selection)
-    batch = collate([item])
-    selected = np.zeros_like(supervised)
-    selected[batch["selected_positions"][0]] = True
-    learnt = supervised & np.roll(selected, 1)  # the first token is never supervised
+    supervised[:1] = False  # nothing predicts the first token
+    selected, learnt = np.zeros_like(supervised), supervised
+    if selection.tokentune and not selection.scored:
+        collate = CausalCollator(0, prefix_length=selection.selected, strategy=selection.selection)
+        selected[collate([item])["selected_positions"][0]] = True
+        learnt = supervised & np.roll(selected, 1)
     return Document(row, list(item["input_ids"]), supervised, learnt, selected)
 
 
@@ -193,9 +185,10 @@ def marked(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
         pieces.append((visible(text) or "∅", count, roles))
         first += count
     whole = Text()
-    for supervised, run in _runs(pieces):
+    # Runs of pieces that are all supervised, or none of them: answers and prompts.
+    for supervised, run in groupby(pieces, key=lambda piece: "supervised" in piece[2]):
         limit, kind = (ANSWER_TOKENS, "answer") if supervised else (PROMPT_TOKENS, "prompt")
-        for text, _, roles in _shortened(run, limit, kind):
+        for text, _, roles in _shortened(list(run), limit, kind):
             start = len(whole)
             whole.append(text)
             loss = "learnt" if "learnt" in roles and document.selected.any() else "supervised"
@@ -205,16 +198,7 @@ def marked(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
     return whole
 
 
-Piece = tuple[str, int, set[str]]
-
-
-def _runs(pieces: list[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
-    """Consecutive pieces that are all supervised, or none of them: answers and prompts."""
-    for supervised, run in groupby(pieces, key=lambda piece: "supervised" in piece[2]):
-        yield supervised, list(run)
-
-
-def _shortened(run: list[Piece], limit: int, kind: str) -> list[Piece]:
+def _shortened(run: list[tuple], limit: int, kind: str) -> list[tuple[str, int, set[str]]]:
     """The beginning and the end of a run of more than `limit` tokens, with a note between."""
     if len(run) <= limit or sum(count for _, count, _ in run) <= 1.5 * limit:
         return run
@@ -230,15 +214,80 @@ def _print_text(console: Console, text: Text) -> None:
     for line in text.wrap(console, console.width - len(GUTTER.format("")), overflow="fold"):
         console.print(Text(GUTTER.format("") + line.plain), soft_wrap=True)
         for name, marks in MARKS.items():
-            below = mark_line(line, marks)
-            if below:
+            if below := mark_line(line, marks):
                 console.print(Text(GUTTER.format(name) + below), soft_wrap=True)
 
 
 def mark_line(line: Text, marks: dict[str, str]) -> str:
-    """What stands below a line: the mark of each character's style, as wide as the character."""
+    """The line of marks below a line of text: the mark of each character's style, as wide as the character."""
     below = [" "] * len(line.plain)
     for span in line.spans:
         if span.style in marks:
             below[span.start : span.end] = [marks[span.style]] * (span.end - span.start)
     return "".join(mark * cell_len(character) for mark, character in zip(below, line.plain, strict=True)).rstrip()
+
+
+# ---- the table of counts ---------------------------------------------------------------------------------------------
+
+
+def _data_table(
+    findings: Findings, data: InstructionData, arguments: FinetuneArguments, tokenizer: PreTrainedTokenizerBase
+) -> Table:
+    """A column each for training and validation data."""
+    train = _counts(findings.train, data.train_report, tokenizer) | _selected_and_packed(findings, arguments)
+    columns = {"training": train}
+    if findings.validation is not None:
+        columns["validation"] = _counts(findings.validation, data.validation_report, tokenizer)
+    table = Table(box=SIMPLE, show_edge=False)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in train:
+        table.add_row(name, *(column.get(name, "") for column in columns.values()))
+    return table
+
+
+def _counts(
+    statistics: RowStatistics, report: EncodingReport | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    tokens, rows = int(statistics.lengths.sum()), len(statistics)
+    longest, middle = statistics.lengths.max(initial=0), np.median(statistics.lengths) if rows else 0
+    counts = {
+        "rows": f"{rows:,}",
+        "tokens": f"{tokens:,}",
+        "tokens of a row: median, longest": f"{middle:,.0f}, {longest:,}",
+        "supervised tokens": _share(int(statistics.supervised.sum()), tokens),
+    }
+    if report is not None:
+        counts |= {
+            "rows cut to --max_length": _share(report.cut_rows, rows),
+            "... that lost an answer's end": _share(report.cut_ends, rows),
+            "dropped: longer than --max_length": _share(report.dropped_long_rows, report.read_rows),
+            "dropped: no answer token left": _share(report.dropped_rows, report.read_rows),
+        }
+    if tokenizer.bos_token_id is not None:
+        counts[f"rows that begin with two {tokenizer.bos_token}"] = _share(int(statistics.doubled_bos.sum()), rows)
+    counts["rows without an end token to learn"] = _share(int((statistics.ends == 0).sum()), rows)
+    return counts
+
+
+def _selected_and_packed(findings: Findings, arguments: FinetuneArguments) -> dict[str, str]:
+    """The first epoch's selection, estimated where only some of the rows were drawn for; and the packed rows."""
+    counts, lengths, max_length = {}, findings.train.lengths, arguments.data.max_length
+    if findings.drawn is not None:
+        sample, selected, learnt = findings.drawn
+        supervised = findings.train.supervised
+        about = "" if len(sample) == len(lengths) else "≈ "
+        of_selected = selected.sum() * lengths.sum() / max(lengths[sample].sum(), 1)
+        of_learnt = learnt.sum() * supervised.sum() / max(supervised[sample].sum(), 1)
+        named = f"selected tokens (--prefix_length {arguments.selection.prefix_length})"
+        for name, count in ((named, of_selected), ("selected and supervised tokens", of_learnt)):
+            counts[name] = about + _share(round(count), int(lengths.sum()))
+    if findings.bins is not None:
+        fill = fill_rate(lengths, findings.bins, max_length)
+        counts[f"packed rows of {max_length:,} tokens"] = f"{len(findings.bins):,} ({fill:.1%} full)"
+    return counts
+
+
+def _share(count: int, whole: int) -> str:
+    return f"{count:,} ({count / whole:.1%})" if count and whole else f"{count:,}"

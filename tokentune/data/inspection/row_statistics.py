@@ -1,6 +1,6 @@
 """What encoded rows hold, one number per row, in one pass over them with NumPy: a few seconds for 100,000 rows.
 
-Legend: R rows, T tokens of a batch of rows laid end to end.
+Legend: R rows, T tokens of a batch of rows, one row after another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.collators import CausalCollator
+from tokentune.data.encoding import FEATURES
 from tokentune.sampling.sampler import IGNORED_LABEL
 
 BATCH = 2_000  # rows looked at together
@@ -20,17 +21,17 @@ LARGEST_SAMPLE = 2_048  # rows that `draws` draws for
 
 @dataclass
 class RowStatistics:
-    """Of R encoded rows. Tokens, unless said."""
+    """Counts of R encoded rows, of tokens unless said otherwise."""
 
     lengths: np.ndarray  # (R,)
-    supervised: np.ndarray  # (R,): with a label, but the first one's, which nothing predicts
+    supervised: np.ndarray  # (R,) that have a label; not the first one, which nothing predicts
     ends: np.ndarray  # (R,) supervised ones that end an answer: EOS, or the end of a turn
     turns: np.ndarray  # (R,) runs of supervised tokens: one for each answer
-    ended_turns: np.ndarray  # (R,) of them with an end among their last two tokens
+    ended_turns: np.ndarray  # (R,) turns with an end among their last two tokens
     last_ended: np.ndarray  # (R,) bool: the row's last turn is one of these
     outside: np.ndarray  # (R,) whose id the model has no embedding for
     doubled_bos: np.ndarray  # (R,) bool: begins with two BOS
-    fingerprints: np.ndarray  # (R,) uint64: equal for equal token ids, and but for a chance of 2**-64 for no others
+    fingerprints: np.ndarray  # (R,) int64: equal for equal ids, for others by a chance of 2**-64; of this process alone
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -45,65 +46,53 @@ def row_statistics(
         rows: with "input_ids" and "labels".
         vocab_size: rows of the model's embedding.
     """
-    found: dict[str, list[np.ndarray]] = {name: [] for name in RowStatistics.__dataclass_fields__}
-    end_ids = np.array(sorted(end_token_ids(tokenizer)), dtype=np.int64)
-    for ids, labels, lengths in _columns(rows):
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        not_first = np.ones(len(ids), dtype=bool)
-        not_first[starts[lengths > 0]] = False
-        supervised = (labels != IGNORED_LABEL) & not_first
-        doubled = np.zeros(len(lengths), dtype=bool)
-        if tokenizer.bos_token_id is not None:
-            two = np.flatnonzero(lengths >= 2)
-            doubled[two] = (ids[starts[two]] == tokenizer.bos_token_id) & (ids[starts[two]] == ids[starts[two] + 1])
-        end_tokens = supervised & np.isin(labels, end_ids)
-        turn_ends, ended = _turn_ends(supervised, end_tokens, starts[lengths > 0])
-        last_ended = np.zeros(len(lengths), dtype=bool)
-        places = np.flatnonzero(turn_ends)
-        last_ended[np.searchsorted(ends, places, side="right")] = ended[places]  # of a row's several, the last counts
-        counted = {
-            "supervised": supervised,
-            "ends": end_tokens,
-            "turns": turn_ends,
-            "ended_turns": ended,
-            "outside": (ids < 0) | (ids >= vocab_size),
-            "fingerprints": _mixed(ids, np.arange(len(ids)) - np.repeat(starts, lengths)),
-        }
-        batch = {name: _sums(values, starts, ends) for name, values in counted.items()}
-        for name, values in (batch | {"lengths": lengths, "doubled_bos": doubled, "last_ended": last_ended}).items():
-            found[name].append(values)
-    kinds = {"doubled_bos": bool, "last_ended": bool, "fingerprints": np.uint64}
+    ends = sorted(end_token_ids(tokenizer))
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    none = np.zeros(0, np.int64)
+    batches = [_counted(*batch, ends, bos, vocab_size) for batch in ((none, none, none), *_columns(rows))]
+    names = RowStatistics.__dataclass_fields__
+    return RowStatistics(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in names))
+
+
+def _counted(
+    ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, end_ids: list[int], bos_ids: list[int], vocab_size: int
+) -> RowStatistics:
+    """Of token ids (T,), labels (T,) and lengths (R,). No supervised token is a row's first one."""
+    row = np.repeat(np.arange(len(lengths)), lengths)  # (T,): of each token
+
+    def in_row(tokens: np.ndarray) -> np.ndarray:
+        return np.bincount(row[tokens], minlength=len(lengths))
+
+    first = np.diff(row, prepend=-1) != 0
+    supervised = (labels != IGNORED_LABEL) & ~first
+    ends = supervised & np.isin(labels, end_ids)
+    turn_ends = supervised & ~np.append(supervised, False)[1:]
+    # One token may follow an end token: the line break that some chat templates supervise with it.
+    ended = turn_ends & (ends | np.append(False, ends)[:-1])
+    last_ended = np.zeros(len(lengths), dtype=bool)
+    last_ended[row[turn_ends]] = ended[turn_ends]  # of a row's several turns, the last is assigned last
+    bos = np.isin(ids, bos_ids)
+    second = np.append(False, first)[:-1] & ~first
+    stops = np.cumsum(lengths)
     return RowStatistics(
-        **{name: np.concatenate([np.zeros(0, kinds.get(name, np.int64)), *parts]) for name, parts in found.items()}
+        lengths=lengths,
+        supervised=in_row(supervised),
+        ends=in_row(ends),
+        turns=in_row(turn_ends),
+        ended_turns=in_row(ended),
+        last_ended=last_ended,
+        outside=in_row((ids < 0) | (ids >= vocab_size)),
+        doubled_bos=in_row(second & bos & np.append(False, bos)[:-1]) > 0,
+        fingerprints=np.array(
+            [hash(ids[start:stop].tobytes()) for start, stop in zip(stops - lengths, stops, strict=True)], np.int64
+        ),
     )
-
-
-def _turn_ends(supervised: np.ndarray, end_tokens: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens (T,) are the last of a turn, and which of those turns end in an end token.
-
-    An end token may have one token behind it: the line break that some templates' marks take in.
-    """
-    first = np.zeros(len(supervised), dtype=bool)
-    first[starts] = True
-    followed = np.append(supervised[1:] & ~first[1:], False)
-    turn_ends = supervised & ~followed
-    before = np.append(False, end_tokens[:-1]) & ~first & supervised
-    return turn_ends, turn_ends & (end_tokens | before)
-
-
-def _sums(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Of values (T,) the sums over each row, (R,); uint64 ones modulo 2**64."""
-    values = values.astype(np.int64) if values.dtype == bool else values
-    sums = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
-    return sums[ends] - sums[starts]
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """What may end an answer: EOS, and the special tokens that are neither BOS nor unknown (chat templates' marks)."""
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special -= {tokenizer.bos_token_id, tokenizer.unk_token_id}
-    return special | ({tokenizer.eos_token_id} - {None})
+    return special - {tokenizer.bos_token_id, tokenizer.unk_token_id} | {tokenizer.eos_token_id} - {None}
 
 
 def draws(
@@ -120,36 +109,16 @@ def draws(
     """
     sample = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), LARGEST_SAMPLE)).astype(np.int64))
     collate = CausalCollator(0, prefix_length=prefix_length, strategy=strategy)
-    selected, learnt = [], []
-    for row in sample.tolist():
-        batch = collate([rows[row]])
-        selected.append(batch["selected_positions"].shape[1])
-        learnt.append(batch["num_supervised"])
-    return sample, np.array(selected), np.array(learnt)
+    batches = (collate([rows[row]]) for row in sample.tolist())
+    counts = [(batch["selected_positions"].shape[1], batch["num_supervised"]) for batch in batches]
+    return sample, *np.array(counts).T
 
 
-def _columns(rows: Dataset | Sequence[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _columns(rows: Dataset | Sequence[dict[str, Any]]) -> Iterator[list[np.ndarray]]:
     """Batches of rows: token ids (T,), labels (T,), and the rows' lengths (R,), all int64."""
-    if isinstance(rows, Dataset):
-        tables = rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=BATCH)
-        for table in tables:
-            ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
-            yield _whole(ids.flatten()), _whole(labels.flatten()), _whole(ids.value_lengths())
-        return
-    for first in range(0, len(rows), BATCH):
-        batch = [rows[row] for row in range(first, min(first + BATCH, len(rows)))]
-        ids, labels = (np.array([t for row in batch for t in row[name]], np.int64) for name in ("input_ids", "labels"))
-        yield ids, labels, np.array([len(row["input_ids"]) for row in batch], np.int64)
-
-
-def _whole(array: Any) -> np.ndarray:
-    return array.to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _mixed(ids: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """A random-looking number for each (token id, place in its row), uint64: SplitMix64's finalizer (Steele, 2014)."""
-    with np.errstate(over="ignore"):
-        mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + places.astype(np.uint64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        return mixed ^ (mixed >> np.uint64(31))
+    if not isinstance(rows, Dataset):
+        rows = Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
+    for table in rows.select_columns([*FEATURES]).with_format("arrow").iter(batch_size=BATCH):
+        ids, labels = (table[name].combine_chunks() for name in FEATURES)
+        arrays = (ids.flatten(), labels.flatten(), ids.value_lengths())
+        yield [array.to_numpy(zero_copy_only=False).astype(np.int64) for array in arrays]

@@ -1,9 +1,7 @@
-"""Images to be classified: folders of them, and the pixels that a model takes.
-
-Nothing but Pillow reads a file; a model's own image processor resizes and scales.
-"""
+"""Images to be classified: folders of them, read by Pillow, and the pixels that a model's image processor makes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ def holds_images(name_or_path: str | None) -> bool:
 def load_image_folder(folder: str, *, flag: str, role: str, split: str | None = None) -> Dataset:
     """The images of a folder with one subfolder per class, perhaps below one per split (train/cat/1.png).
 
-    Read by datasets' `imagefolder`, whose `metadata.csv` works too. In a folder that tells no split, all images.
+    Read by the `imagefolder` of `datasets`, so `metadata.csv` works too. Without splits, all images of the folder.
 
     Args:
         role: "train", "validation" or "test": the split that is meant where none is named.
@@ -43,9 +41,10 @@ def load_image_folder(folder: str, *, flag: str, role: str, split: str | None = 
     Raises:
         UserError: no such split, or several; nothing that can be read.
     """
-    below = subfolder_of_split(Path(folder).expanduser(), f"{flag} {folder}", role, split)
+    path = Path(folder).expanduser()
+    below = subfolder_of_split(path, f"{flag} {folder}", role, split)
     try:
-        splits = load_dataset("imagefolder", data_dir=str((below or Path(folder).expanduser()).resolve()))
+        splits = load_dataset("imagefolder", data_dir=str((below or path).resolve()))
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"{flag} {folder}: cannot be read as a folder of images: {first_line(error)}") from error
     if below is None and role in splits:
@@ -58,11 +57,8 @@ def load_image_folder(folder: str, *, flag: str, role: str, split: str | None = 
 def load_image_processor(
     name: str, config: PreTrainedConfig, *, from_scratch: bool, trust_remote_code: bool = False
 ) -> Any:
-    """What makes a model's pixels of an image; with `from_scratch`, the model type's own where the folder has none.
-
-    Raises:
-        UserError: none is there, or it needs a package that is not installed.
-    """
+    """What turns images into a model's pixels; with `from_scratch`, the model type's own where the folder has none.
+    Raises UserError: there is none, or it needs a package that is not installed."""
     try:
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
@@ -73,48 +69,40 @@ def load_image_processor(
         return kind(size={"height": size, "width": size}, image_mean=[0.5] * channels, image_std=[0.5] * channels)
 
 
+@dataclass(eq=False)
 class ImageRows(torch.utils.data.Dataset):
     """Images as pixels, read when asked for: "pixel_values" (channels, height, width) and "labels"."""
 
-    def __init__(
-        self, images: Any, numbers: Sequence[int | float] | None, processor: Any, channels: int, where: str
-    ) -> None:
-        """
-        Args:
-            images: a column of undecoded images: `datasets.Image(decode=False)`.
-            numbers: the labels; None for images to predict (their label is then 0).
-            channels: 1 or 3.
-            where: how messages begin.
-        """
-        self.images, self.numbers, self.processor, self.where = images, numbers, processor, where
-        self.mode = "L" if channels == 1 else "RGB"
+    images: Any  # a column of undecoded images: `datasets.Image(decode=False)`
+    numbers: Sequence[int | float] | None  # the labels; None for images to predict, whose label is then 0
+    processor: Any
+    channels: int  # 1 or 3
+    where: str  # how messages begin
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        stored = self.images[row]
-        image = open_image(stored, self.where)
-        try:
-            # Cameras store pixels as the sensor lay, and how they are to be turned.
-            image = ImageOps.exif_transpose(image).convert(self.mode)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _unreadable(stored, self.where, error) from error
+        image = open_image(self.images[row], self.where, "L" if self.channels == 1 else "RGB")
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": 0 if self.numbers is None else self.numbers[row]}
 
 
-def open_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
-    """A stored image, its header read. `where`: how a message begins. Raises UserError: Pillow cannot read it."""
+def open_image(stored: dict[str, Any] | None, where: str, mode: str | None = None) -> Image.Image:
+    """A stored image: its header read, or with one of Pillow's modes its pixels, turned upright.
+
+    Args:
+        where: how a message begins.
+
+    Raises:
+        UserError: Pillow cannot read it.
+    """
     try:
-        if stored.get("bytes") is not None:
-            return Image.open(BytesIO(stored["bytes"]))
-        return Image.open(stored.get("path"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise _unreadable(stored, where, error) from error
-
-
-def _unreadable(stored: dict[str, Any] | None, where: str, error: BaseException) -> UserError:
-    path = (stored or {}).get("path")
-    reason = "no image" if stored is None else first_line(error)
-    return UserError(f"{where}: the image{f' {path}' if path else ''} cannot be read: {reason}. Repair or remove it.")
+        content = stored.get("bytes")
+        image = Image.open(stored.get("path") if content is None else BytesIO(content))
+        # Cameras store the sensor's pixels, and how the image has to be turned.
+        return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
+    except (OSError, ValueError, SyntaxError, AttributeError) as error:
+        path = (stored or {}).get("path")
+        named, reason = f" {path}" if path else "", "no image" if stored is None else first_line(error)
+        raise UserError(f"{where}: the image{named} cannot be read: {reason}. Repair or remove it.") from error

@@ -1,4 +1,4 @@
-"""All data of a classification: read, checked, encoded; and what the model's configuration has to say of it.
+"""All data of a classification: read, checked, encoded; and what the model's configuration says of it.
 
 load_processing -> load_data -> configured
 """
@@ -6,7 +6,6 @@ load_processing -> load_data -> configured
 import copy
 import logging
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from datasets import Image as ImageFeature
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words
 from tokentune.data.labelled.images import ImageRows, load_image_processor, open_image
-from tokentune.data.labelled.labels import Labels, encoded_label, find_labels, find_token_labels
+from tokentune.data.labelled.labels import Labels, find_labels, find_token_labels
 from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, require_columns, some_rows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
@@ -27,7 +26,7 @@ _NEEDS_PREFIX_SPACE = ("roberta", "deberta", "gpt2", "bloom", "longformer", "mod
 
 @dataclass
 class ClassificationData:
-    """The rows to learn from, to evaluate on and to predict, and what their labels mean."""
+    """The rows to learn from, to evaluate on and to predict, and their labels."""
 
     train: Encoded
     validation: Encoded
@@ -36,11 +35,8 @@ class ClassificationData:
 
 
 def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig) -> Any:
-    """The tokenizer, with a pad token, or the image processor.
-
-    Raises:
-        UserError: none could be read, the weights are missing, or `--max_length` is more than the model takes.
-    """
+    """The tokenizer, with a pad token, or the image processor. Raises UserError: none could be read, the weights are
+    missing, or `--max_length` is more than the model takes."""
     model = arguments.model
     if not model.from_scratch:
         hint = "--from_scratch trains random ones"
@@ -64,11 +60,8 @@ def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig
 
 
 def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, processing: Any) -> ClassificationData:
-    """Reads, checks and encodes all splits.
-
-    Raises:
-        UserError: whatever is wrong with them, with the file, the row and the column.
-    """
+    """Reads, checks and encodes all splits. Raises UserError: whatever is wrong with them, with the file, the row and
+    the column."""
     train, validation, test = (read_split(arguments, split) for split in ("train", "validation", "test"))
     columns = find_columns(arguments, train)
     task_type = arguments.task.task_type
@@ -77,41 +70,38 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
     else:
         labels = find_labels(train.rows, columns.label, train.where, task=arguments.task.glue)
     logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), labels)
-    train = some_rows(train, arguments.data.max_train_rows)
+    options = {"tokenizer": processing, "max_length": arguments.data.max_length}
     if task_type == "image":
-        encode = partial(encode_image_rows, processing=processing, channels=getattr(config, "num_channels", 3))
-    else:
-        encoder = encode_texts if task_type == "text" else encode_words
-        encode = partial(encoder, tokenizer=processing, max_length=arguments.data.max_length)
-    encoded: list[Encoded | None] = []
-    for split, needed in ((train, labels), (validation, labels), (test, None)):
-        if split is None:
-            encoded.append(None)
-            continue
-        wanted = columns.inputs if needed is None else (*columns.inputs, columns.label)
+        options = {"processing": processing, "channels": getattr(config, "num_channels", 3)}
+    encode = {"text": encode_texts, "token": encode_words, "image": encode_image_rows}[task_type]
+
+    def encoded(split: Split, labels: Labels | None) -> Encoded:
+        wanted = columns.inputs if labels is None else (*columns.inputs, columns.label)
         require_columns(split.rows, wanted, split.where, ", which the training data has")
-        encoded.append(encode(split, columns, needed))
-        logger.info("%s: %s", split.where, encoded[-1].report)
-    train, validation, test = encoded
-    if task_type != "image":  # rows of one length in a batch: less padding, and no score depends on the order
-        validation.rows.sort(key=lambda row: len(row["input_ids"]))
-    return ClassificationData(train, validation, test, labels)
+        rows = encode(split, columns, labels, **options)
+        logger.info("%s: %s", split.where, rows.report)
+        return rows
+
+    learnt, evaluated = encoded(some_rows(train, arguments.data.max_train_rows), labels), encoded(validation, labels)
+    predicted = None if test is None else encoded(test, None)
+    if task_type != "image":  # rows of one length in a batch need less padding, and no score depends on the order
+        evaluated.rows.sort(key=lambda row: len(row["input_ids"]))
+    return ClassificationData(learnt, evaluated, predicted, labels)
 
 
 def encode_image_rows(
     split: Split, columns: Columns, labels: Labels | None, *, processing: Any, channels: int
 ) -> Encoded:
-    """Images to rows of pixels and labels. `labels` None: to predict."""
+    """Images to rows of pixels and labels. `labels` None: rows to predict."""
     (column,) = columns.inputs
     if not isinstance(split.rows.features[column], ImageFeature):
         raise UserError(f"{split.where}: {column!r} holds no images but {split.rows.features[column]}.")
     split.rows = split.rows.cast_column(column, ImageFeature(decode=False))
     good, numbers = [], []
     for row, values in split.good_rows(columns.inputs if labels is None else (column, columns.label)):
-        where = split.place(row)
-        with split.bad.catch(where):
+        with split.bad.catch(where := split.place(row)):
             open_image(values[column], where)
-            numbers += [] if labels is None else [encoded_label(labels, values[columns.label], columns.label, where)]
+            numbers += [] if labels is None else [labels.encode(values[columns.label], where)]
             good.append(row)
     split.bad.settle(split.where, len(split.rows))
     images = ImageRows(split.rows.select(good)[column], numbers or None, processing, channels, split.where)
@@ -119,7 +109,7 @@ def encode_image_rows(
 
 
 def configured(config: PreTrainedConfig, labels: Labels, processing: Any) -> PreTrainedConfig:
-    """A copy of the configuration that has the head's classes with their names, or one number to predict."""
+    """A copy of the configuration with the head's classes and their names, or one number to predict."""
     config = copy.deepcopy(config)
     config.num_labels = labels.outputs
     if labels.is_regression:
@@ -130,5 +120,5 @@ def configured(config: PreTrainedConfig, labels: Labels, processing: Any) -> Pre
         config.problem_type = "single_label_classification"
     pad = getattr(processing, "pad_token_id", None)
     if pad is not None and config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = pad  # a decoder's head looks for the last token in front of padding
+        config.get_text_config().pad_token_id = pad  # a decoder's head pools the last token before padding
     return config

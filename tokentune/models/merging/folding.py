@@ -1,55 +1,60 @@
-"""An adapter folded into a base, and how far the result is from what was trained.
+"""Folds an adapter into a base, and measures how far the result is from what was trained.
 
-What a QLoRA adapter was trained on is the base in 4 bits. It can be folded into the base's own weights, which it has
-never seen, or into the values that the 4-bit layers computed with. Neither is what was trained to the last bit: 16
-bits round a weight with the adapter in it otherwise than the two apart. So both are measured.
+A QLoRA adapter was trained on the base in 4 bits. It can be folded into the base's own weights, which it has never
+seen, or into the values that the 4-bit layers computed with. Neither is exactly what was trained: rounding a weight to
+16 bits with the adapter in it gives another value than rounding the two apart. So both are measured.
 
-Of a model there is never more than one copy besides its 4-bit one, which is turned into 16 bits layer by layer.
+There is never more than one copy of the model besides its 4-bit one, which is turned into 16 bits layer by layer.
 """
 
 import copy
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from tokentune.core.compat.four_bit import keep_4bit_layout
 from tokentune.errors import UserError
-from tokentune.models.merging.logit_difference import probe_logits
-from tokentune.models.merging.merge_folder import write_errors_refused
-from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, Adapter, attach_adapter
-from tokentune.models.merging.trained_head import check_head
-from tokentune.models.merging.vocabulary import is_tied, needed_rows, resize, settle_tying, untie_adapted_embeddings
-from tokentune.models.pretrained import checkpoint_dtype, load_base_model
+from tokentune.models.merging.logit_difference import LogitDifference, logit_difference, probe_logits
+from tokentune.models.merging.trained_adapter import (
+    ADAPTER_FLAG,
+    BASE_FLAG,
+    OUTPUT_FLAG,
+    Adapter,
+    attach_adapter,
+    check_recorded_base,
+    read_adapter,
+)
+from tokentune.models.merging.trained_shapes import (
+    check_head,
+    head_of,
+    is_tied,
+    needed_rows,
+    settle_tying,
+    untie_adapted_embeddings,
+    with_outputs,
+)
+from tokentune.models.pretrained import checkpoint_dtype, load_base_model, load_config
 from tokentune.models.saved_types import hold_in
 from tokentune.models.tasks import IMAGE, Head
-from tokentune.sources import first_line
-
-if TYPE_CHECKING:
-    import peft
+from tokentune.sources import check_model_folder, first_line
 
 BaseKind = Literal["16bit", "dequantized"]
 
 
-class Trust(NamedTuple):
-    """What of a base that was asked for by flag: to run its own code, and to read weights from pickle files."""
-
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What is folded into what: all that could be refused before a weight is read has been looked at."""
+    """What is folded into what. All that can be refused before a weight is read has been checked."""
 
     base: str  # local folder or hub id
     config: PreTrainedConfig  # of the merged model: a classifier's has the trained head's outputs
@@ -59,42 +64,47 @@ class Plan:
     rows: int | None  # of it in training, and so of the merged one
     dtype: torch.dtype  # of the merged weights
     place: torch.device
-    trust: Trust
+    trust: dict[str, bool]  # what is allowed to the base: trust_remote_code, allow_pickle
+
+    def logits(self, model: torch.nn.Module, *, in_float32: bool) -> Tensor:
+        """A model's logits on the fixed inputs for this kind of model."""
+        return probe_logits(model, in_float32=in_float32, head=self.head)
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """Logits of base + adapter, before folding: computed in the weights' type, and in float32."""
 
     in_dtype: Tensor
     in_float32: Tensor
 
 
-def plan_fold(
-    base: str,
-    config: PreTrainedConfig,
-    head: Head,
-    adapter: Adapter,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    trust: Trust,
-) -> Plan:
-    """Checks what a model without weights can tell.
+def plan_fold(base: str, adapter_folder: str, *, dtype: str | None, device: str, trust: dict[str, bool]) -> Plan:
+    """Reads and checks everything but the base's weights. Args: as of `merge`, in `tokentune/merge.py`.
 
     Raises:
-        UserError: embeddings that cannot be made as they were in training, or a device that cannot be used.
+        UserError: no base or adapter there, adapter and base do not fit, embeddings that cannot be made as they were in
+            training, or a device that cannot be used.
     """
+    check_model_folder(base, BASE_FLAG)
+    adapter = read_adapter(Path(adapter_folder))
+    head, trusted = head_of(adapter), trust["trust_remote_code"]
+    config = load_config(base, flag=BASE_FLAG, head=head, trust_remote_code=trusted)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
+    check_recorded_base(adapter.config.base_model_name_or_path, base, config)
+    held = checkpoint_dtype(config) if dtype in (None, "auto") else getattr(torch, dtype)
+    config = with_outputs(config, adapter, head)
     with torch.device("meta"):
-        skeleton = head.auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust.trust_remote_code)
-    rows = None if head is IMAGE else needed_rows(adapter, skeleton)
-    base_rows = None if head is IMAGE else skeleton.get_input_embeddings().weight.shape[0]
-    size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    return Plan(base, config, head, adapter, base_rows, rows, dtype, choose_device(device, size), trust)
+        skeleton = head.auto_class.from_config(copy.deepcopy(config), trust_remote_code=trusted)
+    rows = base_rows = None
+    if head is not IMAGE:
+        rows, base_rows = needed_rows(adapter, skeleton), skeleton.get_input_embeddings().weight.shape[0]
+    size = sum(parameter.numel() for parameter in skeleton.parameters()) * held.itemsize
+    return Plan(base, config, head, adapter, base_rows, rows, held, choose_device(device, size), trust)
 
 
 def choose_device(device: str, model_bytes: int) -> torch.device:
-    """The device named, or for "auto" the GPU when it has room for the model (and half as much again), else the CPU."""
+    """The named device; for "auto" the GPU if 1.5 times the model's bytes are free on it, else the CPU."""
     if device == "auto":
         roomy = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * model_bytes
         return torch.device("cuda" if roomy else "cpu")
@@ -110,13 +120,12 @@ def choose_device(device: str, model_bytes: int) -> torch.device:
 
 def load_16bit(plan: Plan) -> PreTrainedModel:
     """The base's own weights, in the plan's type, with as many embeddings as in training."""
-    model = _load(plan, dtype=plan.dtype, quantize_4bit=False)
-    return model.to(plan.place)
+    return _load(plan, dtype=plan.dtype, quantize_4bit=False).to(plan.place)
 
 
 def load_4bit(plan: Plan) -> PreTrainedModel:
-    """The base as a QLoRA run has it: NF4 of the same weights, the others in the same type; computes in float32."""
-    dtype = plan.adapter.record.base_dtype or checkpoint_dtype(plan.config)
+    """The base as in a QLoRA run: the same weights in NF4, the others in the same type; it computes in float32."""
+    dtype = plan.adapter.base_dtype or checkpoint_dtype(plan.config)
     model = _load(plan, dtype=dtype, quantize_4bit=True, compute_dtype=torch.float32, device_map={"": str(plan.place)})
     keep_4bit_layout(model)
     return model
@@ -124,25 +133,25 @@ def load_4bit(plan: Plan) -> PreTrainedModel:
 
 def _load(plan: Plan, **options: Any) -> PreTrainedModel:
     config = copy.deepcopy(plan.config) if plan.head.is_new else None
-    options |= plan.trust._asdict() | {"check_new": partial(check_head, adapter=plan.adapter, base=plan.base)}
+    options |= plan.trust | {"check_new": partial(check_head, adapter=plan.adapter, base=plan.base)}
     model = load_base_model(plan.base, flag=BASE_FLAG, head=plan.head, config=config, **options)
-    if plan.rows is not None:
-        resize(model, plan.rows)
+    if plan.rows != plan.base_rows:  # values of new rows are in the adapter's file
+        model.resize_token_embeddings(plan.rows, mean_resizing=False)
     return model
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Replaces each 4-bit layer by the values that it computes with, one after another, in place.
 
-    A 4-bit layer's forward dequantises its NF4 weights into the type of its matrix product, so that `dtype` loses
-    nothing against a training that computed in it, and float32 nothing at all.
+    A 4-bit layer's forward dequantizes its NF4 weights into the type of its matrix product, so that `dtype` is exact
+    for a training that computed in it, and float32 for any.
     """
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            state.dtype = dtype  # else they would pass through the type that they were quantised from
+            state.dtype = dtype  # else they would pass through the type that they were quantized from
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would explain what dequantising is
+    logging.set_verbosity_error()  # it would explain what dequantizing is
     try:
         model = model.dequantize(dtype)
     finally:
@@ -157,23 +166,23 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 # --- folding ----------------------------------------------------------------------------------------------------------
 
 
-def trained_logits(plan: Plan) -> tuple[Tensor, PreTrainedModel]:
-    """Logits of the 4-bit base + adapter, computed in float32, and that base without the adapter."""
-    model = attach_adapter(load_4bit(plan), plan.adapter)
-    logits = probe_logits(model, in_float32=True, head=plan.head)
-    return logits, model.unload()
+def fold(plan: Plan, base: PreTrainedModel, *, compared: bool) -> tuple[PreTrainedModel, Reference | None]:
+    """Adds the adapter's change to every weight of `base`, in place.
 
+    Args:
+        compared: return the logits of base + adapter before folding, too.
 
-def reference_logits(plan: Plan, model: "peft.PeftModel") -> Reference:
-    """Of base + adapter. Raises UserError where they are no numbers."""
-    logits = [probe_logits(model, in_float32=exact, head=plan.head) for exact in (False, True)]
-    if not all(torch.isfinite(values).all() for values in logits):
-        raise UserError(f"--dtype: base + adapter gives NaN or infinite logits in {plan.dtype}. Try --dtype float32.")
-    return Reference(*logits)
-
-
-def fold(plan: Plan, model: "peft.PeftModel", *, was_tied: bool) -> PreTrainedModel:
-    """The adapter's change of every weight added to it, in place. `was_tied`: the base's embeddings."""
+    Raises:
+        UserError: these logits or the folded weights exceed the range of their type, or peft refuses to merge.
+    """
+    was_tied = is_tied(base)
+    model, reference = attach_adapter(base, plan.adapter), None
+    if compared:
+        reference = Reference(plan.logits(model, in_float32=False), plan.logits(model, in_float32=True))
+        if not all(torch.isfinite(logits).all() for logits in reference):
+            raise UserError(
+                f"--dtype: base + adapter gives NaN or infinite logits in {plan.dtype}. Try --dtype float32."
+            )
     untie_adapted_embeddings(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
@@ -181,32 +190,46 @@ def fold(plan: Plan, model: "peft.PeftModel", *, was_tied: bool) -> PreTrainedMo
         if "NaNs detected" in str(error):  # peft's check of the folded weights, infinite ones too
             raise UserError(f"--dtype: the folded weights exceed {plan.dtype}'s range. Try --dtype float32.") from error
         raise UserError(f"{ADAPTER_FLAG} {plan.adapter.folder}: cannot be merged: {first_line(error)}") from error
-    settle_tying(merged, was_tied=was_tied)
-    return merged
+    if was_tied:
+        settle_tying(merged)
+    return merged, reference
 
 
-def fold_and_save(plan: Plan, base: PreTrainedModel, folder: Path, *, max_shard_size: str) -> Reference:
-    """Folds the adapter into `base`, in place, and saves the model. Returns the logits before folding."""
-    was_tied = is_tied(base)
-    model = attach_adapter(base, plan.adapter)
-    reference = reference_logits(plan, model)
-    merged = fold(plan, model, was_tied=was_tied)
-    with write_errors_refused():
-        merged.save_pretrained(folder, max_shard_size=max_shard_size)
-    return reference
+def fold_all(
+    plan: Plan, kinds: Sequence[BaseKind], folder: Path, *, max_shard_size: str
+) -> tuple[Reference, Tensor | None, dict[BaseKind, LogitDifference]]:
+    """Folds the adapter into one kind of base, or into both, one after another; the first of `kinds` is saved.
 
-
-def folded_logits(plan: Plan, base: PreTrainedModel) -> Tensor:
-    """Logits with the adapter folded into `base`, in place, computed in float32."""
-    merged = fold(plan, attach_adapter(base, plan.adapter), was_tied=is_tied(base))
-    return probe_logits(merged, in_float32=True, head=plan.head)
+    Returns:
+        The logits of base + adapter for the kind that is saved. For two kinds also the float32 logits of the 4-bit base
+        + adapter, and the difference of the other kind from these.
+    """
+    reference, trained, others = None, None, {}
+    for kind in ("dequantized", "16bit")[-len(kinds) :]:
+        if kind == "dequantized":
+            model = attach_adapter(load_4bit(plan), plan.adapter)
+            trained = plan.logits(model, in_float32=True)
+            model = dequantize(model.unload(), plan.dtype)
+        else:
+            model = load_16bit(plan)
+        saved = kind == kinds[0]
+        model, before = fold(plan, model, compared=saved)
+        if saved:
+            reference = before
+            with write_errors_refused():
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            others[kind] = logit_difference(trained, plan.logits(model, in_float32=True))
+        del model  # never two copies of it
+        release_memory()
+    return reference, trained, others
 
 
 def release_memory() -> None:
-    """Gives the memory of models that are gone back to the system.
+    """Gives the memory of deleted models back to the system.
 
-    glibc keeps freed blocks of up to 32 MiB, which most weights are, in the process: a second model would come on top
-    of the first one's (measured: 1.7 GiB of a 1.3 GiB model and its 4-bit copy).
+    glibc keeps freed blocks of up to 32 MiB, which most weights are, in the process: a second model would be added to
+    the first one's memory (measured: 1.7 GiB for a 1.3 GiB model and its 4-bit copy).
     """
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # another system's C library
@@ -215,8 +238,17 @@ def release_memory() -> None:
 
 @contextmanager
 def out_of_memory_refused(device: str, place: torch.device) -> Iterator[None]:
-    """Turns a GPU's lack of memory into a UserError. `device`: as the flag has it."""
+    """Turns a GPU's lack of memory into a UserError. `device`: the flag's value."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"--device {device}: out of memory on {place}. Merge with --device cpu.") from error
+
+
+@contextmanager
+def write_errors_refused() -> Iterator[None]:
+    """Turns failures to write, such as on a full disk, into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{OUTPUT_FLAG}: the model could not be written: {first_line(error)}") from error

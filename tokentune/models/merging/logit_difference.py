@@ -6,6 +6,7 @@ Legend: B sequences, S tokens, C outputs per token or per sequence (the vocabula
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ CLASSIFIED = 8  # B, where there is one row of logits per sequence or image
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Of two models: the largest of all differences of a logit, and their root mean square.
+    """Of two models' logits: the largest difference and the root mean square of all.
 
-    `relative` and `relative_rms` are the same over the standard deviation of the reference's logits.
+    `relative` and `relative_rms` are the same, divided by the standard deviation of the reference's logits.
     """
 
     largest: float
@@ -41,19 +42,20 @@ def logit_difference(reference: Tensor, other: Tensor) -> LogitDifference:
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The floating-point ones that a module's forward may read without a call of its submodules'."""
-    # peft's wrappers (of single tokens' rows, say) take the weight of what they wrap and compute by themselves
-    base = getattr(module, "base_layer", None)
-    owners = [module] if base is None else [module, base]
-    return [p for owner in owners for p in owner.parameters(recurse=False) if p.is_floating_point()]
+    """The floating-point parameters that a module's forward may read itself, without calling a submodule."""
+    # peft's wrappers (of single tokens' rows, say) read the weight of the layer that they wrap
+    owners = [module, getattr(module, "base_layer", None)]
+    return [
+        p for owner in owners if owner is not None for p in owner.parameters(recurse=False) if p.is_floating_point()
+    ]
 
 
 @contextmanager
 def float32_arithmetic(model: nn.Module) -> Iterator[None]:
     """Within it, each module computes in float32 from the weights as they are held.
 
-    Its weights are widened just for its own forward, so that comparing a 16-bit model in float32 takes the room of
-    one layer's float32 copy, not of the whole model's. 4-bit weights stay as they are: their layers widen them.
+    Weights are float32 during their own module's forward alone: comparing a 16-bit model in float32 takes the memory of
+    one layer's float32 copy, not of the whole model's. 4-bit weights stay as they are: their layers dequantize them.
     """
     held: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
 
@@ -61,7 +63,7 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
         held[module] = [(p, p.data) for p in _own_parameters(module)]
         for parameter, data in held[module]:
             parameter.data = data.float()
-        # (some models turn pixels into the type that they find their weights in)
+        # (some models cast pixels to the type of their weights)
         return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
     def restore(module: nn.Module, args: tuple, output: object) -> None:
@@ -79,8 +81,8 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def probe_inputs(config: PreTrainedConfig, head: Head = CAUSAL_LM) -> dict[str, Tensor]:
-    """Token ids (B, S), or pixels (B, channels, height, width), drawn with a fixed seed."""
+def probe_inputs(config: PreTrainedConfig, head: Head = CAUSAL_LM) -> dict[str, Any]:
+    """The forward pass's arguments: token ids (B, S), or pixels (B, channels, height, width), by a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     if head is IMAGE:
         size, channels = config.image_size, getattr(config, "num_channels", 3)
@@ -89,9 +91,10 @@ def probe_inputs(config: PreTrainedConfig, head: Head = CAUSAL_LM) -> dict[str, 
     text = config.get_text_config()
     sequences, length = TEXTS if head is CAUSAL_LM else (CLASSIFIED, TEXTS[1])
     length = min(length, getattr(text, "max_position_embeddings", None) or length)
-    inputs = {"input_ids": torch.randint(text.vocab_size, (sequences, length), generator=generator)}
-    # encoders take a padding token's id for padding; nothing here is
-    return inputs | ({} if head is CAUSAL_LM else {"attention_mask": torch.ones(sequences, length, dtype=torch.long)})
+    ids = torch.randint(text.vocab_size, (sequences, length), generator=generator)
+    if head is CAUSAL_LM:
+        return {"input_ids": ids, "use_cache": False}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # encoders would take the pad id for padding
 
 
 @torch.no_grad()
@@ -102,14 +105,13 @@ def probe_logits(model: nn.Module, *, in_float32: bool, head: Head = CAUSAL_LM) 
         model: with or without an adapter, on one device.
         in_float32: compute in float32 from the weights as they are held, else in the weights' own type.
     """
-    place = next(model.parameters())
+    device = next(model.parameters()).device
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs = probe_inputs(model.config, head)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(torch.float32 if in_float32 else dtype)
-    if head is CAUSAL_LM:
-        inputs["use_cache"] = False
-    inputs = {name: value.to(place.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            pixels = value.is_floating_point() and not in_float32
+            inputs[name] = value.to(device, dtype if pixels else None)
     with float32_arithmetic(model) if in_float32 else nullcontext():
         logits = model.eval()(**inputs).logits
     return logits.float().cpu()

@@ -1,8 +1,8 @@
-"""`--resume_from_checkpoint`: where a run goes on, and whether that is the same run at all.
+"""`--resume_from_checkpoint`: where a run continues, and whether it is the same run.
 
 A resumed run ends with the weights of one that was never interrupted: to the last bit on the CPU, where the same flags,
-data and libraries give the same numbers. Flags that would make it another run are refused; flags that change the order
-of sums alone are named in a warning; where things are written, and how often, may change.
+data and libraries give the same numbers. Flags that would make it another run are refused; flags that only change the
+order of sums are named in a warning; where things are written, and how often, may change.
 """
 
 import json
@@ -17,7 +17,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from tokentune.errors import UserError
 from tokentune.file_names import SUMMARY_NAME
-from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
 from tokentune.sources import is_local_path
 from tokentune.training.checkpoints.run_folder import clear_run_folder
@@ -28,21 +27,21 @@ from tokentune.training.distributed.interruptions import Interrupted, defer_inte
 
 logger = logging.getLogger(__name__)
 
-# What a run writes and watches, and where: nothing of it reaches the weights.
+# Flags without effect on the weights: what a run writes and reports, and where.
 HARMLESS = {
     *("model_save_path", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "logging_dir"),
     *("report_to", "print_run_folder", "resume_from_checkpoint", "preview", "dry_run", "report_memory", "offline"),
     *("memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "tokenize_workers", "data_cache"),
     *("push_to_hub", "trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
 }
-# The same numbers, added up in another order or rounded elsewhere; mostly what helps after running out of memory.
+# The same numbers, summed in another order or rounded elsewhere; mostly what helps after running out of memory.
 ROUNDING = {
     *("gradient_accumulation_steps", "auto_micro_batch", "gradient_checkpointing", "checkpoint_rest", "offload_kv"),
     *("chunked_loss", "attn_implementation", "use_liger_kernel", "model_parallel"),
 }
-# Not with a stream that several workers read: each fills the places of dropped rows with later ones of its own batches.
+# Not for a stream that several workers read: each fills the places of dropped rows with later rows of its own.
 STREAMED = {"num_workers", "gradient_accumulation_steps"}
-_BY_NAME = {  # files may have moved; whether the rows are the same is looked at when they are there
+_BY_NAME = {  # files may have moved; the rows themselves are compared once they are read
     *("model_name_or_path", "dataset_name_or_path", "eval_dataset_name_or_path", "prompt_template_name_or_path"),
     "chat_template",
 }
@@ -53,8 +52,8 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        checkpoint: what it goes on from; None: from the beginning.
-        in_place: it goes on in the folder that it is written to.
+        checkpoint: the one that it continues from; None: from the beginning.
+        in_place: it continues in the folder that it is written to.
         broken: damaged checkpoints of that folder, newer than `checkpoint`.
     """
 
@@ -63,29 +62,32 @@ class Start:
     broken: list[Path] = field(default_factory=list)
 
 
-def what_to_resume(arguments: Arguments, run_folder: Path) -> Start:
-    """Finds the checkpoint that --resume_from_checkpoint asks for, and looks whether it is whole. Changes nothing.
+def what_to_resume(flags: dict[str, Any], run_folder: Path) -> Start:
+    """Finds the checkpoint that --resume_from_checkpoint asks for, and checks its files. Changes nothing.
+
+    Args:
+        flags: {name: value} of the command.
 
     Raises:
         UserError: there is none, it is damaged, or it is another run's.
         SystemExit: 0, where the run is complete.
     """
-    asked = arguments.run.resume_from_checkpoint
-    if asked is None or arguments.run.preview is not None:
+    asked = flags["resume_from_checkpoint"]
+    if asked is None or flags["preview"] is not None:
         return Start()
     require(
-        not arguments.output.overwrite_output_dir,
+        not flags["overwrite_output_dir"],
         "--overwrite_output_dir would delete what --resume_from_checkpoint goes on from: leave one of them out",
     )
     require(
-        "lomo" not in arguments.optimization.optim,
-        f"--optim {arguments.optimization.optim} keeps its state where no checkpoint can hold it: it cannot be resumed",
+        "lomo" not in flags["optim"],
+        f"--optim {flags['optim']} keeps its state where no checkpoint can hold it: it cannot be resumed",
     )
     inside = asked == "last" or Path(asked).absolute().parent == run_folder.absolute()
     if inside and (run_folder / SUMMARY_NAME).exists():
-        _end_complete(arguments, run_folder)
+        _end_complete(flags, run_folder)
     if asked == "last":
-        return _newest_whole(arguments, run_folder)
+        return _newest_whole(flags, run_folder)
     checkpoint = Path(asked)
     if not checkpoint.is_dir() or step_of(checkpoint) is None:
         raise UserError(
@@ -93,12 +95,17 @@ def what_to_resume(arguments: Arguments, run_folder: Path) -> Start:
         )
     fault = fault_of(checkpoint)
     require(fault is None, f"--resume_from_checkpoint {asked}: it {fault}. Give an older one, or last")
-    check_same_run(arguments, read_run_state(checkpoint)["settings"], str(checkpoint))
+    return _start_at(checkpoint, flags, Start(in_place=inside))
+
+
+def _start_at(checkpoint: Path, flags: dict[str, Any], start: Start) -> Start:
+    check_same_run(flags, read_run_state(checkpoint)["settings"], str(checkpoint))
     check_checkpoint(checkpoint)
-    return Start(checkpoint, in_place=inside)
+    start.checkpoint = checkpoint
+    return start
 
 
-def _end_complete(arguments: Arguments, run_folder: Path) -> None:
+def _end_complete(flags: dict[str, Any], run_folder: Path) -> None:
     path = run_folder / SUMMARY_NAME
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
@@ -107,12 +114,12 @@ def _end_complete(arguments: Arguments, run_folder: Path) -> None:
             f"{path}: not the summary of a run, so whether it is complete cannot be told.\n"
             "Delete the file to go on from the last checkpoint, or give --overwrite_output_dir."
         ) from error
-    check_same_run(arguments, settings, f"the finished run in {run_folder}")
+    check_same_run(flags, settings, f"the finished run in {run_folder}")
     logger.info("the run in %s is complete: nothing to do (--overwrite_output_dir would train it again)", run_folder)
     sys.exit(0)
 
 
-def _newest_whole(arguments: Arguments, run_folder: Path) -> Start:
+def _newest_whole(flags: dict[str, Any], run_folder: Path) -> Start:
     start = Start(in_place=True)
     for checkpoint in checkpoints_of(run_folder):
         fault = fault_of(checkpoint)
@@ -120,29 +127,28 @@ def _newest_whole(arguments: Arguments, run_folder: Path) -> Start:
             logger.warning("%s %s: passed over, and kept aside as broken-%s", checkpoint, fault, checkpoint.name)
             start.broken.append(checkpoint)
             continue
-        best = _best_of(checkpoint) if arguments.run.load_best_model_at_end else None
-        fault = fault_of(best) if best is not None and best.name != checkpoint.name else None
+        best = _best_of(checkpoint) if flags["load_best_model_at_end"] else checkpoint
+        fault = fault_of(best) if best.name != checkpoint.name else None
         if fault is not None:
             logger.warning("%s is passed over: the best weights up to there, %s, %s", checkpoint, best, fault)
             continue
-        check_same_run(arguments, read_run_state(checkpoint)["settings"], str(checkpoint))
-        check_checkpoint(checkpoint)
-        start.checkpoint = checkpoint
+        _start_at(checkpoint, flags, start)
         logger.info("going on from %s", checkpoint)
         return start
     logger.info("%s holds no whole checkpoint yet: starting from the beginning", run_folder)
     return start
 
 
-def _best_of(checkpoint: Path) -> Path | None:
+def _best_of(checkpoint: Path) -> Path:
+    """The best checkpoint when this one was written; itself where there was none."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     step = state.get("best_global_step")
-    return None if step is None else checkpoint.with_name(f"checkpoint-{step}")
+    return checkpoint if step is None else checkpoint.with_name(f"checkpoint-{step}")
 
 
-def check_same_run(arguments: Arguments, before: dict[str, Any], where: str) -> None:
-    """Refuses, UserError, flags that make another run of the one whose settings are given; warns of rounding."""
-    now = json.loads(json.dumps(arguments.settings()))
+def check_same_run(flags: dict[str, Any], before: dict[str, Any], where: str) -> None:
+    """Refuses, UserError, flags that make another run than those of `before`; warns of flags that change rounding."""
+    now = json.loads(json.dumps(flags))
     changed = {name: before[name] for name in now if name in before and not _same(name, before[name], now[name])}
     workers = max(settings.get("num_workers", 0) for settings in (before, now))
     bound = STREAMED if now.get("streaming") and workers > 1 else set()
@@ -153,11 +159,8 @@ def check_same_run(arguments: Arguments, before: dict[str, Any], where: str) -> 
             f"{where} was made with other flags, and going on with these would be another run:\n{listed}.\n"
             "Give the same flags again, or start anew: another --model_save_path, or --overwrite_output_dir."
         )
-    rounding = [name for name in changed if name in ROUNDING]
-    if rounding:
-        logger.warning(
-            "%s: not as in %s; the result is the same up to rounding", ", ".join(f"--{n}" for n in rounding), where
-        )
+    if rounding := [f"--{name}" for name in changed if name in ROUNDING]:
+        logger.warning("%s: not as in %s; the result is the same up to rounding", ", ".join(rounding), where)
 
 
 def _same(name: str, before: Any, now: Any) -> bool:
@@ -177,7 +180,7 @@ def _shown(value: Any) -> str:
 
 
 def prepare_run_folder(run_folder: Path, start: Start) -> None:
-    """Makes room for a run: what is gone on with stays, damaged checkpoints get another name, the rest goes."""
+    """Clears a run's folder but for what the run continues from; renames damaged checkpoints."""
     if not start.in_place:
         clear_run_folder(run_folder)
         return
@@ -192,17 +195,16 @@ def prepare_run_folder(run_folder: Path, start: Start) -> None:
 def train_to_the_end(trainer: Trainer, start: Start) -> None:
     """Trains, from where `start` says.
 
-    From here on a SIGTERM or Ctrl-C ends the run after its step, and not at all once only the saving is left.
+    From here on a SIGTERM or Ctrl-C ends the run after its step, and not at all once only saving is left.
 
     Raises:
         UserError: the training data is not the checkpoint's.
         Interrupted: after a signal, with a checkpoint saved.
     """
-    rows = trainer.train_dataset
-    trainer.data_digest = data_digest(getattr(rows, "rows", rows))
+    trainer.data_digest = data_digest(trainer.train_dataset)
     checkpoint = None
     if start.checkpoint is not None:
-        # Under its own name, which an interrupted replacement had taken from it.
+        # Under its own name, which an interrupted replacement had taken away.
         checkpoint = start.checkpoint.with_name(f"checkpoint-{step_of(start.checkpoint)}")
         trainer.accelerator.wait_for_everyone()
         saved = read_run_state(checkpoint)
@@ -212,33 +214,29 @@ def train_to_the_end(trainer: Trainer, start: Start) -> None:
             "order changed): give the same, or start anew in another --model_save_path",
         )
         check_processes(trainer, saved)
-        _warn_of_versions(saved)
+        then = saved["versions"]
+        for name, now in versions().items():
+            if then.get(name) != now:
+                logger.warning("the checkpoint was written with %s %s, this is %s", name, then.get(name), now)
     defer_interruptions()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
     except Interrupted:
-        # What callbacks have open (the bar, TensorBoard's file) is closed, as at the end of training.
+        # Closes what callbacks hold open (the progress bar, TensorBoard's file), as the end of training does.
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         raise
 
 
 def check_processes(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Refuses, UserError, another number of processes where it would change the batches; warns where not."""
-    if saved["batch"]["processes"] != trainer.args.world_size:
+    before, now = saved["batch"]["processes"], trainer.args.world_size
+    if before != now:
         require(
             saved["data"] is not None or trainer.args.dataloader_num_workers <= 1,
-            f"the checkpoint was written by {saved['batch']['processes']} process(es), and {trainer.args.world_size} "
-            "go on: with --streaming and several --num_workers the batches would be others. Start as many again",
+            f"the checkpoint was written by {before} process(es), and {now} go on: with --streaming and several "
+            "--num_workers the batches would be others. Start as many again",
         )
         logger.warning(
             "the checkpoint was written by %d process(es), and %d go on: the same batches, but other dropout",
-            saved["batch"]["processes"],
-            trainer.args.world_size,
+            *(before, now),
         )
-
-
-def _warn_of_versions(saved: dict[str, Any]) -> None:
-    then, now = saved["versions"], versions()
-    for name in now:
-        if then.get(name) != now[name]:
-            logger.warning("the checkpoint was written with %s %s, this is %s", name, then.get(name), now[name])

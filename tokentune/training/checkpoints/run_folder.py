@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tokentune.errors import UserError
 from tokentune.file_names import CURVES_NAME, PREDICTIONS_NAME, SCORES_NAME, SUMMARY_NAME
-from tokentune.sampling.schedule import Schedule
+from tokentune.settings.model import AdapterArguments, SelectionArguments
 from tokentune.sources import DATA_SUFFIXES, is_local_path
 
-# What a run leaves in its folder: everything that --overwrite_output_dir replaces.
+# What --overwrite_output_dir replaces: everything that a run leaves in its folder.
 RUN_FILES = (
     *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),
     *("adapter_model.*", "adapter_config.json", "model*.safetensors*"),
@@ -23,18 +23,14 @@ RUN_FILES = (
 def run_folder_name(
     model: str,
     dataset: str | Sequence[str],
-    *,
-    lora: bool,
-    qlora: bool,
-    tokentune: bool,
-    prefix_length: int | float | Schedule,
+    adapters: AdapterArguments,
+    selection: SelectionArguments,
     task: str | None = None,
 ) -> str:
     """The name as in the released scripts: `<model>-<data set>[-<task>][-lora][-qlora][-tokentune-<prefix length>]`.
 
-    A hub id keeps its owner (`/` becomes `-`). Of a local path the last component is taken, without a data file's
-    suffix. Several data sets are joined by `+`. A number of tokens prints as `16`, a proportion as `0.3`, a schedule as
-    `0.1-0.5`. `qlora` implies adapters.
+    A hub id keeps its owner (`/` becomes `-`); of a local path the last component counts, without a data file's suffix.
+    Several data sets are joined by `+`.
     """
 
     def short(name: str) -> str:
@@ -45,24 +41,21 @@ def run_folder_name(
 
     parts = [short(model), "+".join(short(name) for name in ([dataset] if isinstance(dataset, str) else dataset))]
     parts += [task] if task is not None else []
-    parts += ["lora"] if lora or qlora else []
-    parts += ["qlora"] if qlora else []
-    parts += [f"tokentune-{prefix_length}"] if tokentune else []
+    parts += ["lora"] if adapters.lora else []
+    parts += ["qlora"] if adapters.qlora else []
+    parts += [f"tokentune-{selection.schedule or selection.selected}"] if selection.tokentune else []
     return "-".join(parts)
 
 
 def check_run_folder(run_folder: Path, *, overwrite: bool, resuming: bool = False, can_resume: bool = False) -> None:
-    """Refuses a folder that cannot be written to, or that holds a run already; leaves nothing behind.
+    """Refuses, UserError, a folder that cannot be written to, or that holds a run already; leaves nothing behind.
 
     Args:
-        resuming: the run that it holds is gone on with.
+        resuming: the run that it holds is resumed.
         can_resume: the command has --resume_from_checkpoint.
-
-    Raises:
-        UserError: with what to change.
     """
     if run_folder.is_dir() and not overwrite and not resuming:
-        finished = is_finished(run_folder)
+        finished = any((run_folder / name).exists() for name in (SUMMARY_NAME, SCORES_NAME))  # a run's last files
         if finished or any(run_folder.glob("checkpoint-*")) or any(run_folder.glob("seed-*")):
             what = "a finished run" if finished else "the checkpoints of an unfinished run"
             cure = "Give another --model_save_path, or --overwrite_output_dir to replace it."
@@ -70,11 +63,6 @@ def check_run_folder(run_folder: Path, *, overwrite: bool, resuming: bool = Fals
                 cure = "Go on with it: --resume_from_checkpoint. " + cure
             raise UserError(f"{run_folder} already holds {what}.\n{cure}")
     check_writable(run_folder)
-
-
-def is_finished(run_folder: Path) -> bool:
-    """Whether a run came to its end here: its summary is the last thing that it writes."""
-    return any((run_folder / name).exists() for name in (SUMMARY_NAME, SCORES_NAME))
 
 
 def check_writable(run_folder: Path) -> None:
@@ -91,20 +79,20 @@ def check_writable(run_folder: Path) -> None:
 
 
 @contextmanager
-def removed_if_empty(run_folder: Path) -> Iterator[None]:
-    """Around what may fail after the Trainer made the folder, before anything is written there."""
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """At its end removes those folders of a path that did not exist before and are empty."""
+    new = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     try:
         yield
-    except BaseException:
-        with suppress(OSError):
-            run_folder.rmdir()
-        raise
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def clear_run_folder(run_folder: Path, *, keep_broken: bool = False) -> None:
-    """Removes what an earlier run left; `keep_broken`: but for damaged checkpoints that were put aside."""
+    """Removes what an earlier run left. `keep_broken`: except damaged checkpoints that were renamed."""
     for pattern in RUN_FILES:
         for path in run_folder.glob(pattern):
-            if keep_broken and path.name.startswith("broken-"):
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not (keep_broken and path.name.startswith("broken-")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,11 +1,10 @@
 """One run at a time in a folder: a lock that ends with its process, however that ends.
 
-The lock is the kernel's, on a file beside the run's folder (`.<folder>.lock`), not the file itself: after a SIGKILL
-the file stays and locks nothing. POSIX record locks (fcntl.lockf) belong to the process that took them, where flock's
-are inherited by data loader workers, which may outlive it for seconds. They are dropped when their process closes any
-descriptor of the file; that is why it does not lie in the run's folder, whose files are read and uploaded. The package
-filelock would do but for two things: it reports a folder that it cannot write to as locked, and where the file system
-has no locks it takes the file's existence for one, which outlives a SIGKILL.
+It is a kernel lock on a file beside the run's folder (`.<folder>.lock`): after a SIGKILL the file stays, unlocked.
+POSIX record locks (fcntl.lockf) belong to their process; flock's are inherited by data loader workers, which may
+outlive it. They are dropped when the process closes any descriptor of the file, so it is not in the run's folder, whose
+files are read and uploaded. The package filelock reports a folder that cannot be written to as locked, and on a file
+system without locks takes the file's existence for one, which outlives a SIGKILL.
 """
 
 import errno
@@ -17,12 +16,12 @@ from pathlib import Path
 
 from tokentune.errors import UserError
 from tokentune.posix import fcntl
-from tokentune.training.checkpoints.run_folder import check_writable
+from tokentune.training.checkpoints.run_folder import check_writable, no_empty_folders
 
 
 @contextmanager
 def locked(run_folder: Path) -> Iterator[None]:
-    """Holds the lock of a run's folder, which need not exist. Of a launcher's processes only the first one does.
+    """Holds the lock of a run's folder, which need not exist, in the first of a launcher's processes.
 
     Raises:
         UserError: another run holds it, named by process and host, or the folder cannot be written.
@@ -32,20 +31,18 @@ def locked(run_folder: Path) -> Iterator[None]:
         return
     check_writable(run_folder)
     parent = run_folder.absolute().parent
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     path = parent / f".{run_folder.name}.lock"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(path, run_folder)
-    except OSError as error:
-        _remove_empty(made)
-        raise UserError(f"{path}: cannot be locked: {error.strerror}. Give another --model_save_path.") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is still locked: whoever waits for it looks whether it is still there
-        os.close(descriptor)
-        _remove_empty(made)
+    with no_empty_folders(parent):
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _take(path, run_folder)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be locked: {error.strerror}. Give another --model_save_path.") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before it is unlocked: `_take` checks that its file still exists
+            os.close(descriptor)
 
 
 def _take(path: Path, run_folder: Path) -> int:
@@ -56,7 +53,7 @@ def _take(path: Path, run_folder: Path) -> int:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             held = error.errno in (errno.EACCES, errno.EAGAIN)
-            owner = os.pread(descriptor, 4096, 0).decode() or "a process that began just now"  # and has not written yet
+            owner = os.pread(descriptor, 4096, 0).decode() or "a process that began just now"  # not written yet
             os.close(descriptor)
             if not held:
                 raise
@@ -67,13 +64,7 @@ def _take(path: Path, run_folder: Path) -> int:
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 break
-        os.close(descriptor)  # a run that just ended removed the file between our opening and our locking it
+        os.close(descriptor)  # a run that ended removed the file between our opening and locking it
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()

@@ -1,8 +1,8 @@
-"""Checkpoints and results on the disk: each is there whole or not at all, and a damaged one is noticed.
+"""Checkpoints and results on disk: each one complete or absent, and a damaged one is noticed.
 
 A checkpoint is written into a hidden folder beside its own (`.checkpoint-8.partial`), with a manifest of every file's
-size and digest, flushed to the disk, and only then renamed, which file systems do at once or not at all. What a kill
-leaves behind has a name that begins with a dot, counts as nothing, and is removed by the next run.
+size and digest, and flushed to disk. Then it is renamed, which is atomic. What a killed process leaves behind has a
+name that begins with a dot, is never read, and is removed by the next run.
 """
 
 import errno
@@ -26,7 +26,7 @@ from tokentune.file_names import CARD_NAME
 MANIFEST_NAME = "manifest.json"
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 _RESULT = ".result.partial"
-# Torch's zip writer, and C++ streams, tell of a full disk in a RuntimeError of these words.
+# How torch's zip writer and C++ streams report a full disk, in a RuntimeError.
 _STREAM_WORDS = ("PytorchStreamWriter", "unexpected pos", "iostream", "basic_ios", "file write failed", "write failed")
 
 
@@ -36,7 +36,7 @@ class StorageError(Exception):
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turns what a failed write raises, which is not the same in Python, torch and safetensors, into `StorageError`."""
+    """Turns the errors of a failed write, which differ between Python, torch and safetensors, into `StorageError`."""
     try:
         yield
     except OSError as error:
@@ -53,34 +53,25 @@ def storage_errors() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def partial_path(checkpoint: Path) -> Path:
-    """Where a checkpoint is written until it is whole."""
-    return checkpoint.with_name(f".{checkpoint.name}.partial")
+def hidden(checkpoint: Path, state: str) -> Path:
+    """Where a checkpoint is while it is "partial", "replaced" or "deleted"."""
+    return checkpoint.with_name(f".{checkpoint.name}.{state}")
 
 
-def partial_folder(checkpoint: Path) -> Path:
-    """Makes that folder anew, empty, and returns it."""
-    partial = partial_path(checkpoint)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+def new_folder(folder: Path) -> None:
+    """Makes a folder, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def seal(folder: Path) -> None:
-    """Flushes every file of a folder to the disk and writes the manifest: {"files": {name: {bytes, blake2b}}}."""
-    with_usual_modes(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashing releases Python's lock
-        facts = list(pool.map(_flushed, paths))
-    files = {path.relative_to(folder).as_posix(): fact for path, fact in zip(paths, facts, strict=True)}
-    for inner in {path.parent for path in paths} - {folder}:
-        _flush_folder(inner)
-    write_whole(folder / MANIFEST_NAME, json.dumps({"files": files}, indent=1) + "\n")
+    """Flushes every file of a folder to disk and writes the manifest: {"files": {name: {bytes, blake2b}}}."""
+    write_whole(folder / MANIFEST_NAME, json.dumps({"files": _flush_files(folder)}, indent=1) + "\n")
 
 
 def publish(partial: Path, checkpoint: Path) -> None:
-    """Gives a sealed folder its name; a checkpoint that had it before is there up to that moment, or found again."""
-    replaced = checkpoint.with_name(f".{checkpoint.name}.replaced")
+    """Renames a sealed folder to a checkpoint; an older one of that name exists until then, or is found again."""
+    replaced = hidden(checkpoint, "replaced")
     if checkpoint.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         checkpoint.rename(replaced)
@@ -89,35 +80,15 @@ def publish(partial: Path, checkpoint: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def rotate(run_folder: Path, keep: int, protected: set[Path]) -> None:
-    """Deletes the oldest checkpoints, by their time of writing, until `keep` are left; never the protected ones."""
-    found = [path for path in run_folder.glob("checkpoint-*") if step_of(path) is not None]
-    found.sort(key=lambda path: (path.stat().st_mtime, step_of(path)))
-    names = {path.name for path in protected}
-    for checkpoint in [path for path in found if path.name not in names][: max(0, len(found) - keep)]:
-        # Renamed first: half deleted under its own name, it would look like a damaged checkpoint.
-        doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_best_checkpoints(run_folder: Path, save_steps: int) -> None:
-    """Removes what was the best for a while, the last of which the run's folder holds; those of `save_steps` stay."""
-    for path in run_folder.glob("checkpoint-*"):
-        step = step_of(path)
-        if step is not None and step % save_steps:
-            shutil.rmtree(path)
-
-
 @contextmanager
 def written_into(folder: Path, *, writes: bool = True) -> Iterator[Path]:
-    """A new folder whose files are moved into `folder` at the end, each at once, after all are on the disk.
+    """A new folder whose files are moved into `folder` at the end, each atomically, once all are on disk.
 
     Args:
         writes: whether this process writes; of several only one does.
 
     Raises:
-        StorageError: they could not be written; `folder` is then as it was.
+        StorageError: they could not be written; `folder` is then unchanged.
     """
     partial = folder / _RESULT
     if not writes:
@@ -125,26 +96,20 @@ def written_into(folder: Path, *, writes: bool = True) -> Iterator[Path]:
         return
     try:
         with storage_errors():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            new_folder(partial)
             yield partial
             if own_card(folder) is not None:  # peft writes a model card with every adapter
                 (partial / CARD_NAME).unlink(missing_ok=True)
-            with_usual_modes(partial)
-            paths = [path for path in partial.rglob("*") if path.is_file()]
-            for path in paths:
-                _flushed(path)
-            for path in paths:
-                target = folder / path.relative_to(partial)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
+            for name in _flush_files(partial):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial / name, folder / name)
             _flush_folder(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, also when the machine stops."""
+    """Writes a file atomically: it is complete or unchanged, even after a power failure."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -152,6 +117,17 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(unfinished, path)
     _flush_folder(path.parent)
+
+
+def _flush_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Flushes all files of a folder to disk; returns {relative path: {bytes, blake2b}}."""
+    with_usual_modes(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashing releases Python's lock
+        facts = list(pool.map(_flushed, paths))
+    for inner in {path.parent for path in paths} - {folder}:
+        _flush_folder(inner)
+    return {path.relative_to(folder).as_posix(): fact for path, fact in zip(paths, facts, strict=True)}
 
 
 def _flushed(path: Path) -> dict[str, Any]:
@@ -169,7 +145,7 @@ def _flush_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush files alone
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems only flush files
             raise
     finally:
         os.close(descriptor)
@@ -187,11 +163,33 @@ def step_of(checkpoint: Path) -> int | None:
 def checkpoints_of(run_folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest step first.
 
-    One that was just about to be replaced by a newer one of the same step counts where that one is not there.
+    One that a killed process was about to replace counts where its replacement is missing.
     """
-    whole = {step_of(path): path for path in run_folder.glob("checkpoint-*") if step_of(path) is not None}
-    replaced = {step_of(path): path for path in run_folder.glob(".checkpoint-*.replaced")}
+    replaced, whole = (
+        {step_of(path): path for path in run_folder.glob(pattern) if step_of(path) is not None}
+        for pattern in (".checkpoint-*.replaced", "checkpoint-*")
+    )
     return [path for _, path in sorted((replaced | whole).items(), reverse=True)]
+
+
+def rotate(run_folder: Path, keep: int, protected: set[Path]) -> None:
+    """Deletes the oldest checkpoints, by their time of writing, until `keep` are left; never the protected ones."""
+    found = [path for path in run_folder.glob("checkpoint-*") if step_of(path) is not None]
+    found.sort(key=lambda path: (path.stat().st_mtime, step_of(path)))
+    names = {path.name for path in protected}
+    for checkpoint in [path for path in found if path.name not in names][: max(0, len(found) - keep)]:
+        # Renamed first: half deleted under its own name, it would look damaged.
+        deleted = hidden(checkpoint, "deleted")
+        checkpoint.rename(deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
+def remove_best_checkpoints(run_folder: Path, save_steps: int) -> None:
+    """Removes the checkpoints that were saved as the best so far; those of every `save_steps` stay."""
+    for path in run_folder.glob("checkpoint-*"):
+        step = step_of(path)
+        if step is not None and step % save_steps:
+            shutil.rmtree(path)
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -205,19 +203,18 @@ def fault_of(checkpoint: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"is damaged: {MANIFEST_NAME} cannot be read"
     for name in PICKLED_WEIGHTS:
-        if name not in files and (checkpoint / name).exists():  # the Trainer would take it for the weights
+        if name not in files and (checkpoint / name).exists():  # the Trainer would load it as the weights
             return f"was changed: {name}, a pickle file, was not written with it"
-    for path, size, _ in expected:  # first what costs nothing
-        if not path.is_file():
-            return f"is damaged: {path.name} is missing"
-        if path.stat().st_size != size:
-            return f"is damaged: {path.name} has {path.stat().st_size:,} bytes of {size:,}"
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        faults = list(pool.map(lambda entry: _has_other_bytes(entry[0], entry[2]), expected))
+        faults = list(pool.map(lambda entry: _fault_of_file(*entry), expected))
     return next((f"is damaged: {fault}" for fault in faults if fault is not None), None)
 
 
-def _has_other_bytes(path: Path, digest: str) -> str | None:
+def _fault_of_file(path: Path, size: int, digest: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size:,} bytes of {size:,}"
     try:
         with path.open("rb") as file:
             return None if _digest(file) == digest else f"{path.name} has other bytes than were written"
@@ -225,14 +222,13 @@ def _has_other_bytes(path: Path, digest: str) -> str | None:
         return f"{path.name} cannot be read: {error.strerror}"
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Takes a damaged checkpoint out of the run's reach, under another name, which is returned."""
-    aside = checkpoint.with_name(f"broken-checkpoint-{step_of(checkpoint)}")
-    number = 1
+def set_aside(checkpoint: Path) -> None:
+    """Renames a damaged checkpoint, so that the run ignores it."""
+    aside, number = checkpoint.with_name(f"broken-checkpoint-{step_of(checkpoint)}"), 1
     while aside.exists():
         number += 1
         aside = aside.with_name(f"broken-checkpoint-{step_of(checkpoint)}-{number}")
-    return checkpoint.rename(aside)
+    checkpoint.rename(aside)
 
 
 def clear_leftovers(run_folder: Path) -> None:

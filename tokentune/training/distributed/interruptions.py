@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: a run that is asked to end finishes its step, saves a checkpoint and says how to go on.
 
-Before training begins there is nothing to save, and the command ends at once. In training the first signal is noted,
-and looked at after each optimizer step and between the batches of a validation; the second one ends the process on the
-spot, which a run survives as it survives a SIGKILL. Exit codes are the shells': 130 after SIGINT, 143 after SIGTERM.
+Before training there is nothing to save, and the command ends at once. In training the first signal is noted, and
+checked after each optimizer step and between the batches of a validation; a second one ends the process at once, after
+which the run can be resumed as after a SIGKILL. Exit codes are the shells': 130 after SIGINT, 143 after SIGTERM.
 """
 
 import os
@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any
 
 from tokentune.processes import process_count
 
-# A launcher hands a Ctrl-C on to processes that got it from the terminal already: a second signal that comes sooner is
-# the first one's echo.
+# A launcher passes a Ctrl-C on to processes that got it from the terminal already: a second signal that comes sooner
+# is the same one.
 _ECHO_SECONDS = 5.0
 
 
@@ -30,17 +30,14 @@ class Interrupted(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
-class _Noted:
-    """What the handler knows. One for the process, as its signals are."""
+class _Noted:  # one for the process, as its signals are
+    """What the handler knows."""
 
     number: int | None = None
     at: float = 0.0
     deferred = False
     process: int = 0
     cure: str = ""
-
-
-_noted = _Noted()
 
 
 @contextmanager
@@ -55,24 +52,24 @@ def interruptible(cure: str = "Training had not begun: start it again.") -> Iter
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _noted.number, _noted.deferred, _noted.process, _noted.cure = None, False, os.getpid(), cure
+    _Noted.number, _Noted.deferred, _Noted.process, _Noted.cure = None, False, os.getpid(), cure
     before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _noted.number, _noted.deferred = None, False
+        _Noted.number, _Noted.deferred = None, False
 
 
 def defer_interruptions() -> None:
     """From now on, up to the end of `interruptible`, a first signal is noted instead of raised."""
-    _noted.deferred = True
+    _Noted.deferred = True
 
 
 def interruption() -> int | None:
     """The signal that asked this process to end; None: none did."""
-    return _noted.number
+    return _Noted.number
 
 
 def signal_name(number: int) -> str:
@@ -80,11 +77,8 @@ def signal_name(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-Batch = TypeVar("Batch")
-
-
-def until_interrupted(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, as long as nobody asks this process to end; raises `Interrupted` then.
+def until_interrupted(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; raises `Interrupted` once this process is asked to end.
 
     Several processes go on to the end: each would stop at another batch, and they wait for one another.
     """
@@ -95,16 +89,16 @@ def until_interrupted(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if os.getpid() != _noted.process:  # a data loader's worker: its parent decides when it ends
+    if os.getpid() != _Noted.process:  # a data loader's worker: its parent decides when it ends
         if number == signal.SIGTERM:
             os._exit(128 + number)
         return
-    if not _noted.deferred:
-        raise Interrupted(number, f"interrupted by {signal_name(number)}. {_noted.cure}")
-    if _noted.number is None:
-        _noted.number, _noted.at = number, time.monotonic()
+    if not _Noted.deferred:
+        raise Interrupted(number, f"interrupted by {signal_name(number)}. {_Noted.cure}")
+    if _Noted.number is None:
+        _Noted.number, _Noted.at = number, time.monotonic()
         _say("ending after this step, with a checkpoint (once more: at once, without one)")
-    elif process_count() == 1 or time.monotonic() - _noted.at > _ECHO_SECONDS:
+    elif process_count() == 1 or time.monotonic() - _Noted.at > _ECHO_SECONDS:
         _say("ended at once; the checkpoints written before are whole")
         os._exit(128 + number)
 

@@ -23,7 +23,7 @@ _OTHERS_SAY_IT = 5.0
 
 
 def let_first_process_speak() -> None:
-    """Silences the libraries' progress bars and notes in all processes but the first one; their errors stay."""
+    """Silences the libraries' progress bars and warnings in all processes but the first one; errors stay."""
     if os.environ.get("RANK", "0") == "0":
         return
     transformers.utils.logging.set_verbosity_error()
@@ -34,7 +34,7 @@ def let_first_process_speak() -> None:
 
 
 def lost_peer(error: RuntimeError) -> str | None:
-    """What to tell the user where this is what a process finds when it waits for another one that has ended."""
+    """What to tell the user of an error that comes of waiting for a process that has ended; None: of another error."""
     said = next((words for words in _PEER_IS_GONE if words in str(error)), None)
     if process_count() == 1 or not (said or isinstance(error, dist.DistError)):
         return None
@@ -45,29 +45,13 @@ def lost_peer(error: RuntimeError) -> str | None:
     )
 
 
-def leave_it_to_others() -> bool:
-    """Whether another process tells the user of an error. Lets it, before it returns True.
-
-    Once the processes know each other it is the first to come here; before that, the first one of each machine.
-    """
-    mine = os.environ.get("LOCAL_RANK", "0") == "0"
-    if dist.is_initialized():
-        try:
-            mine = dist.distributed_c10d._get_default_store().add("tokentune/errors", 1) == 1
-        except Exception:  # it ended with the process that kept it
-            mine = True
-    if not mine:
-        time.sleep(_OTHERS_SAY_IT)
-    return not mine
-
-
 @contextmanager
 def end_when_stuck(seconds: float = 20.0) -> Iterator[None]:
-    """Within it a process ends that has lost another one, or that a signal does not reach. For one of several.
+    """Within it one of several processes ends when another one has ended, or when a signal does not reach it.
 
-    A launcher ends the others with SIGTERM when one has died. Python's handlers then wait for the call that is under
-    way, and on a GPU that is the one that waits for the dead process. A thread hears of the signal at once, and ends
-    the process where no handler (`training/distributed/interruptions.py`) has run `seconds` later.
+    A launcher ends the others with SIGTERM when one has died. Python runs signal handlers after the current call, which
+    on a GPU waits for the dead process. A thread gets the signal at once, and ends the process where no handler
+    (`training/distributed/interruptions.py`) has run `seconds` later.
 
     Raises:
         SystemExit: 1, where another process has ended, with a message that one process gives.
@@ -95,30 +79,36 @@ def end_when_stuck(seconds: float = 20.0) -> Iterator[None]:
 
 
 def _end_unless_heard(reading: int, seconds: float) -> None:
+    """Ends the process where a signal comes by the pipe and no handler runs in time; returns at the pipe's end."""
     number = None
     while number not in (signal.SIGTERM, signal.SIGINT):
         came = os.read(reading, 1)
         if not came:
             return
         number = came[0]
-    time.sleep(seconds)
-    if interruption() is not None or not _still_inside(reading):
-        return
-    text = f"error: rank {os.environ.get('RANK', '?')} was told to end while it waited for another process: stopped\n"
-    os.write(2, text.encode())
-    os._exit(128 + number)
-
-
-def _still_inside(reading: int) -> bool:
-    """Whether `end_when_stuck` goes on: its end of the pipe is open. Takes what else has come."""
-    while select.select([reading], [], [], 0)[0]:
-        if not os.read(reading, 4096):
-            return False
-    return True
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if select.select([reading], [], [], left)[0] and not os.read(reading, 4096):
+            return
+    if interruption() is None:
+        rank = os.environ.get("RANK", "?")
+        os.write(2, f"error: rank {rank} was told to end while it waited for another process: stopped\n".encode())
+        os._exit(128 + number)
 
 
 def say_once(message: str) -> None:
-    """Prints what is wrong; of a launcher's processes, which mostly find the same, one does."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" and leave_it_to_others():
-        return
+    """Prints what is wrong; of a launcher's processes, which mostly find the same, one does.
+
+    Once the processes know each other it is the first to come here; before that, the first one of each machine.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if dist.is_initialized():
+            try:
+                first = dist.distributed_c10d._get_default_store().add("tokentune/errors", 1) == 1
+            except Exception:  # the store ended with the process that kept it
+                first = True
+        if not first:
+            time.sleep(_OTHERS_SAY_IT)
+            return
     print(message, file=sys.stderr)
