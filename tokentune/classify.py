@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from transformers import PreTrainedConfig, set_seed
 
-from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.arguments import answered, parse_arguments, run_folder_of
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
 from tokentune.core.patched import profile_of
@@ -45,8 +45,7 @@ from tokentune.reports.classification_summary import said, scores_over_seeds, se
 from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import draw_curves, write_summary
 from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.glue import HUB_ID
-from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder, run_folder_name
+from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.classification import build_classification_trainer, classification_settings, predict
@@ -76,10 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
     log_to_stderr()
     arguments = parse_arguments(argv, ClassificationArguments)
-    run_folder = run_folder_of(arguments)
-    if arguments.output.print_run_folder:
-        print(run_folder)
+    if answered(arguments):
         return
+    run_folder = run_folder_of(arguments)
     with interruptible(AGAIN), end_when_stuck(), locked(run_folder):
         plan = prepare(arguments, run_folder)
         summaries = [train(plan, seed) for seed in arguments.seeds]
@@ -87,22 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_config(arguments, run_folder, sys.argv[1:] if argv is None else argv, library_versions())
         write_summary(scores, run_folder, SCORES_NAME)  # last: it marks a finished run
         logger.info("%s; saved in %s", said(scores), run_folder)
-
-
-def run_folder_of(arguments: ClassificationArguments) -> Path:
-    """`<model_save_path>/<model>-<data>-<task>[-lora][-qlora][-tokentune-<selected>][-<labelled or supervised>]`."""
-    name = run_folder_name(
-        arguments.model.model_name_or_path,
-        arguments.data.dataset_name_or_path or HUB_ID,
-        lora=arguments.adapters.lora,
-        qlora=arguments.adapters.qlora,
-        tokentune=arguments.selection.tokentune,
-        prefix_length=arguments.selection.selected,
-        task=arguments.task.name,
-    )
-    if arguments.selection.tokentune and arguments.selection.selection in ("labelled", "supervised"):
-        name += f"-{arguments.selection.selection}"  # compared with a random draw of as many tokens, beside it
-    return Path(arguments.output.model_save_path).expanduser() / name
 
 
 def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:

@@ -27,9 +27,9 @@ if __name__ == "__main__":
 
     start("estimate")  # before the imports below, which take seconds
 
-from tokentune.cli.arguments import checked
+from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import run_command
-from tokentune.cli.start import arguments_of, flags_given
+from tokentune.cli.start import flags_given
 from tokentune.core.profile import Profile
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.estimate_table import Request, Row, fits_card, in_gib, print_table, settings_of
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     """The command's own flags, and `finetune.py`'s, of which only the model is needed."""
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
     given = flags_given(argv, EstimateArguments)
-    arguments = checked(arguments_of(given, EstimateArguments))
+    arguments = parse_arguments(argv, EstimateArguments)
     own = arguments.estimation
     subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
     batch_given = {"global_batch_size", "gradient_accumulation_steps"} & given.keys()

@@ -9,7 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from tokentune.cli.command import run_command
+from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.parser import Parser
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
@@ -34,7 +34,7 @@ Command = TypeVar("Command")
 
 
 def start(name: str, words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Answers `--help`, `--version` and mistaken flags at once: torch and transformers take seconds to import.
+    """Does what takes no training code, whose imports take seconds: `--help`, refusals of flags, `--preview` and so on.
 
     Args:
         name: the command, one of `COMMANDS`.
@@ -42,7 +42,7 @@ def start(name: str, words: Sequence[str] | None = None, prog: str | None = None
         prog: how the command was called, for its usage.
 
     Raises:
-        SystemExit: 0 after `--help` and `--version`, 2 after a flag that cannot be read, or without the packages.
+        SystemExit: 0 after what was answered, 2 after flags that are refused, or without the packages.
     """
     # Other packages' words on their own internals, which a user can do nothing about.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -50,18 +50,27 @@ def start(name: str, words: Sequence[str] | None = None, prog: str | None = None
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
     if name in ("estimate", "diagnose"):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run_command(lambda: _check(words, COMMANDS[name], prog))
+    run_command(lambda: _answer(name, sys.argv[1:] if words is None else words, prog))
 
 
-def _check(words: Sequence[str] | None, command: type, prog: str | None) -> None:
-    """Refuses, UserError, mistaken flags, and a Python that lacks what the commands import."""
-    parser_of(command, prog).read(sys.argv[1:] if words is None else words)
+def _answer(name: str, words: Sequence[str], prog: str | None) -> None:
+    """Refuses, UserError, mistaken flags, and a Python that lacks what the commands import; SystemExit: answered."""
+    command = COMMANDS[name]
+    parser_of(command, prog).read(words)
     if missing := [package for package in PACKAGES if find_spec(package) is None]:
         raise UserError(
             f"{sys.executable} lacks {', '.join(missing)}. Activate the environment that has the requirements, or "
             "install them, in the project's folder: pip install '.[train]'"
         )
-    flags_given(words, command, prog)
+    given = flags_given(words, command, prog)
+    if name in ("finetune", "classify") and given.keys() & {"preview", "print_run_folder"}:
+        from tokentune.cli.arguments import answered, parse_arguments  # packages that may have been missing
+
+        log_to_stderr()
+        if answered(parse_arguments(words, command)):
+            sys.exit(0)
+    logging.getLogger("tokentune").setLevel(logging.ERROR)  # the command itself says what has no effect
+    arguments_of(given, command)
 
 
 def parser_of(command: type, prog: str | None = None) -> Parser:

@@ -14,8 +14,8 @@ from tokentune.core.profile import Profile
 from tokentune.memory.footprint import NOT_MEASURED, Footprint, fits, measure, profile_of
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.processes import process_count
+from tokentune.settings.engines import check_engine
 from tokentune.settings.finetune import Arguments
-from tokentune.training.distributed.engines import check_engine
 
 _LEAST_SAVING = 0.01  # of the peak; smaller savings are not listed
 
@@ -32,7 +32,7 @@ def estimator(arguments: Arguments, config: PreTrainedConfig, device: str, head:
 
     def run(changed: Arguments, shape: tuple[int, int]) -> Footprint | None:
         try:
-            check_engine(changed)  # which may not allow the change
+            check_engine(changed.prog, changed.settings())  # which may not allow the change
             known = profile() if changed.selection.tokentune else None
             return measure(config, changed, shape, device=device, head=head, profile=known)
         except NOT_MEASURED:

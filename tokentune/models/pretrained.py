@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
@@ -28,6 +27,9 @@ from transformers.utils import logging
 from tokentune.errors import UserError
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules, head_weights
 from tokentune.sources import check_model_folder, is_local_path, loading_error
+
+if TYPE_CHECKING:  # importing it takes the modelling code's seconds
+    from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +82,13 @@ def check_quantization(config: PreTrainedConfig, name: str, *, qlora: bool, flag
         f"{flag} {name}: its weights are quantised already ({method}), in a way that is not trained on here. Give the "
         "unquantised model; --qlora turns that into 4 bits by itself."
     )
+
+
+def warn_of_length(config: PreTrainedConfig, name: str, max_length: int) -> None:
+    """Warns of sequences that are longer than those that the model was made for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        logger.warning("--max_length %d is more than the %d positions of %s", max_length, positions, name)
 
 
 def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow_pickle: bool = False) -> None:
@@ -141,7 +150,7 @@ def load_base_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     check_new: Callable[[list[str]], None] | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """A model with every weight read from the checkpoint, but for those of a head that is learnt from the start.
 
     Such a head's weights that the checkpoint lacks, or has for other classes, are random, and said in the log.
@@ -237,7 +246,7 @@ def _say_new(weights: list[str]) -> None:
 
 
 def _check_complete(
-    report: dict, name: str, flag: str, head: Head, model: PreTrainedModel, check_new: Callable[[list[str]], None]
+    report: dict, name: str, flag: str, head: Head, model: "PreTrainedModel", check_new: Callable[[list[str]], None]
 ) -> None:
     """Refuses a checkpoint that left weights at their random initial values, other than those of a new head."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
@@ -270,7 +279,7 @@ def _check_placement(device_map: dict, name: str, flag: str) -> None:
         )
 
 
-def _repair_generation_config(model: PreTrainedModel) -> None:
+def _repair_generation_config(model: "PreTrainedModel") -> None:
     """Sets `do_sample` where a published generation config has sampling settings without it.
 
     transformers only warns when it loads such a config, but refuses to save it once the Trainer has touched it: the

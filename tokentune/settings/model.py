@@ -128,6 +128,12 @@ class SelectionArguments:
             raise UserError(f"--prefix_length {self.prefix_length}: {error}") from None
         self.schedule = parsed if isinstance(parsed, Schedule) else None
         self.selected = parsed.largest if isinstance(parsed, Schedule) else parsed  # what there has to be room for
+        steps = self.diagnose_steps
+        require(steps is None or steps >= 1, f"--diagnose_steps {steps}: must be 1 or more")
+        require(
+            steps is None or self.tokentune,
+            f"--diagnose_steps {steps} compares the selective gradient with the full one: add --tokentune",
+        )
         registered = machine.strategy_of(self.selection)
         self._check_scores(registered.needs)
         require(

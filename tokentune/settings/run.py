@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from tokentune.processes import process_count
 from tokentune.settings import machine
@@ -58,11 +59,12 @@ class OptimizationArguments:
             self.lr_scheduler_type in SCHEDULES,
             f"--lr_scheduler_type {self.lr_scheduler_type}: choose from {', '.join(SCHEDULES)}",
         )
-        optimizers = machine.optimizer_names()
-        require(
-            self.optim in optimizers,
-            f"--optim {self.optim}: the Trainer has no such optimizer; it has {', '.join(optimizers)}",
-        )
+        if self.optim != "adamw_torch":  # which is there: the import of all names takes seconds
+            names = machine.optimizer_names()
+            require(
+                self.optim in names,
+                f"--optim {self.optim}: the Trainer has no such optimizer; it has {', '.join(names)}",
+            )
         self._check_in_backward()
         share = self.gradient_accumulation_steps * process_count()
         require(
@@ -124,6 +126,8 @@ class OutputArguments:
             self.report_to = []
         require("none" not in self.report_to, f"--report_to {' '.join(self.report_to)}: none, or the others")
         for name in self.report_to:
+            if name == "tensorboard" and find_spec(name):  # without the import of the Trainer, which takes seconds
+                continue
             known, installed = machine.trackers()
             require(name in known, f"--report_to {name}: choose none, or from {', '.join(known)}")
             require(
