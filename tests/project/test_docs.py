@@ -226,7 +226,7 @@ def test_flags_that_are_named_exist() -> None:
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "python-api.md"], ids=name)
 def test_the_code_runs(page: Path) -> None:
-    (code,) = blocks(page, "python")
+    code, *_ = blocks(page, "python")
     model = LlamaForCausalLM(tiny_llama_config()).train()
     ids = torch.randint(3, 90, (2, 20))
     names = {"model": model, "ids": ids, "mask": torch.ones_like(ids), "labels": ids}
@@ -236,6 +236,17 @@ def test_the_code_runs(page: Path) -> None:
     if page != README:
         assert names["out"].logits.shape == (2, 5, 96)
         assert not hasattr(model, "_tokentune")
+
+
+@pytest.mark.parametrize(
+    "page, number, folder", [("python-api.md", 1, "my-model"), ("evaluation.md", 0, "my-tuned-model")]
+)
+def test_whole_scripts_run(
+    page: str, number: int, folder: str, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).symlink_to(tiny_llama_dir)
+    exec(blocks(ROOT / "docs" / page, "python")[number], {})
 
 
 def test_a_strategy_of_ones_own_is_five_lines(tmp_path: Path) -> None:
