@@ -32,10 +32,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.preview import Inputs, read_inputs
-from tokentune.cli.start import flags_given
 from tokentune.core.layers import inner_model
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.inspection.checks import look_at

@@ -27,9 +27,8 @@ if __name__ == "__main__":
 
     start("estimate")  # before the imports below, which take seconds
 
-from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.cli.command import run_command
-from tokentune.cli.start import flags_given
 from tokentune.core.profile import Profile
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.memory.estimate_table import Request, Row, fits_card, in_gib, print_table, settings_of

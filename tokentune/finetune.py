@@ -27,7 +27,8 @@ if __name__ == "__main__":
 
 from transformers import set_seed
 
-from tokentune.cli.arguments import answered, parse_arguments, run_folder_of
+from tokentune.cli.answers import answered, run_folder_of
+from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
 from tokentune.cli.preview import read_inputs

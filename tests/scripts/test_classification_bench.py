@@ -169,7 +169,8 @@ def test_the_flags_are_those_of_the_command():
 
 
 def test_runs_that_are_compared_have_folders_of_their_own():
-    from tokentune.cli.arguments import parse_arguments, run_folder_of
+    from tokentune.cli.answers import run_folder_of
+    from tokentune.cli.arguments import parse_arguments
     from tokentune.settings.classification import ClassificationArguments
 
     words = ["--model_name_or_path", "m", "--dataset_name_or_path", "rows.jsonl", "--task_type", "token"]
