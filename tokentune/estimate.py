@@ -14,7 +14,6 @@ fits, `--find length` the longest sequence. No data set is needed. The real step
 import copy
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,7 @@ from tokentune.memory.sharding import measure_share
 from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.settings.finetune import Arguments
+from tokentune.training.checkpoints.saving import write_whole
 
 METHODS = {  # (tokentune, gradient checkpointing)
     "full": (False, False),
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_table(rows, request)
         report["rows"] = [row.as_dict() for row in rows]
     if request.json is not None:
-        write_json(report, request.json)
+        write_whole(Path(request.json), json.dumps(report, indent=2) + "\n")
 
 
 def parse(argv: Sequence[str] | None) -> Request:
@@ -177,27 +177,21 @@ def find(request: Request, profile: Profile | str) -> dict[str, Any]:
     Raises:
         UserError: not even the smallest fits, or a mode that this cannot be asked of.
     """
-    arguments = request.arguments
     rows, length = request.shape
-    if request.find == "proportion":
-        if not arguments.selection.tokentune:
-            raise UserError("--find proportion is about selected tokens: add --tokentune")
-        steps, unit = PROPORTIONS, "--prefix_length"
+    if request.find == "proportion" and not request.arguments.selection.tokentune:
+        raise UserError("--find proportion is about selected tokens: add --tokentune")
+    steps, unit = {
+        "proportion": (PROPORTIONS, "--prefix_length"),
+        "length": (LENGTHS, "tokens"),
+        "batch": (range(1, MOST_SEQUENCES + 1), "sequences"),
+    }[request.find]
 
-        def run(proportion: float) -> Footprint:
-            changed = copy.deepcopy(arguments)
-            changed.selection.selected, changed.selection.prefix_length = proportion, str(proportion)
-            return footprint_of(request, changed, (rows, length), profile)
-    elif request.find == "length":
-        steps, unit = LENGTHS, "tokens"
-
-        def run(tokens: int) -> Footprint:
-            return footprint_of(request, arguments, (rows, tokens), profile)
-    else:
-        steps, unit = range(1, MOST_SEQUENCES + 1), "sequences"
-
-        def run(sequences: int) -> Footprint:
-            return footprint_of(request, arguments, (sequences, length), profile)
+    def run(value: float) -> Footprint:
+        changed = copy.deepcopy(request.arguments)
+        if request.find == "proportion":
+            changed.selection.selected, changed.selection.prefix_length = value, str(value)
+        shape = {"length": (rows, value), "batch": (value, length)}.get(request.find, request.shape)
+        return footprint_of(request, changed, shape, profile)
 
     best, footprint, tried = largest(steps, run, request.memory_gb)
     if best is None:
@@ -230,14 +224,6 @@ def largest(
 
     best = last_that_fits(values, whether_fits)
     return best, seen[values[0] if best is None else best], len(seen)
-
-
-def write_json(report: dict[str, Any], path: str) -> None:
-    """Writes it whole or not at all."""
-    target = Path(path)
-    unfinished = target.with_suffix(target.suffix + ".tmp")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, target)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ PyYAML's safe loader composes the file into nodes, which know their lines, and n
 """
 
 import difflib
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from tokentune.file_names import RUN_CONFIG_NAME
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import check_characters, require
 from tokentune.settings.run import STARTING
+from tokentune.training.checkpoints.saving import write_whole
 
 TAG = "tag:yaml.org,2002:"
 TAGS = {f"{TAG}{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
@@ -141,9 +141,7 @@ def write_config(
             parts.append(f"\n# {title}\n{_dumped(settings)}")
     path = run_folder / RUN_CONFIG_NAME
     run_folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".yaml.tmp")
-    unfinished.write_text("".join(parts), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, "".join(parts))
     return path
 
 

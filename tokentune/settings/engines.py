@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tokentune.processes import DEEPSPEED, FSDP, engine, is_on
+from tokentune.processes import DDP, FSDP, engine, is_on
 from tokentune.settings import machine
 from tokentune.settings.flags import require
 
@@ -38,22 +38,21 @@ def check_engine(prog: str, flags: Mapping[str, Any]) -> None:
         "the launcher's parallelism_config (tensor, context or sequence parallelism) splits the tokens or heads that "
         "one selection is drawn for and attends over, which is not supported: take FSDP or DDP",
     )
-    if chosen == FSDP:
-        _check_fsdp(prog, flags)
-    elif chosen == DEEPSPEED:
-        _check_deepspeed(prog, flags)
-
-
-def _check_fsdp(prog: str, flags: Mapping[str, Any]) -> None:
+    if chosen == DDP:
+        return
     require(
         machine.has_accelerator(),
-        "FSDP needs accelerators: without any, accelerate passes over it in silence. Take torchrun, or "
-        "LAUNCH=ddp, on CPUs",
+        f"{chosen} needs accelerators: without any, accelerate passes over it in silence, and each process would train "
+        "by itself. Take torchrun, or LAUNCH=ddp, on CPUs",
     )
     require(
         prog == "finetune.py",
-        f"{prog} has not been made to run with FSDP, and its encoders fit one GPU: take DDP (LAUNCH=ddp)",
+        f"{prog} has not been made to run with {chosen}, and its encoders fit one GPU: take DDP (LAUNCH=ddp)",
     )
+    (_check_fsdp if chosen == FSDP else _check_deepspeed)(flags)
+
+
+def _check_fsdp(flags: Mapping[str, Any]) -> None:
     require(
         os.environ.get("FSDP_VERSION", "1") == "2",
         "FSDP 1 flattens the weights of a layer, which the selective layers and adapters cannot take: set "
@@ -82,16 +81,7 @@ def _check_fsdp(prog: str, flags: Mapping[str, Any]) -> None:
     )
 
 
-def _check_deepspeed(prog: str, flags: Mapping[str, Any]) -> None:
-    require(
-        machine.has_accelerator(),
-        "DeepSpeed needs accelerators: without any, accelerate passes over it, and each process would train by itself. "
-        "Take torchrun, or LAUNCH=ddp, on CPUs",
-    )
-    require(
-        prog == "finetune.py",
-        f"{prog} has not been made to run with DeepSpeed, and its encoders fit one GPU: take DDP (LAUNCH=ddp)",
-    )
+def _check_deepspeed(flags: Mapping[str, Any]) -> None:
     in_parts = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
     require(
         not (in_parts and flags["qlora"]),
