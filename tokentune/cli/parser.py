@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         self.usage = f"{self.prog}{needed} [flags]"
 
     def _add_flag(self, section: Any, field: Field, kind: Any, *, hidden: bool) -> None:
-        choices, options = (), {"help": field.metadata["help"], **field.metadata["options"]}
+        choices, options = (), {"help": field.metadata["help"], **field.metadata.get("options", {})}
         if get_origin(kind) in (Union, UnionType):
             (kind,) = (alternative for alternative in get_args(kind) if alternative is not NoneType)
         if get_origin(kind) is list:

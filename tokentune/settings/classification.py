@@ -128,7 +128,6 @@ class LabelledSelectionArguments(SelectionArguments):
         "random",
         f"how they are chosen: {in_words(UNSCORED)}; or by a function of your own, file.py:function. "
         "labelled is another name of supervised, for --task_type token alone",
-        metavar="NAME",
     )
 
     def __post_init__(self) -> None:
@@ -156,22 +155,20 @@ class LabelledSelectionArguments(SelectionArguments):
 class EncoderAdapterArguments(AdapterArguments):
     """LoRA; a new head is trained whole."""
 
-    lora_target_modules: list[str] = flag(["all-linear"], "names of the linear layers that get adapters, or all-linear")
+    lora_target_modules: list[str] = flag(["all-linear"])
 
 
 @dataclass
 class EncoderOptimizationArguments(OptimizationArguments):
     """How the weights move."""
 
-    global_batch_size: int = flag(32, "sequences per optimizer step, over all devices")
-    num_epochs: int = flag(3, "passes over the data")
+    global_batch_size: int = flag(32)
+    num_epochs: int = flag(3)
     learning_rate: float = flag(2e-5, "peak learning rate (with adapters, or from scratch: try 5e-4)")
     warmup_steps: float = flag(
         0.1, "optimizer steps over which the learning rate rises from 0 to its peak; below 1, a share of all steps"
     )
-    lr_scheduler_type: str = flag(
-        "linear", OptimizationArguments.__dataclass_fields__["lr_scheduler_type"].metadata["help"]
-    )
+    lr_scheduler_type: str = flag("linear")
     seeds: list[int] = flag(
         [],
         "train once with each of these seeds, into seed-1/, seed-2/, ..., and report mean and "

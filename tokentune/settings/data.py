@@ -51,15 +51,14 @@ class DataArguments(RowsArguments):
         REQUIRED,
         "one or several of: hub id, or local .json, .jsonl, .csv or .parquet file or folder; "
         "--data_format says what their columns may be",
-        filled="a hub id, a file or a folder",
     )
     dataset_weights: list[float] = flag(
         [],
         "the share of each of several data sets in what is trained on, e.g. 0.7 0.3: rows of those "
         "that are too small for theirs come several times; by default every row once",
     )
-    dataset_split: list[str] = flag([], f"{_SPLIT}; {_ONE_EACH}", filled="a name, or leave it out")
-    dataset_config: list[str] = flag([], f"{_CONFIG}; {_ONE_EACH}", filled="a name, or leave it out")
+    dataset_split: list[str] = flag([], f"{_SPLIT}; {_ONE_EACH}")
+    dataset_config: list[str] = flag([], f"{_CONFIG}; {_ONE_EACH}")
     data_format: Literal["auto", "alpaca", "alpaca_chat", "prompt_completion", "messages", "sharegpt", "text"] = flag(
         "auto",
         "auto: told by the columns; alpaca: instruction, input (may be absent), output; alpaca_chat: the same as a "

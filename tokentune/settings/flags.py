@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields
+from types import MappingProxyType
 from typing import Any
 from unicodedata import category
 
@@ -12,8 +13,8 @@ logger = logging.getLogger(__name__)
 REQUIRED = MISSING
 
 
-def flag(default: Any, help: str, *, least: float | None = None, filled: str = "", **options: Any) -> Any:
-    """A field of a `Group`.
+def flag(default: Any, help: str = "", *, least: float | None = None, filled: str = "", **options: Any) -> Any:
+    """A field of a `Group`; one that is declared anew in a derived group keeps what is left out here.
 
     Args:
         default: a list is copied; `REQUIRED`: there is none.
@@ -21,7 +22,8 @@ def flag(default: Any, help: str, *, least: float | None = None, filled: str = "
         filled: what to give instead of an empty text, which is refused.
         options: of argparse's `add_argument`; `metavar` is otherwise told by the type.
     """
-    metadata = {"help": help, "least": least, "filled": filled, "options": options}
+    said = {"help": help, "least": least, "filled": filled, "options": options}
+    metadata = {name: value for name, value in said.items() if value not in ("", None, {})}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -34,6 +36,12 @@ def default_of(attribute: Field) -> Any:
 
 class Group:
     """Flags that belong together: a dataclass whose `__post_init__` refuses, UserError, values that cannot work."""
+
+    def __init_subclass__(cls) -> None:
+        known = getattr(cls, "__dataclass_fields__", {})  # of the group that this one is derived from
+        for name in known.keys() & vars(cls).keys():
+            if isinstance(anew := vars(cls)[name], Field):
+                anew.metadata = MappingProxyType({**known[name].metadata, **anew.metadata})
 
     def __post_init__(self) -> None:
         for attribute in fields(self):
