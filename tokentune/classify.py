@@ -45,7 +45,7 @@ from tokentune.models.tasks import HEADS
 from tokentune.reports.classification_summary import said, scores_over_seeds, seed_summary, write_predictions
 from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import draw_curves, write_summary
-from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.classification import ClassificationArguments, TaskArguments
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
@@ -98,34 +98,33 @@ def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     check_quantization(config, name, qlora=arguments.adapters.qlora)
     processing = load_processing(arguments, config)
     data = load_data(arguments, config, processing)
-    metric = chosen_metric(arguments, data)
+    metric = chosen_metric(arguments.task, data)
     config = configured(config, data.labels, processing)
     skeleton = check_structure(arguments, config, head)
     if arguments.selection.tokentune:
-        say_pooling(skeleton, arguments, processing)
+        say_pooling(skeleton, name, arguments.task.task_type, processing)
     return Plan(arguments, config, processing, data, metric, run_folder)
 
 
-def chosen_metric(arguments: ClassificationArguments, data: ClassificationData) -> str:
+def chosen_metric(task: TaskArguments, data: ClassificationData) -> str:
     """--metric_for_best_model, or the task's own. Raises UserError where the task has no such metric."""
-    known = metric_names(arguments.task.task_type, data.labels)
-    chosen = arguments.task.metric_for_best_model
-    if chosen is None:
-        return arguments.task.glue.metric if arguments.task.glue is not None else known[0]
-    chosen = chosen.removeprefix("eval_")
+    known = metric_names(task.task_type, data.labels)
+    if task.metric_for_best_model is None:
+        return known[0] if task.glue is None else task.glue.metric
+    chosen = task.metric_for_best_model.removeprefix("eval_")
     if chosen not in known:
         raise UserError(f"--metric_for_best_model {chosen}: this task has {', '.join(known)}.")
     return chosen
 
 
-def say_pooling(skeleton: Any, arguments: ClassificationArguments, processing: Any) -> None:
+def say_pooling(skeleton: Any, name: str, task_type: str, processing: Any) -> None:
     """Says what the head for whole sequences looks at in training. Evaluation is the ordinary forward pass."""
     pooling = profile_of(skeleton).pooling
-    if arguments.task.task_type == "token":
+    if task_type == "token":
         logger.info("every selected word is classified; evaluation classifies all words")
     elif pooling is None:
         raise UserError(
-            f"--model_name_or_path {arguments.model.model_name_or_path}: its head pools no token that could be "
+            f"--model_name_or_path {name}: its head pools no token that could be "
             "selected. Take another model, or leave --tokentune out."
         )
     elif pooling is Pooling.ALL:
@@ -137,7 +136,7 @@ def say_pooling(skeleton: Any, arguments: ClassificationArguments, processing: A
         theirs, own = getattr(processing, "pad_token_id", None), pad_token(skeleton)
         if pooling is Pooling.LAST_NON_PAD and theirs != own:
             raise UserError(
-                f"--model_name_or_path {arguments.model.model_name_or_path}: its head looks for the last token that is "
+                f"--model_name_or_path {name}: its head looks for the last token that is "
                 f"not number {own} (pad_token_id in config.json), and its tokenizer pads with number {theirs}: "
                 "the head would pool padding. Give both the same number."
             )

@@ -79,7 +79,6 @@ from tokentune.reports.model_card import model_name, write_merged_card
 from tokentune.settings.merge import MergeArguments
 from tokentune.sources import check_model_folder
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # Relative to the logits' standard deviation. A float32 fold is exact up to rounding (measured: 5e-6): more is a defect.
 LARGEST_FLOAT32_DIFFERENCE = 1e-3
@@ -180,7 +179,7 @@ def _prepare(
         raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
     check_recorded_base(adapter.config.base_model_name_or_path, base, config)
     check_output_folder(output, [base, adapter_folder])
-    held = checkpoint_dtype(config) if dtype in (None, "auto") else DTYPES[dtype]
+    held = checkpoint_dtype(config) if dtype in (None, "auto") else getattr(torch, dtype)
     config = with_outputs(config, adapter, head)
     plan = plan_fold(base, config, head, adapter, dtype=held, device=device, trust=trust)
     return plan, _processing(plan)
