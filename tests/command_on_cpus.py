@@ -10,10 +10,10 @@ from distributed_worker import ENGINES, let_engines_run_on_cpus
 
 from tokentune.cli.command import run_command
 from tokentune.finetune import main
-from tokentune.training.distributed import engines as distributed
+from tokentune.settings import machine
 
 if __name__ == "__main__":
     os.environ.update(ENGINES[sys.argv.pop(1)])
     let_engines_run_on_cpus()
-    distributed.has_accelerators = lambda: True
+    machine.has_accelerator = lambda: True
     run_command(main)

@@ -17,8 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import docs
 from tokentune import estimate
-from tokentune.cli.arguments import parse_arguments
-from tokentune.cli.start import flags_given
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.sampling.sampler import select_positions
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments

@@ -1,6 +1,5 @@
 """The model of a run, as its flags say: precision, weights, adapters, selective layers."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +23,7 @@ from tokentune.models.pretrained import (
     checkpoint_dtype,
     load_base_model,
     load_config,
+    warn_of_length,
 )
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.sampling.resolver import find_strategy
@@ -33,7 +33,6 @@ from tokentune.settings.low_rank import check_projected_layers
 from tokentune.sources import loading_error
 from tokentune.verify.verification import verify_chunked_loss
 
-logger = logging.getLogger(__name__)
 _REFERENCE = "--selection_reference_model"
 
 
@@ -100,11 +99,7 @@ def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head =
     check_projected_layers(skeleton, arguments.optimization.optim)
     skeleton = adapt_and_patch(skeleton, arguments, head)
     check_reference(arguments, config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and arguments.data.max_length > positions:
-        logger.warning(
-            "--max_length %d is more than the %d positions of %s", arguments.data.max_length, positions, name
-        )
+    warn_of_length(config, name, arguments.data.max_length)
     return skeleton
 
 
