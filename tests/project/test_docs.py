@@ -248,6 +248,14 @@ def test_whole_scripts_run(
     exec(blocks(ROOT / "docs" / page, "python")[number], {})
 
 
+def test_files_that_the_code_names_exist() -> None:
+    package = ROOT / "tokentune"
+    for source in package.rglob("*.py"):
+        for named in set(re.findall(r"\b[a-z_]+(?:/[a-z_]+)+\.py\b", source.read_text(encoding="utf-8"))):
+            folders = (ROOT, ROOT / "scripts", package, source.parent, source.parent.parent)
+            assert named == "path/file.py" or any((folder / named).exists() for folder in folders), (source, named)
+
+
 def test_a_strategy_of_ones_own_is_five_lines(tmp_path: Path) -> None:
     (code,) = blocks(ROOT / "docs" / "selection.md", "python")
     (tmp_path / "rare.py").write_text(code, encoding="utf-8")
