@@ -11,7 +11,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import tokentune.finetune
 from tokentune.cli.command import run_command
-from tokentune.training.distributed import engines as distributed
+from tokentune.settings import machine
 
 
 def start_launcher(engine: str, processes: int, words: list[str], output: Path):
@@ -47,6 +47,6 @@ def run_process(engine: str, words: list[str]) -> None:
     os.environ.update(ENGINES[engine])
     if engine != "ddp":
         let_engines_run_on_cpus()
-        distributed.has_accelerators = lambda: True
+        machine.has_accelerator = lambda: True
     tokentune.finetune.draw_curves = lambda *args: None  # a second for each run
     run_command(lambda: tokentune.finetune.main(words))

@@ -26,9 +26,8 @@ if __name__ == "__main__":
 
     start("estimate")  # before the imports below, which take seconds
 
-from tokentune.cli.arguments import checked
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.cli.command import run_command
-from tokentune.cli.start import arguments_of, flags_given
 from tokentune.errors import UserError
 from tokentune.memory.accounting import Footprint
 from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
@@ -80,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
     """The command's own flags with `finetune.py`'s, of which only the model is needed, and what they are asked of."""
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
     given = flags_given(argv, EstimateArguments)
-    arguments = checked(arguments_of(given, EstimateArguments))
+    arguments = parse_arguments(argv, EstimateArguments)
     subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
     if {"global_batch_size", "gradient_accumulation_steps"} & given.keys():
         processes, optimization = arguments.estimation.num_processes, arguments.optimization

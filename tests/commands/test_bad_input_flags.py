@@ -14,6 +14,7 @@ NO_LENGTH = (
 NO_EVALUATION = "looks at the validation loss: add --eval_steps, and --eval_dataset_name_or_path or --eval_fraction"
 LEAST = {  # of each flag
     **dict.fromkeys(("--num_epochs", "--global_batch_size", "--max_steps", "--logging_steps", "--preview"), 1),
+    "--max_length": 2,
     **dict.fromkeys(("--warmup_steps", "--seed", "--num_workers"), 0),
 }
 FLAGS = [
@@ -98,10 +99,9 @@ FLAGS = [
         f"--prefix_length some: 'some' {NO_LENGTH}",
     ),
     ("two precisions", "--bf16 --fp16", "--bf16 and --fp16 exclude each other: give one of them"),
-    ("rank nothing", "--lora --lora_r 0", "--lora_r 0: the rank must be 1 or more"),
+    ("rank nothing", "--lora --lora_r 0", "--lora_r 0: must be 1 or more"),
     ("all dropout", "--lora --lora_dropout 1", "--lora_dropout 1.0: must be at least 0 and below 1"),
     ("scale nothing", "--lora --lora_alpha 0", "--lora_alpha 0: must be above 0, or the adapters do nothing"),
-    ("a sequence of one token", "--max_length 1", "--max_length 1: a sequence needs at least two tokens"),
     ("no such tracker", "--report_to diary", "--report_to diary: choose none, or from ..."),
     ("none and another", "--report_to none tensorboard", "--report_to none tensorboard: none, or the others"),
     (

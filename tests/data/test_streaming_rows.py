@@ -62,7 +62,7 @@ def test_the_same_batches_for_any_number_of_workers(numbered: str) -> None:
 
 
 def test_dropped_rows_make_the_batches_those_of_so_many_workers(tmp_path: Path) -> None:
-    """What `runs/resuming.py` counts on: one worker reads as none does, several do not where rows are dropped."""
+    """`training/checkpoints/resuming.py` counts on this: one worker reads as none does, several do not after drops."""
     rows = [{"prompt": f"{n} ", "completion": "x" if n % 3 else ""} for n in range(50)]
     name, batches = write(tmp_path / "a.jsonl", rows), {}
     for workers in (0, 1, 3):

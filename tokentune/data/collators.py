@@ -207,7 +207,7 @@ class ClassificationCollator:
         """Of a batch that this collator made: real tokens, selected ones, and labels that are learnt from."""
         mask, positions, labels = self._mask(batch), batch.get("selected_positions"), batch["labels"]
         selected = mask if positions is None else mask.gather(1, positions)
-        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels)
+        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels, dtype=torch.bool)
         return mask.sum(), selected.sum(), learnt.sum()
 
     def _mask(self, batch: dict[str, Tensor]) -> Tensor:
