@@ -20,10 +20,7 @@ from selective_cases import (
     padded_batch,
     rows,
 )
-from transformers import (
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-)
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from tokentune import apply_tokentune, remove_tokentune
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
