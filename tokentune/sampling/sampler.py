@@ -42,6 +42,11 @@ def selected_count(prefix_length: int | float, length: int) -> int:
     return min(count, length)
 
 
+def answers_count(answers: Answers, targets: int, length: int) -> int:
+    """K of one sequence of `length` real tokens, so many of which are target positions."""
+    return min(length, max(1, targets + int(answers.share * (length - targets) + 0.5)))
+
+
 def _reference_count(prefix_length: int | float, length: int) -> int:
     """K of one sequence in the released code's draw: first and last token, and the others from positions 1 .. n-3."""
     others = int(prefix_length * max(length - 2, 0)) if isinstance(prefix_length, float) else prefix_length

@@ -26,7 +26,14 @@ from tokentune.training.distributed.engines import engine
 
 COSINE, RELATIVE_ERROR = "gradient_cosine", "gradient_relative_error"
 # What belongs to a selection, in a batch of the collators.
-_OF_SELECTION = (ALL_LABELS, "selected_positions", "num_supervised", "selection_draws", "selection_weights")
+_OF_SELECTION = (
+    ALL_LABELS,
+    "selected_positions",
+    "selection_fillers",
+    "num_supervised",
+    "selection_draws",
+    "selection_weights",
+)
 
 
 def check_diagnosing(arguments: Arguments) -> None:
