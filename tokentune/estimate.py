@@ -31,7 +31,7 @@ from tokentune.cli.command import run_command
 from tokentune.errors import UserError
 from tokentune.memory.accounting import Footprint
 from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
-from tokentune.memory.footprint import Estimate, estimator
+from tokentune.memory.footprint import Estimate, estimator, require_known_size
 from tokentune.memory.presets import Subject, load_subject
 from tokentune.memory.probe import last_that_fits
 from tokentune.models.tasks import CAUSAL_LM
@@ -94,6 +94,7 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
         subject = dataclasses.replace(subject, length=arguments.data.max_length)
     if subject.head is not CAUSAL_LM and "lora_target_modules" not in given:
         arguments.adapters.lora_target_modules = ["all-linear"]  # the default's names are those of decoders
+    require_known_size(arguments.selection)
     if "prefix_length" not in given:
         arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
     return arguments, subject
