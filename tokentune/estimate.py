@@ -2,13 +2,13 @@
 
     python ./tokentune/estimate.py --model_name_or_path llama-3-8b --bf16 --prefix_length 0.3
 
-Prints a table: full fine-tuning, gradient checkpointing, TokenTune and both, each with full weights, LoRA and QLoRA,
-and the cards that each fits. The flags are those of `finetune.py`, all but the model optional, and the model is a
-preset's name, a config.json, a folder or a hub id. Flags that choose a mode (`--lora --tokentune`) mark its row; with
-`--only` it is the only one. `--find proportion` and `--find batch`, with `--memory 24` (GB), give the largest that
-fits, `--find length` the longest sequence. No data set is needed. The real step runs, on tensors without data
-(`memory/footprint.py`). `--num_processes 8 --sharding fsdp` tells what each of several GPUs holds and sends
-(`memory/sharding.py`).
+Prints a table: full fine-tuning, gradient checkpointing, both with the loss in chunks, TokenTune, and TokenTune with
+checkpointing; each with all weights, LoRA and QLoRA, and the cards that each fits. The flags are those of
+`finetune.py`, all but the model optional, and the model is a preset's name, a config.json, a folder or a hub id. Flags
+that choose a mode (`--lora --tokentune`) mark its row; with `--only` it is the only one. `--find proportion` and
+`--find batch`, with `--memory 24` (GB), give the largest that fits, `--find length` the longest sequence. No data set
+is needed. The real step runs, on tensors without data (`memory/footprint.py`). `--num_processes 8 --sharding fsdp`
+tells what each of several GPUs holds and sends (`memory/sharding.py`).
 """
 
 import dataclasses
@@ -39,10 +39,19 @@ from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.training.checkpoints.saving import write_whole
 
+# Training on all tokens with the loss in chunks: what flags could change of it is set, whatever the user gives.
+ALL_TOKENS = {
+    **{"tokentune": True, "chunked_loss": "on", "checkpoint_rest": "auto", "offload_kv": False},
+    **{"prefix_length": "1.0", "selected": 1.0, "schedule": None, "gradient_correction": 0.0},
+    **{"selection": "random", "selection_pass": False, "selection_draw": "proportional"},
+    **{"selection_layers": None, "selection_reference_model": None},
+}
 # The table's rows: the flags that choose each.
 METHODS = {
     "full": {"tokentune": False, "gradient_checkpointing": False},
+    "plain, chunked loss": {**ALL_TOKENS, "gradient_checkpointing": False},
     "gradient checkpointing": {"tokentune": False, "gradient_checkpointing": True},
+    "gradient checkpointing + chunked loss": {**ALL_TOKENS, "gradient_checkpointing": True},
     "TokenTune": {"tokentune": True, "gradient_checkpointing": False},
     "TokenTune + checkpointing": {"tokentune": True, "gradient_checkpointing": True},
 }
@@ -113,9 +122,12 @@ def estimator_for(arguments: EstimateArguments, subject: Subject) -> Estimate:
 def estimate(arguments: EstimateArguments, subject: Subject, run: Estimate) -> Iterator[Row]:
     """The table's rows, one by one."""
     for weights in WEIGHTS:
-        for method in METHODS:
+        for method, flags in METHODS.items():
+            in_chunks = "chunked_loss" in flags
+            if in_chunks and subject.head is not CAUSAL_LM:  # a classifier's few logits are not taken in chunks
+                continue
             changed = with_mode(arguments, method, weights)
-            chosen = changed == arguments
+            chosen = changed == arguments and not in_chunks  # such flags mark TokenTune's row, which is the same step
             if arguments.estimation.only and not chosen:
                 continue
             started = time.perf_counter()
