@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from tokentune.errors import UserError
 from tokentune.memory.accounting import Footprint
 from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
 from tokentune.memory.footprint import Estimate, estimator
+from tokentune.memory.largest import largest, predicted_start
 from tokentune.memory.presets import Subject, load_subject
-from tokentune.memory.probe import last_that_fits
+from tokentune.memory.shallow import predicted, why_not_predictable
 from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.training.checkpoints.saving import write_whole
@@ -158,13 +159,34 @@ def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[
     if asked == "proportion" and not arguments.selection.tokentune:
         raise UserError("--find proportion is about selected tokens: add --tokentune")
     unit, values = TRIED[asked]
+    positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
+    if asked == "length" and positions is not None:
+        values = range(values[0], min(positions, values[-1]) + 1, values.step) or (positions,)
 
-    def step(value: Any) -> Footprint:
+    def step(value: Any, depth: int | None = None) -> Footprint:
         if asked == "proportion":
-            return run(arguments.changed(selected=value, prefix_length=str(value)), (sequences, length))
-        return run(arguments, (value, length) if asked == "batch" else (sequences, value))
+            return run(arguments.changed(selected=value, prefix_length=str(value)), (sequences, length), depth)
+        return run(arguments, (value, length) if asked == "batch" else (sequences, value), depth)
 
-    best, footprint, tried = largest(values, step, memory_gb)
+    def told(value: Any, how: str, peak: float) -> None:
+        fits = "fits" if fits_card(peak, memory_gb) else "does not fit"
+        print(f"{unit} {value}: peak {in_gib(peak)} GiB, {how}, {fits}", file=sys.stderr)
+
+    def measured(value: Any) -> Footprint:
+        footprint = step(value)
+        told(value, "all layers", footprint.peak)
+        return footprint
+
+    def from_few_layers(value: Any) -> float:
+        peak = predicted(subject.config, lambda depth: step(value, depth).peak)
+        told(value, "predicted from few layers", peak)
+        return peak
+
+    reason = why_not_predictable(subject.config, arguments, subject.head)
+    if reason is not None:
+        print(f"all layers are run for each {asked}: {reason}", file=sys.stderr)
+    start = predicted_start(values, from_few_layers, memory_gb) if reason is None else 0
+    best, footprint, tried = largest(values, measured, memory_gb, start)
     if best is None:
         raise UserError(
             f"--memory {memory_gb:g}: not even {unit} {values[0]} fits, whose peak is "
@@ -175,26 +197,12 @@ def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[
         "batch": f"{best} sequences of {length} tokens",
         "length": f"{sequences} x {best} tokens",
     }[asked]
-    positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
-    if asked == "length" and positions is not None and best > positions:
-        print(f"the model was made for at most {positions} positions")
-    bound = " (the most that was tried)" if best == values[-1] else ""
+    bound = ""
+    if best == values[-1]:
+        of_model = asked == "length" and values is not TRIED[asked][1]
+        bound = f" (the model was made for at most {positions} positions)" if of_model else " (the most that was tried)"
     print(f"largest {asked} for {memory_gb:g} GB: {name}{bound}, peak {in_gib(footprint.peak)} GiB")
     return {asked: best, "memory_gb": memory_gb, "bytes": footprint.as_dict(), "steps_run": tried}
-
-
-def largest(
-    values: Sequence[Any], step: Callable[[Any], Footprint], memory_gb: float
-) -> tuple[Any | None, Footprint, int]:
-    """The last of ascending `values` whose step fits (None: not even the first), its footprint, and the steps run."""
-    seen: dict[Any, Footprint] = {}
-
-    def whether_fits(value: Any) -> bool:
-        seen[value] = step(value)
-        return fits_card(seen[value].peak, memory_gb)
-
-    best = last_that_fits(values, whether_fits)
-    return best, seen[values[0] if best is None else best], len(seen)
 
 
 if __name__ == "__main__":
