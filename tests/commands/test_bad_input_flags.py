@@ -9,7 +9,8 @@ from bad_input import check_sentence, filled, refusal
 from tokentune import finetune
 
 NO_LENGTH = (
-    "is neither a number of tokens (16, at least 1) nor a proportion of the sequence (0.3, above 0.0 and at most 1.0), nor answers or answers+0.1"
+    "is neither a number of tokens (16, at least 1) nor a proportion of the sequence (0.3, above 0.0 and at most 1.0), "
+    "nor answers or answers+0.1"
 )
 NO_EVALUATION = "looks at the validation loss: add --eval_steps, and --eval_dataset_name_or_path or --eval_fraction"
 LEAST = {  # of each flag
