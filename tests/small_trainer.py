@@ -17,7 +17,7 @@ from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
 ROWS = (
-    19  # no multiple of any batch of the tests: the last accumulation window is partial, in rows and in micro-batches
+    19  # no multiple of any batch: the last accumulation window is partial, in rows and in micro-batches
 )
 
 
