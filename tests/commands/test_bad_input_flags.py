@@ -9,7 +9,8 @@ from bad_input import check_sentence, filled, refusal
 from tokentune import finetune
 
 NO_LENGTH = (
-    "is neither a number of tokens (16, at least 1) nor a proportion of the sequence (0.3, above 0.0 and at most 1.0)"
+    "is neither a number of tokens (16, at least 1) nor a proportion of the sequence (0.3, above 0.0 and at most 1.0), "
+    "nor answers or answers+0.1"
 )
 NO_EVALUATION = "looks at the validation loss: add --eval_steps, and --eval_dataset_name_or_path or --eval_fraction"
 LEAST = {  # of each flag
@@ -97,6 +98,31 @@ FLAGS = [
         "a word for tokens",
         "--tokentune --prefix_length some",
         f"--prefix_length some: 'some' {NO_LENGTH}",
+    ),
+    (
+        "answers that a strategy would choose",
+        "--tokentune --prefix_length answers --selection random",
+        "--prefix_length answers with --selection random: it has nothing to choose; add a share of the other...",
+    ),
+    (
+        "answers by scores",
+        "--tokentune --prefix_length answers+0.1 --selection loss",
+        "--prefix_length answers+0.1 with --selection loss, which draws for a whole row: take one without scores...",
+    ),
+    (
+        "answers as the released code drew",
+        "--tokentune --prefix_length answers+0.1 --selection reference",
+        "--prefix_length answers+0.1 with --selection reference, which draws for a whole row: take one without...",
+    ),
+    (
+        "answers after a scoring pass",
+        "--tokentune --prefix_length answers --selection_pass",
+        "--prefix_length answers with --selection_pass: every supervised token has its loss already; leave one of...",
+    ),
+    (
+        "answers with a correction",
+        "--tokentune --prefix_length answers+0.1 --gradient_correction 1",
+        "--prefix_length answers+0.1 with --gradient_correction: it takes a row's tokens to be drawn alike; leave...",
     ),
     ("two precisions", "--bf16 --fp16", "--bf16 and --fp16 exclude each other: give one of them"),
     ("rank nothing", "--lora --lora_r 0", "--lora_r 0: must be 1 or more"),

@@ -273,6 +273,8 @@ FLAGS = [
     ("--metric_for_best_model f2", "--metric_for_best_model f2: this task has accuracy, f1"),
     ("--metric_for_best_model pearson", "--metric_for_best_model pearson: this task has accuracy, f1"),
     ("--tokentune --selection labelled", "--selection labelled needs a label for each word"),
+    ("--tokentune --prefix_length answers", "--prefix_length answers needs a label for each word"),
+    ("--task_type token --tokentune --prefix_length answers --selection supervised", "it has nothing to choose"),
     ("--seeds 1 1", "one seed occurs twice"),
     ("--seeds 1 -2", "must be 0 or more"),
     ("--max_train_rows 1", "--max_train_rows 1"),

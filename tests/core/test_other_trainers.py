@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import tokentune.core.model_sampling
 from tokentune import apply_tokentune
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.sampling.sampler import Selection
 
 trl = pytest.importorskip("trl")
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -44,10 +45,10 @@ class Recorder(TrainerCallback):
         self.draws, self.batches, self.saved, self.gradients = [], [], [], {}
         select = tokentune.core.model_sampling.select_tokens
 
-        def record(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
-            positions, weights = select(*args, **options)
-            self.draws.append(positions)
-            return positions, weights
+        def record(*args: object, **options: object) -> Selection:
+            selection = select(*args, **options)
+            self.draws.append(selection.positions)
+            return selection
 
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.batches.append(dict(kwargs))

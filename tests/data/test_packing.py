@@ -14,6 +14,7 @@ from transformers import (
 import tokentune.core.model_sampling
 from tokentune import apply_tokentune
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.sampling.sampler import Selection
 
 LENGTHS = (13, 6, 9)
 TOTAL = sum(LENGTHS)
@@ -102,7 +103,7 @@ def test_a_flattening_collators_batch_with_the_models_own_draw(monkeypatch: pyte
     monkeypatch.setattr(
         tokentune.core.model_sampling,
         "select_tokens",
-        lambda *a, **k: (drawn.append(select(*a, **k)[0]) or drawn[-1], None),
+        lambda *a, **k: Selection(drawn.append(select(*a, **k).positions) or drawn[-1]),
     )
     loss = model(**batch).loss
     assert drawn[0].shape == (1, round(0.4 * TOTAL))

@@ -15,6 +15,7 @@ from tokentune.core.profile import Profile
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.core.step_plan import DrawCounts
 from tokentune.errors import UnsupportedModelError
+from tokentune.sampling.schedule import Size
 
 PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
@@ -28,7 +29,7 @@ class Settings:
 
     profile: Profile
     stack: Stack
-    prefix_length: int | float | None = None
+    prefix_length: Size | None = None
     strategy: str = "supervised"
     checkpoint_rest: str = "auto"
     offload_kv: bool = False
@@ -50,7 +51,7 @@ def settings_of(owner: nn.Module) -> Settings | None:
     return getattr(owner, SETTINGS, None)
 
 
-def set_prefix_length(model: nn.Module, prefix_length: int | float) -> None:
+def set_prefix_length(model: nn.Module, prefix_length: Size) -> None:
     """Changes how many tokens a patched model draws, as for a schedule over training."""
     getattr(owner_of(model), SETTINGS).prefix_length = prefix_length
 

@@ -108,7 +108,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     require_served_step(model, settings, inputs)
     state = _state_of(model, settings, batch)
     if request.selected_positions is not None:
-        check_positions(request.selected_positions, batch, state.profile.pooling, state.pad_token_id)
+        check_positions(request, batch, state.profile.pooling, state.pad_token_id)
     elif state.causal and state.token_labels and batch.tokens is not None:
         inputs["labels"] = without_padding_targets(batch)
         batch = replace(batch, labels=inputs["labels"])

@@ -8,11 +8,11 @@ precision, its loss, its backward pass, the Trainer's optimizer. `memory/account
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -39,19 +39,26 @@ from tokentune.memory.accounting import (
     weights_of,
 )
 from tokentune.memory.fake_device import fake_device, replaced, run_backward, to_fake
+from tokentune.memory.shallow import with_depth
 from tokentune.memory.sharding import Sharing
 from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
 from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
 from tokentune.sampling.sampler import selected_count
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.model import SelectionArguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 from tokentune.verify.verification import verified_profile
 
-# (settings, (B, S)) -> the footprint of a step of one model. Raises UserError: why it cannot be estimated.
-Estimate = Callable[[Arguments, tuple[int, int]], Footprint]
+
+class Estimate(Protocol):
+    """The estimates of one model."""
+
+    def __call__(self, arguments: Arguments, shape: tuple[int, int], depth: int | None = None) -> Footprint:
+        """A step of (B, S) tokens; `depth`: of the first layers alone. Raises UserError: why it cannot be estimated."""
 
 
 def estimator(
@@ -74,7 +81,7 @@ def estimator(
         except UnsupportedModelError as error:
             return f"TokenTune cannot serve this model exactly: {error}"
 
-    def estimate(arguments: Arguments, shape: tuple[int, int]) -> Footprint:
+    def estimate(arguments: Arguments, shape: tuple[int, int], depth: int | None = None) -> Footprint:
         known, model = profile, arguments.model
         options = {"device": device, "head": head, "processes": processes, "engine": engine}
         try:
@@ -82,7 +89,8 @@ def estimator(
                 known = verified(model.attn_implementation, model.trust_remote_code)
             if isinstance(known, str):
                 raise UserError(known)
-            return measure(config, arguments, shape, profile=known, **options)
+            layers = config if depth is None else with_depth(config, depth)
+            return measure(layers, arguments, shape, profile=known, **options)
         except UnsupportedModelError as error:
             raise UserError(str(error)) from error
         # Code that reads values of tensors without data, or asks for a GPU on a machine without one (AssertionError).
@@ -113,9 +121,12 @@ def measure(
         engine: what shares the training out between `processes` ("ddp", "zero2", "fsdp"); None: one process.
 
     Raises:
-        UserError: what cannot be adapted or patched, an optimizer that is not there, what the engine cannot serve.
+        UserError: a selection whose size depends on the rows, what cannot be adapted or patched, an optimizer that is
+            not there, what the engine cannot serve.
         UnsupportedModelError: layers that TokenTune cannot serve.
     """
+    if arguments.selection.tokentune:
+        require_known_size(arguments.selection)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
     if sharing is not None and sharing.dtype is not None:
@@ -147,6 +158,15 @@ def measure(
             live.restart()
             footprint = _step(model, batch, optimizer, arguments, live)
             return footprint if sharing is None else sharing.footprint(footprint, live)
+
+
+def require_known_size(selection: SelectionArguments) -> None:
+    """Raises UserError for a selection whose size depends on the rows, which an estimate does not read."""
+    if isinstance(selection.selected, Answers):
+        raise UserError(
+            f"--prefix_length {selection.prefix_length}: how many tokens a step selects depends on the rows' answers; "
+            "for an estimate give the proportion that they make up, such as 0.2"
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tokentune.sampling.meanings import UNSCORED, in_words
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.data import RowsArguments
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import REQUIRED, Group, default_of, flag, require
@@ -213,6 +214,12 @@ class ClassificationArguments(Arguments):
             self.selection.selection not in ("labelled", "supervised") or self.task.task_type == "token",
             f"--selection {self.selection.selection} needs a label for each word: it does not go with --task_type "
             f"{self.task.task_type}",
+        )
+        answers = self.selection.tokentune and isinstance(self.selection.selected, Answers)
+        require(
+            not answers or self.task.task_type == "token",
+            f"--prefix_length {self.selection.prefix_length} needs a label for each word: it does not go with "
+            f"--task_type {self.task.task_type}",
         )
         require(
             not (self.data.group_by_length and self.task.task_type == "image"),

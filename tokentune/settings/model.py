@@ -6,7 +6,7 @@ from typing import Literal
 
 from tokentune.errors import UserError
 from tokentune.sampling.meanings import SCORED, UNSCORED, in_words
-from tokentune.sampling.schedule import Schedule, parse_prefix_length
+from tokentune.sampling.schedule import Answers, Schedule, parse_prefix_length
 from tokentune.settings import machine
 from tokentune.settings.flags import REQUIRED, Group, flag, log_without_effect, require
 
@@ -82,8 +82,9 @@ class SelectionArguments(Group):
     tokentune: bool = flag(False, "backpropagate through selected tokens alone")
     prefix_length: str = flag(
         "100",
-        "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); from "
-        "one to another over the run: 0.1:0.5; without --tokentune it does nothing",
+        "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); "
+        "answers: all that predict a supervised one, answers+0.1: and a tenth of the others; from one to another over "
+        "the run: 0.1:0.5; without --tokentune it does nothing",
         metavar="NUMBER",
     )
     selection: str = flag(
@@ -144,6 +145,8 @@ class SelectionArguments(Group):
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
         )
+        if isinstance(self.selected, Answers) and self.tokentune:
+            self._check_answers()
         told = registered.even or (registered.needs and self.selection_draw == "proportional")
         if self.gradient_correction > 0 and not told:
             logger.warning(
@@ -154,6 +157,28 @@ class SelectionArguments(Group):
         if not self.tokentune:
             names = [f.name for f in fields(self) if f.name not in ("tokentune", "diagnose_steps")]
             log_without_effect(self, names, "--tokentune")
+
+    def _check_answers(self) -> None:
+        """What goes with a selection of all supervised tokens."""
+        asked, name = f"--prefix_length {self.prefix_length}", self.selection
+        require(
+            not self.scored and name != "reference",
+            f"{asked} with --selection {name}, which draws for a whole row: take one without scores, such as "
+            "stratified, that can choose among the other tokens alone",
+        )
+        require(
+            self.selected.share > 0 or name == self.__dataclass_fields__["selection"].default,
+            f"{asked} with --selection {name}: it has nothing to choose; add a share of the other tokens, as in "
+            "answers+0.1, or leave it out",
+        )
+        require(
+            not self.selection_pass,
+            f"{asked} with --selection_pass: every supervised token has its loss already; leave one of them out",
+        )
+        require(
+            self.gradient_correction == 0,
+            f"{asked} with --gradient_correction: it takes a row's tokens to be drawn alike; leave one of them out",
+        )
 
     def _check_scores(self, needs: tuple[str, ...]) -> None:
         """What goes with a strategy's scores, or takes some."""

@@ -23,7 +23,14 @@ from tokentune.sampling.sampler import IGNORED_LABEL
 
 COSINE, RELATIVE_ERROR = "gradient_cosine", "gradient_relative_error"
 # What belongs to a selection, in a batch of the collators.
-_OF_SELECTION = (ALL_LABELS, "selected_positions", "num_supervised", "selection_draws", "selection_weights")
+_OF_SELECTION = (
+    ALL_LABELS,
+    "selected_positions",
+    "selection_fillers",
+    "num_supervised",
+    "selection_draws",
+    "selection_weights",
+)
 
 
 def for_all_tokens(batch: dict[str, Any]) -> dict[str, Any]:
