@@ -2,13 +2,13 @@
 
     python ./tokentune/estimate.py --model_name_or_path llama-3-8b --bf16 --prefix_length 0.3
 
-Prints a table: full fine-tuning, gradient checkpointing, TokenTune and both, each with full weights, LoRA and QLoRA,
-and the cards that each fits. The flags are those of `finetune.py`, all but the model optional, and the model is a
-preset's name, a config.json, a folder or a hub id. Flags that choose a mode (`--lora --tokentune`) mark its row; with
-`--only` it is the only one. `--find proportion` and `--find batch`, with `--memory 24` (GB), give the largest that
-fits, `--find length` the longest sequence. No data set is needed. The real step runs, on tensors without data
-(`memory/footprint.py`). `--num_processes 8 --sharding fsdp` tells what each of several GPUs holds and sends
-(`memory/sharding.py`).
+Prints a table: full fine-tuning, gradient checkpointing, both with the loss in chunks, TokenTune, and TokenTune with
+checkpointing; each with all weights, LoRA and QLoRA, and the cards that each fits. The flags are those of
+`finetune.py`, all but the model optional, and the model is a preset's name, a config.json, a folder or a hub id. Flags
+that choose a mode (`--lora --tokentune`) mark its row; with `--only` it is the only one. `--find proportion` and
+`--find batch`, with `--memory 24` (GB), give the largest that fits, `--find length` the longest sequence. No data set
+is needed. The real step runs, on tensors without data (`memory/footprint.py`). `--num_processes 8 --sharding fsdp`
+tells what each of several GPUs holds and sends (`memory/sharding.py`).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,32 @@ if __name__ == "__main__":
 
     start("estimate")  # before the imports below, which take seconds
 
-from tokentune.cli.arguments import checked
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.cli.command import run_command
-from tokentune.cli.start import arguments_of, flags_given
 from tokentune.errors import UserError
 from tokentune.memory.accounting import Footprint
 from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
 from tokentune.memory.footprint import Estimate, estimator, require_known_size
+from tokentune.memory.largest import largest, predicted_start
 from tokentune.memory.presets import Subject, load_subject
-from tokentune.memory.probe import last_that_fits
+from tokentune.memory.shallow import predicted, why_not_predictable
 from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.training.checkpoints.saving import write_whole
 
+# Training on all tokens with the loss in chunks: what flags could change of it is set, whatever the user gives.
+ALL_TOKENS = {
+    **{"tokentune": True, "chunked_loss": "on", "checkpoint_rest": "auto", "offload_kv": False},
+    **{"prefix_length": "1.0", "selected": 1.0, "schedule": None, "gradient_correction": 0.0},
+    **{"selection": "random", "selection_pass": False, "selection_draw": "proportional"},
+    **{"selection_layers": None, "selection_reference_model": None},
+}
 # The table's rows: the flags that choose each.
 METHODS = {
     "full": {"tokentune": False, "gradient_checkpointing": False},
+    "plain, chunked loss": {**ALL_TOKENS, "gradient_checkpointing": False},
     "gradient checkpointing": {"tokentune": False, "gradient_checkpointing": True},
+    "gradient checkpointing + chunked loss": {**ALL_TOKENS, "gradient_checkpointing": True},
     "TokenTune": {"tokentune": True, "gradient_checkpointing": False},
     "TokenTune + checkpointing": {"tokentune": True, "gradient_checkpointing": True},
 }
@@ -80,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
     """The command's own flags with `finetune.py`'s, of which only the model is needed, and what they are asked of."""
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
     given = flags_given(argv, EstimateArguments)
-    arguments = checked(arguments_of(given, EstimateArguments))
+    arguments = parse_arguments(argv, EstimateArguments)
     subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
     if {"global_batch_size", "gradient_accumulation_steps"} & given.keys():
         processes, optimization = arguments.estimation.num_processes, arguments.optimization
@@ -114,9 +123,12 @@ def estimator_for(arguments: EstimateArguments, subject: Subject) -> Estimate:
 def estimate(arguments: EstimateArguments, subject: Subject, run: Estimate) -> Iterator[Row]:
     """The table's rows, one by one."""
     for weights in WEIGHTS:
-        for method in METHODS:
+        for method, flags in METHODS.items():
+            in_chunks = "chunked_loss" in flags
+            if in_chunks and subject.head is not CAUSAL_LM:  # a classifier's few logits are not taken in chunks
+                continue
             changed = with_mode(arguments, method, weights)
-            chosen = changed == arguments
+            chosen = changed == arguments and not in_chunks  # such flags mark TokenTune's row, which is the same step
             if arguments.estimation.only and not chosen:
                 continue
             started = time.perf_counter()
@@ -147,13 +159,34 @@ def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[
     if asked == "proportion" and not arguments.selection.tokentune:
         raise UserError("--find proportion is about selected tokens: add --tokentune")
     unit, values = TRIED[asked]
+    positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
+    if asked == "length" and positions is not None:
+        values = range(values[0], min(positions, values[-1]) + 1, values.step) or (positions,)
 
-    def step(value: Any) -> Footprint:
+    def step(value: Any, depth: int | None = None) -> Footprint:
         if asked == "proportion":
-            return run(arguments.changed(selected=value, prefix_length=str(value)), (sequences, length))
-        return run(arguments, (value, length) if asked == "batch" else (sequences, value))
+            return run(arguments.changed(selected=value, prefix_length=str(value)), (sequences, length), depth)
+        return run(arguments, (value, length) if asked == "batch" else (sequences, value), depth)
 
-    best, footprint, tried = largest(values, step, memory_gb)
+    def told(value: Any, how: str, peak: float) -> None:
+        fits = "fits" if fits_card(peak, memory_gb) else "does not fit"
+        print(f"{unit} {value}: peak {in_gib(peak)} GiB, {how}, {fits}", file=sys.stderr)
+
+    def measured(value: Any) -> Footprint:
+        footprint = step(value)
+        told(value, "all layers", footprint.peak)
+        return footprint
+
+    def from_few_layers(value: Any) -> float:
+        peak = predicted(subject.config, lambda depth: step(value, depth).peak)
+        told(value, "predicted from few layers", peak)
+        return peak
+
+    reason = why_not_predictable(subject.config, arguments, subject.head)
+    if reason is not None:
+        print(f"all layers are run for each {asked}: {reason}", file=sys.stderr)
+    start = predicted_start(values, from_few_layers, memory_gb) if reason is None else 0
+    best, footprint, tried = largest(values, measured, memory_gb, start)
     if best is None:
         raise UserError(
             f"--memory {memory_gb:g}: not even {unit} {values[0]} fits, whose peak is "
@@ -164,26 +197,12 @@ def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[
         "batch": f"{best} sequences of {length} tokens",
         "length": f"{sequences} x {best} tokens",
     }[asked]
-    positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
-    if asked == "length" and positions is not None and best > positions:
-        print(f"the model was made for at most {positions} positions")
-    bound = " (the most that was tried)" if best == values[-1] else ""
+    bound = ""
+    if best == values[-1]:
+        of_model = asked == "length" and values is not TRIED[asked][1]
+        bound = f" (the model was made for at most {positions} positions)" if of_model else " (the most that was tried)"
     print(f"largest {asked} for {memory_gb:g} GB: {name}{bound}, peak {in_gib(footprint.peak)} GiB")
     return {asked: best, "memory_gb": memory_gb, "bytes": footprint.as_dict(), "steps_run": tried}
-
-
-def largest(
-    values: Sequence[Any], step: Callable[[Any], Footprint], memory_gb: float
-) -> tuple[Any | None, Footprint, int]:
-    """The last of ascending `values` whose step fits (None: not even the first), its footprint, and the steps run."""
-    seen: dict[Any, Footprint] = {}
-
-    def whether_fits(value: Any) -> bool:
-        seen[value] = step(value)
-        return fits_card(seen[value].peak, memory_gb)
-
-    best = last_that_fits(values, whether_fits)
-    return best, seen[values[0] if best is None else best], len(seen)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench" / "results"
 STEP_CPU = RESULTS / "step_cpu.json"
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS
+GREY = "#777777"
 
 
 class Look(NamedTuple):
@@ -38,7 +39,9 @@ class Look(NamedTuple):
 
 LOOKS = {
     "full": Look("plain training", BLACK, "s", "-"),
+    "full_chunked": Look("plain, loss in chunks", GREY, "s", ":"),
     "checkpointing": Look("gradient checkpointing", ORANGE, "D", "--"),
+    "checkpointing_chunked": Look("gradient checkpointing, loss in chunks", SKY, "D", "-"),
     "tokentune": Look("TokenTune", BLUE, "o", "-"),
     "tokentune_checkpointing": Look("TokenTune + checkpointing", GREEN, "^", "-"),
     "tokentune_segments": Look("TokenTune, lowest memory", VERMILION, "v", ":"),

@@ -278,6 +278,7 @@ FLAGS = [
     ("--seeds 1 1", "one seed occurs twice"),
     ("--seeds 1 -2", "must be 0 or more"),
     ("--max_train_rows 1", "--max_train_rows 1"),
+    ("--global_batch_size 0", "--global_batch_size 0: must be 1 or more"),
     ("--text_columns a b c", "takes at most 2"),
     ("--task_type token --text_columns a b", "takes at most 1"),
     ("--task_type audio", "--task_type"),

@@ -7,7 +7,7 @@ from functools import partial
 import oracle
 import pytest
 import torch
-from test_selective import CASES, LENGTH, assert_close, assert_same_gradients, build, loss64, padded_batch, rows
+from selective_cases import CASES, LENGTH, assert_close, assert_same_gradients, build, loss64, padded_batch, rows
 from torch import Tensor, nn
 
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune

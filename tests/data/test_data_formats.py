@@ -10,8 +10,7 @@ import pandas
 import pytest
 from chat_tokenizers import TOOLS, chat_tokenizer
 from datasets import Dataset
-from test_instruction_data import CHAT, SHAREGPT, load, refused, write
-from test_streaming_rows import stream
+from instruction_rows import CHAT, SHAREGPT, load, refused, stream, write
 
 from tokentune.data.formats.data_formats import FORMATS
 from tokentune.data.prompts import PromptTemplate

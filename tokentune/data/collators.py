@@ -217,7 +217,7 @@ class ClassificationCollator:
         """Of a batch that this collator made: real tokens, selected ones, and labels that are learnt from."""
         mask, labels = self._mask(batch), batch["labels"]
         selected = selected_in(mask, batch) if "selected_positions" in batch else mask
-        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels)
+        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels, dtype=torch.bool)
         return mask.sum(), selected.sum(), learnt.sum()
 
     def _mask(self, batch: dict[str, Tensor]) -> Tensor:

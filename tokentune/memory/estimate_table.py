@@ -44,9 +44,14 @@ class Row:
         }
 
 
+def room_on(gb: float) -> float:
+    """Bytes for a step on a GPU of so many GB."""
+    return gb * 1e9 - RESERVE_BYTES
+
+
 def fits_card(peak: int, gb: float) -> bool:
     """Whether a step with this peak, in bytes, fits a GPU of so many GB, after `RESERVE_BYTES`."""
-    return fits(peak, gb * 1e9 - RESERVE_BYTES)
+    return fits(peak, room_on(gb))
 
 
 def settings_of(arguments: EstimateArguments, subject: Subject) -> dict[str, Any]:

@@ -8,11 +8,11 @@ precision, its loss, its backward pass, the Trainer's optimizer. `memory/account
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -39,6 +39,7 @@ from tokentune.memory.accounting import (
     weights_of,
 )
 from tokentune.memory.fake_device import fake_device, replaced, run_backward, to_fake
+from tokentune.memory.shallow import with_depth
 from tokentune.memory.sharding import Sharing
 from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
 from tokentune.models.pretrained import load_config, nf4
@@ -52,8 +53,12 @@ from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 from tokentune.verify.verification import verified_profile
 
-# (settings, (B, S)) -> the footprint of a step of one model. Raises UserError: why it cannot be estimated.
-Estimate = Callable[[Arguments, tuple[int, int]], Footprint]
+
+class Estimate(Protocol):
+    """The estimates of one model."""
+
+    def __call__(self, arguments: Arguments, shape: tuple[int, int], depth: int | None = None) -> Footprint:
+        """A step of (B, S) tokens; `depth`: of the first layers alone. Raises UserError: why it cannot be estimated."""
 
 
 def estimator(
@@ -76,7 +81,7 @@ def estimator(
         except UnsupportedModelError as error:
             return f"TokenTune cannot serve this model exactly: {error}"
 
-    def estimate(arguments: Arguments, shape: tuple[int, int]) -> Footprint:
+    def estimate(arguments: Arguments, shape: tuple[int, int], depth: int | None = None) -> Footprint:
         known, model = profile, arguments.model
         options = {"device": device, "head": head, "processes": processes, "engine": engine}
         try:
@@ -84,7 +89,8 @@ def estimator(
                 known = verified(model.attn_implementation, model.trust_remote_code)
             if isinstance(known, str):
                 raise UserError(known)
-            return measure(config, arguments, shape, profile=known, **options)
+            layers = config if depth is None else with_depth(config, depth)
+            return measure(layers, arguments, shape, profile=known, **options)
         except UnsupportedModelError as error:
             raise UserError(str(error)) from error
         # Code that reads values of tensors without data, or asks for a GPU on a machine without one (AssertionError).

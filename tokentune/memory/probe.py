@@ -122,21 +122,26 @@ def choose_micro_batch(
     return best
 
 
-def last_that_fits(values: Sequence[Value], whether_fits: Callable[[Value], bool]) -> Value | None:
+def last_that_fits(values: Sequence[Value], whether_fits: Callable[[Value], bool], start: int = 0) -> Value | None:
     """The last of ascending `values` that fits, None where the first does not; what is larger never fits better.
 
-    Looks at 1, 2, 4 ... values ahead, then halves the interval.
+    Looks at the value of index `start`, then 1, 2, 4 ... values further up or down, then halves the interval.
     """
-    if not whether_fits(values[0]):
-        return None
-    low, width = 0, 1
-    while low + width < len(values) and whether_fits(values[low + width]):
-        low, width = low + width, 2 * width
-    high = min(low + width, len(values))
+    low, high, width = -1, len(values), 1  # the last index known to fit, and the first known not to
+    if whether_fits(values[start]):
+        low = start
+        while low + width < high and whether_fits(values[low + width]):
+            low, width = low + width, 2 * width
+        high = min(low + width, high)
+    else:
+        high = start
+        while high - width > low and not whether_fits(values[high - width]):
+            high, width = high - width, 2 * width
+        low = max(high - width, low)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if whether_fits(values[middle]) else (low, middle)
-    return values[low]
+    return None if low < 0 else values[low]
 
 
 def _fits(run: Run, count: int) -> bool:

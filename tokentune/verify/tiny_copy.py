@@ -163,12 +163,10 @@ def _shrink(config: PreTrainedConfig, layers: int) -> None:
         else min(depth, max(3, layers, _prefix_with_all(getattr(config, "layer_types", None) or [])))
     )
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == depth:
-            setattr(config, name, type(value)(value[:kept]))
-        elif isinstance(value, int | float) and not isinstance(value, bool) and _CHANCE.search(name):
+        if isinstance(value, int | float) and not isinstance(value, bool) and _CHANCE.search(name):
             setattr(config, name, type(value)(0))
     if depth is not None:
-        config.num_hidden_layers = kept
+        cut_layers(config, kept)
     heads = next((name for name in ("num_attention_heads", "num_heads") if getattr(config, name, None)), None)
     if heads:
         _shrink_heads(config, heads)
@@ -184,6 +182,19 @@ def _shrink(config: PreTrainedConfig, layers: int) -> None:
             setattr(config, name, 0)
     if isinstance(getattr(config, "image_size", None), int) and isinstance(getattr(config, "patch_size", None), int):
         config.image_size = 4 * config.patch_size
+
+
+def per_layer(config: PreTrainedConfig) -> dict[str, list | tuple]:
+    """What a configuration lists layer by layer, such as `layer_types`, by name."""
+    depth = config.num_hidden_layers
+    return {n: value for n, value in vars(config).items() if isinstance(value, list | tuple) and len(value) == depth}
+
+
+def cut_layers(config: PreTrainedConfig, kept: int) -> None:
+    """Leaves the first `kept` layers of a configuration, in place."""
+    for name, value in per_layer(config).items():
+        setattr(config, name, type(value)(value[:kept]))
+    config.num_hidden_layers = kept
 
 
 def _shrink_heads(config: PreTrainedConfig, name: str) -> None:
