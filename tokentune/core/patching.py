@@ -27,7 +27,7 @@ from transformers.utils import logging
 from tokentune.core.attention.masks import mask_from_functions
 from tokentune.core.checkpointing import checkpoint_layers
 from tokentune.core.compat.adapters import wrapper_bypassing_hooks
-from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran
+from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran, refuse_own_loss_of_trl
 from tokentune.core.compat.foreign_hooks import are_foreign, have_foreign_hooks, warn_of_partial_views
 from tokentune.core.compat.step_checks import check_positions, has_foreign_forward, is_causal_lm, require_served_step
 from tokentune.core.groups import gather_tokens
@@ -127,6 +127,7 @@ def _is_selective(model: PreTrainedModel, settings: Settings, request: Request, 
         return True
     draws = settings.prefix_length is not None and model.training
     if draws and not batch.has_labels and torch.is_grad_enabled():
+        refuse_own_loss_of_trl()
         logger.warning_once("called without labels (label smoothing?): an ordinary forward, all tokens get gradients")
     return draws and batch.has_labels
 
