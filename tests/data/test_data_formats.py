@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,20 @@ def test_what_may_be_meant_is_named(row: dict, named: str, tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         load(write(tmp_path / "a.jsonl", [row]), tokenizer=TOKENIZER)
     assert f"not read: the columns {named}" in caplog.text
+
+
+@pytest.mark.parametrize("written", [list, json.dumps])
+def test_keys_of_turns_that_are_not_read_are_named(
+    written: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [
+        SHAREGPT[0] | {"images": ["a"], "weight": 1},
+        SHAREGPT[1] | {"thought": "t", "reasoning": "", "x": None, "id": 3},
+    ]
+    with caplog.at_level(logging.WARNING):
+        load(write(tmp_path / "a.jsonl", [{"conversations": written(turns)}] * 2), tokenizer=TOKENIZER)
+    (record,) = [r for r in caplog.messages if "not read" in r]
+    assert "row 1: not read: the keys 'images', 'thought' of turns" in record and "(and 1 more)" in record
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tokentune.data.formats.conversations import (
     openai_conversation,
     sharegpt_conversation,
     text_of,
+    unread_keys,
 )
 from tokentune.data.formats.records import RecordSource
 from tokentune.data.prompts import PromptTemplate
@@ -76,6 +77,8 @@ class DataFormat:
         """What to say of a row: its columns that are not read, and its texts that are chats written out."""
         if (unread := self.unread(record)) is not None:
             yield unread
+        if self is FORMATS["sharegpt"] and (keys := unread_keys(record.get(_conversation_column(record)))):
+            yield f"not read: the keys {listed(keys)} of turns in ShareGPT's form"
         for name in TEXT_COLUMNS:
             if name in (*self.needs, *self.may_have) and is_written_out(record.get(name)):
                 yield (
@@ -157,8 +160,12 @@ def _messages(record: Record, where: str, template: PromptTemplate) -> Conversat
 
 
 def _sharegpt(record: Record, where: str, template: PromptTemplate) -> Conversation:
-    column = "conversations" if "conversations" in record else "messages"
-    return sharegpt_conversation(record.get(column), _system(record, where), _tools(record, where), where)
+    turns = record.get(_conversation_column(record))
+    return sharegpt_conversation(turns, _system(record, where), _tools(record, where), where)
+
+
+def _conversation_column(record: Record) -> str:
+    return "conversations" if "conversations" in record else "messages"
 
 
 def _text(record: Record, where: str, template: PromptTemplate) -> Answer:
