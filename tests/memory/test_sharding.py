@@ -163,11 +163,15 @@ def test_batch_is_shared(config_file: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_finds_the_longest_sequence(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     target = tmp_path / "found.json"
-    out = run(capsys, config_file, "--find", "length", "--memory", 1.2, "--json", target, "--lora")
+    words = (config_file, "--find", "length", "--json", target, "--lora", "--memory")
+    out = run(capsys, *words, 1.2)
+    assert "1 x 512 tokens (the model was made for at most 512 positions)" in out
+    memory = 0.875
+    out = run(capsys, *words, memory)
     tokens = json.loads(target.read_text())["find"]["length"]
-    assert f"1 x {tokens} tokens" in out and "made for at most 512 positions" in out
+    assert f"1 x {tokens} tokens" in out and "positions" not in out
     for length, fits in ((tokens, True), (tokens + 128, False)):
-        assert estimate.fits_card(measure(CONFIG, arguments_of("--lora"), (1, length)).peak, 1.2) is fits
+        assert estimate.fits_card(measure(CONFIG, arguments_of("--lora"), (1, length)).peak, memory) is fits
 
 
 @pytest.mark.parametrize(
