@@ -16,9 +16,7 @@ from tokentune.training.build import build_trainer
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
 
-ROWS = (
-    19  # no multiple of any batch: the last accumulation window is partial, in rows and in micro-batches
-)
+ROWS = 19  # no multiple of any batch: the last accumulation window is partial, in rows and in micro-batches
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
