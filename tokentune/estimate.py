@@ -35,6 +35,7 @@ from tokentune.memory.footprint import Estimate, estimator, require_known_size
 from tokentune.memory.largest import largest, predicted_start
 from tokentune.memory.presets import Subject, load_subject
 from tokentune.memory.shallow import predicted, why_not_predictable
+from tokentune.models.pretrained import check_quantization
 from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.training.checkpoints.saving import write_whole
@@ -90,7 +91,9 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
     given = flags_given(argv, EstimateArguments)
     arguments = parse_arguments(argv, EstimateArguments)
-    subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
+    name = arguments.model.model_name_or_path
+    subject = load_subject(name, trust_remote_code=arguments.model.trust_remote_code)
+    check_quantization(subject.config, name, qlora=arguments.adapters.qlora)
     if {"global_batch_size", "gradient_accumulation_steps"} & given.keys():
         processes, optimization = arguments.estimation.num_processes, arguments.optimization
         sequences, left_over = divmod(optimization.micro_batch_size, processes)

@@ -16,7 +16,7 @@ from classification_models import (
     write_words,
 )
 from conftest import tiny_llama_config
-from transformers import MambaConfig, T5Config
+from transformers import CanineConfig, CanineTokenizer, MambaConfig, T5Config
 
 from tokentune import classify
 from tokentune.cli.command import run_command
@@ -259,6 +259,28 @@ def test_folder_with_a_configuration_alone(refused: Callable[..., str], tmp_path
     folder = folder_of(tiny_llama_config(vocab_size=120), tmp_path / "llama")
     (folder / "model.safetensors").unlink()
     assert "--from_scratch trains random ones" in refused("--model_name_or_path", folder)
+
+
+@pytest.mark.parametrize("task_type", ["token", "text"])
+def test_a_tokenizer_that_does_not_tell_the_words(task_type: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    folder = folder_of(CanineConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4), tmp_path / "canine")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    CanineTokenizer().save_pretrained(folder)
+    words = ("--model_name_or_path", folder, "--task_type", task_type)
+    if task_type == "text":  # whole texts need no words
+        with pytest.raises(AssertionError, match="weights were about to be loaded"):
+            refused(*words)
+    else:
+        data = write_words(tmp_path / "words.jsonl", 8, seed=0)
+        message = refused(*words, "--dataset_name_or_path", data, "--eval_dataset_name_or_path", data)
+        assert f"--task_type token: the tokenizer of {folder} (CanineTokenizer) does not tell which word" in message
+
+
+def test_weights_in_4_bits_without_the_flag_for_them(refused: Callable[..., str], tmp_path: Path) -> None:
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = folder_of(tiny_llama_config(vocab_size=120, quantization_config=quantization), tmp_path / "llama")
+    assert f"{folder}: its weights are in 4 bits (bitsandbytes). Add --qlora" in refused("--model_name_or_path", folder)
 
 
 def test_more_tokens_than_positions(refused: Callable[..., str]) -> None:

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaForCausalLM,
     MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -114,6 +116,8 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 MIXTURES = {
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_attention_heads=4, num_key_value_heads=4),
     "qwen3": Qwen3MoeConfig(**SIZES, **EXPERTS, num_attention_heads=4, num_key_value_heads=4),
+    "olmoe": OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=4),
+    "gpt-oss": GptOssConfig(**SIZES, head_dim=64, num_local_experts=4, num_attention_heads=4, num_key_value_heads=4),
 }
 
 
@@ -403,6 +407,19 @@ def test_refused(words: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         estimate.main(["--model_name_or_path", *words.split()])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_base_that_comes_in_4_bits(form: str, tmp_path: Path) -> None:
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path = tmp_path / "config.json"
+    sizes = SIZES | {"num_hidden_layers": 1, "vocab_size": 96}
+    tiny_llama_config(**sizes, architectures=["LlamaForCausalLM"], quantization_config=quantization).to_json_file(path)
+    words = (path if form == "file" else tmp_path, "--max_length", 32)
+    with pytest.raises(UserError, match=r"its weights are in 4 bits \(bitsandbytes\)\. Add --qlora, or give the"):
+        report_of(tmp_path, *words)
+    (row,) = report_of(tmp_path, *words, "--qlora", "--only")["rows"]
+    assert row["weights"] == "QLoRA" and row["reason"] is None
 
 
 def test_nothing_fits(config: Path) -> None:

@@ -7,7 +7,7 @@ layer run once per group of tokens, and those behind the layers on the K selecte
 acts on each token alone, as most do. Code does not tell whether it does, so the user is warned.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -30,7 +30,7 @@ _SELECTED = f"sees the selected rows alone: {_RISK}"
 
 def have_foreign_hooks(layers: Iterable[nn.Module]) -> bool:
     """Whether hooks of others on these layers themselves see what goes in or comes out, and may change it."""
-    return any(are_foreign(hooks) for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks))
+    return any(are_foreign(hooks) for layer in layers for hooks in _hooks_of(layer))
 
 
 def are_foreign(hooks: dict[int, Callable]) -> bool:
@@ -44,33 +44,33 @@ def warn_of_partial_views(owner: PreTrainedModel, stack: Stack, profile: Profile
     Args:
         profile: its `rows` are those that leave the last layer.
     """
-    names = {id(module): name or type(owner).__name__ for name, module in owner.named_modules()}
-    of_torch = torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
-    if found := [name for hooks in of_torch for name in _foreign_names(hooks, _PER_TOKEN)]:
-        logger.warning_once(f"torch's global module hook {found[0]} {_GROUPS}. Put it on the layer itself.")
+    names = {module: name for name, module in owner.named_modules()}
+
+    def warn(module: nn.Module, what: str, registries: Sequence[dict[int, Callable]]) -> None:
+        for hook in [name for hooks in registries for name in _foreign_names(hooks, _PER_TOKEN)][:1]:
+            logger.warning_once(f"the forward hook {hook} on {names.get(module, type(module).__name__)} {what}")
+
+    for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
+        for hook in _foreign_names(hooks, _PER_TOKEN):
+            logger.warning_once(f"torch's global module hook {hook} {_GROUPS}. Put it on the layer itself.")
     for layer in stack.layers:
         for module in layer.modules():
             if _has_replaced_forward(module):
-                logger.warning_once(
-                    f"the forward put on {names[id(module)]} {_GROUPS}. Use a hook on the layer itself."
-                )
+                where = names.get(module, type(module).__name__)
+                logger.warning_once(f"the forward put on {where} {_GROUPS}. Use a hook on the layer itself.")
             if module is not layer:
-                hooks = (module._forward_pre_hooks, module._forward_hooks)
-                _warn(hooks, names[id(module)], f"{_GROUPS}. Put it on the layer itself.")
+                warn(module, f"{_GROUPS}. Put it on the layer itself.", _hooks_of(module))
     if profile.rows is Rows.ALL:
         return
+    behind = f"{_SELECTED}. Put it on the last layer itself."
     for module in stack.around[1:]:  # the outermost one's output is the caller's, who asked for K rows
-        _warn((module._forward_hooks,), names[id(module)], f"{_SELECTED}. Put it on the last layer itself.")
+        warn(module, behind, [module._forward_hooks])
     for module in _behind(owner, stack, profile.pooling):
-        hooks = (module._forward_pre_hooks, module._forward_hooks)
-        _warn(hooks, names[id(module)], f"{_SELECTED}. Put it on the last layer itself.")
+        warn(module, behind, _hooks_of(module))
 
 
-def _warn(registries: Iterable[dict[int, Callable]], where: str, what: str) -> None:
-    for hooks in registries:
-        for name in _foreign_names(hooks, _PER_TOKEN)[:1]:
-            logger.warning_once(f"the forward hook {name} on {where} {what}")
-            return
+def _hooks_of(module: nn.Module) -> list[dict[int, Callable]]:
+    return [module._forward_pre_hooks, module._forward_hooks]
 
 
 def _behind(owner: PreTrainedModel, stack: Stack, pooling: Pooling | None) -> Iterator[nn.Module]:

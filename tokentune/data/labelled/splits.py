@@ -47,9 +47,14 @@ def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig
     words = arguments.task.task_type == "token" and config.model_type in _NEEDS_PREFIX_SPACE
     options = {"add_prefix_space": True} if words else {}
     tokenizer = load_tokenizer(model.model_name_or_path, **trusted, **options)
+    if arguments.task.task_type == "token" and not tokenizer.is_fast:
+        raise UserError(
+            f"--task_type token: the tokenizer of {model.model_name_or_path} ({type(tokenizer).__name__}) does not "
+            "tell which word a token is of. Take a model that has a tokenizer.json."
+        )
     tokenizer.padding_side = "right"
     text = config.get_text_config()
-    ensure_pad_token(tokenizer, text.vocab_size)
+    ensure_pad_token(tokenizer, getattr(text, "vocab_size", None))  # a model of characters has no such number
     positions = getattr(text, "max_position_embeddings", None) or arguments.data.max_length
     most = min(positions, tokenizer.model_max_length)
     if arguments.data.max_length > most:
