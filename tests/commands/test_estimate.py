@@ -331,14 +331,14 @@ def test_the_longest_sequence_is_that_of_a_search_through_all(
     config, path, target = tiny_llama_config(**DEEP, architectures=["LlamaForCausalLM"]), tmp_path / "c.json", tmp_path
     config.to_json_file(path)
     arguments = arguments_of(Path("unused"), f"{MODES[mode]} --skip_verification --bf16")
-    peaks = {length: measure(config, arguments, (1, length)).peak for length in range(128, 2049, 128)}
-    between = (peaks[1280] + peaks[1408]) / 2
+    peaks = {length: measure(config, arguments, (1, length)).peak for length in range(128, 1025, 128)}
+    between = (peaks[640] + peaks[768]) / 2
     words = (*MODES[mode].split(), "--bf16", "--find", "length", "--json", target / "found.json", "--memory")
     memory = (between * (1 + FRAGMENTATION) + estimate_table.RESERVE_BYTES) / 1e9
     run(capsys, path, *words, f"{memory:.9f}")
     found = json.loads((target / "found.json").read_text())["find"]
-    assert found["length"] == max(length for length, peak in peaks.items() if estimate.fits_card(peak, memory)) == 1280
-    assert found["bytes"]["peak"] == peaks[1280]
+    assert found["length"] == max(length for length, peak in peaks.items() if estimate.fits_card(peak, memory)) == 640
+    assert found["bytes"]["peak"] == peaks[640]
     assert found["steps_run"] == 2  # with all layers: one that fits, one that does not
 
 
