@@ -82,7 +82,7 @@ def apply_tokentune(
     Forward hooks of others on a layer itself, before or after, see and may change all of its rows, (B, S, D), as in the
     original model. That costs copies of the rows, and the unselected tokens' pass through all of the last layer. Where
     such a hook mixes tokens, the unselected ones are constants. Modules inside a layer are called once per group, and
-    so are hooks on them.
+    so are hooks on them; what is behind the layers sees the selected rows. A warning names such hooks of others.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.

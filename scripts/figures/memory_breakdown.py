@@ -17,11 +17,15 @@ from tokentune.errors import UserError
 
 PARTS = {"weights": BLACK, "gradients": ORANGE, "optimizer": SKY, "activations": BLUE}
 PART_NAMES = {"optimizer": "optimizer states", "activations": "kept for the backward pass"}
-METHODS = ("full", "checkpointing", "tokentune", "tokentune_checkpointing", "tokentune_segments")
-# What the estimate calls its methods and ways to train.
-ESTIMATED = dict(
-    zip(("full", "gradient checkpointing", "TokenTune", "TokenTune + checkpointing"), METHODS, strict=False)
-)
+ESTIMATED = {  # the estimate's names of the methods
+    "full": "full",
+    "plain, chunked loss": "full_chunked",
+    "gradient checkpointing": "checkpointing",
+    "gradient checkpointing + chunked loss": "checkpointing_chunked",
+    "TokenTune": "tokentune",
+    "TokenTune + checkpointing": "tokentune_checkpointing",
+}
+METHODS = (*ESTIMATED.values(), "tokentune_segments")
 
 
 class Bar(NamedTuple):

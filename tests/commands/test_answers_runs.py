@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_classify import SHORT as SHORT_OF_ENCODERS
-from test_classify import save_tiny_bert, write_words
+from classification_models import SHORT as SHORT_OF_ENCODERS
+from classification_models import save_tiny_bert, write_words
 
 from tokentune import classify, diagnose, estimate, finetune
 from tokentune.errors import UserError

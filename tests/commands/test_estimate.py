@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     PreTrainedConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -26,9 +27,11 @@ from tokentune.memory import estimate_table
 from tokentune.memory.accounting import FRAGMENTATION, Footprint, LiveBytes, states_of, weights_of
 from tokentune.memory.fake_device import fake_device, run_backward, to_fake
 from tokentune.memory.footprint import measure
+from tokentune.memory.largest import predicted_start
 from tokentune.memory.presets import load_subject
+from tokentune.memory.shallow import predicted, why_not_predictable, with_depth
 from tokentune.models.builder import base_dtype, prepare_model
-from tokentune.models.tasks import TEXT
+from tokentune.models.tasks import CAUSAL_LM, TEXT
 from tokentune.settings.finetune import Arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,16 +229,42 @@ def test_table_of_all_modes(config: Path, tmp_path: Path, capsys: pytest.Capture
     report = report_of(tmp_path, config, "--max_length", 64, "--lora", "--tokentune")
     out = capsys.readouterr().out
     rows = {(row["weights"], row["method"]): row for row in report["rows"]}
-    assert len(rows) == 12
+    assert len(rows) == 18
     assert [key for key, row in rows.items() if row["chosen"]] == [("LoRA", "TokenTune")]
     assert all(row["reason"] is None and row["fits_gb"] == [16, 24, 40, 48, 80, 141] for row in rows.values())
     for trained in estimate.WEIGHTS:
         kept = {method: rows[trained, method]["bytes"]["activations"] for method in estimate.METHODS}
         assert kept["TokenTune + checkpointing"] < kept["gradient checkpointing"] < kept["full"]
         assert kept["TokenTune"] < 0.5 * kept["full"]
+        assert kept["gradient checkpointing + chunked loss"] < kept["gradient checkpointing"]
+        assert kept["plain, chunked loss"] < kept["full"]
     assert rows["QLoRA", "full"]["bytes"]["weights"] < rows["LoRA", "full"]["bytes"]["weights"]
     assert out.count("TokenTune") > 5 and "TokenTune *" in out
     assert report["settings"]["tokens"] == 64
+
+
+def test_rows_with_a_chunked_loss_are_of_all_tokens_whatever_else_is_given(config: Path, tmp_path: Path) -> None:
+    def peaks(*words: object) -> dict[tuple[str, str], int]:
+        report = report_of(tmp_path, config, "--max_length", 64, *words)
+        return {(row["weights"], row["method"]): row["bytes"]["peak"] for row in report["rows"]}
+
+    words = ("--selection", "attention", "--selection_layers", 2, "--prefix_length", "0.1:0.5")
+    words += ("--gradient_correction", 0.5, "--chunked_loss", "off")
+    plain, others = peaks(), peaks(*words)
+    all_tokens = peaks("--prefix_length", "1.0", "--chunked_loss", "on")
+    for trained in estimate.WEIGHTS:
+        for method, same in (("plain", "TokenTune"), ("gradient checkpointing", "TokenTune + checkpointing")):
+            name = next(name for name in estimate.METHODS if name.startswith(method) and "chunked" in name)
+            assert plain[trained, name] == others[trained, name] == all_tokens[trained, same]
+    assert plain["LoRA", "TokenTune"] != others["LoRA", "TokenTune"]
+
+
+def test_encoders_have_no_rows_with_a_chunked_loss(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "config.json"
+    tiny_bert_config(architectures=["BertForMaskedLM"]).to_json_file(path)
+    report_of(tmp_path, path, "--max_length", 32)
+    out = capsys.readouterr().out
+    assert "TokenTune + checkpointing" in out and "chunked" not in out
 
 
 def test_only_the_chosen_mode(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -278,6 +307,80 @@ def test_largest_asks_few_times() -> None:
     assert count == len(asked) < 16
     assert estimate.largest(range(200, 300), step, 100.0)[0] is None
     assert estimate.largest(range(1, 50), step, 100.0)[0] == 49
+
+
+# --- from a prediction ------------------------------------------------------------------------------------------------
+
+DEEP = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 4096}
+MODES = {
+    "LoRA": "--lora",
+    "QLoRA": "--qlora --tokentune --prefix_length 0.3",
+    "checkpointing": "--lora --gradient_checkpointing",
+    "all weights": "--tokentune --prefix_length 0.3 --gradient_checkpointing",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_longest_sequence_is_that_of_a_search_through_all(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, path, target = tiny_llama_config(**DEEP, architectures=["LlamaForCausalLM"]), tmp_path / "c.json", tmp_path
+    config.to_json_file(path)
+    arguments = arguments_of(Path("unused"), f"{MODES[mode]} --skip_verification --bf16")
+    peaks = {length: measure(config, arguments, (1, length)).peak for length in range(128, 2049, 128)}
+    between = (peaks[1280] + peaks[1408]) / 2
+    words = (*MODES[mode].split(), "--bf16", "--find", "length", "--json", target / "found.json", "--memory")
+    memory = (between * (1 + FRAGMENTATION) + estimate_table.RESERVE_BYTES) / 1e9
+    run(capsys, path, *words, f"{memory:.9f}")
+    found = json.loads((target / "found.json").read_text())["find"]
+    assert found["length"] == max(length for length, peak in peaks.items() if estimate.fits_card(peak, memory)) == 1280
+    assert found["bytes"]["peak"] == peaks[1280]
+    assert found["steps_run"] == 2  # with all layers: one that fits, one that does not
+
+
+def test_no_length_beyond_the_positions_and_none_below_the_shortest(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "config.json"
+    tiny_llama_config(**DEEP | {"max_position_embeddings": 1000}, architectures=["LlamaForCausalLM"]).to_json_file(path)
+    estimate.main(["--model_name_or_path", str(path), *["--lora", "--find", "length", "--memory", "80"]])
+    told = capsys.readouterr()
+    assert "1 x 896 tokens (the model was made for at most 1000 positions)" in told.out
+    assert "predicted from few layers" in told.err and "tokens 896" in told.err and "all layers, fits" in told.err
+    with pytest.raises(UserError, match="not even tokens 128 fits"):
+        estimate.main(["--model_name_or_path", str(path), *["--lora", "--find", "length", "--memory", "0.86"]])
+
+
+def test_few_layers_predict_all_where_these_are_alike() -> None:
+    config = tiny_llama_config(**DEEP)
+    arguments = arguments_of(Path("unused"), f"--bf16 --lora {METHODS['TokenTune + checkpointing']}")
+    found = predicted(config, lambda depth: measure(with_depth(config, depth), arguments, (1, 512)).peak)
+    assert found == pytest.approx(measure(config, arguments, (1, 512)).peak, abs=40_000)
+    assert why_not_predictable(config, arguments, CAUSAL_LM) is None
+    segments = arguments.changed(checkpoint_rest="segments")
+    assert "segments" in why_not_predictable(config, segments, CAUSAL_LM)
+    dense_first = Qwen3MoeConfig(**DEEP | EXPERTS, mlp_only_layers=[0], num_attention_heads=4, num_key_value_heads=4)
+    kinds = ["sliding_attention", "full_attention"] * 4
+    mixed = Qwen3Config(**DEEP, layer_types=kinds, num_attention_heads=4, num_key_value_heads=4)
+    for differing in (dense_first, mixed):
+        assert why_not_predictable(differing, arguments, CAUSAL_LM) == "the layers differ"
+
+
+@pytest.mark.parametrize("answer", [0, 1, 14, 15, 16, 100, 998, 999])
+@pytest.mark.parametrize("flat", [0, 200])
+def test_the_start_is_the_answer_of_the_predictions_within_few(answer: int, flat: int) -> None:
+    asked = []
+
+    def peak(value: int) -> float:
+        asked.append(value)
+        return 10**9 + max(0, value - flat) ** 1.5 * 1000
+
+    most = peak(answer + 0.5) if answer < 999 else 1e12
+    memory = (most * (1 + FRAGMENTATION) + estimate_table.RESERVE_BYTES) / 1e9
+    start = predicted_start(range(1000), peak, memory)
+    assert len(asked) <= 12
+    if not flat:
+        assert abs(start - answer) <= 1
 
 
 REFUSED = [

@@ -7,7 +7,8 @@ import oracle
 import pytest
 import torch
 from conftest import tiny_bert_config, tiny_llama_config
-from family_check import Float64
+from families import ROUTED, Family
+from family_check import Float64, build
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -121,6 +122,29 @@ def test_each_row_has_the_gradient_of_its_own_positions(rows: str, share: float,
     counts = last_draw(model)
     assert counts.supervised == (target_mask(batch["labels"], causal=True) & batch["attention_mask"].bool()).sum()
     assert counts.selected == sum(own_positions(batch, drawn, row).numel() for row in range(len(uniform)))
+
+
+FAMILIES = [
+    Family("Mistral", "MistralForCausalLM", {"sliding_window": 4}),
+    Family("Mixtral", "MixtralForCausalLM", ROUTED),
+    Family("Gemma 2", "Gemma2ForCausalLM", {"head_dim": 16, "attn_logit_softcapping": 2.0}, "eager"),
+    Family("GPT-OSS", "GptOssForCausalLM", {**ROUTED, "head_dim": 16, "sliding_window": 4}, "eager"),
+    Family("GPT-2", "GPT2LMHeadModel", layers="h"),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_row_s_gradient_does_not_depend_on_its_batch(family: Family) -> None:
+    model, batch = build(family), batch_of(ROWS["whole"])
+    _, drawn = drawn_for(batch, 0.25, causal=True)
+    apply_tokentune(model, chunked_loss=False)
+    given = {"selected_positions": drawn.positions, "selection_fillers": drawn.fillers, "num_items_in_batch": 9}
+    found, expected = gradients_of(model, batch | given), {}
+    for row in range(len(batch["input_ids"])):
+        given = {"selected_positions": own_positions(batch, drawn, row), "num_items_in_batch": 9}
+        for name, value in gradients_of(model, alone(batch, row) | given).items():
+            expected[name] = expected.get(name, 0) + value
+    assert_same(found, expected, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("rows", ROWS)

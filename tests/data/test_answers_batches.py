@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from family_check import Float64
-from test_packing import gemma, llama
+from packed_models import gemma, llama
 from torch import Tensor, nn
 
 from tokentune import apply_tokentune

@@ -308,6 +308,17 @@ def test_search_finds_the_largest_in_few_looks(largest: int) -> None:
     assert len(looked) == len(set(looked)) <= 8
 
 
+@pytest.mark.parametrize("start", [0, 5, 11])
+@pytest.mark.parametrize("largest", range(13))
+def test_search_finds_the_largest_from_any_start(largest: int, start: int) -> None:
+    looked = []
+    found = last_that_fits(range(12), lambda value: looked.append(value) or value < largest, start)
+    assert found == (largest - 1 if largest else None)
+    assert len(looked) == len(set(looked)) <= 8
+    if start == largest - 1:
+        assert len(looked) <= 2  # the start, and the next
+
+
 def test_micro_batch_that_fits_gives_the_same_update(
     build: Build, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokentune.core.compat.bypassed_hooks import WEIGHS
 from tokentune.core.groups import require
 from tokentune.core.patched import Settings
 from tokentune.core.profile import Rows, pooled_tokens
@@ -26,7 +27,6 @@ _PADDING_POOLED = (
     "this model's head pools a padding token of some row, which carries no gradient: let the tokenizer pad where the "
     "head expects it (behind the tokens for a first one), with the id in config.pad_token_id"
 )
-_WEIGHS = "the model draws its own selection for a mean over tokens, not for a loss that weighs them"
 
 
 def without_padding_targets(batch: Batch) -> Tensor:
@@ -149,7 +149,7 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
     if getattr(output, "log_probs", None) is None or getattr(output, "label_mask", None) is None:
         return
     if any(getattr(output, name, None) is not None for name in _OF_PREFERENCES):
-        raise UnsupportedModelError(_WEIGHS)
+        raise UnsupportedModelError(WEIGHS)
     drawn = output.label_mask.bool()
     for name in ("log_probs", "entropy", "is_top1"):
         if getattr(output, name, None) is not None:
@@ -158,7 +158,7 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
 
     def check(gradient: Tensor) -> None:
         alike = gradient.masked_fill(~drawn, -torch.inf).amax() == gradient.masked_fill(~drawn, torch.inf).amin()
-        require(alike, _WEIGHS)
+        require(alike, WEIGHS)
 
     if output.log_probs.requires_grad:
         output.log_probs.register_hook(check)

@@ -41,6 +41,7 @@ class Settings:
     verify: bool = True  # whether model and adapter kinds must have been compared with the definition
     adapters: list[Suspect] = field(default_factory=list)  # adapters that cannot be served, active or not
     adapters_of: tuple[int, ...] = ()  # ids of the adapters' configurations that were checked
+    hooks_checked: bool = False  # whether a step has warned of others' hooks that see a part of the tokens
     undo: ExitStack = field(default_factory=ExitStack)  # ends the current step
     finish: Callable[[Any], None] | None = None  # what the output of the current step still needs
     counts: DrawCounts | None = None  # of the last draw

@@ -11,7 +11,8 @@ from tokentune.memory.accounting import FRAGMENTATION, Footprint
 from tokentune.memory.estimate_table import fits_card, room_on
 from tokentune.memory.probe import last_that_fits
 
-_FIRST_STRIDE, _MOST_GROWTH = 15, 4  # of the index, before two predictions surround the answer
+_FIRST_STRIDE, _MOST_GROWTH = 15, 4  # of the index: steps with long sequences take the longest
+_MOST_PREDICTIONS = 8
 
 
 def largest(
@@ -34,21 +35,21 @@ def largest(
 def predicted_start(values: Sequence[Any], peak: Callable[[Any], float], memory_gb: float) -> int:
     """The index of the last value whose predicted `peak`, in bytes, fits; 0 where none does.
 
-    By secant steps, because the peak bends upwards with the length; each third step halves the interval, for peaks
-    that stay the same at first (those of an optimizer's step).
+    By secant steps, because the peak bends upwards with the length; by halving the interval where two peaks are equal.
+    It stops after `_MOST_PREDICTIONS`: the search goes on from wherever it begins.
     """
     most = room_on(memory_gb) / (1 + FRAGMENTATION)
-    low, high, at, turn = 0, len(values), min(_FIRST_STRIDE, len(values) - 1), 0
+    low, high, at = 0, len(values), min(_FIRST_STRIDE, len(values) - 1)
     before = 0, peak(values[0])
     if before[1] > most:
         return 0
-    while high - low > 1:
+    for _ in range(_MOST_PREDICTIONS):
+        if high - low <= 1:
+            break
         here = at, peak(values[at])
         low, high = (at, high) if here[1] <= most else (low, at)
-        turn += 1
-        slope = (here[1] - before[1]) / (here[0] - before[0])
-        secant = slope > 0 and turn % 3
-        at = int(here[0] + (most - here[1]) / slope) if secant else (low + high) // 2
+        rise, run = here[1] - before[1], here[0] - before[0]
+        at = int(here[0] + (most - here[1]) * run / rise) if rise else (low + high) // 2
         at = max(low + 1, min(at, high - 1, _MOST_GROWTH * (low + _FIRST_STRIDE)))
         before = here
     return low

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -86,7 +86,7 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
     return model.can_generate() and (model.loss_function is ForCausalLMLoss or "_loss_function" in model.__dict__)
 
 
-def has_foreign_forward(model: PreTrainedModel) -> bool:
+def has_foreign_forward(model: nn.Module) -> bool:
     """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
 
     Such a forward calls the backbone and applies (B, S) labels itself, so it gets all rows in sequence order. Wrappers
