@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from tokentune.data.formats.conversations import openai_conversation, sharegpt_conversation, system_in_user, text_of
+from tokentune.data.formats.conversations import (
+    messages_in,
+    openai_conversation,
+    sharegpt_conversation,
+    system_in_user,
+    text_of,
+)
 from tokentune.errors import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -61,6 +67,19 @@ def test_what_a_turn_of_sharegpt_s_form_holds_besides() -> None:
         assert sharegpt([turns[0], call]).messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
     with pytest.raises(UserError, match="row 7, message 2: has 'tool_calls', which"):
         sharegpt([turns[0], {"from": "gpt", "value": "", "tool_calls": [{"name": "f"}]}])
+
+
+def test_a_name_twice_in_json_within_a_text() -> None:
+    told = r"is text that is JSON but cannot be read \(the name 'a' occurs twice\)"
+    twice = '{"a": 1, "a": 2}'
+    with pytest.raises(UserError, match=f"message 2: a tool call's 'arguments' {told}"):
+        openai([USER, ASSISTANT | {"tool_calls": [{"function": {"name": "f", "arguments": twice}}]}])
+    with pytest.raises(UserError, match=f"message 2: a function_call's 'value' {told}"):
+        sharegpt([{"from": "human", "value": "a"}, {"from": "function_call", "value": twice}])
+    with pytest.raises(UserError, match=f"the conversation {told}"):
+        openai('[{"role": "user", "content": "hi", "a": 1, "a": 2}]')
+    with pytest.raises(UserError, match=r"is JSON but cannot be read \(the name 'role'"):
+        messages_in('[{"role": "user", "role": "user", "content": "hi"}]', "'prompt'")
 
 
 def test_calls_in_both_forms_at_once_are_refused() -> None:

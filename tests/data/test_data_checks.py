@@ -201,6 +201,24 @@ def test_what_may_not_be_meant_is_told(
     assert warnings == [warning]
 
 
+def turns(*ends: int, seed: int = 0) -> dict:
+    """A row of a question and an answer for each of the given last tokens of answers."""
+    parts = [row(8, 4, start=(BOS,) if n == 0 else (), end=end, seed=9 * seed + n) for n, end in enumerate(ends)]
+    return {name: [value for part in parts for value in part[name]] for name in ("input_ids", "labels")}
+
+
+def test_answers_that_other_messages_follow_are_counted_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    told = "training rows that other messages follow end without a supervised end token (</s>)"
+    for ends, number in (((9, 9, EOS), "12 of the 12"), ((9, EOS, EOS), "0"), ((EOS, 9, 9, EOS), "12 of the 18")):
+        _, warnings = found(tokenizer, [turns(*ends, seed=n) for n in range(6)])
+        expected = [] if number == "0" else [f"{number} answers of {told}"]
+        assert [w.split(":")[0] for w in warnings] == expected
+    _, warnings = found(tokenizer, [turns(EOS, EOS, 9, seed=n) for n in range(6)])  # the last one alone
+    assert len(warnings) == 1 and warnings[0].startswith("6 of the 6 training rows that were not cut end without")
+    _, warnings = found(tokenizer, [turns(9, 9, seed=n) for n in range(6)])
+    assert len(warnings) == 2 and warnings[1].startswith("6 of the 6 answers of training rows")
+
+
 def test_rows_that_are_cut_need_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [*good(3), *[row(30, end=None, seed=n) for n in range(9)]]
     assert found(tokenizer, rows, "--max_length 30") == ([], [])

@@ -230,6 +230,19 @@ def test_data_sets_follow_one_another(tmp_path: Path) -> None:
     assert [(s.data_format, s.rows, s.used) for s in data.sources] == [("alpaca", 3, 3), ("messages", 2, 2)]
 
 
+def test_what_was_read_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    folder = tmp_path / "several"
+    folder.mkdir()
+    write(folder / "a.jsonl", rows * 3)
+    (folder / "b.csv").write_text("prompt,completion\nc,d\n")
+    single = write(tmp_path / "c.jsonl", rows)
+    with caplog.at_level(logging.INFO, logger="tokentune"):
+        load(str(folder), single)
+    assert f"--dataset_name_or_path {folder}: 4 rows of 2 files ('a.jsonl', 'b.csv') read; prompt_com" in caplog.text
+    assert f"--dataset_name_or_path {single}: 1 rows read; prompt_completion, 1 rows, " in caplog.text
+
+
 def test_weights_say_how_often_each_comes(tmp_path: Path) -> None:
     names = [
         write(tmp_path / "a.jsonl", ALPACA[:30]),

@@ -1,5 +1,6 @@
 """Columns of type JSON, which `datasets` makes of mixed values: the same rows from every kind of file."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -81,6 +82,79 @@ def test_columns_that_are_not_read_are_not_converted(kind: str, tmp_path: Path) 
     data = load(str(path))
     assert data.sources[0].data_format == "text" and len(data.train) == 1
     assert load_records(str(path))["text"][:] == ["a"]
+
+
+FAR = {
+    "date": pyarrow.array([10**8], pyarrow.date32()),
+    "time": pyarrow.array([4 * 10**15], pyarrow.timestamp("ms")),
+    "span": pyarrow.array([10**15], pyarrow.duration("s")),
+    "zone": pyarrow.array([4], pyarrow.timestamp("ms", tz="Foo/Bar")),
+}
+
+
+def far_messages(key: str) -> pyarrow.Table:
+    """Two rows of two messages; the first row's answer has a value that Python cannot represent."""
+    value = pyarrow.concat_arrays([pyarrow.nulls(1, FAR[key].type), FAR[key], pyarrow.nulls(2, FAR[key].type)])
+    roles, texts = pyarrow.array(["user", "assistant"] * 2), pyarrow.array(["Hi", "ok"] * 2)
+    messages = pyarrow.StructArray.from_arrays([roles, texts, value], ["role", "content", key])
+    return pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, 2, 4], messages)})
+
+
+@pytest.mark.parametrize("key", [*FAR])
+def test_a_key_that_python_cannot_represent(key: str, tmp_path: Path) -> None:
+    """Only a template that writes it cannot be used."""
+    path, kind = tmp_path / "a.parquet", str(FAR[key].type)
+    pyarrow.parquet.write_table(far_messages(key), path)
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
+    first, second = (row["messages"] for row in rows_of(path))
+    assert second == plain and first[0] == plain[0] and repr(first[1][key]).startswith("a value of type ")
+    template = TOOLS + f"{{{{ messages[1].{key} }}}}"
+    found = load(str(path), tokenizer=chat_tokenizer(TOOLS))
+    expected = load(write(tmp_path / "b.jsonl", [{"messages": plain}]), tokenizer=chat_tokenizer(TOOLS)).train[0]
+    assert [*found.train] == [expected] * 2
+    with pytest.raises(UserError) as error:
+        load(str(path), tokenizer=chat_tokenizer(template))
+    assert f"a.parquet, row 1, message 2: the chat template writes the key {key!r}, and its value" in str(error.value)
+    assert f"(a value of type {kind} that Python cannot represent) is not JSON" in str(error.value)
+
+
+def test_dates_that_a_template_writes_are_refused(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "ok", "when": datetime.date(2024, 1, 2)}
+    table = pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": "<date>"}, answer]}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert len(load(str(tmp_path / "a.parquet"), tokenizer=chat_tokenizer(TOOLS)).train) == 1
+    with pytest.raises(UserError, match=r"message 2: the chat template writes the key 'when', and its value \(date"):
+        load(str(tmp_path / "a.parquet"), tokenizer=chat_tokenizer(TOOLS + "{{ messages[1].when }}"))
+    call = {"function": {"name": "f", "arguments": {"when": datetime.date(2024, 1, 2)}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    table = pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": "Hi"}, answer]}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row 1, message 2: a tool call holds a value that JSON has not"):
+        load(str(tmp_path / "a.parquet"), tokenizer=chat_tokenizer(TOOLS))
+
+
+def test_texts_that_python_cannot_represent(tmp_path: Path) -> None:
+    broken = pyarrow.array([b"ok", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    messages = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), broken], ["role", "content"])
+    table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, 2], messages)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": FAR["date"]}), tmp_path / "b.parquet")
+    for name, told in (
+        ("a", "row 1, message 2: 'content' is a value of type string that Python cannot represent, not text"),
+        ("b", "row 1: 'text' is a value of type date32[day] that Python cannot represent, not text"),
+    ):
+        with pytest.raises(UserError) as error:
+            load(str(tmp_path / f"{name}.parquet"), tokenizer=chat_tokenizer(TOOLS))
+        assert told in str(error.value)
+
+
+def test_a_name_twice_within_a_column(tmp_path: Path) -> None:
+    twice = pyarrow.StructArray.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["a", "a"])
+    table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, 1], twice), "text": ["x"], "meta": twice})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: the name 'a' occurs twice within a column"):
+        rows_of(tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet", ("text",)) == [{"text": "x"}]
 
 
 def test_rows_without_a_column_that_is_asked_for(tmp_path: Path) -> None:

@@ -65,6 +65,19 @@ def _unread_keys(rendering: Rendering) -> Iterator[Omission]:
             known = key in BOOKKEEPING or (role, key) == ("tool", SPEAKER)
             level = logging.INFO if known else logging.WARNING
             yield Omission(index, f"the key {key!r} of messages of the role {role!r}", level)
+        else:
+            _refuse_placeholder(rendering, role, key)
+
+
+def _refuse_placeholder(rendering: Rendering, role: str, key: str) -> None:
+    """Refuses values that are not JSON, such as dates in Parquet: transformers gives "<date>" to the template."""
+    for index, message in enumerate(rendering.conversation.messages):
+        kind = type(message.get(key)).__name__
+        if message["role"] == role and f"<{kind}>" in rendering.text:
+            raise UserError(
+                f"{rendering.where}, message {index + 1}: the chat template writes the key {key!r}, and its value "
+                f"({message[key]!r:.80}) is not JSON. Write it as text."
+            )
 
 
 def _of_message(rendering: Rendering, index: int, left_out: list[Words], written: set[str]) -> Iterator[Omission]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tokentune.data.formats.json_files import json_type, parse_json
 from tokentune.errors import UserError
+from tokentune.sources import first_line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {
@@ -130,7 +131,7 @@ def messages_in(value: Any, what: str) -> Any:
         if re.match(r"\s*(\[\s*)?\{", value) is None:
             return value
         raise UserError(
-            f"{what} looks like messages, and is not JSON: {value!r:.60}. Write it with json.dumps."
+            f"{what} looks like messages, and is {_not_read(error)}: {value!r:.60}. Write it with json.dumps."
         ) from error
     first = parsed[0] if isinstance(parsed, list) and parsed else parsed
     return parsed if isinstance(first, Mapping) and ("role" in first or "from" in first) else value
@@ -173,7 +174,12 @@ def json_value(value: Any, what: str) -> Any:
     try:
         return parse_json(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise UserError(f"{what} is text that is not JSON: {value!r:.60}.") from error
+        raise UserError(f"{what} is text that is {_not_read(error)}: {value!r:.60}.") from error
+
+
+def _not_read(error: ValueError) -> str:
+    """Of `parse_json`: JSON may be read by others, and not here."""
+    return "not JSON" if isinstance(error, json.JSONDecodeError) else f"JSON but cannot be read ({first_line(error)})"
 
 
 def _list(value: Any, where: str) -> list:
@@ -234,6 +240,10 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(inner.get("arguments"), str):  # "": a call without arguments
         text = inner["arguments"].strip()
         inner["arguments"] = json_value(text, f"{where}: a tool call's 'arguments'") if text else {}
+    try:
+        json.dumps(inner)
+    except TypeError as error:  # a date of Parquet
+        raise UserError(f"{where}: a tool call holds a value that JSON has not: {first_line(error)}.") from error
     return {**call, "type": "function", "function": inner} if "function" in call else inner
 
 

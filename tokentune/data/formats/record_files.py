@@ -6,7 +6,7 @@ As in `data/formats/json_files.py`, a row that is wrong in a file that can be re
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice, zip_longest
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from tokentune.data.formats.json_files import (
     MOST_LINE_BYTES,
+    RepeatedName,
     name_twice,
     parse_json,
     read_json,
@@ -27,6 +28,7 @@ from tokentune.errors import UserError
 from tokentune.sources import COMPRESSIONS, DATA_SUFFIXES, KINDS, first_line
 
 ROWS_AT_ONCE = 1000
+NOT_CONVERTED = (pyarrow.ArrowException, ValueError, OverflowError, LookupError)  # LookupError: an unknown time zone
 Rows = Iterator[dict[str, Any] | UserError]
 
 
@@ -165,13 +167,43 @@ def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | Non
 def _rows_of_arrow(tables: Iterable[pyarrow.Table], where: str) -> Rows:
     number = 0
     for table in tables:
-        shapes = _shapes(table.schema)
-        for row in table.to_pylist() if table.num_columns else [{}] * len(table):
+        try:
+            shapes = _shapes(table.schema)
+        except RepeatedName as error:
+            raise UserError(f"{where}: {error} within a column. Rename or remove one of them.") from error
+        for row in _converted(table) if table.num_columns else [{}] * len(table):
             number += 1
             try:
                 yield {name: _cleaned(value, shapes[name]) for name, value in row.items()}
             except ValueError as error:
                 yield UserError(f"{where}, row {number}: a value of type JSON cannot be read: {first_line(error)}.")
+
+
+class Unconverted:
+    """A value that Python has no value for, such as a date after the year 9999: whoever needs it refuses it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"a value of type {self.kind} that Python cannot represent"
+
+
+def _converted(table: pyarrow.Table) -> list[dict[str, Any]]:
+    with suppress(*NOT_CONVERTED):
+        return table.to_pylist()
+    columns = [[_python_value(scalar) for scalar in column] for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _python_value(scalar: pyarrow.Scalar) -> Any:
+    with suppress(*NOT_CONVERTED):
+        return scalar.as_py()
+    if isinstance(scalar, pyarrow.StructScalar):
+        return {name: _python_value(scalar[name]) for name in scalar}
+    if isinstance(scalar, pyarrow.ListScalar) and not isinstance(scalar, pyarrow.MapScalar):
+        return [_python_value(item) for item in scalar.values]
+    return Unconverted(str(scalar.type))
 
 
 _JSON = "json"
@@ -182,10 +214,16 @@ def _shapes(schema: pyarrow.Schema) -> dict[str, Any]:
 
 
 def _shape(kind: pyarrow.DataType) -> Any:
-    """Where a type has JSON in it: `_JSON` itself, {field: shape}, [shape of the items], or None for nowhere."""
+    """Where a type has JSON in it: `_JSON` itself, {field: shape}, [shape of the items], or None for nowhere.
+
+    Raises:
+        RepeatedName: by a struct.
+    """
     if isinstance(kind, pyarrow.JsonType):
         return _JSON
     if pyarrow.types.is_struct(kind):
+        if twice := name_twice(field.name for field in kind):
+            raise RepeatedName(twice)
         shapes = {field.name: _shape(field.type) for field in kind}
         return shapes if any(shapes.values()) else None
     item = _shape(kind.value_type) if hasattr(kind, "value_type") else None
@@ -199,7 +237,7 @@ def _cleaned(value: Any, shape: Any, *, parsed: bool = False) -> Any:
     keeps as text, keeps its nulls.
     """
     if shape is _JSON:
-        return value if parsed or value is None else parse_json(value)
+        return parse_json(value) if isinstance(value, str) and not parsed else value
     if isinstance(value, Mapping):
         shapes = shape or {}
         return {k: _cleaned(v, shapes.get(k), parsed=parsed) for k, v in value.items() if v is not None}
