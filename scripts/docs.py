@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import result_tables
 from result_tables import markdown
 
-from tokentune.cli import start
+from tokentune.cli import arguments, start
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tokentune"
@@ -55,7 +55,7 @@ def filled(text: str) -> str:
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser whose help `python tokentune/COMMAND.py --help` prints."""
-    return start.parser_of(start.COMMANDS[command])
+    return arguments.parser_of(start.COMMANDS[command])
 
 
 def flags(command: str, beside: str | None = None) -> str:

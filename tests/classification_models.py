@@ -23,6 +23,7 @@ NAMES, SURNAMES = ["anna", "boris", "clara"], ["smith", "jones"]
 PLACES, PARTS = ["oslo", "paris", "quito"], ["north", "west"]
 FILLERS = ["the", "a", "was", "very", "there", "again", "and", "we", "saw", "it"]
 PIECES = ["##s", "##ing", "##ed", "##er"]
+SHORT = "--global_batch_size 8 --learning_rate 5e-3 --max_length 32 --report_to none --logging_steps 1"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -71,23 +71,47 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test fails where a command is about to load a causal language model's weights."""
+    from bad_input import no_weights
+
+    from tokentune.models import builder
+
+    monkeypatch.setattr(builder, "load_base_model", no_weights)
+
+
+@pytest.fixture
 def refused(
     tiny_llama_dir: Path,
     alpaca_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    no_weights_read: None,
     capsys: pytest.CaptureFixture,
 ) -> Callable[..., str]:
     """Runs finetune.py on good input with some flags replaced; checks that it is refused before any weight is read."""
-    from bad_input import no_weights, refusal
+    from bad_input import refusal
 
     from tokentune import finetune
-    from tokentune.models import builder as preparation
 
-    monkeypatch.setattr(preparation, "load_base_model", no_weights)
     given = {"--model_name_or_path": tiny_llama_dir, "--dataset_name_or_path": alpaca_file}
     given |= {"--model_save_path": tmp_path / "models"}
     return lambda *words: refusal(finetune.main, given, words, tmp_path, capsys)
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> tuple[dict[str, str], Callable[[], list[list[str]]]]:
+    """Environment that makes the scripts run a stand-in for python, and a function that reads its calls."""
+    from bash_scripts import recording
+
+    return recording(tmp_path)
+
+
+@pytest.fixture
+def make_trainer(tiny_llama_dir: Path, tmp_path: Path) -> Callable:
+    """Builds a trainer on the tiny Llama from flags, as the command does."""
+    from small_trainer import trainer_maker
+
+    return trainer_maker(tiny_llama_dir, tmp_path)
 
 
 def tiny_llama_config(**changes: object) -> LlamaConfig:

@@ -1,8 +1,6 @@
 """Short runs of `finetune.py` to kill, interrupt and resume, and what must come out of them all the same."""
 
-import gc
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import CHILDREN, begin_child
 from safetensors.torch import load_file
 
 import tokentune.finetune
@@ -34,9 +33,6 @@ class Killed(BaseException):
 
 Run = Callable[[Path, str], Path]
 
-CHILDREN = multiprocessing.get_context("forkserver")  # has imported everything, and has no threads that a fork loses
-CHILDREN.set_forkserver_preload(["tokentune.finetune", "peft", "transformers.models.llama.modeling_llama"])
-
 
 def kill_myself(*args: object, **kwargs: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -44,11 +40,7 @@ def kill_myself(*args: object, **kwargs: object) -> None:
 
 def child(words: list[str], prepare: Callable[[pytest.MonkeyPatch], None] | None, output: Path) -> None:
     """A run in a process of its own, which takes what `prepare` does to it; what it says goes into a file."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    gc.freeze()
-    multiprocessing.set_start_method("fork", force=True)  # for data loader workers, as anywhere else
+    begin_child(output)
     if prepare is not None:
         prepare(pytest.MonkeyPatch())
     run_command(lambda: tokentune.finetune.main(words))

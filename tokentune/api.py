@@ -18,6 +18,8 @@ from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.resolver import find_strategy
+from tokentune.sampling.sampler import require_drawing_beside_answers
+from tokentune.sampling.schedule import Answers, Schedule, Size, parse_prefix_length
 from tokentune.verify.verification import verified_profile, verify_correction, verify_scoring_pass
 
 __all__ = ["apply_tokentune", "remove_tokentune"]
@@ -25,7 +27,7 @@ __all__ = ["apply_tokentune", "remove_tokentune"]
 
 def apply_tokentune(
     model: Model,
-    prefix_length: int | float | None = None,
+    prefix_length: Size | str | None = None,
     *,
     strategy: str = "supervised",
     verify: bool = True,
@@ -45,14 +47,18 @@ def apply_tokentune(
     without a head. A causal model's loss is the mean over the selected positions whose next token is supervised (given
     `num_items_in_batch`: their sum divided by it, as everywhere in transformers). A caller that knows on the host how
     many such positions there are can pass `num_supervised=n`: on an accelerator a chunked loss then skips the others.
-    `selection_weights` (B, K) are factors of the positions' losses, whose sum is then divided by the number of all
-    supervised targets in `labels`, selected or not (or by `num_items_in_batch`). `all_labels` (B, S) are the labels
-    from before a selection masked any: a scoring pass takes the loss over all of them.
+    `selection_fillers` (B, K) bool are selected positions that get no gradient and have no loss: they fill up the rows
+    that select fewer than K tokens. `selection_weights` (B, K) are factors of the positions' losses, whose sum is then
+    divided by the number of all supervised targets in `labels`, selected or not (or by `num_items_in_batch`).
+    `all_labels` (B, S) are the labels from before a selection masked any: a scoring pass takes the loss over all of
+    them.
     Without `selected_positions` the model is the original one, generation included, with one exception:
 
     Args:
-        prefix_length: tokens per sequence to select, a count (int) or a proportion (float). When given, the model
-            draws the selection itself whenever it is in training mode and called with labels; with the uniform numbers
+        prefix_length: tokens per sequence to select, a count (int) or a proportion (float); or a text as of
+            `--prefix_length`: "answers+0.1" for all tokens whose output has a loss and a tenth of the others (where
+            the model is on an accelerator, the host waits for each draw of this kind). When given, the model draws the
+            selection itself whenever it is in training mode and called with labels; with the uniform numbers
             `selection_draws` (B, S), where these are given.
         strategy: how it draws, a name that `sampling.resolver.find_strategy` accepts.
         verify: first compare a tiny random copy with the definition of the method (`verify/verification.py`), and
@@ -76,10 +82,11 @@ def apply_tokentune(
     Forward hooks of others on a layer itself, before or after, see and may change all of its rows, (B, S, D), as in the
     original model. That costs copies of the rows, and the unselected tokens' pass through all of the last layer. Where
     such a hook mixes tokens, the unselected ones are constants. Modules inside a layer are called once per group, and
-    so are hooks on them.
+    so are hooks on them; what is behind the layers sees the selected rows. A warning names such hooks of others.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
+        ValueError: a value that an argument cannot have, or not beside another one.
     """
     if look is not None:
         warnings.warn("apply_tokentune(look=...) is now scoring_pass=...", DeprecationWarning, stacklevel=2)
@@ -89,6 +96,9 @@ def apply_tokentune(
     if checkpoint_rest not in CHECKPOINT_REST:
         raise ValueError(f"checkpoint_rest must be one of {', '.join(CHECKPOINT_REST)}, not {checkpoint_rest!r}")
     require_correctable(gradient_correction, transformer_layers(owner))
+    prefix_length = _size_of(prefix_length)
+    if isinstance(prefix_length, Answers):
+        _check_answers(strategy, scoring_pass, gradient_correction)
     before = settings_of(owner)
     if before is not None:
         profile = before.profile
@@ -127,6 +137,22 @@ def apply_tokentune(
     )
     install(model, settings)
     return model
+
+
+def _size_of(prefix_length: Size | str | None) -> Size | None:
+    size = parse_prefix_length(prefix_length) if isinstance(prefix_length, str) else prefix_length
+    if isinstance(size, Schedule):
+        raise ValueError(f"prefix_length={prefix_length!r}: give one size, and others later by set_prefix_length")
+    return size
+
+
+def _check_answers(strategy: str, scoring_pass: ScoringOptions | None, gradient_correction: float) -> None:
+    """Raises ValueError for what does not go with a selection of all targets."""
+    require_drawing_beside_answers(strategy)
+    if scoring_pass is not None:
+        raise ValueError("a scoring pass counts the loss over all targets, which all have their loss with answers")
+    if gradient_correction > 0:
+        raise ValueError("gradient_correction takes all tokens of a row to be drawn alike: not with answers")
 
 
 def _check_scoring_pass(

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from transformers import PreTrainedConfig, set_seed
 
+from tokentune.cli.answers import answered, run_folder_of
 from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
@@ -44,9 +45,8 @@ from tokentune.models.tasks import HEADS
 from tokentune.reports.classification_summary import said, scores_over_seeds, seed_summary, write_predictions
 from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import draw_curves, write_summary
-from tokentune.settings.classification import ClassificationArguments
-from tokentune.settings.glue import HUB_ID
-from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder, run_folder_name
+from tokentune.settings.classification import ClassificationArguments, TaskArguments
+from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.classification import build_classification_trainer, classification_settings, predict
@@ -76,10 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
     log_to_stderr()
     arguments = parse_arguments(argv, ClassificationArguments)
-    run_folder = run_folder_of(arguments)
-    if arguments.output.print_run_folder:
-        print(run_folder)
+    if answered(arguments):
         return
+    run_folder = run_folder_of(arguments)
     with interruptible(AGAIN), end_when_stuck(), locked(run_folder):
         plan = prepare(arguments, run_folder)
         summaries = [train(plan, seed) for seed in arguments.seeds]
@@ -87,20 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_config(arguments, run_folder, sys.argv[1:] if argv is None else argv, library_versions())
         write_summary(scores, run_folder, SCORES_NAME)  # last: it marks a finished run
         logger.info("%s; saved in %s", said(scores), run_folder)
-
-
-def run_folder_of(arguments: ClassificationArguments) -> Path:
-    """`<model_save_path>/<model>-<data>-<task>[-lora][-qlora][-tokentune-<selected>][-<labelled or supervised>]`."""
-    name = run_folder_name(
-        arguments.model.model_name_or_path,
-        arguments.data.dataset_name_or_path or HUB_ID,
-        arguments.adapters,
-        arguments.selection,
-        arguments.task.name,
-    )
-    if arguments.selection.tokentune and arguments.selection.selection in ("labelled", "supervised"):
-        name += f"-{arguments.selection.selection}"  # compared with a random draw of as many tokens, beside it
-    return Path(arguments.output.model_save_path).expanduser() / name
 
 
 def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
@@ -113,34 +98,33 @@ def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     check_quantization(config, name, qlora=arguments.adapters.qlora)
     processing = load_processing(arguments, config)
     data = load_data(arguments, config, processing)
-    metric = chosen_metric(arguments, data)
+    metric = chosen_metric(arguments.task, data)
     config = configured(config, data.labels, processing)
     skeleton = check_structure(arguments, config, head)
     if arguments.selection.tokentune:
-        say_pooling(skeleton, arguments, processing)
+        say_pooling(skeleton, name, arguments.task.task_type, processing)
     return Plan(arguments, config, processing, data, metric, run_folder)
 
 
-def chosen_metric(arguments: ClassificationArguments, data: ClassificationData) -> str:
+def chosen_metric(task: TaskArguments, data: ClassificationData) -> str:
     """--metric_for_best_model, or the task's own. Raises UserError where the task has no such metric."""
-    known = metric_names(arguments.task.task_type, data.labels)
-    chosen = arguments.task.metric_for_best_model
-    if chosen is None:
-        return arguments.task.glue.metric if arguments.task.glue is not None else known[0]
-    chosen = chosen.removeprefix("eval_")
+    known = metric_names(task.task_type, data.labels)
+    if task.metric_for_best_model is None:
+        return known[0] if task.glue is None else task.glue.metric
+    chosen = task.metric_for_best_model.removeprefix("eval_")
     if chosen not in known:
         raise UserError(f"--metric_for_best_model {chosen}: this task has {', '.join(known)}.")
     return chosen
 
 
-def say_pooling(skeleton: Any, arguments: ClassificationArguments, processing: Any) -> None:
+def say_pooling(skeleton: Any, name: str, task_type: str, processing: Any) -> None:
     """Says what the head for whole sequences looks at in training. Evaluation is the ordinary forward pass."""
     pooling = profile_of(skeleton).pooling
-    if arguments.task.task_type == "token":
+    if task_type == "token":
         logger.info("every selected word is classified; evaluation classifies all words")
     elif pooling is None:
         raise UserError(
-            f"--model_name_or_path {arguments.model.model_name_or_path}: its head pools no token that could be "
+            f"--model_name_or_path {name}: its head pools no token that could be "
             "selected. Take another model, or leave --tokentune out."
         )
     elif pooling is Pooling.ALL:
@@ -152,7 +136,7 @@ def say_pooling(skeleton: Any, arguments: ClassificationArguments, processing: A
         theirs, own = getattr(processing, "pad_token_id", None), pad_token(skeleton)
         if pooling is Pooling.LAST_NON_PAD and theirs != own:
             raise UserError(
-                f"--model_name_or_path {arguments.model.model_name_or_path}: its head looks for the last token that is "
+                f"--model_name_or_path {name}: its head looks for the last token that is "
                 f"not number {own} (pad_token_id in config.json), and its tokenizer pads with number {theirs}: "
                 "the head would pool padding. Give both the same number."
             )

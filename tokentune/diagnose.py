@@ -32,14 +32,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
-from tokentune.cli.start import flags_given
+from tokentune.cli.preview import Inputs, read_inputs
 from tokentune.core.layers import inner_model
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.inspection.checks import look_at
 from tokentune.data.instruction_data import load_instruction_data
-from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
 from tokentune.gradients.figures import draw_figures
@@ -64,7 +63,6 @@ from tokentune.models.builder import (
     prepare_model,
     unsupported_models_refused,
 )
-from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
 from tokentune.settings.diagnose import DiagnoseArguments, Setting
 from tokentune.training.build import training_collator
 from tokentune.training.checkpoints.saving import write_whole
@@ -80,19 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     arguments = parse_arguments(argv, DiagnoseArguments)
     say_what_has_no_effect(argv)
-    name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
-    template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
-    config = load_config(name, trust_remote_code=trusted)
-    check_quantization(config, name, qlora=arguments.adapters.qlora)
+    inputs = read_inputs(arguments)
+    config, tokenizer = inputs.config, inputs.tokenizer
     dtype = base_dtype(arguments, config)
-    tokenizer = load_tokenizer(name, trust_remote_code=trusted)
-    ensure_pad_token(tokenizer, config.get_text_config().vocab_size)
     plain = arguments.with_setting(PLAIN)
     check_structure(plain, config)
     for setting in arguments.compared:
         check_reference(arguments.with_setting(setting), config)
-    check_weights(name, hint=NO_WEIGHTS, allow_pickle=arguments.model.allow_pickle)
-    numbers, rows = choose_rows(arguments, tokenizer, template, config.get_text_config().vocab_size)
+    numbers, rows = choose_rows(arguments, inputs)
 
     set_seed(arguments.optimization.seed)
     model = on_device(prepare_model(plain, dtype))
@@ -122,21 +115,19 @@ def say_what_has_no_effect(words: Sequence[str] | None) -> None:
         logger.info("--config: without effect here: %s", ", ".join(idle))
 
 
-def choose_rows(
-    arguments: DiagnoseArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, vocab_size: int
-) -> tuple[list[int], SeededRows]:
+def choose_rows(arguments: DiagnoseArguments, inputs: Inputs) -> tuple[list[int], SeededRows]:
     """The rows that are compared, and their numbers in the training data, ascending.
 
     Raises:
         UserError: there are too few, or some that no model can learn from.
     """
-    data = load_instruction_data(arguments, tokenizer, template)
+    data = load_instruction_data(arguments, inputs.tokenizer, inputs.template)
     wanted, there, seed = arguments.diagnosis.rows, len(data.train), arguments.optimization.seed
     if there < wanted:
         raise UserError(f"--rows {wanted}: the training data has {there} rows that can be learnt from; ask for fewer")
     numbers = sorted(np.random.default_rng(seed).choice(there, wanted, replace=False).tolist())
     data.train = data.train.select(numbers)
-    if refusals := look_at(data, tokenizer, arguments, vocab_size).refusals:
+    if refusals := look_at(data, inputs.tokenizer, arguments, inputs.vocab_size).refusals:
         raise UserError(refusals[0])
     return numbers, SeededRows(data.train, seed)
 

@@ -26,13 +26,12 @@ if __name__ == "__main__":
 
     start("estimate")  # before the imports below, which take seconds
 
-from tokentune.cli.arguments import checked
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.cli.command import run_command
-from tokentune.cli.start import arguments_of, flags_given
 from tokentune.errors import UserError
 from tokentune.memory.accounting import Footprint
 from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
-from tokentune.memory.footprint import Estimate, estimator
+from tokentune.memory.footprint import Estimate, estimator, require_known_size
 from tokentune.memory.largest import largest, predicted_start
 from tokentune.memory.presets import Subject, load_subject
 from tokentune.memory.shallow import predicted, why_not_predictable
@@ -90,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
     """The command's own flags with `finetune.py`'s, of which only the model is needed, and what they are asked of."""
     logging.getLogger("tokentune").setLevel(logging.ERROR)  # of flags without effect in the mode that is marked
     given = flags_given(argv, EstimateArguments)
-    arguments = checked(arguments_of(given, EstimateArguments))
+    arguments = parse_arguments(argv, EstimateArguments)
     subject = load_subject(arguments.model.model_name_or_path, trust_remote_code=arguments.model.trust_remote_code)
     if {"global_batch_size", "gradient_accumulation_steps"} & given.keys():
         processes, optimization = arguments.estimation.num_processes, arguments.optimization
@@ -105,6 +104,7 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
         subject = dataclasses.replace(subject, length=arguments.data.max_length)
     if subject.head is not CAUSAL_LM and "lora_target_modules" not in given:
         arguments.adapters.lora_target_modules = ["all-linear"]  # the default's names are those of decoders
+    require_known_size(arguments.selection)
     if "prefix_length" not in given:
         arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
     return arguments, subject

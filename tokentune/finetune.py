@@ -27,29 +27,28 @@ if __name__ == "__main__":
 
 from transformers import set_seed
 
+from tokentune.cli.answers import answered, run_folder_of
 from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
+from tokentune.cli.preview import read_inputs
 from tokentune.data.inspection.checks import check_data
-from tokentune.data.inspection.preview import show_preview
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.packing import pack
 from tokentune.data.packing_check import check_separation
-from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.streaming_rows import seeded_rows
 from tokentune.environment import library_versions
 from tokentune.memory.dry_run import say_plan
 from tokentune.memory.probe import choose_micro_batch, probe_memory
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
-from tokentune.models.pretrained import NO_WEIGHTS, check_quantization, check_weights, load_config, load_tokenizer
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import build_summary, draw_curves, warn_without_gain, write_summary
 from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
-from tokentune.training.checkpoints.run_folder import check_run_folder, run_folder_name
+from tokentune.training.checkpoints.run_folder import check_run_folder
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
 from tokentune.training.distributed.interruptions import interruptible
@@ -64,13 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv`: the words after it; None means the process's own. Raises UserError on bad input."""
     log_to_stderr()
     arguments = parse_arguments(argv)
-    run_folder = run_folder_of(arguments)
-    if arguments.output.print_run_folder:
-        print(run_folder)
+    if answered(arguments):
         return
-
-    only_looks = arguments.run.dry_run or arguments.run.preview is not None
-    with interruptible(), end_when_stuck(), nullcontext() if only_looks else locked(run_folder):
+    run_folder = run_folder_of(arguments)
+    with interruptible(), end_when_stuck(), locked(run_folder) if not arguments.run.dry_run else nullcontext():
         fine_tune(arguments, run_folder, sys.argv[1:] if argv is None else argv)
 
 
@@ -81,25 +77,16 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     check_push(arguments.run.push_to_hub, run_folder)
     start = what_to_resume(arguments.settings(), run_folder)
     overwrite = arguments.output.overwrite_output_dir
-    if arguments.run.preview is None:
-        check_run_folder(run_folder, overwrite=overwrite, resuming=start.in_place, can_resume=True)
+    check_run_folder(run_folder, overwrite=overwrite, resuming=start.in_place, can_resume=True)
     settings = build_training_arguments(arguments, run_folder)
-    template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
-    name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
-    config = load_config(name, trust_remote_code=trusted)
-    check_quantization(config, name, qlora=arguments.adapters.qlora)
+    inputs = read_inputs(arguments)
+    config, tokenizer = inputs.config, inputs.tokenizer
     dtype = base_dtype(arguments, config)
-    tokenizer = load_tokenizer(name, trust_remote_code=trusted)
-    ensure_pad_token(tokenizer, config.get_text_config().vocab_size)
     skeleton = check_structure(arguments, config)
     if arguments.data.packing:
         check_separation(skeleton)
-    check_weights(name, hint=NO_WEIGHTS, allow_pickle=arguments.model.allow_pickle)
-    data = load_instruction_data(arguments, tokenizer, template)
-    if arguments.run.preview is not None:
-        show_preview(data, tokenizer, arguments, config.get_text_config().vocab_size)
-        return
-    check_data(data, tokenizer, arguments, config.get_text_config().vocab_size)
+    data = load_instruction_data(arguments, tokenizer, inputs.template)
+    check_data(data, tokenizer, arguments, inputs.vocab_size)
 
     set_seed(arguments.optimization.seed)
     with memory_watched(arguments, config):
@@ -136,17 +123,6 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
         if arguments.run.push_to_hub is not None:
             address = push_folder(run_folder, arguments.run.push_to_hub, public=arguments.run.hub_public)
             logger.info("uploaded to %s", address)
-
-
-def run_folder_of(arguments: Arguments) -> Path:
-    """`<model_save_path>/<model>-<data>[-lora][-qlora][-tokentune-<selected>]`."""
-    name = run_folder_name(
-        arguments.model.model_name_or_path,
-        arguments.data.dataset_name_or_path,
-        arguments.adapters,
-        arguments.selection,
-    )
-    return Path(arguments.output.model_save_path).expanduser() / name
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ if __name__ == "__main__":
 import torch
 
 from tokentune.card_file import own_card
+from tokentune.cli.arguments import arguments_of, flags_given
 from tokentune.cli.command import log_to_stderr, run_command
-from tokentune.cli.start import arguments_of, flags_given
 from tokentune.errors import UserError
 from tokentune.models.merging.folding import (
     BaseKind,

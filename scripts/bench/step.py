@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     own = parser.add_argument_group("without --suites: every combination of these")
     own.add_argument("--train", nargs="+", choices=TRAIN, default=["full", "lora"])
-    own.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:4])
+    own.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:6])
     own.add_argument("--proportions", type=float, nargs="+", default=[0.3], help="selected tokens, of the sequence")
     own.add_argument("--lengths", type=int, nargs="+", default=[512], help="tokens per sequence")
     own.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of the weights")
@@ -167,7 +167,7 @@ def show(rows: list[report.Row], seconds: float) -> None:
             line += f" ({row['bytes_ratio_to_full']:.3f} of plain)"
         if row["seconds"]:
             line += f"  peak {gib(row['peak_bytes']):>10s}  step {statistics.median(row['seconds']):.3f} s"
-        for base in ("full", "checkpointing"):
+        for base in ("full", "checkpointing_chunked"):
             if f"time_ratio_to_{base}" in row:
                 low, middle, high = row[f"time_ratio_to_{base}"]
                 line += f"  {middle:.3f} of {base} ({low:.3f} to {high:.3f})"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tokentune.classify import run_folder_of
+from tokentune.cli.answers import run_folder_of
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments

@@ -10,9 +10,8 @@ from classification_models import save_tiny_bert, write_texts
 from safetensors.torch import load_file
 
 from tokentune import classify, estimate, finetune
-from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.arguments import parse_arguments, parser_of
 from tokentune.cli.config_file import read_config, write_config
-from tokentune.cli.start import parser_of
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.finetune import FinetuneArguments

@@ -8,7 +8,18 @@ from bad_input import check_sentence, filled, refusal
 
 from tokentune import finetune
 
+NO_LENGTH = (
+    "is neither a number of tokens (16, at least 1) nor a proportion of the sequence (0.3, above 0.0 and at most 1.0), "
+    "nor answers or answers+0.1"
+)
+NO_EVALUATION = "looks at the validation loss: add --eval_steps, and --eval_dataset_name_or_path or --eval_fraction"
+LEAST = {  # of each flag
+    **dict.fromkeys(("--num_epochs", "--global_batch_size", "--max_steps", "--logging_steps", "--preview"), 1),
+    "--max_length": 2,
+    **dict.fromkeys(("--warmup_steps", "--seed", "--num_workers"), 0),
+}
 FLAGS = [
+    *((f"{flag} too small", f"{flag} {n - 1}", f"{flag} {n - 1}: must be {n} or more") for flag, n in LEAST.items()),
     ("a typo", "--learnin_rate 1e-3", "unknown argument --learnin_rate: did you mean --learning_rate?"),
     (
         "a typo with dashes",
@@ -54,13 +65,8 @@ FLAGS = [
         "--data_format xml",
         "argument --data_format/--data-format: invalid choice: 'xml' (choose from ...",
     ),
-    ("no epochs", "--num_epochs 0", "--num_epochs 0: must be 1 or more"),
-    ("no batch", "--global_batch_size 0", "--global_batch_size 0: must be 1 or more"),
-    ("no steps", "--max_steps 0", "--max_steps 0: must be 1 or more"),
-    ("negative warm-up", "--warmup_steps -5", "--warmup_steps -5: must be 0 or more"),
     ("a learning rate of nothing", "--learning_rate 0", "--learning_rate 0: nothing would be learnt"),
     ("a learning rate of nan", "--learning_rate nan", "--learning_rate nan: must be 0 or more"),
-    ("negative seed", "--seed -1", "--seed -1: must be 0 or more"),
     (
         "a batch that does not divide",
         "--global_batch_size 32 --gradient_accumulation_steps 5",
@@ -81,28 +87,47 @@ FLAGS = [
     (
         "no selected tokens",
         "--tokentune --prefix_length 0",
-        "--prefix_length 0: '0' is neither a number of tokens (16, at least 1) nor a proportion of the "
-        "sequence (0.3, above 0.0 and at most 1.0)",
+        f"--prefix_length 0: '0' {NO_LENGTH}",
     ),
     (
         "more than all tokens",
         "--tokentune --prefix_length 1.5",
-        "--prefix_length 1.5: '1.5' is neither a number of tokens (16, at least 1) nor a proportion of the "
-        "sequence (0.3, above 0.0 and at most 1.0)",
+        f"--prefix_length 1.5: '1.5' {NO_LENGTH}",
     ),
     (
         "a word for tokens",
         "--tokentune --prefix_length some",
-        "--prefix_length some: 'some' is neither a number of tokens (16, at least 1) nor a proportion of the "
-        "sequence (0.3, above 0.0 and at most 1.0)",
+        f"--prefix_length some: 'some' {NO_LENGTH}",
+    ),
+    (
+        "answers that a strategy would choose",
+        "--tokentune --prefix_length answers --selection random",
+        "--prefix_length answers with --selection random: it has nothing to choose; add a share of the other...",
+    ),
+    (
+        "answers by scores",
+        "--tokentune --prefix_length answers+0.1 --selection loss",
+        "--prefix_length answers+0.1 with --selection loss, which draws for a whole row: take one without scores...",
+    ),
+    (
+        "answers as the released code drew",
+        "--tokentune --prefix_length answers+0.1 --selection reference",
+        "--prefix_length answers+0.1 with --selection reference, which draws for a whole row: take one without...",
+    ),
+    (
+        "answers after a scoring pass",
+        "--tokentune --prefix_length answers --selection_pass",
+        "--prefix_length answers with --selection_pass: every supervised token has its loss already; leave one of...",
+    ),
+    (
+        "answers with a correction",
+        "--tokentune --prefix_length answers+0.1 --gradient_correction 1",
+        "--prefix_length answers+0.1 with --gradient_correction: it takes a row's tokens to be drawn alike; leave...",
     ),
     ("two precisions", "--bf16 --fp16", "--bf16 and --fp16 exclude each other: give one of them"),
-    ("rank nothing", "--lora --lora_r 0", "--lora_r 0: the rank must be 1 or more"),
+    ("rank nothing", "--lora --lora_r 0", "--lora_r 0: must be 1 or more"),
     ("all dropout", "--lora --lora_dropout 1", "--lora_dropout 1.0: must be at least 0 and below 1"),
     ("scale nothing", "--lora --lora_alpha 0", "--lora_alpha 0: must be above 0, or the adapters do nothing"),
-    ("a sequence of one token", "--max_length 1", "--max_length 1: a sequence needs at least two tokens"),
-    ("negative workers", "--num_workers -1", "--num_workers -1: must be 0 or more"),
-    ("logging never", "--logging_steps 0", "--logging_steps 0: must be 1 or more"),
     ("no such tracker", "--report_to diary", "--report_to diary: choose none, or from ..."),
     ("none and another", "--report_to none tensorboard", "--report_to none tensorboard: none, or the others"),
     (
@@ -114,8 +139,7 @@ FLAGS = [
     (
         "patience without evaluation",
         "--early_stopping_patience 3",
-        "--early_stopping_patience looks at the validation loss: add --eval_steps, and "
-        "--eval_dataset_name_or_path or --eval_fraction",
+        f"--early_stopping_patience {NO_EVALUATION}",
     ),
     (
         "no patience",
@@ -125,10 +149,8 @@ FLAGS = [
     (
         "best of nothing",
         "--load_best_model_at_end",
-        "--load_best_model_at_end looks at the validation loss: add --eval_steps, and "
-        "--eval_dataset_name_or_path or --eval_fraction",
+        f"--load_best_model_at_end {NO_EVALUATION}",
     ),
-    ("a preview of nothing", "--preview 0", "--preview 0: must be 1 or more"),
     ("a stream without an end", "--streaming", "--streaming cannot know how many rows there are: add --max_steps"),
     ("all for validation", "--eval_fraction 1", "--eval_fraction 1.0: give a share between 0 and 1, such as 0.05"),
     ("nothing for validation", "--eval_fraction 0", "--eval_fraction 0.0: give a share between 0 and 1, such as 0.05"),

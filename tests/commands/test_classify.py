@@ -11,6 +11,7 @@ import pytest
 import torch
 from classification_models import (
     COLD,
+    SHORT,
     WARM,
     save_tiny_bert,
     save_tiny_vit,
@@ -35,8 +36,6 @@ from transformers import (
 
 from tokentune.classify import main
 from tokentune.errors import UserError
-
-SHORT = "--global_batch_size 8 --learning_rate 5e-3 --max_length 32 --report_to none --logging_steps 1"
 
 
 @pytest.fixture(scope="module")

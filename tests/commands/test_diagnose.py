@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_input import check_sentence, no_weights, refusal
+from bad_input import check_sentence, refusal
 from conftest import tiny_llama_config
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -19,7 +19,6 @@ from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
 from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient, without_dropout
 from tokentune.gradients.parts import Part, parts_of
 from tokentune.gradients.report import failure_signs
-from tokentune.models import builder as preparation
 from tokentune.models.adapters import add_adapters
 
 PARTS = {"a": Part(0, "mlp"), "b": Part(0, "norms"), "c": Part(1, "mlp"), "d": Part(None, "head")}
@@ -307,9 +306,9 @@ SENTENCES = [
     ("twice", ["--proportions", "0.3", "0.3"], "--proportions: 0.3 occurs twice"),
     ("correction", ["--corrections", "2"], "--corrections 2.0: must lie between 0..."),
     ("strategy", ["--strategies", "random", "nosuch"], "--strategies nosuch: there is no such strategy..."),
-    ("rows", ["--rows", "1"], "--rows 1: a variance takes at least 2"),
+    ("rows", ["--rows", "1"], "--rows 1: must be 2 or more"),
     ("too many", ["--rows", "500"], "--rows 500: the training data has 16 rows that can be learnt from; ask for fewer"),
-    ("draws", ["--draws", "0"], "--draws 0: a variance takes at least 2"),
+    ("draws", ["--draws", "0"], "--draws 0: must be 2 or more"),
     ("micro-batch", ["--micro_batch_size", "0"], "--micro_batch_size 0: must be 1 or more"),
     ("no folder", ["--output", "{tmp}/none/x.json"], "--output {tmp}/none/x.json: there is no such folder"),
     ("a folder", ["--output", "{tmp}"], "--output {tmp}: give a JSON file"),
@@ -328,6 +327,7 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), [row[1:] for row in SENTENCES], ids=[row[0] for row in SENTENCES])
+@pytest.mark.usefixtures("no_weights_read")
 def test_bad_input_is_refused_before_weights_are_read(
     words: list[str],
     sentence: str,
@@ -337,7 +337,6 @@ def test_bad_input_is_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(preparation, "load_base_model", no_weights)
     monkeypatch.chdir(tmp_path)
     places = {"tmp": tmp_path, "data": alpaca_file}
     given = {"--model_name_or_path": tiny_llama_dir, "--dataset_name_or_path": alpaca_file, "--data_cache": "none"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_bert_config, tiny_llama_config
+from estimates import arguments_of, config_file, report_of
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from tokentune import estimate
-from tokentune.cli.arguments import parse_arguments
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
 from tokentune.memory import estimate_table
@@ -36,7 +36,7 @@ from tokentune.settings.finetune import Arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQUENCES, TOKENS = 2, 128
-SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "vocab_size": 2000}
+SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2, "vocab_size": 2000}
 TRAINED = {"all weights": "", "LoRA": "--lora", "QLoRA": "--qlora"}
 METHODS = {
     "full": "",
@@ -48,15 +48,10 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 3.4 million weights with grouped heads."""
+    """A Llama of 2.4 million weights with grouped heads."""
     path = tmp_path_factory.mktemp("models") / "small-llama"
     LlamaForCausalLM(tiny_llama_config(**SIZES)).to(torch.bfloat16).save_pretrained(path)
     return path
-
-
-def arguments_of(folder: Path, words: str) -> Arguments:
-    command = f"--model_name_or_path {folder} --dataset_name_or_path unused --report_to none {words}"
-    return parse_arguments(command.split())
 
 
 def measured(arguments: Arguments) -> Footprint:
@@ -97,7 +92,7 @@ def measured(arguments: Arguments) -> Footprint:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("trained", TRAINED)
 def test_within_two_percent_of_measured_bytes(folder: Path, trained: str, method: str) -> None:
-    arguments = arguments_of(folder, f"{TRAINED[trained]} {METHODS[method]}")
+    arguments = arguments_of(f"{TRAINED[trained]} {METHODS[method]}", folder)
     found = measure(AutoConfig.from_pretrained(folder), arguments, (SEQUENCES, TOKENS), device="cpu")
     real = measured(arguments)
     for name in ("weights", "gradients", "optimizer", "activations", "peak"):
@@ -108,7 +103,7 @@ def test_within_two_percent_of_measured_bytes(folder: Path, trained: str, method
 
 @pytest.mark.parametrize("method", ["full", "TokenTune"])
 def test_within_two_percent_under_mixed_precision(folder: Path, method: str) -> None:
-    arguments = arguments_of(folder, f"--bf16 {METHODS[method]}")
+    arguments = arguments_of(f"--bf16 {METHODS[method]}", folder)
     found = measure(AutoConfig.from_pretrained(folder), arguments, (SEQUENCES, TOKENS), device="cpu")
     real = measured(arguments)
     assert found.activations == pytest.approx(real.activations, rel=0.02)
@@ -128,7 +123,7 @@ MIXTURES = {
 )
 def test_mixtures_of_experts_keep_what_is_measured(family: str, words: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(MIXTURES[family]).save_pretrained(tmp_path)
-    arguments = arguments_of(tmp_path, f"{words} {METHODS['TokenTune']}")
+    arguments = arguments_of(f"{words} {METHODS['TokenTune']}", tmp_path)
     found = measure(AutoConfig.from_pretrained(tmp_path), arguments, (SEQUENCES, TOKENS), device="cpu")
     real = measured(arguments)
     for name in ("weights", "gradients", "activations"):
@@ -139,7 +134,7 @@ def test_mixtures_of_experts_keep_what_is_measured(family: str, words: str, tmp_
 def test_mixtures_of_experts_need_no_gpu(family: str) -> None:
     """transformers asks the GPU that is not there which products it can do; float32 and 16 bits alike."""
     for words in ("", "--bf16 --lora --lora_target_modules all-linear"):
-        found = measure(MIXTURES[family], arguments_of(Path("unused"), words), (SEQUENCES, TOKENS), device="cuda")
+        found = measure(MIXTURES[family], arguments_of(words), (SEQUENCES, TOKENS), device="cuda")
         experts = sum(p.numel() for name, p in made(MIXTURES[family]).named_parameters() if ".experts." in name)
         assert found.weights > experts * (2 if words else 4)
         assert found.peak > found.weights + found.activations
@@ -154,7 +149,7 @@ def test_a_gpu_keeps_what_the_cpu_keeps_where_both_have_the_same_kernels() -> No
     # Without grouped heads and in 16 bits both take flash attention. The casts of the fake GPU are this project's own,
     # those of the CPU torch's.
     config = tiny_llama_config(**SIZES, num_key_value_heads=4)
-    arguments = arguments_of(Path("unused"), "--bf16")
+    arguments = arguments_of("--bf16")
     gpu, cpu = (measure(config, arguments, (SEQUENCES, TOKENS), device=device) for device in ("cuda", "cpu"))
     assert gpu.activations == pytest.approx(cpu.activations, rel=0.002)
     assert gpu.activations_by.keys() == cpu.activations_by.keys()
@@ -195,7 +190,7 @@ def test_live_bytes_by_hand() -> None:
 )
 def test_states_of_the_chosen_optimizer(optim: str, bytes_per_weight: int) -> None:
     sizes = {**SIZES, "vocab_size": 32}  # the embeddings, in 32 bits always, shall not matter
-    arguments = arguments_of(Path("unused"), f"--optim {optim}")
+    arguments = arguments_of(f"--optim {optim}")
     found = measure(tiny_llama_config(**sizes), arguments, (1, 16))
     assert found.optimizer == pytest.approx(bytes_per_weight * found.weights / 4, rel=0.05, abs=0.03 * found.weights)
 
@@ -203,8 +198,8 @@ def test_states_of_the_chosen_optimizer(optim: str, bytes_per_weight: int) -> No
 def test_gradients_applied_in_the_backward_pass_are_not_held() -> None:
     words = "--optim_in_backward --global_batch_size 1 --max_grad_norm 0"
     config = tiny_llama_config(**SIZES)
-    found = measure(config, arguments_of(Path("unused"), words), (1, 16))
-    held = measure(config, arguments_of(Path("unused"), ""), (1, 16))
+    found = measure(config, arguments_of(words), (1, 16))
+    held = measure(config, arguments_of(""), (1, 16))
     assert (found.gradients, held.gradients) == (0, pytest.approx(held.weights, rel=0.01))
     assert found.optimizer == held.optimizer
     assert found.peak < held.peak - 0.5 * held.weights
@@ -212,13 +207,13 @@ def test_gradients_applied_in_the_backward_pass_are_not_held() -> None:
 
 def test_encoders_are_estimated_too() -> None:
     config = tiny_bert_config(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_labels=2)
-    plain = measure(config, arguments_of(Path("unused"), ""), (4, 64), head=TEXT)
+    plain = measure(config, arguments_of(""), (4, 64), head=TEXT)
     words = "--tokentune --prefix_length 0.25"
-    selective = measure(config, arguments_of(Path("unused"), words), (4, 64), head=TEXT)
+    selective = measure(config, arguments_of(words), (4, 64), head=TEXT)
     assert plain.weights == selective.weights
     assert 0.25 < selective.activations / plain.activations < 0.5
     words += " --qlora --lora_target_modules all-linear"
-    quantized = measure(config, arguments_of(Path("unused"), words), (4, 64), head=TEXT)
+    quantized = measure(config, arguments_of(words), (4, 64), head=TEXT)
     assert quantized.weights < 0.7 * plain.weights
 
 
@@ -226,21 +221,13 @@ def test_encoders_are_estimated_too() -> None:
 
 
 @pytest.fixture
-def config_file(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    tiny_llama_config(**SIZES, architectures=["LlamaForCausalLM"]).to_json_file(path)
-    return path
+def config(tmp_path: Path) -> Path:
+    return config_file(tmp_path, **SIZES)
 
 
-def run(capsys: pytest.CaptureFixture, *words: object) -> str:
-    estimate.main(["--model_name_or_path", *map(str, words)])
-    return capsys.readouterr().out
-
-
-def test_table_of_all_modes(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    target = tmp_path / "numbers.json"
-    out = run(capsys, config_file, "--max_length", 64, "--lora", "--tokentune", "--json", target)
-    report = json.loads(target.read_text())
+def test_table_of_all_modes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    report = report_of(tmp_path, config, "--max_length", 64, "--lora", "--tokentune")
+    out = capsys.readouterr().out
     rows = {(row["weights"], row["method"]): row for row in report["rows"]}
     assert len(rows) == 18
     assert [key for key, row in rows.items() if row["chosen"]] == [("LoRA", "TokenTune")]
@@ -256,18 +243,15 @@ def test_table_of_all_modes(config_file: Path, tmp_path: Path, capsys: pytest.Ca
     assert report["settings"]["tokens"] == 64
 
 
-def test_rows_with_a_chunked_loss_are_of_all_tokens_whatever_else_is_given(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    def peaks(name: str, *words: object) -> dict[tuple[str, str], int]:
-        run(capsys, config_file, "--max_length", 64, *words, "--json", tmp_path / name)
-        report = json.loads((tmp_path / name).read_text())
-        return {(row["weights"], row["method"]): row["bytes"]["peak"] for row in report["rows"]}
+def test_rows_with_a_chunked_loss_are_of_all_tokens_whatever_else_is_given(config: Path, tmp_path: Path) -> None:
+    def peaks(*words: object) -> dict[tuple[str, str], int]:
+        rows = report_of(tmp_path, config, "--max_length", 64, *words)["rows"]
+        return {(row["weights"], row["method"]): row["bytes"]["peak"] for row in rows}
 
     words = ("--selection", "attention", "--selection_layers", 2, "--prefix_length", "0.1:0.5")
     words += ("--gradient_correction", 0.5, "--chunked_loss", "off")
-    plain, others = peaks("plain.json"), peaks("others.json", *words)
-    all_tokens = peaks("all.json", "--prefix_length", "1.0", "--chunked_loss", "on")
+    plain, others = peaks(), peaks(*words)
+    all_tokens = peaks("--prefix_length", "1.0", "--chunked_loss", "on")
     for trained in estimate.WEIGHTS:
         for method, same in (("plain", "TokenTune"), ("gradient checkpointing", "TokenTune + checkpointing")):
             name = next(name for name in estimate.METHODS if name.startswith(method) and "chunked" in name)
@@ -278,12 +262,14 @@ def test_rows_with_a_chunked_loss_are_of_all_tokens_whatever_else_is_given(
 def test_encoders_have_no_rows_with_a_chunked_loss(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "config.json"
     tiny_bert_config(architectures=["BertForMaskedLM"]).to_json_file(path)
-    out = run(capsys, path, "--max_length", 32)
+    report_of(tmp_path, path, "--max_length", 32)
+    out = capsys.readouterr().out
     assert "TokenTune + checkpointing" in out and "chunked" not in out
 
 
-def test_only_the_chosen_mode(config_file: Path, capsys: pytest.CaptureFixture) -> None:
-    out = run(capsys, config_file, "--max_length", 64, "--qlora", "--only", "--bf16")
+def test_only_the_chosen_mode(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    report_of(tmp_path, config, "--max_length", 64, "--qlora", "--only", "--bf16")
+    out = capsys.readouterr().out
     assert "QLoRA" in out and "LoRA" not in out.replace("QLoRA", "") and "TokenTune │" not in out
 
 
@@ -291,25 +277,21 @@ def test_a_refused_model_keeps_its_other_rows(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "config.json"
     sizes = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}
     path.write_text(json.dumps(sizes | {"architectures": ["BloomForCausalLM"]}))
-    out = run(capsys, path, "--max_length", 32, "--lora_target_modules", "all-linear")
+    report_of(tmp_path, path, "--max_length", 32, "--lora_target_modules", "all-linear")
+    out = capsys.readouterr().out
     assert "TokenTune cannot serve this model exactly: BloomForCausalLM has no layers" in " ".join(out.split())
     assert out.count("[1]") >= 6  # every TokenTune row, and the reason
 
 
-def test_finds_the_largest_batch_and_proportion(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    target = tmp_path / "found.json"
-    common = (config_file, "--max_length", 256, "--json", target)
-    out = run(capsys, *common, "--find", "batch", "--memory", 1.2)
-    found = json.loads(target.read_text())["find"]
-    assert f"{found['batch']} sequences of 256 tokens" in out
-    config, arguments = AutoConfig.from_pretrained(config_file), arguments_of(Path("unused"), "")
+def test_finds_the_largest_batch_and_proportion(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    common = (config, "--max_length", 256)
+    found = report_of(tmp_path, *common, "--find", "batch", "--memory", 1.2)["find"]
+    assert f"{found['batch']} sequences of 256 tokens" in capsys.readouterr().out
+    model, arguments = AutoConfig.from_pretrained(config), arguments_of()
     for sequences, fits in ((found["batch"], True), (found["batch"] + 1, False)):
-        assert estimate.fits_card(measure(config, arguments, (sequences, 256)).peak, 1.2) is fits
+        assert estimate.fits_card(measure(model, arguments, (sequences, 256)).peak, 1.2) is fits
     words = ("--tokentune", "--find", "proportion", "--global_batch_size", found["batch"] + 3, "--memory", 1.2)
-    run(capsys, *common, *words)
-    assert 0.05 <= json.loads(target.read_text())["find"]["proportion"] < 1.0
+    assert 0.05 <= report_of(tmp_path, *common, *words)["find"]["proportion"] < 1.0
 
 
 def test_largest_asks_few_times() -> None:
@@ -339,18 +321,15 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_longest_sequence_is_that_of_a_search_through_all(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    config, path, target = tiny_llama_config(**DEEP, architectures=["LlamaForCausalLM"]), tmp_path / "c.json", tmp_path
+def test_the_longest_sequence_is_that_of_a_search_through_all(mode: str, tmp_path: Path) -> None:
+    config, path = tiny_llama_config(**DEEP, architectures=["LlamaForCausalLM"]), tmp_path / "deep.json"
     config.to_json_file(path)
-    arguments = arguments_of(Path("unused"), f"{MODES[mode]} --skip_verification --bf16")
+    arguments = arguments_of(f"{MODES[mode]} --skip_verification --bf16")
     peaks = {length: measure(config, arguments, (1, length)).peak for length in range(128, 1025, 128)}
     between = (peaks[640] + peaks[768]) / 2
-    words = (*MODES[mode].split(), "--bf16", "--find", "length", "--json", target / "found.json", "--memory")
+    words = (*MODES[mode].split(), "--bf16", "--find", "length", "--memory")
     memory = (between * (1 + FRAGMENTATION) + estimate_table.RESERVE_BYTES) / 1e9
-    run(capsys, path, *words, f"{memory:.9f}")
-    found = json.loads((target / "found.json").read_text())["find"]
+    found = report_of(tmp_path, path, *words, f"{memory:.9f}")["find"]
     assert found["length"] == max(length for length, peak in peaks.items() if estimate.fits_card(peak, memory)) == 640
     assert found["bytes"]["peak"] == peaks[640]
     assert found["steps_run"] == 2  # with all layers: one that fits, one that does not
@@ -371,7 +350,7 @@ def test_no_length_beyond_the_positions_and_none_below_the_shortest(
 
 def test_few_layers_predict_all_where_these_are_alike() -> None:
     config = tiny_llama_config(**DEEP)
-    arguments = arguments_of(Path("unused"), f"--bf16 --lora {METHODS['TokenTune + checkpointing']}")
+    arguments = arguments_of(f"--bf16 --lora {METHODS['TokenTune + checkpointing']}")
     found = predicted(config, lambda depth: measure(with_depth(config, depth), arguments, (1, 512)).peak)
     assert found == pytest.approx(measure(config, arguments, (1, 512)).peak, abs=40_000)
     assert why_not_predictable(config, arguments, CAUSAL_LM) is None
@@ -423,9 +402,9 @@ def test_refused(words: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_nothing_fits(config_file: Path) -> None:
+def test_nothing_fits(config: Path) -> None:
     with pytest.raises(UserError, match="not even sequences 1 fits"):
-        estimate.main(["--model_name_or_path", str(config_file), "--find", "batch", "--memory", "0.9"])
+        estimate.main(["--model_name_or_path", str(config), "--find", "batch", "--memory", "0.9"])
 
 
 def test_every_preset_is_a_model() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from instruction_rows import TEMPLATE, load
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_instruction_data import TEMPLATE, load
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,6 +206,23 @@ def test_print_run_folder_prints_it_and_does_nothing(tmp_path: Path, capsys: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("words", "code"), [("--preview 1", 0), ("--print_run_folder", 0), ("--lora_alpha 0", 2)])
+def test_what_needs_no_training_code_imports_none(
+    words: str, code: int, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path
+) -> None:
+    heavy = ("bitsandbytes", "peft", "transformers.modeling_utils", "transformers.trainer")
+    script = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print(*[name for name in {heavy} if name in sys.modules], file=sys.stderr))
+runpy.run_path({str(PROJECT / "tokentune" / "finetune.py")!r}, run_name="__main__")
+"""
+    names = ["--model_name_or_path", str(tiny_llama_dir), "--dataset_name_or_path", str(alpaca_file)]
+    command = [sys.executable, "-c", script, *names, "--data_cache", "none", *words.split()]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stderr.splitlines()[-1] == ""
+
+
 def test_command_runs_from_any_folder(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
     """As users run it: a file, in a process of its own, elsewhere; lines of progress, and no bar in a pipe."""
     command = [sys.executable, "-u", str(PROJECT / "tokentune" / "finetune.py")]
@@ -239,3 +256,19 @@ def test_real_model_learns_real_data(shared: Path, tmp_path: Path) -> None:
     folder = run(shared / "models" / "llama-tiny", data, tmp_path / "models", words)
     losses = read_summary(folder)["validation_loss"]
     assert losses["final"] < losses["base"] - 0.02
+
+
+@pytest.mark.parametrize("adapters", ["", "--lora"])
+def test_a_chunked_loss_needs_no_selection(
+    adapters: str, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path
+) -> None:
+    """Ordinary training, with the same result and without the logits of all tokens among what is saved."""
+    words = f"{adapters} --num_epochs 1 --gradient_checkpointing"
+    saved, weights = [], []
+    for chunks in ("off", "on"):
+        folder = run(tiny_llama_dir, alpaca_file, tmp_path / chunks, f"{words} --chunked_loss {chunks}")
+        saved.append(read_summary(folder)["saved_for_backward_bytes"])
+        weights.append(load_file(folder / ("adapter_model.safetensors" if adapters else "model.safetensors")))
+    assert saved[1] < saved[0]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)

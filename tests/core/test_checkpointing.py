@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_llama_config
 from peft import LoraConfig, get_peft_model
-from test_selective import BATCH, CASES, LENGTH, assert_same_gradients, build, definition, draw, padded_batch
+from selective_cases import BATCH, CASES, LENGTH, assert_same_gradients, build, definition, draw, padded_batch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 

@@ -13,7 +13,7 @@ from conftest import tiny_bert_config, tiny_llama_config
 from families import ROUTED, Family
 from family_check import Float64, batch_for, build, selection, step
 from peft import LoraConfig, get_peft_model
-from test_selective import assert_same_gradients
+from selective_cases import assert_same_gradients
 from torch import Tensor, nn
 from transformers import BertModel, LlamaForCausalLM
 

@@ -7,10 +7,14 @@ from functools import partial
 import oracle
 import pytest
 import torch
-from test_selective import CASES, LENGTH, assert_close, assert_same_gradients, build, loss64, padded_batch, rows
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
+from selective_cases import CASES, LENGTH, assert_close, assert_same_gradients, build, loss64, padded_batch, rows
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
+from tokentune.core.compat import foreign_hooks
 from tokentune.core.groups import TokenGroups
 from tokentune.core.scoring_pass import ScoringOptions
 
@@ -171,3 +175,108 @@ def test_without_hooks_of_others_the_pair_travels() -> None:
     model.model.layers[0].register_forward_hook(engine)
     model(ids, attention_mask=mask, selected_positions=POSITIONS)
     assert seen == [TokenGroups]
+
+
+# ------------------------------------------------------------------------------------------ hooks that see some tokens
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    texts: list[str] = []
+    monkeypatch.setattr(
+        foreign_hooks.logger, "warning_once", lambda text: texts.append(text) if text not in texts else 0
+    )
+    return texts
+
+
+def _scaled_by_place(module: nn.Module, args: tuple, output: object) -> None:
+    """Stands for a hook that is another one for a part of the tokens."""
+
+
+def run(model: nn.Module) -> None:
+    ids, mask = padded_batch()
+    model(input_ids=ids, attention_mask=mask, selected_positions=POSITIONS)
+
+
+PARTS = {
+    "llama": {
+        "model.layers.1.mlp": "once per group",
+        "model.layers.0.self_attn": "once per group",
+        "model.layers.1.input_layernorm": "once per group",
+        "model.norm": "the selected rows alone",
+        "lm_head": "the selected rows alone",
+        "model": "the selected rows alone",
+    },
+    "bert-masked-lm": {
+        "bert.encoder.layer.0.output.LayerNorm": "once per group",
+        "cls.predictions.transform.LayerNorm": "the selected rows alone",
+        "bert.encoder": "the selected rows alone",
+    },
+}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in PARTS.items() for part in parts])
+def test_hooks_on_parts_are_told_of(name: str, part: str, order: str, told: list[str]) -> None:
+    """Once, when the model is patched or in the first step."""
+    model = build(name)
+    if order == "after":
+        apply_tokentune(model, verify=False)
+    model.get_submodule(part).register_forward_hook(_scaled_by_place)
+    if order == "before":
+        apply_tokentune(model, verify=False)
+    assert len(told) == (order == "before")
+    run(model)
+    run(model)
+    assert len(told) == 1
+    assert f"_scaled_by_place on {part} " in told[0] and PARTS[name][part] in told[0] and "layer itself" in told[0]
+
+
+def test_replaced_forwards_and_global_hooks_are_told_of(told: list[str]) -> None:
+    model = build("llama")
+    layer, attention = model.model.layers[0], model.model.layers[1].self_attn
+    for module in (layer, attention):
+        module.forward = partial(lambda own, *args, **kwargs: own(*args, **kwargs), module.forward)
+    handle = register_module_forward_hook(_scaled_by_place)
+    try:
+        apply_tokentune(model, verify=False)
+    finally:
+        handle.remove()
+    assert [f"the forward put on model.layers.{n} is called once per group" in "".join(told) for n in (0, 1)] == [1, 0]
+    assert "the forward put on model.layers.1.self_attn is" in "".join(told)
+    assert "global module hook _scaled_by_place is called once per group" in "".join(told) and len(told) == 3
+
+
+def test_a_pre_hook_with_keywords_and_an_object_are_told_of(told: list[str]) -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.register_forward_pre_hook(before, with_kwargs=True)
+    model.model.layers[1].mlp.register_forward_hook(Scaled())
+    apply_tokentune(model, verify=False)
+    assert ["before on model.layers.0.mlp" in told[0], "Scaled on model.layers.1.mlp" in told[1]] == [True, True]
+
+
+@pytest.mark.parametrize("which", ["lora", "requires_grad", "layer", "engine", "embedding", "wrapper", "wholes"])
+def test_hooks_that_see_all_they_need_are_not_told_of(which: str, told: list[str]) -> None:
+    model = build("bert-classes" if which == "wholes" else "llama")
+    if which == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    elif which == "requires_grad":
+        model.enable_input_require_grads()
+    elif which == "layer":
+        model.model.layers[0].register_forward_hook(_scaled_by_place)
+    elif which == "embedding":
+        model.model.embed_tokens.register_forward_hook(_scaled_by_place)
+    elif which == "wrapper":
+        for module in list(model.modules()):
+            add_hook_to_module(module, ModelHook())
+    elif which == "wholes":  # its head gets the pooled token of each sequence
+        model.classifier.register_forward_hook(_scaled_by_place)
+    else:
+        fully_sharded = partial(lambda *args: None)
+        fully_sharded.func.__module__ = "torch.distributed.fsdp.somewhere"
+        model.model.norm.register_forward_hook(fully_sharded)
+    apply_tokentune(model, verify=False)
+    run(model)
+    assert told == []

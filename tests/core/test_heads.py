@@ -33,6 +33,7 @@ from tokentune import apply_tokentune
 from tokentune.core.patched import profile_of
 from tokentune.core.profile import Pooling
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.sampling.sampler import Selection
 
 BATCH, LENGTH, PROPORTION = 3, 17, 0.4
 SEPARATE = ("q_proj", "k_proj", "v_proj")
@@ -163,10 +164,10 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     drawn, select = [], tokentune.core.model_sampling.select_tokens
 
-    def record(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
-        positions, weights = select(*args, **options)
-        drawn.append(positions)
-        return positions, weights
+    def record(*args: object, **options: object) -> Selection:
+        selection = select(*args, **options)
+        drawn.append(selection.positions)
+        return selection
 
     monkeypatch.setattr(tokentune.core.model_sampling, "select_tokens", record)
     return drawn

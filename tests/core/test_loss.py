@@ -13,9 +13,10 @@ from transformers import BertForMaskedLM, Gemma2Config, Gemma2ForCausalLM, Llama
 
 import tokentune.core.loss
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
-from tokentune.core.loss import ChunkedLoss, WithheldRows
+from tokentune.core.loss import ChunkedLoss, WithheldRows, take_loss_in_chunks
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.verify.tiny_copy import Float64
+from tokentune.verify.verification import verify_chunked_loss
 
 IDS = torch.arange(3, 33).reshape(2, 15)
 POSITIONS = torch.tensor([[1, 5, 9, 13], [0, 2, 3, 12]])
@@ -71,7 +72,8 @@ def step(model: nn.Module, **inputs: object) -> tuple[Tensor, dict[str, Tensor],
     """Loss, gradients and logits, all in float64, where transformers casts to float32."""
     model.zero_grad()
     with Float64():
-        output = model(**{"input_ids": IDS, "labels": LABELS, "selected_positions": POSITIONS, **inputs})
+        given = {"input_ids": IDS, "labels": LABELS, "selected_positions": POSITIONS, **inputs}
+        output = model(**{name: value for name, value in given.items() if value is not None})
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return output.loss.detach(), gradients, output.logits
@@ -156,6 +158,32 @@ def test_batch_without_targets_has_zero_gradients(name: str) -> None:
 
 
 # --- when it is on ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ordinary_training_takes_its_loss_in_chunks(name: str) -> None:
+    """All tokens keep their gradients: those of the model without hooks, which it is again in evaluation."""
+    ordinary = {"selected_positions": None, "num_items_in_batch": 20}
+    model = MODELS[name]().train()
+    expected = step(model, **ordinary)
+    remove = take_loss_in_chunks(owner(model), THREE_ROWS)
+    found = step(model, **ordinary)
+    assert expected[2].shape == (2, 15, 96) and found[2].shape == (2, 0, 96)
+    assert_same_step(found, expected)
+    assert "_loss_function" not in vars(owner(model))
+    assert step(model.eval(), **ordinary)[2].shape == expected[2].shape
+    for hook in remove:
+        hook()
+    assert step(model.train(), **ordinary)[2].shape == expected[2].shape
+
+
+def test_a_forward_that_fails_leaves_no_loss_of_ours() -> None:
+    model = llama().train()
+    take_loss_in_chunks(model)
+    with pytest.raises(IndexError):
+        model(input_ids=IDS + 1000, labels=LABELS)
+    assert "_loss_function" not in vars(model) and not model.lm_head._forward_pre_hooks
+    assert step(model, selected_positions=None)[2].shape[1] == 0
 
 
 def is_chunked(model: nn.Module, **inputs: object) -> bool:
@@ -314,3 +342,14 @@ def test_logits_of_a_large_vocabulary_are_never_kept(name: str) -> None:
         assert any(vocabulary in shape and shape not in weights and 0 not in shape for shape in shapes) is not chunked
     assert kept[False] - kept[True] > 0.95 * 8 * vocabulary * 4  # 8 rows
     assert kept[True] < 200_000
+
+
+def test_ordinary_training_is_verified_too() -> None:
+    verify_chunked_loss(llama())
+    verify_chunked_loss(soft_capped())
+    with pytest.raises(UnsupportedModelError, match="no language model"):
+        verify_chunked_loss(BertForMaskedLM(tiny_bert_config()))
+    other = llama()
+    other.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    with pytest.raises(UnsupportedModelError, match="loss function of its own"):
+        verify_chunked_loss(other)

@@ -1,6 +1,7 @@
 """Used from outside with one added line: TRL's trainer, transformers' Trainer, accelerate, a kernel's own forward."""
 
 import copy
+import importlib
 from types import MethodType
 
 import oracle
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -26,8 +28,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import tokentune.core.model_sampling
 from tokentune import apply_tokentune
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.sampling.sampler import Selection
 
 trl = pytest.importorskip("trl")
+WEIGHS = "draws its own selection for a mean over tokens, not for a loss that weighs"
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], task_type="CAUSAL_LM")
 IDS, POSITIONS = torch.arange(3, 33).reshape(2, 15), torch.tensor([[1, 5, 9, 13], [0, 2, 3, 12]])
 
@@ -44,10 +48,10 @@ class Recorder(TrainerCallback):
         self.draws, self.batches, self.saved, self.gradients = [], [], [], {}
         select = tokentune.core.model_sampling.select_tokens
 
-        def record(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
-            positions, weights = select(*args, **options)
-            self.draws.append(positions)
-            return positions, weights
+        def record(*args: object, **options: object) -> Selection:
+            selection = select(*args, **options)
+            self.draws.append(selection.positions)
+            return selection
 
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.batches.append(dict(kwargs))
@@ -234,7 +238,32 @@ def test_trainers_by_preferences_and_rewards_are_refused(name: str, tmp_path) ->
         peft_config=copy.deepcopy(LORA),
         **more,
     )
-    with pytest.raises(ValueError, match="draws its own selection for a mean over tokens, not for a loss that weighs"):
+    with pytest.raises(ValueError, match=WEIGHS):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["ORPO", "CPO", "TPO", "Reward", "Distillation"])
+def test_trainers_that_call_the_model_without_labels_are_refused(name: str, tmp_path) -> None:
+    """They take a loss of their own from the outputs, or from the backbone's."""
+    home = importlib.import_module(f"trl.experimental.{name.lower()}") if name in ("ORPO", "CPO", "TPO") else trl
+    row = {"prompt": "w1 w10 w31", "chosen": " w7 w50", "rejected": " w8 w51 w60", "reference": " w7 w50 w2"}
+    kept = {"Distillation": ["prompt", "completion"], "TPO": list(row)}.get(name, ["prompt", "chosen", "rejected"])
+    model, peft_config = new_model(), copy.deepcopy(LORA)
+    if name == "Reward":
+        model = LlamaForSequenceClassification(tiny_llama_config(num_labels=1, pad_token_id=90))
+        peft_config.task_type = "SEQ_CLS"
+    options = {"per_device_train_batch_size": 2, "max_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none"}
+    more = {"teacher_model": new_model()} if name == "Distillation" else {}
+    options |= {"max_completion_length": 4} if name == "Distillation" else {}
+    trainer = getattr(home, f"{name}Trainer")(
+        model=apply_tokentune(model, 0.3),
+        args=getattr(home, f"{name}Config")(str(tmp_path), save_strategy="no", disable_tqdm=True, **options),
+        train_dataset=Dataset.from_list([{key: row[key] for key in kept if key in row}] * 4),
+        processing_class=words_tokenizer(),
+        peft_config=peft_config,
+        **more,
+    )
+    with pytest.raises(ValueError, match=f"without labels: .*{WEIGHS}"):
         trainer.train()
 
 
@@ -343,6 +372,13 @@ def test_a_trainer_that_keeps_the_labels_to_itself_is_told(monkeypatch, tmp_path
     with torch.no_grad():
         model.train()(input_ids=IDS)
     assert len(told) == 1
+
+
+def test_sft_trainer_with_label_smoothing_is_told(monkeypatch, tmp_path) -> None:
+    model, told = apply_tokentune(new_model(), 0.3), []
+    monkeypatch.setattr(tokentune.core.patching.logger, "warning_once", told.append)
+    run_sft(model, Recorder(model, monkeypatch), tmp_path, label_smoothing_factor=0.1)
+    assert told and all("without labels" in text for text in told)
 
 
 def test_a_plain_training_loop() -> None:

@@ -13,8 +13,8 @@ from datasets import Dataset
 from families import FAMILIES, SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_models import gemma, llama, mistral
 from peft import LoraConfig, get_peft_model
-from test_packing import gemma, llama, mistral
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -31,6 +31,7 @@ from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.core.scoring_pass import ScoringOptions, run_scoring_pass
 from tokentune.memory.footprint import measure
 from tokentune.models.builder import prepare_model
+from tokentune.sampling.sampler import Selection
 
 NAMES = ("Llama", "Mistral", "Mixtral", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3", "GPT-2", "GPT-OSS", "DeepSeek-V3")
 CAUSAL = [family for family in FAMILIES if family.name in NAMES and family.model.endswith(("ForCausalLM", "HeadModel"))]
@@ -68,7 +69,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-12) -> None
 
 
 def drawing_these(monkeypatch: pytest.MonkeyPatch, positions: Tensor, weights: Tensor | None = None) -> None:
-    monkeypatch.setattr(drawing, "select_tokens", lambda *args, **options: (positions, weights))
+    monkeypatch.setattr(drawing, "select_tokens", lambda *args, **options: Selection(positions, weights))
 
 
 def with_scoring_pass(model: nn.Module, strategy: str = "random", **options: Any) -> nn.Module:

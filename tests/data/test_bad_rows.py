@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import CHATML, chat_tokenizer
 from classification_models import tiny_tokenizer, write_lines
-from test_instruction_data import CHAT, answers, load, refused, write
-from test_streaming_rows import stream, texts
+from instruction_rows import CHAT, answers, load, refused, stream, texts, write
 
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats.bad_rows import BadRows

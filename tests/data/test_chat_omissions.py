@@ -116,6 +116,47 @@ def test_where_nothing_is_left_to_learn_it_is_refused(messages: list[dict], part
     assert part in str(error.value) and str(error.value).startswith("row 1, message 2: ")
 
 
+@pytest.mark.parametrize("message", [0, 1])
+@pytest.mark.parametrize(
+    ("key", "value", "level"),
+    [
+        *((key, "hm", "WARNING") for key in ("thought", "thoughts", "analysis", "reasoning_text", "channel", "name")),
+        *((key, [{"a": 1}], "WARNING") for key in ("reasoning_details", "images", "documents", "citations", "tools")),
+        ("audio", {"id": "a"}, "WARNING"),
+        ("loss_mask", 0, "WARNING"),
+        ("reasoning", ["hm"], "WARNING"),
+        ("timestamp", 5, "INFO"),
+        ("id", "m1", "INFO"),
+    ],
+)
+def test_keys_that_are_not_read_are_noted(key: str, value: object, level: str, message: int) -> None:
+    chat, role = [dict(Q), dict(A)], ("user", "assistant")[message]
+    chat[message][key] = value
+    sentence = f"message {message + 1}: the chat template leaves out the key {key!r} of messages of the role {role!r}"
+    expected = [(getattr(logging, level), f"row 1, {sentence}")]
+    assert notes(FEW_ROLES, chat) == expected
+    for template in ("{{ messages[%d].%s }}", "{{ 'x' if messages[%d].%s is defined }}"):
+        read = template % (message, key) + FEW_ROLES
+        assert notes(read, chat) == []
+        chat[message]["other"] = "y"
+        assert [text.split("leaves out ")[1] for _, text in notes(read, chat)] == [
+            f"the key 'other' of messages of the role {role!r}"
+        ]
+        del chat[message]["other"]
+    for empty in (None, "", [], {}):
+        chat[message][key] = empty
+        assert notes(FEW_ROLES, chat) == []
+
+
+def test_keys_that_a_template_needs_are_read() -> None:
+    chat = [Q, A | {"name": "Al"}]
+    assert notes("{{ messages[1].name or raise_exception('no name') }}" + FEW_ROLES, chat) == []
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    answers = [{"role": "tool", "content": "21", "name": "weather", "tool_call_id": "c1"}, A]
+    found = notes(TOOLS, [Q, call, *answers])
+    assert all(level == logging.INFO and "'name' of messages of the role 'tool'" in text for level, text in found)
+
+
 def test_nothing_is_said_of_what_is_written() -> None:
     assert notes(FEW_ROLES, [{"role": "system", "content": "Be brief."}, Q, A]) == []
     assert notes(TOOLS, [Q, A | {"tool_calls": [CALL]}, {"role": "tool", "content": "21"}, A]) == []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_instruction_data import TEMPLATE, load
+from instruction_rows import TEMPLATE, load
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import pandas
 import pytest
 from chat_tokenizers import TOOLS, chat_tokenizer
 from datasets import Dataset
-from test_instruction_data import CHAT, SHAREGPT, load, refused, write
-from test_streaming_rows import stream
+from instruction_rows import CHAT, SHAREGPT, load, refused, stream, write
 
 from tokentune.data.formats.data_formats import FORMATS
 from tokentune.data.prompts import PromptTemplate
@@ -110,6 +110,33 @@ def test_what_has_no_place_is_refused_by_name(row: dict, words: str, told: str, 
     assert message.startswith(f"{name}, row 1") and told in message
 
 
+ALPACA = {"instruction": "a", "output": "b"}
+
+
+@pytest.mark.parametrize("form", [{"messages": CHAT}, {"conversations": SHAREGPT}, ALPACA, {"text": "whole"}])
+def test_rows_that_are_not_to_be_learnt_are_refused(form: dict, tmp_path: Path) -> None:
+    no = [("weight", 0), ("weight", 0.0), ("train", False), ("train", "False"), ("training", False), ("loss", False)]
+    no += [("loss_mask", value) for value in (0, [1, 0], "[0, 1]", [True, False])]
+    for name, value in no:
+        told = refused(write(tmp_path / "a.jsonl", [form, form | {name: value}]), tokenizer=TOKENIZER)
+        assert f"row 2: has {name!r}: {value!r}" in told and "--bad_rows skip" in told
+    for row in ({"weight": 1, "train": True, "loss_mask": [1, 1]}, {"loss": 0.0, "train": None, "weight": 0.5}):
+        load(write(tmp_path / "a.jsonl", [form | row]), tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "stream"])
+def test_rows_that_are_not_to_be_learnt_in_other_files(kind: str, tmp_path: Path) -> None:
+    table = pandas.DataFrame([ALPACA | {"weight": 1}, ALPACA | {"weight": 0}])
+    if kind == "stream":
+        name = write(tmp_path / "a.jsonl", table.to_dict("records"))
+        with pytest.raises(UserError, match="row 2: has 'weight': 0"):
+            list(zip(range(9), stream(name), strict=False))
+        return
+    path = tmp_path / f"a.{kind}"
+    table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
+    assert "row 2: has 'weight': " in refused(str(path))
+
+
 def test_a_column_that_a_later_row_alone_has(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"prompt": "a", "completion": "b", "system_prompt": "s"}]
     assert "row 4: has 'system_prompt'" in refused(write(tmp_path / "a.jsonl", rows))
@@ -122,12 +149,31 @@ def test_a_column_that_a_later_row_alone_has(tmp_path: Path) -> None:
         ({"text": "whole", "context": "c", "id": 5}, "'context'"),
         ({"messages": CHAT, "documents": [], "images": []}, "'documents', 'images'"),
         ({"messages": CHAT, "System": "s", "Tools": []}, "'System', 'Tools'"),
+        ({"messages": CHAT, "system_message": "s", "developer": "d"}, "'system_message', 'developer'"),
+        ({"conversations": SHAREGPT, "sys_prompt": "s", "systemPrompt": "s"}, "'sys_prompt', 'systemPrompt'"),
+        (ALPACA | {"available_tools": [], "tool_schema": {}}, "'available_tools', 'tool_schema'"),
+        ({"messages": CHAT, "thought": "t", "image": "i"}, "'thought', 'image'"),
+        ({"messages": CHAT, "weight": 0.5, "loss_mask": [1]}, "'weight', 'loss_mask'"),
     ],
 )
 def test_what_may_be_meant_is_named(row: dict, named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load(write(tmp_path / "a.jsonl", [row]), tokenizer=TOKENIZER)
     assert f"not read: the columns {named}" in caplog.text
+
+
+@pytest.mark.parametrize("written", [list, json.dumps])
+def test_keys_of_turns_that_are_not_read_are_named(
+    written: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [
+        SHAREGPT[0] | {"images": ["a"], "weight": 1},
+        SHAREGPT[1] | {"thought": "t", "reasoning": "", "x": None, "id": 3},
+    ]
+    with caplog.at_level(logging.WARNING):
+        load(write(tmp_path / "a.jsonl", [{"conversations": written(turns)}] * 2), tokenizer=TOKENIZER)
+    (record,) = [r for r in caplog.messages if "not read" in r]
+    assert "row 1: not read: the keys 'images', 'thought' of turns" in record and "(and 1 more)" in record
 
 
 @pytest.mark.parametrize(

@@ -7,56 +7,19 @@ from pathlib import Path
 
 import pandas
 import pytest
-from chat_tokenizers import CHATML, TOOLS, chat_tokenizer, learnt_texts
+from chat_tokenizers import CHATML, TOOLS, chat_tokenizer
 from datasets import Dataset
+from instruction_rows import ALPACA, CHAT, SHAREGPT, TEMPLATE, answers, arguments, load, refused, write
 from transformers import AutoTokenizer
 
-from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats import json_files, records
 from tokentune.data.formats.data_formats import Answer
-from tokentune.data.instruction_data import InstructionData, load_instruction_data, mixture_counts, mixture_rows
-from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
+from tokentune.data.instruction_data import mixture_counts, mixture_rows
 from tokentune.data.record_encoding import held_out
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.settings.finetune import FinetuneArguments
-
-TEMPLATE = PromptTemplate.load(DEFAULT_TEMPLATE)
-PLAIN = PromptTemplate("{instruction}|{input}|", "{instruction}|", "|")
-ALPACA = [{"instruction": f"say {n}", "input": "", "output": f"ok {n}"} for n in range(40)]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def arguments(*names: str, words: str = "") -> FinetuneArguments:
-    given = ["--model_name_or_path", "none", "--data_cache", "none", "--dataset_name_or_path", *names]
-    return parse_arguments([*given, *words.split()])
-
-
-def load(*names: str, words: str = "", tokenizer: object = None, template: PromptTemplate = PLAIN) -> InstructionData:
-    return load_instruction_data(arguments(*names, words=words), tokenizer or chat_tokenizer(CHATML), template)
-
-
-def refused(*names: str, words: str = "", tokenizer: object = None) -> str:
-    with pytest.raises(UserError) as error:
-        load(*names, words=words, tokenizer=tokenizer)
-    message = str(error.value)
-    assert message.count("\n") < 3
-    return message
-
-
-def answers(data: InstructionData) -> list[list[str]]:
-    tokenizer = chat_tokenizer(None)
-    return [learnt_texts(tokenizer, row["input_ids"], row["labels"]) for row in data.train]
-
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
-
-CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
-SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ok"}]
 
 
 @pytest.mark.parametrize(

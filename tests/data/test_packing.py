@@ -5,47 +5,19 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
-from conftest import tiny_llama_config
+from packed_models import gemma, llama, mistral
 from torch import Tensor, nn
 from transformers import (
     DataCollatorWithFlattening,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 import tokentune.core.model_sampling
 from tokentune import apply_tokentune
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.sampling.sampler import Selection
 
 LENGTHS = (13, 6, 9)
 TOTAL = sum(LENGTHS)
-
-
-def llama(**changes: object) -> nn.Module:
-    return LlamaForCausalLM(tiny_llama_config(**changes))
-
-
-def mistral() -> nn.Module:
-    """With a window that is shorter than the documents."""
-    return MistralForCausalLM(MistralConfig(**tiny_llama_config().to_dict() | {"sliding_window": 4}))
-
-
-def gemma() -> nn.Module:
-    """Sliding and full layers, each kind with its own rotary base."""
-    config = tiny_llama_config().to_dict()
-    kept = {name: config[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")}
-    kinds = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(
-        **kept, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=kinds
-    )
-    model = Gemma3ForCausalLM(config)
-    for layer in model.model.layers:  # norms behind the projections, where the oracle makes its constants
-        layer.self_attn.q_norm.requires_grad_(False)
-        layer.self_attn.k_norm.requires_grad_(False)
-    return model
 
 
 def documents() -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -131,7 +103,7 @@ def test_a_flattening_collators_batch_with_the_models_own_draw(monkeypatch: pyte
     monkeypatch.setattr(
         tokentune.core.model_sampling,
         "select_tokens",
-        lambda *a, **k: (drawn.append(select(*a, **k)[0]) or drawn[-1], None),
+        lambda *a, **k: Selection(drawn.append(select(*a, **k).positions) or drawn[-1]),
     )
     loss = model(**batch).loss
     assert drawn[0].shape == (1, round(0.4 * TOTAL))

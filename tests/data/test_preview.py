@@ -18,7 +18,6 @@ from tokentune.data.instruction_data import InstructionData, load_instruction_da
 from tokentune.data.prompts import PromptTemplate
 from tokentune.errors import UserError
 from tokentune.finetune import main
-from tokentune.models import builder as preparation
 from tokentune.models.pretrained import load_tokenizer
 
 ODD = "naïve 日本語 👩‍👩‍👧‍👦 🎉 “quoted”\n\ttwo  spaces"
@@ -182,15 +181,10 @@ def test_table_counts_what_training_would(tiny_llama_dir: Path, alpaca_file: Pat
 
 
 @pytest.mark.parametrize("method", ["", "--tokentune --prefix_length 0.3 --packing --lora"])
+@pytest.mark.usefixtures("no_weights_read")
 def test_nothing_is_written_and_no_weight_read(
-    method: str,
-    tiny_llama_dir: Path,
-    alpaca_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    method: str, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(preparation, "load_base_model", lambda *a, **k: pytest.fail("weights were read"))
     main(command(tiny_llama_dir, alpaca_file, tmp_path / "models", f"{method} --max_length 320 --preview"))
     printed = capsys.readouterr().out
     assert printed.count("\nexample ") == (5 if "packing" not in method else min(5, printed.count("packed row ")))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from chat_tokenizers import CHATML, chat_tokenizer, without_marks
-from test_instruction_data import PLAIN
+from instruction_rows import PLAIN
 
 from tokentune.data.encoding import Notes
 from tokentune.data.formats.conversations import openai_conversation

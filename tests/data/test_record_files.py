@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from chat_tokenizers import TOOLS, chat_tokenizer
 from datasets import Audio, Dataset, Features, Image, Json, List, Value, load_dataset
-from test_instruction_data import load, write
+from instruction_rows import load, write
 
 from tokentune.data.formats.record_files import rows_of_table
 from tokentune.data.formats.records import load_records, open_source

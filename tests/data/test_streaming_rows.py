@@ -6,41 +6,20 @@ import tracemalloc
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pandas
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from chat_tokenizers import CHATML, chat_tokenizer
 from datasets import Dataset, IterableDataset
+from instruction_rows import TOKENIZER, stream, text, texts, write
 from safetensors.torch import load_file
-from test_instruction_data import PLAIN, write
 from torch.utils.data import DataLoader
 
-from tokentune.cli.arguments import parse_arguments
 from tokentune.data import streaming_rows
 from tokentune.data.formats import record_files, records
-from tokentune.data.instruction_data import load_instruction_data
-from tokentune.data.streaming_rows import StreamedRows
 from tokentune.errors import UserError
 from tokentune.finetune import main
-
-TOKENIZER = chat_tokenizer(CHATML)
-
-
-def stream(*names: str, words: str = "", batch: int = 4) -> StreamedRows:
-    given = ["--model_name_or_path", "none", "--dataset_name_or_path", *names, "--streaming", "--max_steps", "9"]
-    given += ["--global_batch_size", str(batch), *words.split()]
-    return load_instruction_data(parse_arguments(given), TOKENIZER, PLAIN).train
-
-
-def text(item: dict[str, Any]) -> str:
-    return TOKENIZER.decode(item["input_ids"], skip_special_tokens=True)
-
-
-def texts(rows: StreamedRows, count: int) -> list[str]:
-    return [text(item) for item in islice(rows, count)]
 
 
 @pytest.fixture
@@ -83,7 +62,7 @@ def test_the_same_batches_for_any_number_of_workers(numbered: str) -> None:
 
 
 def test_dropped_rows_make_the_batches_those_of_so_many_workers(tmp_path: Path) -> None:
-    """What `runs/resuming.py` counts on: one worker reads as none does, several do not where rows are dropped."""
+    """`training/checkpoints/resuming.py` counts on this: one worker reads as none does, several do not after drops."""
     rows = [{"prompt": f"{n} ", "completion": "x" if n % 3 else ""} for n in range(50)]
     name, batches = write(tmp_path / "a.jsonl", rows), {}
     for workers in (0, 1, 3):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from chat_tokenizers import CHATML, chat_tokenizer
 from datasets import Dataset
-from test_instruction_data import ALPACA, PLAIN, write
+from instruction_rows import ALPACA, PLAIN, write
 
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data import instruction_data, prompts, token_cache

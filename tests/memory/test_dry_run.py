@@ -24,7 +24,13 @@ def numbers(line: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "--lora --tokentune --prefix_length 0.3 --num_epochs 2", "--max_steps 6 --qlora"]
+    "words",
+    [
+        "",
+        "--lora --tokentune --prefix_length 0.3 --num_epochs 2",
+        "--tokentune --prefix_length answers+0.2 --selection stratified",
+        "--max_steps 6 --qlora",
+    ],
 )
 def test_says_what_the_run_then_does(
     words: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
@@ -51,7 +57,10 @@ def test_says_what_the_run_then_does(
         assert numbers(told["tokens"])[2] * epochs == summary["tokens"]["selected"]
     else:
         assert "all get gradients" in told["tokens"]
-    assert "at the peak of a step of 2 x " in told["memory"]
+    if "answers" in words:
+        assert "not estimated: --prefix_length answers+0.2" in told["memory"]
+    else:
+        assert "at the peak of a step of 2 x " in told["memory"]
 
 
 def test_is_refused_as_the_run_would_be(command: list[str], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from test_training import arguments_for, make_rows
+from small_trainer import arguments_for, make_rows
 from torch import Tensor
 
 from tokentune import finetune

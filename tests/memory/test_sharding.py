@@ -3,21 +3,19 @@
 `test_distributed.py` holds the shares against FSDP's own, in several processes.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama_config
+from estimates import arguments_of, config_file, report_of
 from transformers import LlamaForCausalLM
 
 from tokentune import estimate
-from tokentune.cli.arguments import parse_arguments
 from tokentune.core.layers import transformer_layers
 from tokentune.errors import UserError
 from tokentune.memory.accounting import REST, Footprint, LiveBytes
 from tokentune.memory.footprint import measure
-from tokentune.settings.finetune import Arguments
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "vocab_size": 512}
 CONFIG = tiny_llama_config(**SIZES)
@@ -25,10 +23,6 @@ HEAD = EMBEDDINGS = 512 * 128
 LAYER = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 320 + 2 * 128  # 2 of 4 key-value heads
 ALL = 4 * LAYER + HEAD + EMBEDDINGS + 128
 SELECTIVE = "--tokentune --prefix_length 0.3 --skip_verification"
-
-
-def arguments_of(words: str = "") -> Arguments:
-    return parse_arguments(f"--model_name_or_path m --dataset_name_or_path d --report_to none {words}".split())
 
 
 def alone(words: str = "") -> Footprint:
@@ -129,46 +123,33 @@ def test_layers_that_fsdp_splits_by_are_those_that_are_patched() -> None:
 
 
 @pytest.fixture
-def config_file(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    tiny_llama_config(**SIZES, architectures=["LlamaForCausalLM"]).to_json_file(path)
-    return path
+def config(tmp_path: Path) -> Path:
+    return config_file(tmp_path, **SIZES)
 
 
-def run(capsys: pytest.CaptureFixture, *words: object) -> str:
-    estimate.main(["--model_name_or_path", *map(str, words)])
-    return capsys.readouterr().out
-
-
-def test_table_for_several_gpus(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    target = tmp_path / "numbers.json"
-    words = ("--max_length", 64, "--num_processes", 8, "--sharding", "fsdp", "--json", target)
-    out = " ".join(run(capsys, config_file, *words).split())
+def test_table_for_several_gpus(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    report = report_of(tmp_path, config, "--max_length", 64, "--num_processes", 8, "--sharding", "fsdp")
+    out = " ".join(capsys.readouterr().out.split())
     assert "each of 8 GPUs with FSDP" in out and "sent per step" in out
     assert "FSDP leaves 4-bit weights whole" in out
-    report = json.loads(target.read_text())
     assert (report["settings"]["processes"], report["settings"]["sharding"]) == (8, "fsdp")
     rows = {(row["weights"], row["method"]): row["bytes"] for row in report["rows"]}
     assert rows["QLoRA", "full"] is None
     assert rows["all weights", "full"]["sent"] > rows["LoRA", "full"]["sent"] > 0
 
 
-def test_batch_is_shared(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    target = tmp_path / "numbers.json"
+def test_batch_is_shared(config: Path, tmp_path: Path) -> None:
     words = ("--global_batch_size", 16, "--gradient_accumulation_steps", 2, "--max_length", 32, "--only")
-    run(capsys, config_file, *words, "--num_processes", 4, "--json", target)
-    report = json.loads(target.read_text())["settings"]
+    report = report_of(tmp_path, config, *words, "--num_processes", 4)["settings"]
     assert (report["sequences"], report["sharding"]) == (2, "ddp")
 
 
-def test_finds_the_longest_sequence(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    target = tmp_path / "found.json"
-    words = (config_file, "--find", "length", "--json", target, "--lora", "--memory")
-    out = run(capsys, *words, 1.2)
-    assert "1 x 512 tokens (the model was made for at most 512 positions)" in out
-    memory = 0.875
-    out = run(capsys, *words, memory)
-    tokens = json.loads(target.read_text())["find"]["length"]
+def test_finds_the_longest_sequence(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words, memory = (config, "--find", "length", "--lora", "--memory"), 0.875
+    assert report_of(tmp_path, *words, 1.2)["find"]["length"] == 512
+    assert "1 x 512 tokens (the model was made for at most 512 positions)" in capsys.readouterr().out
+    tokens = report_of(tmp_path, *words, memory)["find"]["length"]
+    out = capsys.readouterr().out
     assert f"1 x {tokens} tokens" in out and "positions" not in out
     for length, fits in ((tokens, True), (tokens + 128, False)):
         assert estimate.fits_card(measure(CONFIG, arguments_of("--lora"), (1, length)).peak, memory) is fits

@@ -17,8 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import docs
 from tokentune import estimate
-from tokentune.cli.arguments import parse_arguments
-from tokentune.cli.start import flags_given
+from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.sampling.sampler import select_positions
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
@@ -247,6 +246,14 @@ def test_whole_scripts_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / folder).symlink_to(tiny_llama_dir)
     exec(blocks(ROOT / "docs" / page, "python")[number], {})
+
+
+def test_files_that_the_code_names_exist() -> None:
+    package = ROOT / "tokentune"
+    for source in package.rglob("*.py"):
+        for named in set(re.findall(r"\b[a-z_]+(?:/[a-z_]+)+\.py\b", source.read_text(encoding="utf-8"))):
+            folders = (ROOT, ROOT / "scripts", package, source.parent, source.parent.parent)
+            assert named == "path/file.py" or any((folder / named).exists() for folder in folders), (source, named)
 
 
 def test_a_strategy_of_ones_own_is_five_lines(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import call, recorder  # noqa: F401 (a fixture)
+from bash_scripts import call
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
 
@@ -57,15 +57,15 @@ def test_power_fit_finds_the_exponent() -> None:
 
 def layer_rows(layers: int, checkpointing: int, tokentune: int) -> list[dict]:
     common = {"suite": "layers", "train": "full", "key_value_heads": 4, "layers": layers, "dtype": "float32"}
-    methods = {"checkpointing": checkpointing, "tokentune_checkpointing": tokentune}
+    methods = {"checkpointing_chunked": checkpointing, "tokentune_checkpointing": tokentune}
     return [common | {"method": method, "saved_bytes": size} for method, size in methods.items()]
 
 
 def test_bytes_per_added_layer_leave_out_what_is_there_once() -> None:
     rows = layer_rows(6, 1000 + 6 * 100, 7 + 6 * 65) + layer_rows(32, 1000 + 32 * 100, 7 + 32 * 65)
     added = {entry["method"]: entry for entry in report.per_added_layer(rows)}
-    assert added["checkpointing"]["bytes_per_added_layer"] == 100
-    assert added["tokentune_checkpointing"]["ratio_to_checkpointing"] == pytest.approx(0.65)
+    assert added["checkpointing_chunked"]["bytes_per_added_layer"] == 100
+    assert added["tokentune_checkpointing"]["ratio_to_checkpointing_chunked"] == pytest.approx(0.65)
     (bound,) = report.bounds(rows, list(added.values()))
     assert bound["holds"] and bound["bound"] == 0.66
 
@@ -125,6 +125,32 @@ def test_methods_do_not_leak_into_each_other() -> None:
     assert first == last
     switch(bench.model, "full")
     assert not hasattr(bench.model, "_tokentune") and not bench.model.is_activation_checkpointing
+
+
+def test_a_chunked_loss_is_the_baselines_too() -> None:
+    """All tokens keep their gradients: the loss and the weights' gradients of plain training, without its logits."""
+    bench = Bench(replace(CASE, variants=variants(("full", "full_chunked", "checkpointing_chunked"))), "cpu", seed=0)
+    losses, gradients, saved = [], [], []
+    for variant in bench.case.variants:
+        switch(bench.model, variant.method)
+        bench.clear()
+        loss = bench.forward(variant)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in bench.model.parameters() if p.requires_grad]))
+        saved.append(bench.saved_bytes(variant))
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
+    logits = bench.ids.numel() * TINY.vocabulary * 4
+    assert saved[1] <= saved[0] - logits and saved[2] < saved[1]
+
+
+def test_answers_select_the_positions_that_predict_them() -> None:
+    bench = Bench(replace(CASE, variants=variants(("tokentune",), (None,)), answers=0.25), "cpu", seed=0)
+    assert bench.positions[None].tolist() == [[11, 12, 13, 14]] * CASE.batch
+    assert (bench.labels[0] == -100).sum() == 12
+    assert torch.isfinite(bench.forward(bench.case.variants[0]))
 
 
 def test_no_room_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,13 +256,13 @@ def test_the_gpu_suites_run_on_the_cpu(run: Callable, tmp_path: Path) -> None:
     code, printed = run("--small", "--suites", "gpu_7b", "--output", str(output))
     assert code == 0, printed
     result = json.loads(output.read_text())
-    assert len(result["rows"]) == 18 and not any("error" in row for row in result["rows"])
+    assert len(result["rows"]) == 24 and not any("error" in row for row in result["rows"])
     assert [claim["paper"] for claim in result["claims"]] == [0.72, 0.37, 0.21]
     assert all(row["optimizer_bytes"] > 0 and row["tokens_per_second"] > 0 for row in result["rows"])
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_the_scripts_call_the_command(name: str, recorder: tuple, tmp_path: Path) -> None:  # noqa: F811
+def test_the_scripts_call_the_command(name: str, recorder: tuple, tmp_path: Path) -> None:
     environment, calls = recorder
     done = call(BENCH / f"{name}.sh", "--small", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr

@@ -169,7 +169,7 @@ def test_the_flags_are_those_of_the_command():
 
 
 def test_runs_that_are_compared_have_folders_of_their_own():
-    from tokentune.classify import run_folder_of
+    from tokentune.cli.answers import run_folder_of
     from tokentune.cli.arguments import parse_arguments
     from tokentune.settings.classification import ClassificationArguments
 

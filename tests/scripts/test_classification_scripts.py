@@ -1,6 +1,6 @@
 """The bash scripts of scripts/glue, scripts/ner and scripts/vision, called as a user calls them; and their table.
 
-What they pass to `classify.py` is checked with the stand-in for python that `test_scripts.py` has. One script runs for
+What they pass to `classify.py` is checked with a stand-in for python that records its calls. One script's calls run for
 real, offline, on a tiny BERT and a few rows.
 """
 
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from bash_scripts import call, flags_of, replay
 from conftest import tiny_bert_config
-from test_scripts import call, flags_of, recorder  # noqa: F401 (a fixture)
 from transformers import BertForSequenceClassification, BertTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def test_the_scripts_are_these():
 
 
 @pytest.mark.parametrize("name", GLUE_SCRIPTS)
-def test_glue_script_passes_its_settings(name, recorder, tmp_path):  # noqa: F811
+def test_glue_script_passes_its_settings(name, recorder, tmp_path):
     env, calls = recorder
     env |= {} if name in ("full_bert_base", "mrpc_bert_base") else {"TASKS": " ".join(SOME)}
     result = call(SCRIPTS / "glue" / f"{name}.sh", cwd=tmp_path, env=env)
@@ -78,7 +78,7 @@ def test_glue_script_passes_its_settings(name, recorder, tmp_path):  # noqa: F81
     assert calls()[-1][1:] == [str(ROOT / "models")]
 
 
-def test_variables_and_extra_flags_override(recorder, tmp_path):  # noqa: F811
+def test_variables_and_extra_flags_override(recorder, tmp_path):
     env, calls = recorder
     env |= {"MODEL": "./my bert", "TASKS": "rte cola", "MODEL_SAVE_PATH": "out/runs"}
     env |= {"DATASET": "my rows/{task}.train.jsonl", "EVAL_DATASET": "my rows/{task}.validation.jsonl"}
@@ -94,7 +94,7 @@ def test_variables_and_extra_flags_override(recorder, tmp_path):  # noqa: F811
         assert words[-3:] == extra  # last, so that they win
 
 
-def test_the_whole_table_ignores_a_model(recorder, tmp_path):  # noqa: F811
+def test_the_whole_table_ignores_a_model(recorder, tmp_path):
     env, calls = recorder
     result = call(SCRIPTS / "glue" / "all.sh", cwd=tmp_path, env=env | {"MODEL": "mine", "TASKS": "rte"})
     assert result.returncode == 0, result.stderr
@@ -102,7 +102,7 @@ def test_the_whole_table_ignores_a_model(recorder, tmp_path):  # noqa: F811
     assert models == [BASE, BASE, LARGE, LARGE]
 
 
-def test_a_run_that_is_there_is_not_repeated(recorder, tmp_path):  # noqa: F811
+def test_a_run_that_is_there_is_not_repeated(recorder, tmp_path):
     env, calls = recorder
     folder = Path(env["RUN_FOLDER"])
     folder.mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_a_run_that_is_there_is_not_repeated(recorder, tmp_path):  # noqa: F811
     assert result.returncode == 0 and len(trainings(calls())) == 3
 
 
-def test_stops_at_the_first_error(recorder, tmp_path):  # noqa: F811
+def test_stops_at_the_first_error(recorder, tmp_path):
     env, calls = recorder
     env |= {"FAIL_ON": "task_name sst2.*2e-5", "FAIL": "3"}
     result = call(SCRIPTS / "glue" / "full_bert_base.sh", cwd=tmp_path, env=env)
@@ -128,7 +128,7 @@ def test_stops_at_the_first_error(recorder, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "script", ["glue/full_bert_base", "glue/all", "ner/conll2003_bert_base", "vision/beans_vit_base"]
 )
-def test_passes_on_help(script, recorder, tmp_path):  # noqa: F811
+def test_passes_on_help(script, recorder, tmp_path):
     env, calls = recorder
     result = call(SCRIPTS / f"{script}.sh", "--help", cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
@@ -151,7 +151,7 @@ def test_passes_on_help(script, recorder, tmp_path):  # noqa: F811
         ),
     ],
 )
-def test_token_and_image_scripts_compare_methods(script, common, methods, recorder, tmp_path):  # noqa: F811
+def test_token_and_image_scripts_compare_methods(script, common, methods, recorder, tmp_path):
     env, calls = recorder
     result = call(SCRIPTS / f"{script}.sh", cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
@@ -202,8 +202,7 @@ def test_table_lists_every_run(tmp_path):
 # ----------------------------------------------------------------------------------------------- for real, on stand-ins
 
 
-@pytest.mark.slow
-def test_the_first_experiment_runs(tmp_path):
+def test_the_first_experiment_runs(recorder, tmp_path, monkeypatch):
     model, rows = tmp_path / "tiny-bert", tmp_path / "mrpc.jsonl"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
     model.mkdir()
@@ -216,10 +215,15 @@ def test_the_first_experiment_runs(tmp_path):
         {"sentence1": "a b c d", "sentence2": "a b c d" if n % 2 else "e f g h", "label": n % 2} for n in range(12)
     ]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    env = {"PYTHON": sys.executable, "MODEL": f"./{model.name}", "MODEL_SAVE_PATH": str(tmp_path / "runs")}
-    env |= {"DATASET": "{task}.jsonl", "EVAL_DATASET": "{task}.jsonl", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    recorded, calls = recorder
+    env = recorded | {"MODEL": f"./{model.name}", "MODEL_SAVE_PATH": str(tmp_path / "runs")}
+    env |= {"DATASET": "{task}.jsonl", "EVAL_DATASET": "{task}.jsonl"}
     flags = ["--seeds", "1", "--num_epochs", "1", "--global_batch_size", "4", "--report_to", "none"]
     result = call(SCRIPTS / "glue" / "mrpc_bert_base.sh", *flags, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    replay(calls())
+    result = table(tmp_path / "runs")
     assert result.returncode == 0, result.stderr
     lines = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| mrpc | ")]
     runs = ["tiny-bert-mrpc-mrpc", "tiny-bert-mrpc-mrpc-tokentune-0.25", "tiny-bert-mrpc-mrpc-tokentune-0.5"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_scripts import ROOT, call, recorder  # noqa: F401 (a fixture)
+from bash_scripts import ROOT, call
 
 sys.path.append(str(ROOT / "scripts" / "eval"))
 from lm_eval_results import METRICS, read_results
@@ -171,7 +171,7 @@ def test_files_are_those_that_the_harness_writes(tmp_path: Path) -> None:
 
 
 def test_all_runs_what_is_missing_and_prints_the_table(
-    recorder: tuple,  # noqa: F811
+    recorder: tuple,
     results: Path,
     tmp_path: Path,
 ) -> None:
@@ -204,7 +204,7 @@ def test_all_runs_what_is_missing_and_prints_the_table(
 def test_base_is_what_the_run_was_trained_from(
     noted: dict,
     expected: str | None,
-    recorder: tuple,  # noqa: F811
+    recorder: tuple,
     tmp_path: Path,
 ) -> None:
     env, calls = recorder

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_scripts import call
+from bash_scripts import call
 
 from tokentune.errors import UserError
 

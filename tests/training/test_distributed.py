@@ -34,7 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.memory.footprint import measure
-from tokentune.training.distributed.engines import DDP, DEEPSPEED, FSDP, EvenSampler, check_checkpoint, engine
+from tokentune.processes import DDP, DEEPSPEED, FSDP, engine
+from tokentune.training.distributed.engines import EvenSampler, check_checkpoint
 from tokentune.training.distributed.peers import lost_peer
 
 ROOT = Path(__file__).resolve().parents[2]

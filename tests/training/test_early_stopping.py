@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import arguments_for, make_rows, make_trainer, trained_parameters  # noqa: F401 (a fixture)
+from small_trainer import make_rows, trained_parameters
 from transformers import TrainerCallback
 
 from tokentune import finetune
@@ -44,7 +44,7 @@ class Weights(TrainerCallback):
 
 
 def test_it_stops_after_so_many_evaluations_without_a_lower_loss(
-    make_trainer: Make,  # noqa: F811
+    make_trainer: Make,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     trainer = make_trainer(f"{WORDS} --early_stopping_patience 3 --logging_steps 1000", eval_rows=make_rows(3))
@@ -65,7 +65,7 @@ def test_it_stops_after_so_many_evaluations_without_a_lower_loss(
 @pytest.mark.parametrize("method", ["--learning_rate 1e-2", "--lora --tokentune --learning_rate 1e-2"])
 def test_the_best_weights_are_the_result(
     method: str,
-    make_trainer: Make,  # noqa: F811
+    make_trainer: Make,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     words = f"{WORDS} --load_best_model_at_end --early_stopping_patience 2 --save_steps 3 {method}"
@@ -85,7 +85,7 @@ def test_the_best_weights_are_the_result(
     assert names == [f"checkpoint-{step}" for step in (1, 2, 3, 4, 6)]
 
 
-def test_the_best_checkpoint_outlives_the_others(make_trainer: Make) -> None:  # noqa: F811
+def test_the_best_checkpoint_outlives_the_others(make_trainer: Make) -> None:
     words = f"{WORDS} --load_best_model_at_end --save_steps 1 --save_total_limit 2 --max_steps 6 --lora"
     trainer = make_trainer(words, eval_rows=make_rows(3))
     scripted(trainer, [1.0, 3.0, 1.5, 2.5, 2.5, 2.5, 2.5])
@@ -95,7 +95,7 @@ def test_the_best_checkpoint_outlives_the_others(make_trainer: Make) -> None:  #
     assert trainer.saved_step == 2
 
 
-def test_patience_survives_an_interruption(make_trainer: Make) -> None:  # noqa: F811
+def test_patience_survives_an_interruption(make_trainer: Make) -> None:
     words = f"{WORDS} --load_best_model_at_end --early_stopping_patience 3 --save_steps 1 --learning_rate 1e-2"
     losses = [1.0, 3.0, 2.0, 2.5, 2.6, 2.7, 0.1, 0.1]
 

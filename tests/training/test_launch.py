@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from test_scripts import TRAIN, call, flags_of, recorder  # noqa: F401 (a fixture)
+from bash_scripts import TRAIN, call, flags_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -31,7 +31,7 @@ def test_accelerate_reads_the_configuration(name: str, kind: str) -> None:
         assert config.deepspeed_config["zero_stage"] == 3
 
 
-def test_training_script_launches_by_name(recorder: tuple, tmp_path: Path) -> None:  # noqa: F811
+def test_training_script_launches_by_name(recorder: tuple, tmp_path: Path) -> None:
     env, calls = recorder
     result = call(FULL, cwd=tmp_path, env=env | {"LAUNCH": "fsdp2", "NUM_PROCESSES": "8"})
     assert result.returncode == 0, result.stderr
@@ -42,7 +42,7 @@ def test_training_script_launches_by_name(recorder: tuple, tmp_path: Path) -> No
     assert flags_of(training[7:])["--gradient_accumulation_steps"] == ["4"]  # of a global batch of 32, one row each
 
 
-def test_training_script_launches_by_a_command(recorder: tuple, tmp_path: Path) -> None:  # noqa: F811
+def test_training_script_launches_by_a_command(recorder: tuple, tmp_path: Path) -> None:
     env, calls = recorder
     result = call(FULL, cwd=tmp_path, env=env | {"LAUNCH": f"{env['PYTHON']} -m torch.distributed.run --nnodes 2"})
     assert result.returncode == 0, result.stderr
@@ -50,7 +50,7 @@ def test_training_script_launches_by_a_command(recorder: tuple, tmp_path: Path) 
     assert training[:5] == ["-m", "torch.distributed.run", "--nnodes", "2", FINETUNE]
 
 
-def test_unknown_launcher_is_refused(recorder: tuple, tmp_path: Path) -> None:  # noqa: F811
+def test_unknown_launcher_is_refused(recorder: tuple, tmp_path: Path) -> None:
     env, calls = recorder
     result = call(FULL, cwd=tmp_path, env=env | {"LAUNCH": "fsdp"})
     assert (result.returncode, calls()) == (2, [])
@@ -67,7 +67,7 @@ with open(os.environ["CALLS"] + ".env", "w") as file:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
-def test_several_machines_by_torchrun(engine: str, recorder: tuple, tmp_path: Path) -> None:  # noqa: F811
+def test_several_machines_by_torchrun(engine: str, recorder: tuple, tmp_path: Path) -> None:
     env, calls = recorder
     python = Path(env["PYTHON"])
     python.write_text(python.read_text() + ENVIRONMENT)
@@ -95,7 +95,7 @@ def test_several_machines_need_an_address(tmp_path: Path) -> None:
     assert result.returncode == 2 and "MAIN_MACHINE and MACHINES are needed" in result.stderr
 
 
-def test_slurm_hands_its_job_to_torchrun(recorder: tuple, tmp_path: Path) -> None:  # noqa: F811
+def test_slurm_hands_its_job_to_torchrun(recorder: tuple, tmp_path: Path) -> None:
     env, calls = recorder
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -5,6 +5,7 @@ Small differences are allowed for where sums of float32 numbers are made in anot
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,49 +16,56 @@ from pathlib import Path
 
 import pytest
 from classification_models import save_tiny_bert, write_texts
+from forked_launcher import start_launcher
 from safetensors.torch import load_file
 
+import tokentune.finetune
+from tokentune import classify
+
 ROOT = Path(__file__).resolve().parents[2]
-FINETUNE = str(ROOT / "tokentune" / "finetune.py")
-ON_CPUS = str(ROOT / "tests" / "command_on_cpus.py")
 SELECTIVE = ["--tokentune", "--prefix_length", "0.3", "--skip_verification", "--skip_memory_probe"]
-LONG = ["--global_batch_size", "4", "--num_epochs", "20", "--save_steps", "20"]  # 80 steps
+LONG = ["--global_batch_size", "4", "--num_epochs", "12", "--save_steps", "12"]  # 48 steps
 SHORT = ["--global_batch_size", "4", "--num_epochs", "3", "--save_steps", "5"]  # 12 steps
 
 
-def environment() -> dict[str, str]:
-    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return os.environ | alone | {"PYTHONPATH": str(ROOT)}
+@pytest.fixture(scope="module")
+def words(tiny_llama_dir: Path, alpaca_file: Path) -> Callable[..., list[str]]:
+    """finetune.py's, on the tiny Llama."""
+
+    def words(folder: Path, *flags: str) -> list[str]:
+        given = ["--model_name_or_path", str(tiny_llama_dir), "--dataset_name_or_path", str(alpaca_file)]
+        given += ["--model_save_path", str(folder), "--max_length", "64", "--logging_steps", "1"]
+        return [*given, "--warmup_steps", "1", "--report_to", "none", *flags]
+
+    return words
 
 
-def torchrun(processes: int, *command: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, *command]
+@pytest.fixture
+def run(words: Callable, tmp_path: Path) -> Callable[..., str]:
+    """Runs finetune.py under an engine; returns what it says on both streams."""
 
+    def run(engine: str, processes: int, folder: Path, *flags: str, fails: bool = False) -> str:
+        output = tmp_path / "said"
+        output.unlink(missing_ok=True)
+        launcher = start_launcher(engine, processes, words(folder, *flags), output)
+        launcher.join(200)
+        said = output.read_text()
+        assert launcher.exitcode is not None and (launcher.exitcode != 0) is fails, said[-4000:]
+        return said
 
-def run(words: list[str], *, fails: bool = False) -> str:
-    """What the command says on both streams."""
-    ended = subprocess.run(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200
-    )
-    assert (ended.returncode != 0) is fails, ended.stdout[-4000:]
-    return ended.stdout
+    return run
 
 
 @pytest.fixture(scope="module")
-def finetune(tiny_llama_dir: Path, alpaca_file: Path) -> Callable[..., list[str]]:
-    """finetune.py on the tiny Llama: by `engine` on so many processes; None: plain."""
+def run_here(words: Callable) -> Callable[..., None]:
+    """Runs finetune.py in this process."""
 
-    def words(engine: str | None, processes: int, folder: Path, *flags: str) -> list[str]:
-        given = ["--model_name_or_path", str(tiny_llama_dir), "--dataset_name_or_path", str(alpaca_file)]
-        given += ["--model_save_path", str(folder), "--max_length", "64", "--logging_steps", "1"]
-        given += ["--warmup_steps", "1", "--report_to", "none", *flags]
-        if engine is None:
-            return [sys.executable, FINETUNE, *given]
-        command = [FINETUNE] if engine == "ddp" else [ON_CPUS, engine]
-        return torchrun(processes, *command, *given)
+    def run(folder: Path, *flags: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokentune.finetune, "draw_curves", lambda *args: None)  # a second for each run
+            tokentune.finetune.main(words(folder, *flags))
 
-    return words
+    return run
 
 
 def weights_of(folder: Path) -> dict:
@@ -71,29 +79,45 @@ def largest_difference(first: Path, second: Path) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def test_a_users_mistake_is_told_once(finetune: Callable, tmp_path: Path) -> None:
-    said = run(finetune("ddp", 2, tmp_path, *SELECTIVE, "--learning_rate", "0"), fails=True)
+def test_a_users_mistake_is_told_once(run: Callable, tmp_path: Path) -> None:
+    said = run("ddp", 2, tmp_path, *SELECTIVE, "--learning_rate", "0", fails=True)
     assert said.count("--learning_rate 0: nothing would be learnt") == 1
 
 
 # ---- a process that is killed ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def unharmed(run_here: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unharmed")
+    run_here(folder, *SELECTIVE, *LONG)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "step", "victim"), [("ddp", 12, 0), ("fsdp2", 47, 1)])
+@pytest.mark.parametrize(("engine", "step", "victim"), [("ddp", 6, 0), ("fsdp2", 28, 1)])
 def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(
-    engine: str, step: int, victim: int, finetune: Callable, tmp_path: Path
+    engine: str,
+    step: int,
+    victim: int,
+    run: Callable,
+    run_here: Callable,
+    words: Callable,
+    unharmed: Path,
+    tmp_path: Path,
 ) -> None:
     """... on two processes, and on one; killed before its first checkpoint, and after its second."""
-    unharmed, output, killed = tmp_path / "unharmed", tmp_path / "output", tmp_path / "killed"
-    run(finetune(engine, 2, unharmed, *SELECTIVE, *LONG))
-    with output.open("w") as file:
-        words = finetune(engine, 2, killed, *SELECTIVE, *LONG)
-        running = subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
-    wait_for(lambda: f"step {step}/" in output.read_text(), running)
-    os.kill(process_of_rank(victim, running.pid), signal.SIGKILL)
+    output, killed = tmp_path / "output", tmp_path / "killed"
+    output.touch()
+    launcher = start_launcher(engine, 2, words(killed, *SELECTIVE, *LONG), output)
+    until = time.monotonic() + 120
+    while f"step {step}/" not in output.read_text():
+        assert launcher.is_alive() and time.monotonic() < until, output.read_text()[-4000:]
+        time.sleep(0.01)
+    os.kill(int(re.search(rf"rank {victim} is process (\d+)", output.read_text())[1]), signal.SIGKILL)
     since = time.monotonic()
-    assert running.wait(timeout=60) != 0
+    launcher.join(60)
+    assert launcher.exitcode not in (0, None)
     assert time.monotonic() - since < 30
     text = output.read_text()
     assert text.count("another process of this run has ended") == 1 and "error: " in text
@@ -101,45 +125,29 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(
 
     copy = shutil.copytree(killed, tmp_path / "copy")
     begun = next(killed.glob("*/checkpoint-*[0-9]"), None) is not None
-    for processes, folder in ((2, killed), (1, copy)):
-        alone = engine == "ddp" and processes == 1
-        words = finetune(None if alone else engine, processes, folder, *SELECTIVE, *LONG, "--resume_from_checkpoint")
-        said = run(words)
-        assert ("going on from" if begun else "holds no whole checkpoint yet") in said
+    assert begun is (engine == "fsdp2")
+    flags = (*SELECTIVE, *LONG, "--resume_from_checkpoint")
+    said = run(engine, 2, killed, *flags)
+    assert ("going on from" if begun else "holds no whole checkpoint yet") in said
+    if engine == "ddp":
+        run_here(copy, *flags)
+    else:
+        run(engine, 1, copy, *flags)
+    for folder in (killed, copy):
         assert largest_difference(unharmed, folder) < 1e-6
-
-
-def wait_for(condition: Callable[[], bool], running: subprocess.Popen) -> None:
-    until = time.monotonic() + 120
-    while not condition():
-        assert running.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
-
-
-def process_of_rank(rank: int, launcher: int) -> int:
-    """The process of this rank below a launcher (Linux)."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (process / "environ").read_bytes().split(b"\0")
-        except (OSError, IndexError):
-            continue
-        if parent == launcher and f"RANK={rank}".encode() in variables:
-            return int(process.name)
-    raise AssertionError(f"no process of rank {rank}")
 
 
 # ---- engines, by the command -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_fsdp_by_the_command(finetune: Callable, tmp_path: Path) -> None:
+def test_fsdp_by_the_command(run: Callable, run_here: Callable, tmp_path: Path) -> None:
     """Verification, checkpoints in parts, the result, its summary and memory report; one process gets there too."""
     alone, split = tmp_path / "alone", tmp_path / "split"
     flags = [*SELECTIVE, *SHORT, "--report_memory"]
     flags.remove("--skip_verification")
-    run(finetune(None, 1, alone, *flags))
-    said = run(finetune("fsdp2", 2, split, *flags))
+    run_here(alone, *flags)
+    said = run("fsdp2", 2, split, *flags)
     assert largest_difference(alone, split) < 1e-6
     assert said.count("saved in") == 1
 
@@ -156,7 +164,7 @@ def test_fsdp_by_the_command(finetune: Callable, tmp_path: Path) -> None:
 
     (other / "training_summary.json").unlink()
     shutil.rmtree(other / "checkpoint-10")
-    resumed = run(finetune("fsdp2", 2, split, *flags, "--resume_from_checkpoint"))
+    resumed = run("fsdp2", 2, split, *flags, "--resume_from_checkpoint")
     assert "checkpoint-5" in resumed
     assert largest_difference(alone, split) < 1e-6
 
@@ -166,15 +174,24 @@ def test_fsdp_by_the_command(finetune: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_encoder_on_two_processes(tmp_path: Path) -> None:
-    """The same weights and scores as one process's, with a last batch that is not full."""
+    """The same weights and scores as one process's, with a last batch that is not full. By torchrun itself."""
     model = save_tiny_bert(tmp_path / "tiny-bert")
     train = write_texts(tmp_path / "texts.jsonl", 30, seed=0)
     held_out = write_texts(tmp_path / "held_out.jsonl", 11, seed=1)
-    words = [str(ROOT / "tokentune" / "classify.py"), "--model_name_or_path", str(model)]
+    words = ["--model_name_or_path", str(model), "--report_to", "none", "--logging_steps", "1"]
     words += ["--dataset_name_or_path", str(train), "--eval_dataset_name_or_path", str(held_out)]
     words += ["--num_epochs", "2", "--global_batch_size", "8", "--learning_rate", "5e-3", "--max_length", "32"]
-    words += ["--report_to", "none", "--logging_steps", "1", "--tokentune", "--prefix_length", "4"]
-    run([sys.executable, *words, "--model_save_path", str(tmp_path / "one")])
-    said = run(torchrun(2, *words, "--model_save_path", str(tmp_path / "two")))
-    assert said.count("saved in") == 1
+    words += ["--tokentune", "--prefix_length", "4", "--model_save_path"]
+    classify.main([*words, str(tmp_path / "one")])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tokentune" / "classify.py"), *words, str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    assert ended.stdout.count("saved in") == 1
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5

@@ -14,72 +14,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_trainer import ROWS, arguments_for, make_rows, trained_parameters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import tokentune
 from tokentune import apply_tokentune
-from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
-from tokentune.models.builder import base_dtype, prepare_model, saved_as
+from tokentune.models.builder import prepare_model, saved_as
 from tokentune.models.pretrained import load_config, load_tokenizer
-from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
 from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.result import save_result
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import Extent, build_training_arguments
-
-ROWS = 19  # no multiple of any batch below: the last accumulation window is partial, in rows and in micro-batches
-
-
-def make_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Rows of 6 to 24 tokens; the first half of each is prompt, so rows differ much in supervised tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index in range(count):
-        length = 6 + index * 7 % 19
-        ids = torch.randint(3, 90, (length,), generator=generator).tolist()
-        prompt = 1 + index * 5 % (length - 2)
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return rows
-
-
-def arguments_for(model_dir: Path, folder: Path, words: str) -> Arguments:
-    required = ["--model_name_or_path", str(model_dir), "--dataset_name_or_path", "rows.jsonl"]
-    fixed = ["--model_save_path", str(folder), "--report_to", "none", "--warmup_steps", "0", "--logging_steps", "1"]
-    return parse_arguments([*required, *fixed, *words.split()])
-
-
-@pytest.fixture
-def make_trainer(tiny_llama_dir: Path, tmp_path: Path) -> Callable[..., SelectiveTrainer]:
-    """Builds a trainer on the tiny Llama from flags, as the command does."""
-
-    def make(
-        words: str, *, rows: int = ROWS, eval_rows: list | None = None, dtype: torch.dtype | None = None
-    ) -> SelectiveTrainer:
-        words += " --eval_dataset_name_or_path rows.jsonl" if eval_rows is not None else ""
-        arguments = arguments_for(tiny_llama_dir, tmp_path, words)
-        settings = build_training_arguments(arguments, tmp_path / "run")
-        tokenizer = load_tokenizer(str(tiny_llama_dir))
-        config = load_config(str(tiny_llama_dir))
-        ensure_pad_token(tokenizer, config.vocab_size)
-        torch.manual_seed(0)
-        model = prepare_model(arguments, base_dtype(arguments, config))
-        if dtype is not None:
-            model = model.to(dtype)
-        seeded = SeededRows(make_rows(rows), arguments.optimization.seed)
-        return build_trainer(model, settings, seeded, eval_rows, tokenizer, arguments)
-
-    return make
-
-
-def trained_parameters(trainer: SelectiveTrainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
 
 # ---- the update does not depend on how a global batch is cut ---------------------------------------------------------
 

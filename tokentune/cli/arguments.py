@@ -1,15 +1,16 @@
-"""The words of a command that trains to its settings, checked against the machine and the launcher's engine."""
+"""The words of a command to its settings. Imports nothing heavy, for a quick `--help`."""
 
+import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar
 
-from tokentune.cli.start import arguments_of, flags_given
+from tokentune.cli.parser import Parser
 from tokentune.settings.finetune import Arguments, FinetuneArguments
-from tokentune.training.diagnosing import check_diagnosing
-from tokentune.training.distributed.engines import check_engine
-from tokentune.training.offline import go_offline
+from tokentune.settings.flags import require
 
 Command = TypeVar("Command", bound=Arguments)
+Settings = TypeVar("Settings")
 
 
 def parse_arguments(argv: Sequence[str] | None = None, command: type[Command] = FinetuneArguments) -> Command:
@@ -24,13 +25,46 @@ def parse_arguments(argv: Sequence[str] | None = None, command: type[Command] = 
             file that cannot be read.
         SystemExit: 0, after `--help` and `--version`.
     """
-    return checked(arguments_of(flags_given(argv, command), command))
-
-
-def checked(arguments: Command) -> Command:
-    """The same, where the engine can serve them; with `--offline`, the process is cut off from the hub."""
-    check_engine(arguments)
-    check_diagnosing(arguments)
+    arguments = arguments_of(flags_given(argv, command), command)
     if arguments.model.offline:
+        from tokentune.training.offline import go_offline  # the hub's client, which may be missing at the start
+
         go_offline()
     return arguments
+
+
+def parser_of(command: type, prog: str | None = None) -> Parser:
+    """The parser of a command's flags."""
+    groups = [group.type for group in fields(command)]
+    shown = getattr(command, "shown", None)
+    hidden = [group._argument_group_name for group in groups if shown and group._argument_group_name != shown]
+    epilog = getattr(command, "epilog", None)
+    return Parser(groups, hidden=hidden, prog=prog or command.prog, description=command.description, epilog=epilog)
+
+
+def flags_given(words: Sequence[str] | None, command: type, prog: str | None = None) -> dict[str, Any]:
+    """The flags that the words, and the file of `--config` among them, give to a command; no defaults.
+
+    Raises:
+        UserError: flags or a file that cannot be read, or without a flag that is required.
+    """
+    words = sys.argv[1:] if words is None else words
+    parser = parser_of(command, prog)
+    given = parser.read(words)
+    files = given.pop("config", [])
+    require(len(files) <= 1, f"--config is given {len(files)} times: put the flags into one file")
+    if files:
+        from tokentune.cli.config_file import read_config  # PyYAML, which may be missing at the start
+
+        given = read_config(files[0], parser) | given
+    parser.check_needed(given)
+    return given
+
+
+def arguments_of(given: dict[str, Any], command: type[Settings]) -> Settings:
+    """A command's groups of settings, each checked: what is given, and defaults. Raises UserError."""
+    groups = {}
+    for group in fields(command):
+        flags = [flag.name for flag in fields(group.type) if flag.init]
+        groups[group.name] = group.type(**{name: given[name] for name in flags if name in given})
+    return command(**groups)

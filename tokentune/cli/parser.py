@@ -5,13 +5,13 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from tokentune.errors import UserError
-from tokentune.settings.flags import check_characters
+from tokentune.settings.flags import REQUIRED, check_characters, default_of
 from tokentune.version import __version__
 
 UNBROKEN = "\0"  # a space in the help where no line may end
@@ -47,8 +47,7 @@ class Parser(argparse.ArgumentParser):
         self.usage = f"{self.prog}{needed} [flags]"
 
     def _add_flag(self, section: Any, field: Field, kind: Any, *, hidden: bool) -> None:
-        metadata = dict(field.metadata)
-        choices, options = (), {"help": metadata.pop("help"), **metadata}
+        choices, options = (), {"help": field.metadata["help"], **field.metadata.get("options", {})}
         if get_origin(kind) in (Union, UnionType):
             (kind,) = (alternative for alternative in get_args(kind) if alternative is not NoneType)
         if get_origin(kind) is list:
@@ -59,11 +58,11 @@ class Parser(argparse.ArgumentParser):
             options["metavar"] = f"{{{','.join(choices)}}}"
         if kind is bool:
             kind, options["nargs"], options["const"] = _boolean, "?", True
-        options["default"] = field.default if field.default_factory is MISSING else field.default_factory()
+        options["default"] = default_of(field)
         names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
         action = section.add_argument(*names, type=kind, choices=choices or None, **options)
         action.metavar = action.metavar or _metavar(action)
-        if action.default is MISSING:
+        if action.default is REQUIRED:
             action.default = None
             self.needed.append(action)
             action.help += " (required)"

@@ -224,6 +224,27 @@ def put_loss(undo: ExitStack, model: PreTrainedModel, loss_function: Callable) -
     set_until_undone(undo, model, "_loss_function", loss_function)
 
 
+def take_loss_in_chunks(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> list[Callable[[], None]]:
+    """Ordinary training, all tokens with gradients, with the loss in chunks: hooks on an unpatched model.
+
+    They change its forward passes in training mode, with labels, alone. Returns what removes them again.
+    """
+    undo = ExitStack()
+
+    def begin(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        labels = kwargs.get("labels")
+        if model.training and labels is not None:
+            every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
+            put_loss(undo, model, ChunkedLoss(WithheldRows(model.get_output_embeddings(), None, chunk_bytes), every))
+
+    def end(*_: Any) -> None:
+        undo.close()
+
+    before = model.register_forward_pre_hook(begin, with_kwargs=True)
+    after = model.register_forward_hook(end, always_call=True)
+    return [before.remove, after.remove]
+
+
 def row_gradients(losses_of: Callable, rows: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, float]:
     """Losses of rows (n, D), summed or not; the gradient (n, D) of their sum; and the factor in that gradient."""
     kind = rows.device.type

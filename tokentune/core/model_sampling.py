@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokentune.core.compat.bypassed_hooks import WEIGHS
 from tokentune.core.groups import require
 from tokentune.core.patched import Settings
 from tokentune.core.profile import Rows, pooled_tokens
@@ -26,7 +27,6 @@ _PADDING_POOLED = (
     "this model's head pools a padding token of some row, which carries no gradient: let the tokenizer pad where the "
     "head expects it (behind the tokens for a first one), with the id in config.pad_token_id"
 )
-_WEIGHS = "the model draws its own selection for a mean over tokens, not for a loss that weighs them"
 
 
 def without_padding_targets(batch: Batch) -> Tensor:
@@ -52,11 +52,13 @@ def choose_tokens(
     if request.selected_positions is None:
         return _draw(settings, request, batch, state, scored)
     positions = request.selected_positions
-    selection = StepPlan(positions, request.selection_weights, request.num_supervised, scored.cached_kv)
+    selection = StepPlan(
+        positions, request.selection_weights, request.num_supervised, request.selection_fillers, scored.cached_kv
+    )
     if not scored.scores:
         return selection
     targets = target_mask(batch.labels if request.all_labels is None else request.all_labels, causal=True)
-    return replace(selection, counts=_counts(positions, batch.token_mask(), targets, scored))
+    return replace(selection, counts=_counts(selection, batch.token_mask(), targets, scored))
 
 
 def _score(
@@ -86,7 +88,7 @@ def _draw(settings: Settings, request: Request, batch: Batch, state: ModelState,
     mask, labels = batch.token_mask(), batch.labels if state.token_labels else None
     targets = None if labels is None else target_mask(labels, causal=state.causal).to(mask.device)
     uniform = request.selection_draws
-    positions, weights = select_tokens(
+    drawn = select_tokens(
         mask,
         settings.prefix_length,
         targets=targets,
@@ -98,11 +100,11 @@ def _draw(settings: Settings, request: Request, batch: Batch, state: ModelState,
         token_scores={name: score.to(mask.device) for name, score in scored.scores.items()},
         draw="proportional" if settings.scoring is None else settings.scoring.draw,
     )
-    selection = StepPlan(positions, weights, cached_kv=scored.cached_kv)
+    selection = StepPlan(drawn.positions, drawn.weights, fillers=drawn.fillers, cached_kv=scored.cached_kv)
     if targets is None:
         return selection
-    selection = replace(selection, counts=_counts(positions, mask, targets, scored))
-    if weights is not None:  # they stand for all targets by themselves
+    selection = replace(selection, counts=_counts(selection, mask, targets, scored))
+    if drawn.weights is not None:  # they stand for all targets by themselves
         return selection
     share = selection.counts.supervised.clamp(min=1) / targets.sum().clamp(min=1)
     if batch.num_items is not None:
@@ -110,8 +112,11 @@ def _draw(settings: Settings, request: Request, batch: Batch, state: ModelState,
     return replace(selection, finish=partial(_stand_for_all_targets, targets, share)) if state.causal else selection
 
 
-def _counts(positions: Tensor, real: Tensor, targets: Tensor, scored: ScoringPass) -> DrawCounts:
+def _counts(selection: StepPlan, real: Tensor, targets: Tensor, scored: ScoringPass) -> DrawCounts:
+    positions, fillers = selection.positions, selection.fillers
     selected, supervised = (of_all.gather(1, positions.to(of_all.device)).sum() for of_all in (real, targets))
+    if fillers is not None:  # real tokens without a loss
+        selected = selected - fillers.sum().to(selected.device)
     return DrawCounts(positions, selected, supervised, scored.loss, scored.supervised)
 
 
@@ -131,7 +136,7 @@ def _always(settings: Settings, batch: Batch, mask: Tensor, pad_token_id: int | 
 def _draw_in_front_of_the_layers(settings: Settings, hidden: Tensor) -> Tensor:
     mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     always = pooled_tokens(settings.profile.pooling, mask)
-    return select_tokens(mask, settings.prefix_length, always=always, strategy=settings.strategy)[0]
+    return select_tokens(mask, settings.prefix_length, always=always, strategy=settings.strategy).positions
 
 
 def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
@@ -144,7 +149,7 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
     if getattr(output, "log_probs", None) is None or getattr(output, "label_mask", None) is None:
         return
     if any(getattr(output, name, None) is not None for name in _OF_PREFERENCES):
-        raise UnsupportedModelError(_WEIGHS)
+        raise UnsupportedModelError(WEIGHS)
     drawn = output.label_mask.bool()
     for name in ("log_probs", "entropy", "is_top1"):
         if getattr(output, name, None) is not None:
@@ -153,7 +158,7 @@ def _stand_for_all_targets(targets: Tensor, share: Tensor, output: Any) -> None:
 
     def check(gradient: Tensor) -> None:
         alike = gradient.masked_fill(~drawn, -torch.inf).amax() == gradient.masked_fill(~drawn, torch.inf).amin()
-        require(alike, _WEIGHS)
+        require(alike, WEIGHS)
 
     if output.log_probs.requires_grad:
         output.log_probs.register_hook(check)

@@ -15,6 +15,7 @@ from tokentune.core.profile import Profile
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.core.step_plan import DrawCounts
 from tokentune.errors import UnsupportedModelError
+from tokentune.sampling.schedule import Size
 
 PROMPT_LEARNING = "peft's prompt learning puts tokens in front that selected positions do not count"
 SETTINGS = "_tokentune"  # the attribute of a patched model that holds its Settings
@@ -28,7 +29,7 @@ class Settings:
 
     profile: Profile
     stack: Stack
-    prefix_length: int | float | None = None
+    prefix_length: Size | None = None
     strategy: str = "supervised"
     checkpoint_rest: str = "auto"
     offload_kv: bool = False
@@ -40,6 +41,7 @@ class Settings:
     verify: bool = True  # whether model and adapter kinds must have been compared with the definition
     adapters: list[Suspect] = field(default_factory=list)  # adapters that cannot be served, active or not
     adapters_of: tuple[int, ...] = ()  # ids of the adapters' configurations that were checked
+    hooks_checked: bool = False  # whether a step has warned of others' hooks that see a part of the tokens
     undo: ExitStack = field(default_factory=ExitStack)  # ends the current step
     finish: Callable[[Any], None] | None = None  # what the output of the current step still needs
     counts: DrawCounts | None = None  # of the last draw
@@ -50,7 +52,7 @@ def settings_of(owner: nn.Module) -> Settings | None:
     return getattr(owner, SETTINGS, None)
 
 
-def set_prefix_length(model: nn.Module, prefix_length: int | float) -> None:
+def set_prefix_length(model: nn.Module, prefix_length: Size) -> None:
     """Changes how many tokens a patched model draws, as for a schedule over training."""
     getattr(owner_of(model), SETTINGS).prefix_length = prefix_length
 

@@ -13,7 +13,7 @@ configuration and what `save_pretrained` writes do not change. One forward pass:
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,8 @@ from transformers.utils import logging
 from tokentune.core.attention.masks import mask_from_functions
 from tokentune.core.checkpointing import checkpoint_layers
 from tokentune.core.compat.adapters import wrapper_bypassing_hooks
-from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran
+from tokentune.core.compat.bypassed_hooks import HOOKS_AT_WORK, check_hooks_ran, refuse_own_loss_of_trl
+from tokentune.core.compat.foreign_hooks import are_foreign, have_foreign_hooks, warn_of_partial_views
 from tokentune.core.compat.step_checks import check_positions, has_foreign_forward, is_causal_lm, require_served_step
 from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import is_checkpointed, transformer_layers
@@ -41,7 +42,6 @@ from tokentune.core.step import CURRENT_STEP, IMPLEMENTATION, Step, activate, un
 from tokentune.core.step_plan import Batch, Loss, ModelState, Request, StepPlan, plan_step
 
 logger = logging.get_logger(__name__)
-_KNOWING = ("tokentune", "torch", "transformers", "accelerate", "deepspeed")  # their hooks accept groups of tokens
 
 
 def install(model: nn.Module, settings: Settings) -> None:
@@ -63,6 +63,7 @@ def install(model: nn.Module, settings: Settings) -> None:
         wrapper.register_forward_hook(_end_for_model_inside, always_call=True)
     setattr(owner, SETTINGS, settings)
     setattr(stack.backbone, SETTINGS_OF_OWNER, settings)
+    warn_of_partial_views(owner, stack, settings.profile)
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     require_served_step(model, settings, inputs)
     state = _state_of(model, settings, batch)
     if request.selected_positions is not None:
-        check_positions(request.selected_positions, batch, state.profile.pooling, state.pad_token_id)
+        check_positions(request, batch, state.profile.pooling, state.pad_token_id)
     elif state.causal and state.token_labels and batch.tokens is not None:
         inputs["labels"] = without_padding_targets(batch)
         batch = replace(batch, labels=inputs["labels"])
@@ -126,6 +127,7 @@ def _is_selective(model: PreTrainedModel, settings: Settings, request: Request, 
         return True
     draws = settings.prefix_length is not None and model.training
     if draws and not batch.has_labels and torch.is_grad_enabled():
+        refuse_own_loss_of_trl()
         logger.warning_once("called without labels (label smoothing?): an ordinary forward, all tokens get gradients")
     return draws and batch.has_labels
 
@@ -138,7 +140,7 @@ def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> Model
         profile=settings.profile,
         causal=is_causal_lm(model),
         foreign_forward=has_foreign_forward(model),
-        foreign_layer_hooks=_have_foreign_hooks(layers),
+        foreign_layer_hooks=have_foreign_hooks(layers),
         token_labels=are_per_token(batch.labels, model.loss_type),
         pad_token_id=pad_token(model),
         with_gradients=torch.is_grad_enabled(),
@@ -159,6 +161,9 @@ def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> No
         loss_function = partial(selected_loss, model.loss_function, plan.positions)
     if not plan.all_selected:
         stack = settings.stack
+        if not settings.hooks_checked:  # some may have come after the model was patched
+            warn_of_partial_views(model, stack, replace(settings.profile, rows=plan.rows))
+            settings.hooks_checked = True
         if plan.all_rows_between_layers:
             _move_own_hooks_inside(stack.layers)
         implementations = [(config, config._attn_implementation) for config in stack.configs]
@@ -218,11 +223,6 @@ def _gather_output_rows(backbone: PreTrainedModel, args: tuple, output: Any) -> 
 # us: all rows, (B, S, D) in sequence order. For that our own hooks stand between it and the layer's forward.
 
 
-def _have_foreign_hooks(layers: Iterable[nn.Module]) -> bool:
-    """Whether hooks of others on these layers themselves see what goes in or comes out, and may change it."""
-    return any(_foreign(hooks) for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks))
-
-
 def _move_own_hooks_inside(layers: Iterable[nn.Module]) -> None:
     """Where a layer has foreign hooks, ours run last before its forward, and first after it."""
     for layer in layers:
@@ -230,12 +230,6 @@ def _move_own_hooks_inside(layers: Iterable[nn.Module]) -> None:
             (layer._forward_pre_hooks, enter_layer, True),
             (layer._forward_hooks, leave_layer, False),
         ):
-            if _foreign(hooks):
+            if are_foreign(hooks):
                 key = next(key for key, hook in hooks.items() if hook is own)
                 hooks.move_to_end(key, last=at_end)
-
-
-def _foreign(hooks: dict[int, Callable]) -> bool:
-    functions = (getattr(hook, "func", hook) for hook in hooks.values())  # of partial ones
-    homes = (getattr(function, "__module__", None) or type(function).__module__ for function in functions)
-    return any(home.partition(".")[0] not in _KNOWING for home in homes)

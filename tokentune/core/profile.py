@@ -5,10 +5,13 @@ B sequences, S tokens, K selected
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # importing it takes the modelling code's seconds, which reading data does without
+    from transformers import PreTrainedModel
 
 SEQUENCE_HEADS = ("ForSequenceClassification", "ForImageClassification")
 
@@ -47,7 +50,7 @@ def are_per_token(labels: Tensor | None, loss_type: str | None) -> bool:
     return labels is not None and labels.ndim == 2 and not labels.is_floating_point() and not whole
 
 
-def pad_token(model: PreTrainedModel) -> int | None:
+def pad_token(model: "PreTrainedModel") -> int | None:
     """The id by which a model's head recognizes padding."""
     return getattr(model.config.get_text_config(), "pad_token_id", None)
 

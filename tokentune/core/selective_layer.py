@@ -26,6 +26,9 @@ Whatever else is in a layer (LoRA, 4-bit weights, experts, any order of norms) j
 layer only the keys and values of the unselected tokens are needed, so their pass ends there. `test_selective.py`
 compares outputs and gradients with an independent definition of the method (Simoulin et al., EMNLP 2024, section 3).
 
+Rows of a batch may select different numbers of tokens. Those with fewer are filled up to K with padding or, where
+they have none left, with tokens that get no gradient (`Step.constant_at_fillers`).
+
 Everything else joins in at few points: masks at `Step.mask_rows`; the gradient's correction at `join_key_values` and
 `Step.own_tokens`; checkpointing and the scoring pass, which replace `LayerCall.unselected_pass`; hooks of others on a
 layer, for which `StepPlan.all_rows_between_layers` makes the layers pass on (B, S, D).
@@ -113,7 +116,7 @@ def selective_attention(
     if group == SELECTED:
         if call.selected_kv is not None:
             raise UnsupportedModelError(f"{type(call.layer).__name__} calls attention more than once")
-        call.selected_kv = key, value
+        call.selected_kv = key, value = step.constant_at_fillers(key), step.constant_at_fillers(value)
         if step.indices(UNSELECTED).shape[1] > 0:
             call.unselected_pass(step, call)  # `run_unselected`: reaches the branch below, and sets `joined_kv`
         keys, values = call.joined_kv or call.selected_kv  # (B, G, S, d)
@@ -168,6 +171,8 @@ def leave_layer(layer: nn.Module, args: tuple, output: Any) -> Any:
     if call.selected_kv is None:
         raise UnsupportedModelError(f"{type(layer).__name__} does not send its attention through the interface")
     hidden, *others = output if isinstance(output, tuple) else (output,)
+    if call.last or step.plan.all_rows_between_layers:
+        hidden = step.constant_at_fillers(hidden)
     if call.last and step.plan.rows is Rows.SELECTED:
         leaving = hidden
     else:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokentune.core.attention.correction import OwnTokens
+from tokentune.core.attention.correction import OwnTokens, scale_gradient
 from tokentune.core.attention.masks import DeferredMask, GroupMask, read_mask
 from tokentune.core.attention.replaced import Implementations, implementation_of
 from tokentune.core.groups import TokenGroups, gather_tokens, token_order
@@ -125,6 +125,15 @@ class Step:
             return None
         indices = self.indices(SELECTED).to(key.device)
         return OwnTokens(key, value, scales, self.flat_indices(key.device)[0], indices)
+
+    @uncompiled
+    def constant_at_fillers(self, tokens: Tensor) -> Tensor:
+        """The selected tokens' rows (B, K, D), or keys or values (B, G, K, d): those of fillers get no gradient.
+
+        Nothing else reads a filler with gradients, so that its own pass through the layers has none either.
+        """
+        fillers = self.plan.fillers
+        return tokens if fillers is None else scale_gradient(tokens, ~fillers)
 
     @uncompiled
     def rows_of(self, value: Any, group: str) -> Any:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from tokentune.core.attention.correction import gradient_scales
-from tokentune.core.groups import token_order
+from tokentune.core.groups import require, token_order
 from tokentune.core.profile import Profile, Rows
 from tokentune.errors import UnsupportedModelError
-from tokentune.sampling.sampler import mask_unselected_labels
+from tokentune.sampling.sampler import mask_unselected_labels, target_mask
 
 _ANSWERS = ("start_positions", "end_positions")
 CachedKeyValues = deque[tuple[Tensor, Tensor]]  # each layer's keys and values of all tokens, 2 x (B, G, S, d)
@@ -34,6 +34,7 @@ class Request(NamedTuple):
     """The keyword arguments of a patched model's forward that the original forward does not have."""
 
     selected_positions: Tensor | None = None  # (B, K)
+    selection_fillers: Tensor | None = None  # (B, K) bool
     selection_weights: Tensor | None = None  # (B, K)
     selection_draws: Tensor | None = None  # (B, S) in [0, 1)
     num_supervised: int | None = None
@@ -119,6 +120,7 @@ class StepPlan:
     positions: Tensor | Callable[[Tensor], Tensor]  # (B, K), ascending; or how to draw them, given (B, S, D) (images)
     weights: Tensor | None = None  # (B, K), factors of the losses at the positions; None: all 1
     num_supervised: int | None = None  # selected supervised targets, where the caller knows the number on the host
+    fillers: Tensor | None = None  # (B, K) bool, positions that get no gradient and have no loss; None: there are none
     cached_kv: CachedKeyValues | None = None  # of a scoring pass: the unselected tokens do not run a second time
     replaced: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model's own forward
     counts: DrawCounts | None = None
@@ -135,10 +137,12 @@ class StepPlan:
 def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
     """The plan of one forward pass with this selection.
 
-    Raises UnsupportedModelError for weights, or foreign hooks, that this model's step cannot have, and ValueError for
-    positions that are not distinct, ascending and inside the sequence.
+    Raises UnsupportedModelError for weights, fillers or foreign hooks that this model's step cannot have, and
+    ValueError for positions that are not distinct, ascending and inside the sequence, and for fillers with a loss.
     """
     positions, weights, labels = selection.positions, selection.weights, batch.labels
+    if selection.fillers is not None:
+        _check_fillers(selection, labels, state)
     rows, replaced = state.rows, dict(selection.replaced)
     takes_loss = state.causal and rows is not Rows.ALL and state.token_labels
     if weights is not None and not takes_loss:
@@ -149,7 +153,7 @@ def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
             replaced["labels"] = mask_unselected_labels(labels, positions_there, causal=state.causal)
         else:
             replaced["labels"] = labels.gather(1, positions_there)
-    all_selected = selects_all(positions, batch.tokens)
+    all_selected = selection.fillers is None and selects_all(positions, batch.tokens)
     loss, recompute_logits = _plan_loss(weights, state, all_selected) if takes_loss else (Loss.UNCHANGED, False)
     plan = replace(selection, replaced=replaced, rows=rows, loss=loss, recompute_logits=recompute_logits)
     if all_selected:
@@ -165,6 +169,14 @@ def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
     exponent = state.gradient_correction
     scales = gradient_scales(positions, batch.tokens, batch.mask, exponent, weights, labels)
     return replace(plan, gradient_scales=scales)
+
+
+def _check_fillers(selection: StepPlan, labels: Tensor | None, state: ModelState) -> None:
+    if state.gradient_correction > 0:
+        raise UnsupportedModelError("gradient_correction takes all tokens of a row to be drawn alike: no fillers")
+    if state.token_labels:
+        targets = target_mask(labels, causal=state.causal).gather(1, selection.positions.to(labels.device))
+        require(~(targets & selection.fillers.to(labels.device)), "selection_fillers must not be positions with a loss")
 
 
 def _plan_loss(weights: Tensor | None, state: ModelState, all_selected: bool) -> tuple[Loss, bool]:

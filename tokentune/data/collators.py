@@ -22,10 +22,10 @@ from tokentune.sampling.sampler import (
     counts_of_rows,
     draw_scores,
     mask_unselected_labels,
-    select_positions,
     select_tokens,
     target_mask,
 )
+from tokentune.sampling.schedule import Size
 
 ALL_LABELS = "all_labels"  # a batch's labels before any was masked: for scoring passes and `training/diagnosing.py`
 
@@ -79,7 +79,8 @@ class CausalCollator:
 
     Args:
         pad_token_id: fills "input_ids"; may be any token's id, as padding is known by length alone.
-        prefix_length: an int is a count of tokens, a float a proportion; None draws nothing (evaluation).
+        prefix_length: an int is a count of tokens, a float a proportion, `Answers` all targets and a share of the
+            others; None draws nothing (evaluation).
         strategy: a name that `strategies.find_strategy` knows.
         pad_to_multiple_of: S is rounded up to a multiple of it (8 suits tensor cores).
         keep_labels: where labels are masked, also return them unmasked, as "all_labels".
@@ -90,7 +91,7 @@ class CausalCollator:
     """
 
     pad_token_id: int
-    prefix_length: int | float | None = None
+    prefix_length: Size | None = None
     strategy: str = "random"
     pad_to_multiple_of: int | None = None
     keep_labels: bool = False
@@ -132,17 +133,18 @@ class CausalCollator:
             return batch | {"selection_draws": uniform.float()}
         return self.draw(batch | {"selection_draws": uniform}, self.prefix_length)
 
-    def draw(self, batch: dict[str, Tensor], prefix_length: int | float) -> dict[str, Tensor]:
+    def draw(self, batch: dict[str, Tensor], prefix_length: Size) -> dict[str, Tensor]:
         """A padded batch with its "selection_draws" turned into a selection of this size.
 
         Returns:
             The batch with "selected_positions" (B, K) instead, and labels that are -100 at targets outside of the
-            selection. Where the strategy knows its probabilities, labels stay, and "selection_weights" (B, K) weight
-            the selected ones to stand for all. On the CPU also "num_supervised", an int: the selected targets
-            (on a GPU, reading it would stop the host until the GPU is done).
+            selection; also "selection_fillers" (B, K) where real tokens fill a row up. Where the strategy knows its
+            probabilities, labels stay, and "selection_weights" (B, K) weight the selected ones to stand for all. On the
+            CPU also "num_supervised", an int: the selected targets (on a GPU, reading it would stop the host until the
+            GPU is done).
         """
         targets = target_mask(batch["labels"], causal=True)
-        positions, weights = select_tokens(
+        positions, weights, fillers = select_tokens(
             batch["attention_mask"],
             prefix_length,
             targets=targets,
@@ -159,6 +161,8 @@ class CausalCollator:
         else:
             drawn["selection_weights"] = weights
         drawn["selected_positions"] = positions
+        if fillers is not None:
+            drawn["selection_fillers"] = fillers
         if positions.device.type == "cpu":
             drawn["num_supervised"] = int(targets.gather(1, positions).sum())
         return drawn
@@ -177,7 +181,13 @@ def token_counts(mask: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor
     targets, positions = target_mask(batch["labels"], causal=True), batch.get("selected_positions")
     if positions is None:
         return mask.sum(), mask.sum(), targets.sum()
-    return mask.sum(), mask.gather(1, positions).sum(), targets.gather(1, positions).sum()
+    return mask.sum(), selected_in(mask, batch).sum(), targets.gather(1, positions).sum()
+
+
+def selected_in(mask: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """(B, K): 1 at the selected positions of a batch that are real tokens, by the mask (B, S), and no fillers."""
+    selected, fillers = mask.gather(1, batch["selected_positions"]), batch.get("selection_fillers")
+    return selected if fillers is None else selected.masked_fill(fillers, 0)
 
 
 @dataclass
@@ -196,7 +206,7 @@ class ClassificationCollator:
     tokens_per_image: int = 1
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The padded batch; when drawing also "selected_positions" (B, K), and the labels of these tokens alone."""
+        """The padded batch; when drawing also what `EncoderDraw` returns, with the labels of the selection alone."""
         batch = dict(self.pad([{k: v for k, v in example.items() if k != "draw_seed"} for example in examples]))
         if self.draw is None:
             return batch
@@ -205,9 +215,9 @@ class ClassificationCollator:
 
     def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch that this collator made: real tokens, selected ones, and labels that are learnt from."""
-        mask, positions, labels = self._mask(batch), batch.get("selected_positions"), batch["labels"]
-        selected = mask if positions is None else mask.gather(1, positions)
-        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels)
+        mask, labels = self._mask(batch), batch["labels"]
+        selected = selected_in(mask, batch) if "selected_positions" in batch else mask
+        learnt = labels != IGNORED_LABEL if labels.ndim == 2 else torch.ones_like(labels, dtype=torch.bool)
         return mask.sum(), selected.sum(), learnt.sum()
 
     def _mask(self, batch: dict[str, Tensor]) -> Tensor:
@@ -230,7 +240,7 @@ class EncoderDraw:
         outside: the class of words outside of entities, which "supervised" selects after those inside.
     """
 
-    prefix_length: int | float
+    prefix_length: Size
     strategy: str = "random"
     pooling: Pooling | None = None
     pad_token_id: int | None = None
@@ -243,6 +253,8 @@ class EncoderDraw:
     ) -> dict[str, Tensor]:
         """mask (B, S), labels (B,), or (B, S) of tokens -> "selected_positions" (B, K) and their "labels".
 
+        Also "selection_fillers" (B, K), as of `CausalCollator.draw`.
+
         An encoder's loss has no weights: those of a strategy that knows its probabilities are left out.
         """
         targets = preferred = None
@@ -251,7 +263,7 @@ class EncoderDraw:
             preferred = targets if self.outside is None else targets & (labels != self.outside)
         pooling = Pooling.FIRST if self.first_always else self.pooling
         always = pooled_tokens(pooling, mask, input_ids, self.pad_token_id)
-        positions = select_positions(
+        drawn = select_tokens(
             mask,
             self.prefix_length,
             targets=targets,
@@ -263,10 +275,11 @@ class EncoderDraw:
             labels=labels,
         )
         if labels.ndim == 2 and self.in_place:
-            labels = mask_unselected_labels(labels, positions, causal=False)
+            labels = mask_unselected_labels(labels, drawn.positions, causal=False)
         elif labels.ndim == 2:
-            labels = labels.gather(1, positions)
-        return {"selected_positions": positions, "labels": labels}
+            labels = labels.gather(1, drawn.positions)
+        fillers = {} if drawn.fillers is None else {"selection_fillers": drawn.fillers}
+        return {"selected_positions": drawn.positions, "labels": labels} | fillers
 
 
 def round_up(number: int, multiple: int | None) -> int:

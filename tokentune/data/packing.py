@@ -20,8 +20,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tokentune.data.collators import ALL_LABELS, CausalCollator, SeededRows, pad_rows, round_up, token_counts
-from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.data.collators import (
+    ALL_LABELS,
+    CausalCollator,
+    SeededRows,
+    pad_rows,
+    round_up,
+    selected_in,
+    token_counts,
+)
+from tokentune.sampling.sampler import IGNORED_LABEL, fill_up
+from tokentune.sampling.schedule import Answers
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +143,12 @@ class PackedCollator:
 
         Returns:
             "input_ids", "labels" and "position_ids" (B, S) int64, and "use_cache": with a cache there is no packing.
-            When selecting also "selected_positions" (B, K), "num_supervised" and, where the strategy has them,
-            "selection_weights" (B, K), as of `CausalCollator.draw`.
+            When selecting also "selected_positions" (B, K), "num_supervised" and, where there are any,
+            "selection_weights" and "selection_fillers" (B, K), as of `CausalCollator.draw`.
 
-            Rows that select fewer than K positions select padding too, and S is as large as that takes. Each padding
-            token has position 0, and so is a document of its own.
+            Rows that select fewer than K positions select padding too, and S is as large as that takes, or, for
+            `Answers`, fillers where the padding ends. Each padding token has position 0, and so is a document of its
+            own.
         """
         drawn = self.documents([document for example in examples for document in example["documents"]])
         counts = [len(example["documents"]) for example in examples]
@@ -148,12 +158,19 @@ class PackedCollator:
         selection, width = {}, int(tokens.max())
         if self.documents.prefix_length is not None:
             positions = drawn["selected_positions"]
-            chosen = positions < lengths[:, None]  # not the padding of the document's own row
+            chosen = selected_in(drawn["attention_mask"], drawn).bool()  # what the document has in its own row
             starts = torch.cat([own.cumsum(0) - own for own in lengths.split(counts)])  # (N,)
             selected = _joined(positions + starts[:, None], chosen, counts, fill=-1)  # (B, K)
-            padding = (selected < 0).cumsum(1) - 1 + tokens[:, None]
-            selected = torch.where(selected < 0, padding, selected)
-            selection = {"selected_positions": selected, "num_supervised": drawn["num_supervised"]}
+            selection = {"num_supervised": drawn["num_supervised"]}
+            if isinstance(self.documents.prefix_length, Answers):
+                inside = torch.arange(round_up(width, self.documents.pad_to_multiple_of))
+                of_row = torch.stack([torch.isin(inside, own) for own in selected])
+                selected, _, fillers = fill_up(of_row, inside < tokens[:, None])
+                selection |= {} if fillers is None else {"selection_fillers": fillers}
+            else:
+                padding = (selected < 0).cumsum(1) - 1 + tokens[:, None]
+                selected = torch.where(selected < 0, padding, selected)
+            selection["selected_positions"] = selected
             if "selection_weights" in drawn:
                 selection["selection_weights"] = _joined(drawn["selection_weights"], chosen, counts)
             width = max(width, int(selected.max()) + 1)

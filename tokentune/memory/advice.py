@@ -10,8 +10,8 @@ from tokentune.errors import UserError
 from tokentune.memory.accounting import Footprint, fits
 from tokentune.memory.footprint import Estimate
 from tokentune.processes import process_count
+from tokentune.settings.engines import check_engine
 from tokentune.settings.finetune import Arguments
-from tokentune.training.distributed.engines import check_engine
 
 _LEAST_SAVING = 0.01  # of the peak; smaller savings are not listed
 
@@ -21,7 +21,7 @@ Change = tuple[str, Arguments, tuple[int, int]]  # the flags, the changed settin
 def estimated(arguments: Arguments, shape: tuple[int, int], run: Estimate) -> Footprint | None:
     """The footprint of a step; None: it cannot be estimated, or the launcher's engine does not allow the flags."""
     try:
-        check_engine(arguments)
+        check_engine(arguments.prog, arguments.settings())
         return run(arguments, shape)
     except UserError:
         return None

@@ -13,7 +13,8 @@ from tokentune.data.packing import lengths_of
 from tokentune.errors import UserError
 from tokentune.memory.report import Run
 from tokentune.memory.trial_step import row_lengths
-from tokentune.sampling.sampler import selected_count
+from tokentune.sampling.sampler import IGNORED_LABEL, answers_count, selected_count
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
@@ -43,7 +44,7 @@ def say_plan(
     lines["steps"] = _steps(trainer)
     longest = arguments.data.max_length
     if rows is not None:
-        lines["tokens"] = _tokens(lengths_of(rows), arguments)
+        lines["tokens"] = _tokens(rows, arguments)
         longest = int(row_lengths(trainer.train_dataset).max())
     lines["memory"] = _memory(trainer, longest, arguments, config)
     lines["run folder"] = str(run_folder)
@@ -72,14 +73,19 @@ def _steps(trainer: SelectiveTrainer) -> str:
     return f"{extent.steps:,} of {micro * accumulation * settings.world_size} rows ({batch}){epochs}"
 
 
-def _tokens(lengths: np.ndarray, arguments: Arguments) -> str:
+def _tokens(rows: Dataset, arguments: Arguments) -> str:
+    lengths, selected = lengths_of(rows), arguments.selection.selected
     total = int(lengths.sum())
     said = f"{total:,} in an epoch, at most {lengths.max():,} in a row"
     if not arguments.selection.tokentune:
         return f"{said}; all get gradients"
     if arguments.selection.selection == "reference":
         return f"{said}; selected as the released code did"
-    chosen = sum(selected_count(arguments.selection.selected, length) for length in lengths.tolist())
+    if isinstance(selected, Answers):
+        targets = (np.count_nonzero(np.asarray(labels)[1:] != IGNORED_LABEL) for labels in rows["labels"])
+        chosen = sum(answers_count(selected, *of_row) for of_row in zip(targets, lengths.tolist(), strict=True))
+    else:
+        chosen = sum(selected_count(selected, length) for length in lengths.tolist())
     most = "at most " if arguments.selection.schedule is not None else ""
     return f"{said}; {most}{chosen:,} of them selected for gradients ({chosen / total:.1%})"
 

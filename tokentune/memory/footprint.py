@@ -45,7 +45,9 @@ from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype
 from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
 from tokentune.sampling.sampler import selected_count
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.model import SelectionArguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
@@ -119,9 +121,12 @@ def measure(
         engine: what shares the training out between `processes` ("ddp", "zero2", "fsdp"); None: one process.
 
     Raises:
-        UserError: what cannot be adapted or patched, an optimizer that is not there, what the engine cannot serve.
+        UserError: a selection whose size depends on the rows, what cannot be adapted or patched, an optimizer that is
+            not there, what the engine cannot serve.
         UnsupportedModelError: layers that TokenTune cannot serve.
     """
+    if arguments.selection.tokentune:
+        require_known_size(arguments.selection)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
     if sharing is not None and sharing.dtype is not None:
@@ -153,6 +158,15 @@ def measure(
             live.restart()
             footprint = _step(model, batch, optimizer, arguments, live)
             return footprint if sharing is None else sharing.footprint(footprint, live)
+
+
+def require_known_size(selection: SelectionArguments) -> None:
+    """Raises UserError for a selection whose size depends on the rows, which an estimate does not read."""
+    if isinstance(selection.selected, Answers):
+        raise UserError(
+            f"--prefix_length {selection.prefix_length}: how many tokens a step selects depends on the rows' answers; "
+            "for an estimate give the proportion that they make up, such as 0.2"
+        )
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The model of a run, as its flags say: precision, weights, adapters, selective layers."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from tokentune.api import apply_tokentune
 from tokentune.core.compat.fsdp import made_whole
 from tokentune.core.layers import inner_model
+from tokentune.core.loss import take_loss_in_chunks
 from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError, UserError
@@ -23,6 +23,7 @@ from tokentune.models.pretrained import (
     checkpoint_dtype,
     load_base_model,
     load_config,
+    warn_of_length,
 )
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.sampling.resolver import find_strategy
@@ -30,8 +31,8 @@ from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import require
 from tokentune.settings.low_rank import check_projected_layers
 from tokentune.sources import loading_error
+from tokentune.verify.verification import verify_chunked_loss
 
-logger = logging.getLogger(__name__)
 _REFERENCE = "--selection_reference_model"
 
 
@@ -98,11 +99,7 @@ def check_structure(arguments: Arguments, config: PreTrainedConfig, head: Head =
     check_projected_layers(skeleton, arguments.optimization.optim)
     skeleton = adapt_and_patch(skeleton, arguments, head)
     check_reference(arguments, config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and arguments.data.max_length > positions:
-        logger.warning(
-            "--max_length %d is more than the %d positions of %s", arguments.data.max_length, positions, name
-        )
+    warn_of_length(config, name, arguments.data.max_length)
     return skeleton
 
 
@@ -175,6 +172,14 @@ def adapt_and_patch(
         )
     if arguments.selection.tokentune:
         make_selective(model, arguments, reference)
+    elif arguments.memory.chunked_loss == "on":
+        core = inner_model(model)
+        try:
+            if not arguments.selection.skip_verification:
+                verify_chunked_loss(core)
+        except UnsupportedModelError as error:
+            raise UserError(f"--chunked_loss on: {error}") from error
+        take_loss_in_chunks(core)
     if arguments.memory.gradient_checkpointing:
         enable_checkpointing(model)
     return model

@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
@@ -26,6 +25,9 @@ from transformers.utils import logging
 from tokentune.errors import UserError
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules, head_weights
 from tokentune.sources import check_model_folder, is_local_path, loading_error
+
+if TYPE_CHECKING:  # importing it takes the modelling code's seconds
+    from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +75,13 @@ def check_quantization(config: PreTrainedConfig, name: str, *, qlora: bool, flag
     if not qlora:
         cure = "Add --qlora, or give" if flag == MODEL_FLAG else "Give"
         raise UserError(f"{flag} {name}: its weights are in 4 bits (bitsandbytes). {cure} the unquantised model.")
+
+
+def warn_of_length(config: PreTrainedConfig, name: str, max_length: int) -> None:
+    """Warns of sequences that are longer than those that the model was made for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        logger.warning("--max_length %d is more than the %d positions of %s", max_length, positions, name)
 
 
 def check_weights(name_or_path: str, *, hint: str, flag: str = MODEL_FLAG, allow_pickle: bool = False) -> None:
@@ -133,7 +142,7 @@ def load_base_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     check_new: Callable[[list[str]], None] | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """A model with every weight read from the checkpoint, but for those of a new head, which may be random.
 
     Args:
@@ -222,7 +231,7 @@ def _new_modules(head: Head, config: PreTrainedConfig, trust: bool) -> list[str]
         return head_modules(head.auto_class.from_config(config, trust_remote_code=trust))
 
 
-def _check_complete(report: dict, where: str, head: Head, model: PreTrainedModel) -> list[str]:
+def _check_complete(report: dict, where: str, head: Head, model: "PreTrainedModel") -> list[str]:
     """Refuses a checkpoint that left weights random, other than those of a new head; returns the names of these."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     new = head_weights(model, [*missing, *(key for key, *_ in mismatched)]) if head.is_new else []
@@ -252,7 +261,7 @@ def _check_placement(device_map: dict, name: str, flag: str) -> None:
         )
 
 
-def _repair_generation_config(model: PreTrainedModel) -> None:
+def _repair_generation_config(model: "PreTrainedModel") -> None:
     """Sets `do_sample` where a published generation config has sampling settings without it.
 
     transformers only warns when it loads such a config, but refuses to save it once the Trainer has touched it: the

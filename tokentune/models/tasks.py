@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -14,8 +14,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
-    PreTrainedModel,
 )
+
+if TYPE_CHECKING:  # importing it takes the modelling code's seconds
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,13 @@ IMAGE = Head(
 HEADS = {"text": TEXT, "token": TOKEN, "image": IMAGE}  # by what gets a label
 
 
-def head_weights(model: PreTrainedModel, weights: list[str]) -> list[str]:
+def head_weights(model: "PreTrainedModel", weights: list[str]) -> list[str]:
     """Those of `weights` that belong to the head: the pooler, and all that is outside of the base model."""
     base = f"{model.base_model_prefix}."
     return [name for name in weights if not name.startswith(base) or "pooler" in name.split(".")]
 
 
-def head_modules(model: PreTrainedModel) -> list[str]:
+def head_modules(model: "PreTrainedModel") -> list[str]:
     """Paths of the modules that make up the head, none inside another: `classifier`, `bert.pooler`."""
     paths = set()
     for name in head_weights(model, [name for name, _ in model.named_parameters()]):

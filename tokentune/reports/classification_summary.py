@@ -19,6 +19,7 @@ from tokentune.environment import device_facts, library_versions
 from tokentune.file_names import PREDICTIONS_NAME
 from tokentune.reports.summary import run_facts
 from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.training.checkpoints.saving import write_whole
 from tokentune.training.nan_batch import sampler_of
@@ -100,6 +101,7 @@ def scores_over_seeds(
         for summary in summaries
     ]
     scores = [entry["score"] for entry in seeds]
+    size = str(selection.selected) if isinstance(selection.selected, Answers) else selection.selected
     return {
         "schema_version": SCHEMA_VERSION,
         "task": arguments.task.name,
@@ -107,7 +109,7 @@ def scores_over_seeds(
         "classes": list(labels.names) or None,
         "method": {
             "tokentune": selection.tokentune,
-            "prefix_length": selection.selected if selection.tokentune else None,
+            "prefix_length": size if selection.tokentune else None,
             "selection": selection.selection if selection.tokentune else None,
             "lora": arguments.adapters.lora,
         },

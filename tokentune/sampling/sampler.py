@@ -9,18 +9,28 @@ output has a loss: the token before a supervised one in a causal model, the supe
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokentune.sampling.resolver import find_strategy
-from tokentune.sampling.strategies import DRAWS, Tokens, answer_of
+from tokentune.sampling.schedule import Answers, Size
+from tokentune.sampling.strategies import DRAWS, Registered, Tokens, answer_of
 from tokentune.sampling.weighted_draw import wide_dtype
 
 REFERENCE = "reference"  # the strategy with the counts of the released code
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
+
+
+class Selection(NamedTuple):
+    """A draw."""
+
+    positions: Tensor  # (B, K) int64: distinct, ascending in each row
+    weights: Tensor | None = None  # (B, K) float32, factors of the positions' losses; None: all 1
+    fillers: Tensor | None = None  # (B, K) bool: real tokens that get no gradient; None: there are none
 
 
 def selected_count(prefix_length: int | float, length: int) -> int:
@@ -30,6 +40,11 @@ def selected_count(prefix_length: int | float, length: int) -> int:
     """
     count = max(1, int(prefix_length * length + 0.5)) if isinstance(prefix_length, float) else prefix_length
     return min(count, length)
+
+
+def answers_count(answers: Answers, targets: int, length: int) -> int:
+    """K of one sequence of `length` real tokens, so many of which are target positions."""
+    return min(length, max(1, targets + int(answers.share * (length - targets) + 0.5)))
 
 
 def _reference_count(prefix_length: int | float, length: int) -> int:
@@ -75,7 +90,7 @@ def _in_order(priority: Tensor, uniform: Tensor, real: Tensor) -> Tensor:
 
 def select_tokens(
     attention_mask: Tensor,
-    prefix_length: int | float,
+    prefix_length: Size,
     *,
     targets: Tensor | None = None,
     always: Tensor | None = None,
@@ -87,17 +102,19 @@ def select_tokens(
     labels: Tensor | None = None,
     token_scores: dict[str, Tensor] | None = None,
     draw: str = "proportional",
-) -> tuple[Tensor, Tensor | None]:
+) -> Selection:
     """Draws the positions that keep gradients, and the weights of their losses.
 
     Each row has its own count, of its own real tokens. K is the same for the whole batch: shorter rows are filled up
     with padding positions, which are masked in attention and have no loss. K is the count of the longest row where
     `attention_mask` is on the CPU. On other devices it is the count of a row of S tokens, because reading the lengths
-    would make the host wait.
+    would make the host wait. For `Answers`, K is the count of the row that selects most: on other devices than the CPU
+    the host waits for it once. A row without enough padding is then filled up with real tokens, its fillers.
 
     Args:
         attention_mask: (B, S), 1 at real tokens; padding may stand on either side.
-        prefix_length: an int is a count of tokens, a float a proportion of each row's real tokens.
+        prefix_length: an int is a count of tokens, a float a proportion of each row's real tokens. `Answers` selects
+            all of `targets` and `always`, at least one token, and the strategy draws the share of the others.
         targets: (B, S) bool, the target positions (`target_mask`). A row that has any gets at least one of them.
         always: (B, S) bool, real positions that are selected in any case (an encoder's pooled token). Where a row's
             count has no room for these and a target, these win.
@@ -108,12 +125,13 @@ def select_tokens(
         input_ids, labels, token_scores, draw: what strategies use (`strategies.Tokens`).
 
     Returns:
-        positions (B, K) int64: distinct, ascending in each row. weights (B, K) float32, None where the strategy knows
-        no probabilities: 1 / probability at selected targets (at all selected real tokens where `targets` is None), 1
-        where they are always selected, 0 elsewhere. A sum of losses with these weights has the expectation of the sum
+        Positions, weights and fillers. Weights are None where the strategy knows no probabilities, and for `Answers`;
+        otherwise 1 / probability at selected targets (at all selected real tokens where `targets` is None), 1 where
+        they are always selected, 0 elsewhere. A sum of losses with these weights has the expectation of the sum
         over all targets. For that, a target that was added only because the row's draw had none has weight 0.
 
-    Raises ValueError for an unknown strategy or draw, missing scores, or an invalid answer of the strategy.
+    Raises ValueError for an unknown strategy or draw, missing scores, an invalid answer of the strategy, or a strategy
+    that cannot choose among the tokens beside the answers.
     """
     registered = find_strategy(strategy)
     if draw not in DRAWS:
@@ -126,6 +144,10 @@ def select_tokens(
         scores = torch.rand(real.shape, generator=generator, device=real.device, dtype=torch.float32)
     targets = None if targets is None else targets & real
     always = None if always is None else always.bool() & real
+    if isinstance(prefix_length, Answers):
+        held = torch.zeros_like(real) if targets is None else targets
+        seen = Tokens(real, scores, lengths, input_ids, labels)
+        return _answers_and_a_share(prefix_length.share, held if always is None else held | always, registered, seen)
 
     longest = int(lengths.max()) if real.device.type == "cpu" else real.shape[1]
     count = _reference_count if strategy == REFERENCE else selected_count
@@ -155,17 +177,55 @@ def select_tokens(
     # A stable sort leaves the chosen positions ascending; nonzero() would synchronise.
     positions = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :k]  # (B, K)
     if probability is None:
-        return positions, None
+        return Selection(positions)
     if always is not None:
         probability = probability.masked_fill(always, 1.0)
     counting = (real if targets is None else targets) & (probability > 0) & ~forced
     weights = torch.where(counting, 1 / probability.where(counting, torch.ones_like(probability)), 0.0)
-    return positions, weights.gather(1, positions).float()
+    return Selection(positions, weights.gather(1, positions).float())
 
 
 def select_positions(attention_mask: Tensor, prefix_length: int | float, **options: Any) -> Tensor:
     """The positions of `select_tokens`, (B, K), without the weights."""
-    return select_tokens(attention_mask, prefix_length, **options)[0]
+    return select_tokens(attention_mask, prefix_length, **options).positions
+
+
+def require_drawing_beside_answers(strategy: str) -> None:
+    """Raises ValueError for a strategy that cannot choose among the tokens beside the answers."""
+    if strategy == REFERENCE or find_strategy(strategy).needs:
+        has = "counts of its own" if strategy == REFERENCE else "scores of a pass over all tokens"
+        raise ValueError(f"strategy {strategy!r} has {has}: with answers, take another one")
+
+
+def _answers_and_a_share(share: float, held: Tensor, registered: Registered, tokens: Tokens) -> Selection:
+    """The draw of `Answers`: all of `held` (B, S), and of each row's other tokens those that the strategy chooses.
+
+    The strategy sees these others alone, as if they were the row.
+    """
+    require_drawing_beside_answers(registered.name)
+    others = tokens.real & ~held
+    number = others.sum(-1)  # (B,)
+    counts = (share * number.to(wide_dtype(number.device)) + 0.5).long()
+    counts = torch.where(held.any(-1), counts, counts.clamp(min=1)).minimum(number)
+    priority, _ = answer_of(registered, replace(tokens, real=others, counts=counts))
+    place = _in_order(priority, tokens.uniform, others)
+    return fill_up(held | (others & (place < counts.unsqueeze(-1))), tokens.real)
+
+
+def fill_up(chosen: Tensor, real: Tensor) -> Selection:
+    """The chosen positions, any number in each row, and others up to the largest of these numbers.
+
+    Padding fills a row up first, then its first unchosen real tokens: the fillers. Both arguments are (B, S) bool. On
+    an accelerator the host waits once, for K.
+    """
+    counts = chosen.sum(-1)
+    without_fillers = counts + (~real).sum(-1)
+    k, room = torch.stack([counts.amax(), without_fillers.amin()]).tolist()
+    k = max(1, k)  # as in a batch of nothing but padding
+    unchosen = real & ~chosen
+    order = (2 * unchosen.to(torch.uint8) + ~real).argsort(dim=-1, stable=True)
+    positions = order[:, :k].sort(dim=-1).values
+    return Selection(positions, fillers=unchosen.gather(1, positions) if k > room else None)
 
 
 def mask_unselected_labels(labels: Tensor, positions: Tensor, *, causal: bool) -> Tensor:

@@ -4,13 +4,14 @@ python ./tokentune/classify.py --help
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tokentune.sampling.meanings import UNSCORED, in_words
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.data import RowsArguments
 from tokentune.settings.finetune import Arguments
-from tokentune.settings.flags import flag, require
+from tokentune.settings.flags import REQUIRED, Group, default_of, flag, require
 from tokentune.settings.glue import HUB_ID, TASKS, GlueTask
 from tokentune.settings.model import AdapterArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments
@@ -30,18 +31,19 @@ _CAUSAL_ALONE = (
 class EncoderArguments(ModelArguments):
     """Which model, and how its weights are held."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "hub id or local folder of an encoder (BERT, RoBERTa, ModernBERT, ViT, ...), with or without "
-                          "a classification head: a missing one is new"}
-    )  # fmt: skip
+    model_name_or_path: str = flag(
+        REQUIRED,
+        "hub id or local folder of an encoder (BERT, RoBERTa, ModernBERT, ViT, ...), with or without "
+        "a classification head: a missing one is new",
+    )
     from_scratch: bool = flag(
-        False, "random weights for the model's config.json: nothing pretrained is read (its tokenizer or image "
-               "processor is)"
-    )  # fmt: skip
+        False,
+        "random weights for the model's config.json: nothing pretrained is read (its tokenizer or image processor is)",
+    )
 
 
 @dataclass
-class TaskArguments:
+class TaskArguments(Group):
     """What is predicted."""
 
     _argument_group_name = "task"
@@ -49,21 +51,24 @@ class TaskArguments:
         "text", "what gets a label: a text or a pair of texts, each word of a text, an image"
     )
     task_name: str | None = flag(None, f"a GLUE task, for its columns, classes and metric: {', '.join(TASKS)}")
-    text_columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": "one or two columns of text (token: the one of words; image: the one of images); by default "
-                          "GLUE's names, then the only ones there are"},
-    )  # fmt: skip
+    text_columns: list[str] = flag(
+        [],
+        "one or two columns of text (token: the one of words; image: the one of images); by default "
+        "GLUE's names, then the only ones there are",
+    )
     label_column: str | None = flag(
-        None, "column of classes (whole numbers or texts) or of a number to predict (with a fraction); by default "
-              "label or labels (token: also ner_tags, tags)"
-    )  # fmt: skip
+        None,
+        "column of classes (whole numbers or texts) or of a number to predict (with a fraction); by default "
+        "label or labels (token: also ner_tags, tags)",
+    )
     metric_for_best_model: str | None = flag(
-        None, "which validation figure chooses the checkpoint that is kept: accuracy, f1, matthews_correlation, "
-              "pearson, spearman, mean_squared_error, precision, recall, loss; by default the task's own"
-    )  # fmt: skip
+        None,
+        "which validation figure chooses the checkpoint that is kept: accuracy, f1, matthews_correlation, "
+        "pearson, spearman, mean_squared_error, precision, recall, loss; by default the task's own",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task_name is not None:
             require(
                 self.task_name in TASKS, f"--task_name {self.task_name}: no GLUE task; choose from {', '.join(TASKS)}"
@@ -94,9 +99,10 @@ class LabelledRowsArguments(RowsArguments):
     """Which rows are learnt from, evaluated on and predicted."""
 
     dataset_name_or_path: str | None = flag(
-        None, "hub id, or local .json, .jsonl, .csv or .parquet file or folder (image: also a folder with one "
-              f"subfolder of images per class); with --task_name by default {HUB_ID} on the hub"
-    )  # fmt: skip
+        None,
+        "hub id, or local .json, .jsonl, .csv or .parquet file or folder (image: also a folder with one "
+        f"subfolder of images per class); with --task_name by default {HUB_ID} on the hub",
+    )
     max_length: int = flag(128, "tokens per sequence; longer ones are cut at the end (a pair: the longer text)")
     eval_dataset_name_or_path: str | None = flag(
         None, "validation data, as the training data; by default that data set's validation split"
@@ -111,13 +117,8 @@ class LabelledRowsArguments(RowsArguments):
         False, "batches of texts of about one length: less padding, in an order that is a little less random"
     )
     max_train_rows: int | None = flag(
-        None, "learn from so many rows of the training data, drawn once and the same for every seed"
+        None, "learn from so many rows of the training data, drawn once and the same for every seed", least=2
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_train_rows is not None:
-            require(self.max_train_rows >= 2, f"--max_train_rows {self.max_train_rows}: must be 2 or more")
 
 
 @dataclass
@@ -128,13 +129,12 @@ class LabelledSelectionArguments(SelectionArguments):
         "random",
         f"how they are chosen: {in_words(UNSCORED)}; or by a function of your own, file.py:function. "
         "labelled is another name of supervised, for --task_type token alone",
-        metavar="NAME",
     )
 
     def __post_init__(self) -> None:
         for name in _CAUSAL_ALONE:
             require(
-                getattr(self, name) == self.__dataclass_fields__[name].default,
+                getattr(self, name) == default_of(self.__dataclass_fields__[name]),
                 f"--{name} is for causal language models (finetune.py): leave it out",
             )
         super().__post_init__()
@@ -156,34 +156,29 @@ class LabelledSelectionArguments(SelectionArguments):
 class EncoderAdapterArguments(AdapterArguments):
     """LoRA; a new head is trained whole."""
 
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "names of the linear layers that get adapters, or all-linear"},
-    )
+    lora_target_modules: list[str] = flag(["all-linear"])
 
 
 @dataclass
 class EncoderOptimizationArguments(OptimizationArguments):
     """How the weights move."""
 
-    global_batch_size: int = flag(32, "sequences per optimizer step, over all devices")
-    num_epochs: int = flag(3, "passes over the data")
+    global_batch_size: int = flag(32)
+    num_epochs: int = flag(3)
     learning_rate: float = flag(2e-5, "peak learning rate (with adapters, or from scratch: try 5e-4)")
     warmup_steps: float = flag(
         0.1, "optimizer steps over which the learning rate rises from 0 to its peak; below 1, a share of all steps"
     )
-    lr_scheduler_type: str = flag(
-        "linear", OptimizationArguments.__dataclass_fields__["lr_scheduler_type"].metadata["help"]
+    lr_scheduler_type: str = flag("linear")
+    seeds: list[int] = flag(
+        [],
+        "train once with each of these seeds, into seed-1/, seed-2/, ..., and report mean and "
+        "standard deviation; by default --seed alone",
+        least=0,
     )
-    seeds: list[int] = field(
-        default_factory=list,
-        metadata={"help": "train once with each of these seeds, into seed-1/, seed-2/, ..., and report mean and "
-                          "standard deviation; by default --seed alone"},
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(all(seed >= 0 for seed in self.seeds), f"--seeds {self.seeds}: must be 0 or more")
         require(len(set(self.seeds)) == len(self.seeds), f"--seeds {self.seeds}: one seed occurs twice")
 
 
@@ -219,6 +214,12 @@ class ClassificationArguments(Arguments):
             self.selection.selection not in ("labelled", "supervised") or self.task.task_type == "token",
             f"--selection {self.selection.selection} needs a label for each word: it does not go with --task_type "
             f"{self.task.task_type}",
+        )
+        answers = self.selection.tokentune and isinstance(self.selection.selected, Answers)
+        require(
+            not answers or self.task.task_type == "token",
+            f"--prefix_length {self.selection.prefix_length} needs a label for each word: it does not go with "
+            f"--task_type {self.task.task_type}",
         )
         require(
             not (self.data.group_by_length and self.task.task_type == "image"),

@@ -1,76 +1,64 @@
 """Flags: the rows that are learnt from and evaluated on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tokentune.settings.flags import flag, require
+from tokentune.settings.flags import REQUIRED, Group, flag, require
 
 DEFAULT_TEMPLATE = str(Path(__file__).resolve().parents[1] / "alpaca_template.json")
 
+_SPLIT = "the split of the training data, where the folder or hub id has several for it: train_sft, ..."
+_CONFIG = "the configuration of the training data, where the folder or hub id has several: main, ..."
+_ONE_EACH = "one name for all data sets, or one for each"
+
 
 @dataclass
-class RowsArguments:
+class RowsArguments(Group):
     """Which rows are learnt from and evaluated on, and how many tokens of them: every command's."""
 
     _argument_group_name = "data"
-    dataset_name_or_path: str = field(
-        metadata={"help": "hub id, or local .json, .jsonl, .csv or .parquet file or folder; columns: instruction, "
-                          "input (may be absent), output"}
-    )  # fmt: skip
-    max_length: int = flag(1024, "tokens per sequence; longer ones are cut at the end")
-    num_workers: int = flag(0, "data-loader worker processes")
+    dataset_name_or_path: str = flag(
+        REQUIRED,
+        "hub id, or local .json, .jsonl, .csv or .parquet file or folder; columns: instruction, "
+        "input (may be absent), output",
+        filled="a hub id, a file or a folder",
+    )
+    max_length: int = flag(1024, "tokens per sequence; longer ones are cut at the end", least=2)
+    num_workers: int = flag(0, "data-loader worker processes", least=0)
     eval_dataset_name_or_path: str | None = flag(
         None, "validation data, as the training data: its loss (all tokens, no selection) before and after training"
     )
-    eval_steps: int | None = flag(None, "also every so many optimizer steps")
-    dataset_split: str | None = flag(
-        None, "the split of the training data, where the folder or hub id has several for it: train_sft, ..."
+    eval_steps: int | None = flag(None, "also every so many optimizer steps", least=1)
+    dataset_split: str | None = flag(None, _SPLIT, filled="a name, or leave it out")
+    dataset_config: str | None = flag(None, _CONFIG, filled="a name, or leave it out")
+    eval_dataset_split: str | None = flag(
+        None, "as --dataset_split, of the validation data", filled="a name, or leave it out"
     )
-    dataset_config: str | None = flag(
-        None, "the configuration of the training data, where the folder or hub id has several: main, ..."
+    eval_dataset_config: str | None = flag(
+        None, "as --dataset_config, of the validation data", filled="a name, or leave it out"
     )
-    eval_dataset_split: str | None = flag(None, "as --dataset_split, of the validation data")
-    eval_dataset_config: str | None = flag(None, "as --dataset_config, of the validation data")
     bad_rows: Literal["stop", "skip"] = flag(
         "stop", "what becomes of a run with rows that cannot be used: it ends and names them, or they are left out"
     )
-
-    def __post_init__(self) -> None:
-        require(self.dataset_name_or_path != "", "--dataset_name_or_path is empty: give a hub id, a file or a folder")
-        require(self.max_length >= 2, f"--max_length {self.max_length}: a sequence needs at least two tokens")
-        require(self.num_workers >= 0, f"--num_workers {self.num_workers}: must be 0 or more")
-        if self.eval_steps is not None:
-            require(self.eval_steps >= 1, f"--eval_steps {self.eval_steps}: must be 1 or more")
-        for name in ("dataset_split", "dataset_config", "eval_dataset_split", "eval_dataset_config"):
-            require(getattr(self, name) != "", f"--{name} is empty: leave it out, or give a name")
 
 
 @dataclass
 class DataArguments(RowsArguments):
     """Instruction data, conversations or plain text, and the prompt that they are put into."""
 
-    dataset_name_or_path: list[str] = field(
-        metadata={"help": "one or several of: hub id, or local .json, .jsonl, .csv or .parquet file or folder; "
-                          "--data_format says what their columns may be"}
-    )  # fmt: skip
-    dataset_weights: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "the share of each of several data sets in what is trained on, e.g. 0.7 0.3: rows of those "
-            "that are too small for theirs come several times; by default every row once"
-        },
+    dataset_name_or_path: list[str] = flag(
+        REQUIRED,
+        "one or several of: hub id, or local .json, .jsonl, .csv or .parquet file or folder; "
+        "--data_format says what their columns may be",
     )
-    dataset_split: list[str] = field(
-        default_factory=list,
-        metadata={"help": RowsArguments.__dataclass_fields__["dataset_split"].metadata["help"] + "; one name for all "
-                          "data sets, or one for each"},
-    )  # fmt: skip
-    dataset_config: list[str] = field(
-        default_factory=list,
-        metadata={"help": RowsArguments.__dataclass_fields__["dataset_config"].metadata["help"] + "; one name for all "
-                          "data sets, or one for each"},
-    )  # fmt: skip
+    dataset_weights: list[float] = flag(
+        [],
+        "the share of each of several data sets in what is trained on, e.g. 0.7 0.3: rows of those "
+        "that are too small for theirs come several times; by default every row once",
+    )
+    dataset_split: list[str] = flag([], f"{_SPLIT}; {_ONE_EACH}")
+    dataset_config: list[str] = flag([], f"{_CONFIG}; {_ONE_EACH}")
     data_format: Literal["auto", "alpaca", "alpaca_chat", "prompt_completion", "messages", "sharegpt", "text"] = flag(
         "auto",
         "auto: told by the columns; alpaca: instruction, input (may be absent), output; alpaca_chat: the same as a "
@@ -82,13 +70,17 @@ class DataArguments(RowsArguments):
         DEFAULT_TEMPLATE, "JSON file with prompt_input, prompt_no_input and response_split"
     )
     chat_template: str | None = flag(
-        None, "Jinja file to put conversations into, instead of the tokenizer's own chat template"
+        None,
+        "Jinja file to put conversations into, instead of the tokenizer's own chat template",
+        filled="a path, or leave it out",
     )
     system_in_user: bool = flag(
         False, "put system and developer messages in front of the user's, for chat templates without such a role"
     )
     tokenize_workers: int | None = flag(
-        None, "processes that tokenize; by default one for each core, up to 8, where there are more than 1,000 rows"
+        None,
+        "processes that tokenize; by default one for each core, up to 8, where there are more than 1,000 rows",
+        least=1,
     )
     add_eos_token: bool = flag(False, "end every answer with the end-of-sequence token, and learn it")
     long_rows: Literal["cut", "drop"] = flag("cut", "what becomes of rows longer than --max_length")
@@ -104,18 +96,14 @@ class DataArguments(RowsArguments):
     data_cache: str = flag(
         "auto",
         "folder where tokenized data is kept for the next run; auto: below the Hugging Face cache; none: nowhere",
+        filled="a path, or leave it out",
     )
 
     def __post_init__(self) -> None:
-        RowsArguments.__post_init__(self)
-        require("" not in self.dataset_name_or_path, "--dataset_name_or_path: one of the names is empty")
+        super().__post_init__()
         self._check_weights()
         self._check_choices()
         self._check_streaming()
-        require(
-            self.tokenize_workers is None or self.tokenize_workers >= 1,
-            f"--tokenize_workers {self.tokenize_workers}: must be 1 or more",
-        )
         if self.eval_fraction is not None:
             fraction = f"--eval_fraction {self.eval_fraction}"
             require(0 < self.eval_fraction < 1, f"{fraction}: give a share between 0 and 1, such as 0.05")
@@ -123,8 +111,6 @@ class DataArguments(RowsArguments):
                 self.eval_dataset_name_or_path is None,
                 f"{fraction} and --eval_dataset_name_or_path both say what to evaluate on: give one of them",
             )
-        for name in ("data_cache", "chat_template"):
-            require(getattr(self, name) != "", f"--{name} is empty: leave it out, or give a path")
         require(
             self.eval_steps is None or self.eval_dataset_name_or_path is not None or self.eval_fraction is not None,
             "--eval_steps needs data to evaluate on: add --eval_dataset_name_or_path or --eval_fraction",
@@ -144,7 +130,6 @@ class DataArguments(RowsArguments):
     def _check_choices(self) -> None:
         names = self.dataset_name_or_path
         for what, given in (("split", self.dataset_split), ("config", self.dataset_config)):
-            require("" not in given, f"--dataset_{what}: one of the names is empty")
             require(
                 len(given) in (0, 1, len(names)),
                 f"--dataset_{what} {' '.join(given)}: {len(given)} names for {len(names)} data sets; give one for all, "

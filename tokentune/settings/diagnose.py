@@ -13,58 +13,49 @@ from tokentune.processes import process_count
 from tokentune.settings import machine
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
-from tokentune.settings.flags import flag, require
+from tokentune.settings.flags import Group, default_of, flag, require
 from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
 
 
-def fixed(group: type, **values: Any) -> type:
-    """A group of flags in which these are no flags any more, but hold these values."""
-    kinds = {name: attribute.type for name, attribute in group.__dataclass_fields__.items()}
-    changed = make_dataclass(
-        group.__name__,
-        [
-            (name, kinds[name], field(default_factory=lambda value=value: value, init=False))
-            for name, value in values.items()
-        ],
-        bases=(group,),
-    )
+def fixed(group: type, *, keep: tuple[str, ...] | None = None, **values: Any) -> type:
+    """A group of flags in which `values` are no flags any more; `keep`: nor are others than these, with defaults."""
+    attributes = group.__dataclass_fields__
+    if keep is not None:
+        others = {name: default_of(attribute) for name, attribute in attributes.items() if name not in keep}
+        values = others | values
+    held = [
+        (name, attributes[name].type, field(default_factory=lambda value=value: value, init=False))
+        for name, value in values.items()
+    ]
+    changed = make_dataclass(group.__name__, held, bases=(group,))
     # Without a flag the group has nothing to be described in the help.
-    changed.__doc__ = "" if len(values) == len(kinds) else group.__doc__
+    changed.__doc__ = "" if len(values) == len(attributes) else group.__doc__
     return changed
 
 
-def all_fixed(group: type, keep: tuple[str, ...] = (), **values: Any) -> type:
-    """A group of flags of which `keep` are left; the others hold these values, or their defaults."""
-    fields = group.__dataclass_fields__.items()
-    defaults = {n: f.default_factory() if callable(f.default_factory) else f.default for n, f in fields}
-    return fixed(group, **{name: values.get(name, value) for name, value in defaults.items() if name not in keep})
-
-
 @dataclass
-class DiagnosisArguments:
+class DiagnosisArguments(Group):
     """What is compared with the gradient over all tokens."""
 
     _argument_group_name = "diagnosis"
-    proportions: list[float] = field(
-        default_factory=lambda: [0.1, 0.2, 0.3, 0.5],
-        metadata={"help": "of each row's tokens that are selected, one or several"},
+    proportions: list[float] = flag([0.1, 0.2, 0.3, 0.5], "of each row's tokens that are selected, one or several")
+    strategies: list[str] = flag([], "how they are chosen, one or several of --selection's; by default that one alone")
+    corrections: list[float] = flag(
+        [0.0], "--gradient_correction, one or several: 0 is the paper's method, 1 full correction"
     )
-    strategies: list[str] = field(
-        default_factory=list,
-        metadata={"help": "how they are chosen, one or several of --selection's; by default that one alone"},
+    rows: int = flag(32, "training rows that the gradients are taken over, chosen by --seed", least=2)
+    draws: int = flag(24, "selections that are drawn for each proportion, strategy and correction", least=2)
+    micro_batch_size: int = flag(8, "sequences per forward pass: memory is that of training with as many", least=1)
+    output: str = flag(
+        "diagnosis.json", "JSON file to write, over an older one too", metavar="FILE", filled="a JSON file"
     )
-    corrections: list[float] = field(
-        default_factory=lambda: [0.0],
-        metadata={"help": "--gradient_correction, one or several: 0 is the paper's method, 1 full correction"},
+    figure: str | None = flag(
+        None, "folder to draw the results in, as two PNG files", metavar="FOLDER", filled="a folder"
     )
-    rows: int = flag(32, "training rows that the gradients are taken over, chosen by --seed")
-    draws: int = flag(24, "selections that are drawn for each proportion, strategy and correction")
-    micro_batch_size: int = flag(8, "sequences per forward pass: memory is that of training with as many")
-    output: str = flag("diagnosis.json", "JSON file to write, over an older one too", metavar="FILE")
-    figure: str | None = flag(None, "folder to draw the results in, as two PNG files", metavar="FOLDER")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for value in self.proportions:
             require(0 < value <= 1, f"--proportions {value}: must be above 0 and at most 1")
         for value in self.corrections:
@@ -73,16 +64,11 @@ class DiagnosisArguments:
             values = getattr(self, name)
             twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
             require(twice is None, f"--{name}: {twice} occurs twice")
-        for name in ("rows", "draws"):
-            value = getattr(self, name)
-            require(value >= 2, f"--{name} {value}: a variance takes at least 2")
-        require(self.micro_batch_size >= 1, f"--micro_batch_size {self.micro_batch_size}: must be 1 or more")
         output = Path(self.output).expanduser()
-        require(self.output != "" and not output.is_dir(), f"--output {self.output or 'is empty'}: give a JSON file")
+        require(not output.is_dir(), f"--output {self.output}: give a JSON file")
         require(output.resolve().parent.is_dir(), f"--output {self.output}: there is no such folder")
         if self.figure is not None:
             folder = Path(self.figure).expanduser()
-            require(self.figure != "", "--figure is empty: give a folder")
             require(folder.is_dir() or not folder.exists(), f"--figure {self.figure} is a file: give a folder")
 
 
@@ -126,9 +112,9 @@ class DiagnoseArguments(FinetuneArguments):
     selection: ComparedSelection
     memory: fixed(MemoryArguments, report_memory=False, memory_snapshot=None)
     adapters: AdapterArguments
-    optimization: all_fixed(OptimizationArguments, keep=("seed",), global_batch_size=1)
-    output: all_fixed(OutputArguments, report_to=[])
-    run: all_fixed(RunArguments)
+    optimization: fixed(OptimizationArguments, keep=("seed",), global_batch_size=1)
+    output: fixed(OutputArguments, keep=(), report_to=[])
+    run: fixed(RunArguments, keep=())
     diagnosis: DiagnosisArguments
 
     def __post_init__(self) -> None:

@@ -1,12 +1,12 @@
 """Every flag of `estimate.py`: those of `finetune.py`, of which only the model is needed, and what is asked."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
-from tokentune.settings.flags import flag, require
+from tokentune.settings.flags import Group, flag, require
 from tokentune.settings.model import ModelArguments
 from tokentune.settings.presets import PRESETS
 from tokentune.settings.run import OutputArguments
@@ -33,9 +33,7 @@ class EstimatedModelArguments(ModelArguments):
 class UnusedDataArguments(DataArguments):
     """No rows are read."""
 
-    dataset_name_or_path: list[str] = field(
-        default_factory=lambda: ["unused"], metadata={"help": "accepted, not read: an estimate needs no data"}
-    )
+    dataset_name_or_path: list[str] = flag(["unused"], "accepted, not read: an estimate needs no data")
 
 
 @dataclass
@@ -48,14 +46,14 @@ class UnusedOutputArguments(OutputArguments):
 
 
 @dataclass
-class EstimationArguments:
+class EstimationArguments(Group):
     """What is asked; all flags of finetune.py can be given besides."""
 
     _argument_group_name = "estimate"
     find: Literal["proportion", "batch", "length"] | None = flag(None, "the largest that fits --memory")
     memory: float | None = flag(None, "of the card, as it is sold (24: 24 x 10^9 bytes)", metavar="GB")
     only: bool = flag(False, "only the mode that the flags choose, no table of all")
-    num_processes: int = flag(1, "GPUs that share the training")
+    num_processes: int = flag(1, "GPUs that share the training", least=1)
     sharding: Literal["ddp", "zero2", "fsdp"] | None = flag(
         None,
         "what is split between them: ddp nothing, zero2 optimizer and gradients, fsdp the weights as well (ddp)",
@@ -64,13 +62,13 @@ class EstimationArguments:
     json: str | None = flag(None, "write the numbers there, in bytes", metavar="FILE")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.find is None or self.memory is not None,
             f"--find {self.find} needs the size of the card: add --memory 24 (GB)",
         )
         require(self.memory is None or self.memory > 0, f"--memory {self.memory or 0:g}: must be above 0 (GB)")
         require(self.memory is None or self.find is not None, "--memory goes with --find proportion, batch or length")
-        require(self.num_processes >= 1, f"--num_processes {self.num_processes}: must be 1 or more")
         several = self.num_processes > 1
         require(
             several or not self.sharding, f"--sharding {self.sharding} is about several GPUs: add --num_processes 8"

@@ -13,7 +13,9 @@ import copy
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
+from tokentune.processes import engine
 from tokentune.settings.data import DataArguments
+from tokentune.settings.engines import check_engine
 from tokentune.settings.flags import log_without_effect, require
 from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
@@ -48,8 +50,9 @@ class Arguments:
             f"--optim {self.optimization.optim} projects gradients of whole weight matrices to a low rank, which those "
             "of adapters have already: leave --lora and --qlora out, or take another --optim",
         )
+        check_engine(self.prog, self.settings())
         if not self.selection.tokentune:
-            log_without_effect(self.memory, ("checkpoint_rest", "offload_kv", "chunked_loss"), "--tokentune")
+            log_without_effect(self.memory, ("checkpoint_rest", "offload_kv"), "--tokentune")
 
     def settings(self) -> dict[str, Any]:
         """Every flag's name and value, in one level."""
@@ -96,9 +99,29 @@ class FinetuneArguments(Arguments):
             "--gradient_accumulation_steps",
         )
         self._check_packing()
+        self._check_diagnosing()
         require(
             not data.streaming or self.optimization.max_steps is not None,
             "--streaming cannot know how many rows there are: add --max_steps",
+        )
+
+    def _check_diagnosing(self) -> None:
+        """There has to be a moment at which whole gradients are there, in one process."""
+        steps, optimization = self.selection.diagnose_steps, self.optimization
+        if steps is None:
+            return
+        flag = f"--diagnose_steps {steps}"
+        require(self.prog == "finetune.py", f"{flag} is for finetune.py: leave it out")
+        require(
+            not optimization.optim_in_backward and "lomo" not in optimization.optim,
+            f"{flag} compares whole gradients, of which an optimizer in the backward pass leaves none: drop "
+            "--optim_in_backward, or take another --optim",
+        )
+        require(not self.model.fp16, f"{flag} with --fp16: gradients are there scaled alone; use --bf16, or neither")
+        require(
+            engine() is None,
+            f"{flag} compares gradients within one process, and {engine()} adds them up over several: try it without "
+            "the launcher, on fewer rows",
         )
 
     def _check_packing(self) -> None:

@@ -2,18 +2,56 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import field, fields
+from dataclasses import MISSING, Field, field, fields
+from types import MappingProxyType
 from typing import Any
 from unicodedata import category
 
 from tokentune.errors import UserError
 
 logger = logging.getLogger(__name__)
+REQUIRED = MISSING
 
 
-def flag(default: Any, help: str, *, metavar: str | None = None) -> Any:
-    """A field of a dataclass of flags. `metavar`: what stands for its value in the help; None: told by its type."""
-    return field(default=default, metadata={"help": help} | ({} if metavar is None else {"metavar": metavar}))
+def flag(default: Any, help: str = "", *, least: float | None = None, filled: str = "", **options: Any) -> Any:
+    """A field of a `Group`; one that is declared anew in a derived group keeps what is left out here.
+
+    Args:
+        default: a list is copied; `REQUIRED`: there is none.
+        least: the smallest number that is allowed.
+        filled: what to give instead of an empty text, which is refused.
+        options: of argparse's `add_argument`; `metavar` is otherwise told by the type.
+    """
+    said = {"help": help, "least": least, "filled": filled, "options": options}
+    metadata = {name: value for name, value in said.items() if value not in ("", None, {})}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def default_of(attribute: Field) -> Any:
+    """The default of a dataclass's field; `REQUIRED`: there is none."""
+    return attribute.default if attribute.default_factory is MISSING else attribute.default_factory()
+
+
+class Group:
+    """Flags that belong together: a dataclass whose `__post_init__` refuses, UserError, values that cannot work."""
+
+    def __init_subclass__(cls) -> None:
+        known = getattr(cls, "__dataclass_fields__", {})  # of the group that this one is derived from
+        for name in known.keys() & vars(cls).keys():
+            if isinstance(anew := vars(cls)[name], Field):
+                anew.metadata = MappingProxyType({**known[name].metadata, **anew.metadata})
+
+    def __post_init__(self) -> None:
+        for attribute in fields(self):
+            name, least, value = attribute.name, attribute.metadata.get("least"), getattr(self, attribute.name)
+            values = value if isinstance(value, list) else [value]
+            if filled := attribute.metadata.get("filled"):
+                require("" not in values, f"--{name} is empty: give {filled}")
+            if least is not None and value is not None:
+                fits = all(least <= number < float("inf") for number in values)  # NaN does not
+                require(fits, f"--{name} {value}: must be {least} or more")
 
 
 def require(condition: bool, message: str) -> None:
@@ -30,7 +68,6 @@ def check_characters(text: str, where: str) -> None:
 
 def log_without_effect(group: Any, names: Sequence[str], needed: str) -> None:
     """Warns of each flag in `names` that is given although what it needs is not."""
-    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(group)}
     for name in names:
-        if getattr(group, name) != defaults[name]:
+        if getattr(group, name) != default_of(group.__dataclass_fields__[name]):
             logger.warning("--%s has no effect without %s", name, needed)

@@ -1,24 +1,26 @@
 """Flags: the model, what of it keeps gradients, what is kept for the backward pass, and adapters."""
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from tokentune.errors import UserError
 from tokentune.sampling.meanings import SCORED, UNSCORED, in_words
-from tokentune.sampling.schedule import Schedule, parse_prefix_length
+from tokentune.sampling.schedule import Answers, Schedule, parse_prefix_length
 from tokentune.settings import machine
-from tokentune.settings.flags import flag, log_without_effect, require
+from tokentune.settings.flags import REQUIRED, Group, flag, log_without_effect, require
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Group):
     """Which model, and how its weights are held."""
 
     _argument_group_name = "model"
-    model_name_or_path: str = field(metadata={"help": "hub id or local folder of a causal language model"})
+    model_name_or_path: str = flag(
+        REQUIRED, "hub id or local folder of a causal language model", filled="a hub id or a local folder"
+    )
     base_dtype: Literal["auto", "float32", "float16", "bfloat16"] = flag(
         "auto",
         "how the base's weights are held. auto: with adapters the checkpoint's own type; without, float32 masters, "
@@ -48,7 +50,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        require(self.model_name_or_path != "", "--model_name_or_path is empty: give a hub id or a local folder")
+        super().__post_init__()
         require(not (self.bf16 and self.fp16), "--bf16 and --fp16 exclude each other: give one of them")
         require(
             not self.fp16 or machine.has_accelerator(),
@@ -73,15 +75,16 @@ class ModelArguments:
 
 
 @dataclass
-class SelectionArguments:
+class SelectionArguments(Group):
     """TokenTune itself: gradients for a subset of the tokens."""
 
     _argument_group_name = "selective backpropagation"
     tokentune: bool = flag(False, "backpropagate through selected tokens alone")
     prefix_length: str = flag(
         "100",
-        "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); from "
-        "one to another over the run: 0.1:0.5; without --tokentune it does nothing",
+        "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); "
+        "answers: all that predict a supervised one, answers+0.1: and a tenth of the others; from one to another over "
+        "the run: 0.1:0.5; without --tokentune it does nothing",
         metavar="NUMBER",
     )
     selection: str = flag(
@@ -103,6 +106,7 @@ class SelectionArguments:
     selection_layers: int | None = flag(
         None,
         "scores from the first N layers alone, a cheaper pass; the selected tokens then run beside all others as ever",
+        least=1,
     )
     selection_reference_model: str | None = flag(
         None, "the model whose loss excess_loss takes off: hub id or local folder, with the same tokenizer"
@@ -116,24 +120,33 @@ class SelectionArguments:
         None,
         "every N steps also take the gradient over all tokens, and log the selective one's cosine to it and their "
         "relative difference; such a step takes the time and memory of full training besides, training stays the same",
+        least=1,
     )
     skip_verification: bool = flag(
         False, "do not compare a tiny copy of the model with the method's definition first: at your own risk"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             parsed = parse_prefix_length(self.prefix_length)
         except ValueError as error:
             raise UserError(f"--prefix_length {self.prefix_length}: {error}") from None
         self.schedule = parsed if isinstance(parsed, Schedule) else None
         self.selected = parsed.largest if isinstance(parsed, Schedule) else parsed  # what there has to be room for
+        steps = self.diagnose_steps
+        require(
+            steps is None or self.tokentune,
+            f"--diagnose_steps {steps} compares the selective gradient with the full one: add --tokentune",
+        )
         registered = machine.strategy_of(self.selection)
         self._check_scores(registered.needs)
         require(
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
         )
+        if isinstance(self.selected, Answers) and self.tokentune:
+            self._check_answers()
         told = registered.even or (registered.needs and self.selection_draw == "proportional")
         if self.gradient_correction > 0 and not told:
             logger.warning(
@@ -144,6 +157,28 @@ class SelectionArguments:
         if not self.tokentune:
             names = [f.name for f in fields(self) if f.name not in ("tokentune", "diagnose_steps")]
             log_without_effect(self, names, "--tokentune")
+
+    def _check_answers(self) -> None:
+        """What goes with a selection of all supervised tokens."""
+        asked, name = f"--prefix_length {self.prefix_length}", self.selection
+        require(
+            not self.scored and name != "reference",
+            f"{asked} with --selection {name}, which draws for a whole row: take one without scores, such as "
+            "stratified, that can choose among the other tokens alone",
+        )
+        require(
+            self.selected.share > 0 or name == self.__dataclass_fields__["selection"].default,
+            f"{asked} with --selection {name}: it has nothing to choose; add a share of the other tokens, as in "
+            "answers+0.1, or leave it out",
+        )
+        require(
+            not self.selection_pass,
+            f"{asked} with --selection_pass: every supervised token has its loss already; leave one of them out",
+        )
+        require(
+            self.gradient_correction == 0,
+            f"{asked} with --gradient_correction: it takes a row's tokens to be drawn alike; leave one of them out",
+        )
 
     def _check_scores(self, needs: tuple[str, ...]) -> None:
         """What goes with a strategy's scores, or takes some."""
@@ -156,7 +191,6 @@ class SelectionArguments:
             "--selection_reference_model is for --selection excess_loss: leave it out, or take that one",
         )
         layers = self.selection_layers
-        require(layers is None or layers >= 1, f"--selection_layers {layers}: must be 1 or more")
         require(
             layers is None or bool(needs),
             f"--selection_layers {layers}: --selection {self.selection} has no scores; leave it out",
@@ -176,7 +210,7 @@ class SelectionArguments:
 
 
 @dataclass
-class MemoryArguments:
+class MemoryArguments(Group):
     """What is kept for the backward pass, and where."""
 
     _argument_group_name = "memory"
@@ -193,8 +227,8 @@ class MemoryArguments:
     offload_kv: bool = flag(False, "keep that in the CPU's memory, copied beside the GPU's work")
     chunked_loss: Literal["auto", "on", "off"] = flag(
         "auto",
-        "take --tokentune's loss a chunk of rows at a time, so that the logits of a large vocabulary are never there "
-        "as a whole; auto: where it costs no time (adapters) or with --gradient_checkpointing",
+        "take the loss a chunk of rows at a time, so that the logits of a large vocabulary are never there as a whole; "
+        "auto: with --tokentune, where it costs no time (adapters) or with --gradient_checkpointing",
     )
     report_memory: bool = flag(
         False, "after the run, say what its memory held and what would help most (also in memory_report.json)"
@@ -216,23 +250,22 @@ class MemoryArguments:
 
 
 @dataclass
-class AdapterArguments:
+class AdapterArguments(Group):
     """LoRA and QLoRA."""
 
     _argument_group_name = "adapters"
     lora: bool = flag(False, "train low-rank adapters, freeze the base")
     qlora: bool = flag(False, "the same over a 4-bit base (NF4, double quantisation); implies --lora")
-    lora_r: int = flag(8, "rank")
+    lora_r: int = flag(8, "rank", least=1)
     lora_alpha: int = flag(16, "scale: the adapter's output is multiplied by alpha / rank")
     lora_dropout: float = flag(0.05, "dropout in front of the adapters")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["gate_proj", "down_proj", "up_proj"],
-        metadata={"help": "names of the linear layers that get adapters, or all-linear"},
+    lora_target_modules: list[str] = flag(
+        ["gate_proj", "down_proj", "up_proj"], "names of the linear layers that get adapters, or all-linear"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.lora = self.lora or self.qlora
-        require(self.lora_r >= 1, f"--lora_r {self.lora_r}: the rank must be 1 or more")
         require(self.lora_alpha > 0, f"--lora_alpha {self.lora_alpha}: must be above 0, or the adapters do nothing")
         require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
         if not self.lora:

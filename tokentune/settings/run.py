@@ -1,11 +1,12 @@
 """Flags: how the weights move, and what is written where and how often."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 from tokentune.processes import process_count
 from tokentune.settings import machine
-from tokentune.settings.flags import flag, log_without_effect, require
+from tokentune.settings.flags import Group, flag, log_without_effect, require
 
 logger = logging.getLogger(__name__)
 
@@ -17,19 +18,21 @@ SCHEDULES = (
 
 
 @dataclass
-class OptimizationArguments:
+class OptimizationArguments(Group):
     """How the weights move."""
 
     _argument_group_name = "optimization"
-    global_batch_size: int = flag(128, "sequences per optimizer step, over all devices")
+    global_batch_size: int = flag(128, "sequences per optimizer step, over all devices", least=1)
     gradient_accumulation_steps: int = flag(
-        1, "micro-batches per optimizer step; a micro-batch holds global batch / accumulation / devices sequences"
+        1,
+        "micro-batches per optimizer step; a micro-batch holds global batch / accumulation / devices sequences",
+        least=1,
     )
-    num_epochs: int = flag(1, "passes over the data")
-    max_steps: int | None = flag(None, "end after so many optimizer steps, whatever --num_epochs says")
-    learning_rate: float = flag(1.5e-4, "peak learning rate")
-    weight_decay: float = flag(0.01, "decoupled weight decay")
-    warmup_steps: int = flag(3000, "optimizer steps over which the learning rate rises from 0 to its peak")
+    num_epochs: int = flag(1, "passes over the data", least=1)
+    max_steps: int | None = flag(None, "end after so many optimizer steps, whatever --num_epochs says", least=1)
+    learning_rate: float = flag(1.5e-4, "peak learning rate", least=0)
+    weight_decay: float = flag(0.01, "decoupled weight decay", least=0)
+    warmup_steps: int = flag(3000, "optimizer steps over which the learning rate rises from 0 to its peak", least=0)
     lr_scheduler_type: str = flag("cosine", f"what it does afterwards: {', '.join(SCHEDULES)}")
     optim: str = flag(
         "adamw_torch",
@@ -44,25 +47,22 @@ class OptimizationArguments:
         "apply each gradient in the backward pass, as soon as it is complete, and free it: there is never more than "
         "one; takes --max_grad_norm 0 and no accumulation",
     )
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this common norm; 0: not")
-    seed: int = flag(42, "of the order of the data, the selection, dropout and the adapters' first values")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this common norm; 0: not", least=0)
+    seed: int = flag(42, "of the order of the data, the selection, dropout and the adapters' first values", least=0)
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} {value}: must be 1 or more")
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed"):
-            require(0 <= getattr(self, name) < float("inf"), f"--{name} {getattr(self, name)}: must be 0 or more")
+        super().__post_init__()
         require(self.learning_rate > 0, "--learning_rate 0: nothing would be learnt")
         require(
             self.lr_scheduler_type in SCHEDULES,
             f"--lr_scheduler_type {self.lr_scheduler_type}: choose from {', '.join(SCHEDULES)}",
         )
-        optimizers = machine.optimizer_names()
-        require(
-            self.optim in optimizers,
-            f"--optim {self.optim}: the Trainer has no such optimizer; it has {', '.join(optimizers)}",
-        )
+        if self.optim != "adamw_torch":  # which is there: the import of all names takes seconds
+            names = machine.optimizer_names()
+            require(
+                self.optim in names,
+                f"--optim {self.optim}: the Trainer has no such optimizer; it has {', '.join(names)}",
+            )
         self._check_in_backward()
         share = self.gradient_accumulation_steps * process_count()
         require(
@@ -100,30 +100,33 @@ class OptimizationArguments:
 
 
 @dataclass
-class OutputArguments:
+class OutputArguments(Group):
     """What is written, where and how often."""
 
     _argument_group_name = "output"
-    model_save_path: str = flag("./models/", "where the run's folder is made; its name tells model, data and method")
+    model_save_path: str = flag(
+        "./models/", "where the run's folder is made; its name tells model, data and method", filled="a folder"
+    )
     overwrite_output_dir: bool = flag(False, "replace the run that the run's folder already holds")
-    save_steps: int = flag(50000, "optimizer steps between checkpoints")
-    save_total_limit: int = flag(10, "checkpoints to keep; older ones are deleted")
-    logging_steps: int = flag(1000, "optimizer steps between log lines; the first and the last step always get one")
+    save_steps: int = flag(50000, "optimizer steps between checkpoints", least=1)
+    save_total_limit: int = flag(10, "checkpoints to keep; older ones are deleted", least=1)
+    logging_steps: int = flag(
+        1000, "optimizer steps between log lines; the first and the last step always get one", least=1
+    )
     logging_dir: str | None = flag(None, "folder for the TensorBoard files; default: runs/ in the run's folder")
-    report_to: list[str] = field(
-        default_factory=lambda: ["tensorboard"],
-        metadata={"help": "where the log goes: none, or any trackers that the Trainer knows (tensorboard, wandb, ...)"},
+    report_to: list[str] = flag(
+        ["tensorboard"], "where the log goes: none, or any trackers that the Trainer knows (tensorboard, wandb, ...)"
     )
     print_run_folder: bool = flag(False, "print the path of the run's folder, do nothing else")
 
     def __post_init__(self) -> None:
-        require(self.model_save_path != "", "--model_save_path is empty: give a folder")
-        for name in ("save_steps", "save_total_limit", "logging_steps"):
-            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
+        super().__post_init__()
         if self.report_to == ["none"]:
             self.report_to = []
         require("none" not in self.report_to, f"--report_to {' '.join(self.report_to)}: none, or the others")
         for name in self.report_to:
+            if name == "tensorboard" and find_spec(name):  # without the import of the Trainer, which takes seconds
+                continue
             known, installed = machine.trackers()
             require(name in known, f"--report_to {name}: choose none, or from {', '.join(known)}")
             require(
@@ -135,24 +138,28 @@ class OutputArguments:
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Group):
     """How a run begins, is watched and ends."""
 
     _argument_group_name = "run"
-    preview: int | None = field(
-        default=None,
-        metadata={"help": "print so many examples (5 where no number is given) with their tokens coloured by role, and "
-                          "what the data holds, and stop", "nargs": "?", "const": 5},
-    )  # fmt: skip
+    preview: int | None = flag(
+        None,
+        "print so many examples (5 where no number is given) with their tokens coloured by role, and "
+        "what the data holds, and stop",
+        nargs="?",
+        const=5,
+        least=1,
+    )
     dry_run: bool = flag(False, "do everything but the training steps: read, check, build, and say what would be done")
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "go on where a checkpoint was written: its folder, or last (also where nothing is given) for "
-                          "the newest good one of the run's folder, from the beginning where there is none yet",
-                  "nargs": "?", "const": "last"},
-    )  # fmt: skip
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "go on where a checkpoint was written: its folder, or last (also where nothing is given) for "
+        "the newest good one of the run's folder, from the beginning where there is none yet",
+        nargs="?",
+        const="last",
+    )
     early_stopping_patience: int | None = flag(
-        None, "stop after so many evaluations in a row without a lower validation loss"
+        None, "stop after so many evaluations in a row without a lower validation loss", least=1
     )
     load_best_model_at_end: bool = flag(
         False, "save the weights with the lowest validation loss, not the last ones; every evaluation may save"
@@ -161,17 +168,17 @@ class RunArguments:
         False, "find the largest micro-batch that fits, by trying; the global batch, and so the result, stays"
     )
     skip_memory_probe: bool = flag(False, "do not try the longest batch before training")
-    push_to_hub: str | None = field(
-        default=None,
-        metadata={"help": "afterwards, upload the run's folder without its checkpoints to the hub, into a private "
-                          "repository: owner/name, or by itself the folder's name", "nargs": "?", "const": ""},
-    )  # fmt: skip
+    push_to_hub: str | None = flag(
+        None,
+        "afterwards, upload the run's folder without its checkpoints to the hub, into a private "
+        "repository: owner/name, or by itself the folder's name",
+        nargs="?",
+        const="",
+    )
     hub_public: bool = flag(False, "... into a public one, where it is new")
 
     def __post_init__(self) -> None:
-        for name in ("preview", "early_stopping_patience"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} {value}: must be 1 or more")
+        super().__post_init__()
         if self.push_to_hub is None:
             log_without_effect(self, ("hub_public",), "--push_to_hub")
 

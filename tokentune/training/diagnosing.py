@@ -20,38 +20,17 @@ from transformers import Trainer
 from tokentune.data.collators import ALL_LABELS
 from tokentune.gradients.draw_statistics import inner, squared_distance
 from tokentune.sampling.sampler import IGNORED_LABEL
-from tokentune.settings.finetune import Arguments
-from tokentune.settings.flags import require
-from tokentune.training.distributed.engines import engine
 
 COSINE, RELATIVE_ERROR = "gradient_cosine", "gradient_relative_error"
 # What belongs to a selection, in a batch of the collators.
-_OF_SELECTION = (ALL_LABELS, "selected_positions", "num_supervised", "selection_draws", "selection_weights")
-
-
-def check_diagnosing(arguments: Arguments) -> None:
-    """Refuses --diagnose_steps where there is nothing to compare, or no moment at which the gradients are there."""
-    steps, optimization = arguments.selection.diagnose_steps, arguments.optimization
-    if steps is None:
-        return
-    flag = f"--diagnose_steps {steps}"
-    require(steps >= 1, f"{flag}: must be 1 or more")
-    require(arguments.selection.tokentune, f"{flag} compares the selective gradient with the full one: add --tokentune")
-    require(
-        arguments.prog == "finetune.py",
-        f"{flag} is for causal language models: {arguments.prog} has no gradient over all tokens to compare with",
-    )
-    require(
-        not optimization.optim_in_backward and "lomo" not in optimization.optim,
-        f"{flag} compares whole gradients, of which an optimizer in the backward pass leaves none: drop "
-        "--optim_in_backward, or take another --optim",
-    )
-    require(not arguments.model.fp16, f"{flag} with --fp16: gradients are there scaled alone; use --bf16, or neither")
-    require(
-        engine() is None,
-        f"{flag} compares gradients within one process, and {engine()} adds them up over several: try it without the "
-        "launcher, on fewer rows",
-    )
+_OF_SELECTION = (
+    ALL_LABELS,
+    "selected_positions",
+    "selection_fillers",
+    "num_supervised",
+    "selection_draws",
+    "selection_weights",
+)
 
 
 def for_all_tokens(batch: dict[str, Any]) -> dict[str, Any]:

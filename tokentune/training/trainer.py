@@ -32,6 +32,7 @@ from tokentune.core.patched import last_draw, set_prefix_length
 from tokentune.core.saved_tensors.breakdown import KindOfModule
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.errors import UserError
+from tokentune.sampling.schedule import Size
 from tokentune.settings.finetune import Arguments
 from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import no_empty_folders
@@ -195,7 +196,7 @@ class SelectiveTrainer(Trainer):
             epoch_iterator = map(partial(self.drawn, size=size), epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def drawn(self, batch: dict[str, Tensor], size: int | float) -> dict[str, Tensor]:
+    def drawn(self, batch: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
         """A schedule's batch with a selection of this size; where the model draws, it gets the size."""
         if not self.model_draws:
             return self.data_collator.draw(batch, size)

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
 from tokentune.errors import UserError
+from tokentune.processes import FSDP, engine
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.low_rank import TARGET_MODULES, is_low_rank
-from tokentune.training.distributed.engines import FSDP, engine
 from tokentune.training.optimizers import LAYERWISE, check_optimizer
 
 # Not all of Liger's kernels: its fused loss replaces the model's forward and takes (B, S) rows and labels, where

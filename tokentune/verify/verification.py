@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from tokentune.core.attention.correction import gradient_scales
 from tokentune.core.attention.replaced import replaced_attention
 from tokentune.core.layers import attention_modules, transformer_layers
-from tokentune.core.loss import why_not_in_chunks
+from tokentune.core.loss import take_loss_in_chunks, why_not_in_chunks
 from tokentune.core.patched import last_draw
 from tokentune.core.patching import patched
 from tokentune.core.profile import Profile, Rows
@@ -145,6 +145,26 @@ def _why_whole_logits(trial: Trial, profile: Profile) -> str | None:
     except Exception as error:  # the model's own code may raise anything on no rows
         return f"the loss of {type(tiny).__name__} differs in chunks, or fails: {str(error).splitlines()[0]}"
     return None
+
+
+def verify_chunked_loss(model: PreTrainedModel) -> None:
+    """Compares the loss in chunks, of all tokens of a tiny copy of `model`, with the whole loss.
+
+    Raises UnsupportedModelError with the reason why this model's loss cannot be taken in chunks.
+    """
+    if reason := why_not_in_chunks(model, Profile(Rows.SELECTED, None)):
+        raise UnsupportedModelError(reason)
+    with undisturbed():
+        try:
+            trial = make_trial(tiny_copy(model), "right")
+            _, whole = step(trial.tiny, trial.batch, trial.positions)
+            take_loss_in_chunks(trial.tiny, chunk_bytes=2 * 4 * trial.tiny.config.get_text_config().vocab_size)
+            _, in_chunks = step(trial.tiny, trial.batch, trial.positions)
+            agree_on_gradients(in_chunks, whole, "in chunks")
+        except Exception as error:  # the model's own code may raise anything on no rows
+            raise UnsupportedModelError(
+                f"the loss of {type(model).__name__} differs in chunks, or fails: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _selected_labels(trial: Trial) -> dict[str, Tensor]:

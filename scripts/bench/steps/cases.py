@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tokentune import apply_tokentune, remove_tokentune
+from tokentune.core.loss import take_loss_in_chunks
 from tokentune.models.adapters import add_adapters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -19,9 +20,13 @@ TRAIN = ("full", "lora", "qlora")
 
 @dataclass(frozen=True)
 class Method:
-    """How a step saves memory; `options` go to `apply_tokentune`."""
+    """How a step saves memory; `options` go to `apply_tokentune`.
+
+    chunked: all tokens keep their gradients, and the loss is taken a chunk of rows at a time, as other trainers do.
+    """
 
     tokentune: bool = False
+    chunked: bool = False
     checkpointing: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -29,6 +34,8 @@ class Method:
 METHODS = {
     "full": Method(),
     "checkpointing": Method(checkpointing=True),
+    "full_chunked": Method(chunked=True),
+    "checkpointing_chunked": Method(chunked=True, checkpointing=True),
     "tokentune": Method(tokentune=True),
     "tokentune_checkpointing": Method(tokentune=True, checkpointing=True),
     "tokentune_segments": Method(tokentune=True, checkpointing=True, options={"checkpoint_rest": "segments"}),
@@ -51,7 +58,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """One method; `proportion` is the share of the tokens that TokenTune selects, None for the others."""
+    """One method; `proportion` is the share of the tokens that TokenTune selects.
+
+    None: all tokens in methods that select none, the answers' positions in others.
+    """
 
     method: str
     proportion: float | None = None
@@ -64,6 +74,8 @@ class Case:
     rounds: timed steps per variant; 0: bytes alone, from one forward pass each.
     optimizer: whether AdamW is part of the step (its memory then counts, and its time).
     autocast: forward passes under bfloat16 autocast.
+    answers: share of the tokens, the last ones, that are supervised; None: all of them. Selective methods without a
+        proportion then select exactly the positions that predict these (`scripts/bench/steps/measure.py`).
     """
 
     suite: str
@@ -76,6 +88,7 @@ class Case:
     rounds: int = 9
     optimizer: bool = False
     autocast: bool = False
+    answers: float | None = None
 
     def settings(self, variant: Variant) -> dict[str, Any]:
         """Every setting of one row, flat."""
@@ -88,7 +101,7 @@ class Case:
         return self.shape, self.train, self.dtype
 
 
-def variants(methods: tuple[str, ...], proportions: tuple[float, ...] = (0.3,)) -> tuple[Variant, ...]:
+def variants(methods: tuple[str, ...], proportions: tuple[float | None, ...] = (0.3,)) -> tuple[Variant, ...]:
     """Each method, those that select at every proportion."""
     pairs = [(name, p) for name in methods for p in (proportions if METHODS[name].tokentune else (None,))]
     return tuple(Variant(name, proportion) for name, proportion in pairs)
@@ -166,7 +179,11 @@ def switch(model: nn.Module, method: str) -> None:
     inner = inner_model(model)
     remove_tokentune(model)
     inner.activation_checkpointing_disable()
+    for remove in model.__dict__.pop("chunks", []):
+        remove()
     if settings.tokentune:
         apply_tokentune(model, verify=False, **settings.options)
+    if settings.chunked:
+        model.chunks = take_loss_in_chunks(inner)
     if settings.checkpointing:
         inner.activation_checkpointing_enable()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from steps.cases import DTYPES, Case, Variant, build, switch
+from steps.cases import DTYPES, METHODS, Case, Variant, build, switch
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
-from tokentune.sampling.sampler import select_positions
+from tokentune.sampling.sampler import IGNORED_LABEL, select_positions, selected_count, target_mask
 
 
 class Bench:
@@ -23,9 +23,16 @@ class Bench:
         self.case, self.device = case, device
         self.model = build(case, device) if model is None else model
         self.ids = torch.randint(0, case.shape.vocabulary, (case.batch, case.length), device=device)  # (B, S)
+        self.labels = self.ids.clone()
+        if case.answers is not None:
+            self.labels[:, : -selected_count(case.answers, case.length)] = IGNORED_LABEL
         proportions = {variant.proportion for variant in case.variants} - {None}
         mask = torch.ones_like(self.ids)
-        self.positions = {share: select_positions(mask, share) for share in sorted(proportions)}
+        self.positions: dict[float | None, Tensor] = {
+            share: select_positions(mask, share) for share in sorted(proportions)
+        }
+        targets = target_mask(self.labels, causal=True)
+        self.positions[None] = targets.nonzero()[:, 1].view(case.batch, -1)  # the same number in every row
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # A learning rate of zero: the step does all the work and leaves the weights as they are.
         self.optimizer = None
@@ -34,9 +41,10 @@ class Bench:
 
     def forward(self, variant: Variant) -> Tensor:
         """The loss."""
-        given = {} if variant.proportion is None else {"selected_positions": self.positions[variant.proportion]}
+        selects = METHODS[variant.method].tokentune
+        given = {"selected_positions": self.positions[variant.proportion]} if selects else {}
         with torch.autocast(self.device.split(":")[0], dtype=DTYPES["bfloat16"], enabled=self.case.autocast):
-            return self.model(input_ids=self.ids, labels=self.ids, **given).loss
+            return self.model(input_ids=self.ids, labels=self.labels, **given).loss
 
     def after_forward(self, loss: Tensor) -> None:
         loss.backward()

@@ -6,11 +6,11 @@ Ratios are between variants of one case, that is: measured in the same rounds.
 from collections.abc import Callable
 from dataclasses import replace
 
-from steps.cases import DTYPES, TRAIN, Case, Shape, variants
+from steps.cases import DTYPES, METHODS, TRAIN, Case, Shape, variants
+from steps.report import BASES
 
-BASES = ("full", "checkpointing")
 SELECTIVE = ("tokentune", "tokentune_checkpointing")
-FOUR = BASES + SELECTIVE
+SIX = BASES + SELECTIVE
 TENTHS = tuple(round(0.1 * n, 1) for n in range(1, 11))
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
@@ -28,24 +28,24 @@ def narrow(*, layers: int = 4) -> Shape:
 def table() -> list[Case]:
     """Time and bytes against plain training and checkpointing, float32 and bfloat16, 4 and 16 key-value heads."""
     cases = [
-        Case("table", llama(heads), variants(FOUR), train=train, dtype="float32")
+        Case("table", llama(heads), variants(SIX), train=train, dtype="float32")
         for train in ("full", "lora")
         for heads in (4, 16)
     ]
-    bfloat16 = [Case("table", llama(4), variants(FOUR), train=train, dtype="bfloat16") for train in ("full", "lora")]
+    bfloat16 = [Case("table", llama(4), variants(SIX), train=train, dtype="bfloat16") for train in ("full", "lora")]
     return cases + bfloat16
 
 
 def head() -> list[Case]:
     """The same with Llama-2's 32,000 words: more of the step is the head, which the selected rows alone see."""
     shape = llama(4, vocabulary=32000)
-    return [Case("head", shape, variants(FOUR), train=train, rounds=7) for train in ("full", "lora")]
+    return [Case("head", shape, variants(SIX), train=train, rounds=7) for train in ("full", "lora")]
 
 
 def lowest() -> list[Case]:
     """The lowest-memory mode at 24 layers."""
     methods = (*BASES, "tokentune_checkpointing", "tokentune_segments")
-    timed = methods[1:]  # plain training's time at 24 layers says nothing new
+    timed = tuple(name for name in methods if METHODS[name].checkpointing)  # plain training's time says nothing new
     cases = [Case("lowest", llama(4, layers=24), variants(timed), train=train, rounds=6) for train in ("full", "lora")]
     cases.append(Case("lowest", llama(16, layers=24), variants(timed), rounds=3))
     cases.append(Case("lowest", llama(16, layers=24), variants(methods), train="lora", rounds=0))
@@ -55,7 +55,7 @@ def lowest() -> list[Case]:
 def layers() -> list[Case]:
     """Bytes alone at 6 and 32 layers: their difference, per added layer, is free of the head's bytes."""
     return [
-        Case("layers", llama(heads, layers=count), variants((*FOUR, "tokentune_segments")), train=train, rounds=0)
+        Case("layers", llama(heads, layers=count), variants((*SIX, "tokentune_segments")), train=train, rounds=0)
         for train in ("full", "lora")
         for heads in (4, 16)
         for count in (6, 32)
@@ -68,6 +68,21 @@ def proportions() -> list[Case]:
     return [Case("proportions", llama(4), chosen, train=train, rounds=5) for train in ("full", "lora")]
 
 
+def answers() -> list[Case]:
+    """Long prompts: 5 % of the tokens are the answer, and are what is selected; 6 layers, then 24."""
+    chosen = (*SIX, "tokentune_segments")
+    cases = [
+        Case("answers", llama(4), variants(chosen, (None,)), train=train, answers=0.05) for train in ("full", "lora")
+    ]
+    checkpointed = tuple(name for name in chosen if METHODS[name].checkpointing)
+    deep = variants(("full", *checkpointed), (None,))
+    return cases + [
+        Case("answers", llama(heads, layers=24), deep, train=train, rounds=5, answers=0.05)
+        for train in ("full", "lora")
+        for heads in (4, 16)
+    ]
+
+
 def overhead() -> list[Case]:
     """All tokens selected: what the method itself costs."""
     chosen = variants(("full", "tokentune"), (1.0,))
@@ -76,7 +91,7 @@ def overhead() -> list[Case]:
 
 def length() -> list[Case]:
     """Growth with the sequence, one sequence at a time, on the narrow model."""
-    methods = (*FOUR, "tokentune_segments")
+    methods = (*SIX, "tokentune_segments")
     return [Case("length", narrow(), variants(methods), batch=1, length=count, rounds=3) for count in LENGTHS]
 
 
@@ -89,7 +104,7 @@ def long() -> list[Case]:
 
 def depth() -> list[Case]:
     """Growth with layers, on the narrow model."""
-    methods = (*FOUR, "tokentune_segments")
+    methods = (*SIX, "tokentune_segments")
     return [Case("depth", narrow(layers=count), variants(methods), rounds=3) for count in (6, 12, 24, 48)]
 
 
@@ -105,7 +120,7 @@ def grid() -> list[Case]:
 
 def qlora() -> list[Case]:
     """A 4-bit base, with the share of the time that goes into dequantisation."""
-    return [Case("qlora", llama(4), variants(FOUR), train="qlora", dtype=dtype, rounds=5) for dtype in DTYPES]
+    return [Case("qlora", llama(4), variants(SIX), train="qlora", dtype=dtype, rounds=5) for dtype in DTYPES]
 
 
 LLAMA_2_7B = Shape("llama-2-7b", 4096, 11008, 32, 32, 32, 32000)
@@ -116,7 +131,7 @@ SIZES = (
     LLAMA_2_7B,
     Shape("llama-2-13b", 5120, 13824, 40, 40, 40, 32000),
 )
-ALL_METHODS = (*FOUR, "tokentune_segments", "tokentune_offload")
+ALL_METHODS = (*SIX, "tokentune_segments", "tokentune_offload")
 
 
 def on_gpu(suite: str, shape: Shape, train: str, methods: tuple[str, ...] = ALL_METHODS, **changes: object) -> Case:
@@ -140,11 +155,11 @@ def gpu_batch() -> list[Case]:
 
 def gpu_masters() -> list[Case]:
     """Full training over float32 weights under autocast, `finetune.py`'s own default: 16 bytes per weight."""
-    return [on_gpu("gpu_masters", LLAMA_2_7B, "full", FOUR, rounds=5, dtype="float32", autocast=True)]
+    return [on_gpu("gpu_masters", LLAMA_2_7B, "full", SIX, rounds=5, dtype="float32", autocast=True)]
 
 
 def gpu_sizes() -> list[Case]:
-    return [on_gpu("gpu_sizes", shape, train, FOUR, rounds=5) for shape in SIZES for train in ("full", "lora")]
+    return [on_gpu("gpu_sizes", shape, train, SIX, rounds=5) for shape in SIZES for train in ("full", "lora")]
 
 
 def gpu_proportions() -> list[Case]:
@@ -153,13 +168,13 @@ def gpu_proportions() -> list[Case]:
 
 
 def gpu_length() -> list[Case]:
-    methods = (*FOUR, "tokentune_segments")
+    methods = (*SIX, "tokentune_segments")
     return [on_gpu("gpu_length", LLAMA_2_7B, "lora", methods, rounds=3, length=count) for count in LENGTHS]
 
 
 CPU_SUITES: dict[str, Callable[[], list[Case]]] = {
     suite.__name__: suite
-    for suite in (table, overhead, lowest, layers, proportions, length, depth, head, qlora, grid, long)
+    for suite in (table, answers, overhead, lowest, layers, proportions, length, depth, head, qlora, grid, long)
 }
 GPU_SUITES: dict[str, Callable[[], list[Case]]] = {
     suite.__name__: suite for suite in (gpu_7b, gpu_8b, gpu_batch, gpu_proportions, gpu_length, gpu_sizes, gpu_masters)

@@ -133,7 +133,7 @@ class OwnTokens(NamedTuple):
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The same keys or values (B, G, K, d); their gradient is multiplied by `scales` (B, K)."""
+    """The same keys or values (B, G, K, d), or rows (B, K, D); their gradient is multiplied by `scales` (B, K)."""
 
     @staticmethod
     def forward(ctx, tokens: Tensor, scales: Tensor) -> Tensor:
@@ -144,7 +144,8 @@ class _ScaleGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         scales = ctx.saved_tensors[0].to(gradient.device, _wide(gradient))
-        return (gradient * scales[:, None, :, None]).to(gradient.dtype), None
+        scales = scales.view(len(scales), *(1,) * (gradient.ndim - 3), -1, 1)
+        return (gradient * scales).to(gradient.dtype), None
 
 
 scale_gradient = _ScaleGradient.apply

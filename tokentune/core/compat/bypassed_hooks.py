@@ -21,8 +21,18 @@ from tokentune.errors import UnsupportedModelError
 logger = logging.get_logger(__name__)
 # Whether the hooks of a patched model are running: with a selection, or after they decided that there is none.
 HOOKS_AT_WORK: ContextVar[bool] = ContextVar("tokentune_hooks_at_work", default=False)
+WEIGHS = "the model draws its own selection for a mean over tokens, not for a loss that weighs them"
 # Wrappers: a user wants to know their caller.
 _PASS_ON = ("accelerate", "torch", "transformers", "contextlib", "functools")
+_WRAPPERS = (
+    "tokentune",
+    "peft",
+    "accelerate",
+    "torch",
+    "deepspeed",
+    "contextlib",
+    "functools",
+)  # call a model for others
 
 
 def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
@@ -43,11 +53,30 @@ def check_hooks_ran(backbone: nn.Module, settings: Any) -> None:
             raise UnsupportedModelError(
                 f"{called}: call the model itself (a wrapper that came later: call apply_tokentune on the wrapper)"
             )
+        refuse_own_loss_of_trl()
         logger.warning_once(f"{called}, without labels: an ordinary forward, all tokens get gradients")
         return
     if any(frame.f_locals.get("self") is backbone and frame.f_code.co_name == "_call_impl" for frame in _frames()):
+        refuse_own_loss_of_trl()
         name = type(backbone).__name__
         logger.warning_once(f"{name} was called by itself: an ordinary forward, all tokens get gradients")
+
+
+def refuse_own_loss_of_trl() -> None:
+    """Raises UnsupportedModelError where TRL calls the model without labels, for a loss of its own (ORPO, rewards).
+
+    Other callers without labels, and its SFTTrainer, take a mean over all tokens (label smoothing).
+    """
+    if torch.compiler.is_compiling():
+        return
+    for frame in _frames():
+        home = frame.f_globals.get("__name__", "")
+        if home.split(".")[0] not in _WRAPPERS:
+            if home.split(".")[0] == "trl" and home != "trl.trainer.sft_trainer":
+                raise UnsupportedModelError(
+                    f"{frame.f_code.co_qualname} ({home}) calls the model without labels: {WEIGHS}"
+                )
+            return
 
 
 def require_ordinary_call(hidden: Any, of_layer: dict[str, Any]) -> None:

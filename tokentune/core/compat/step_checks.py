@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -17,7 +17,7 @@ from tokentune.core.compat.bypassed_hooks import is_called_by_prompt_learning
 from tokentune.core.patched import PROMPT_LEARNING, Settings
 from tokentune.core.profile import Pooling, pooled_tokens
 from tokentune.core.step import CURRENT_STEP
-from tokentune.core.step_plan import Batch
+from tokentune.core.step_plan import Batch, Request
 from tokentune.errors import UnsupportedModelError
 
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "logits_to_keep")
@@ -54,23 +54,31 @@ def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> 
     require_served_adapters(settings.adapters)
 
 
-def check_positions(positions: Tensor, batch: Batch, pooling: Pooling | None, pad_token_id: int | None) -> None:
-    """Raises ValueError for positions of a wrong shape, or without the token that the head pools."""
+def check_positions(request: Request, batch: Batch, pooling: Pooling | None, pad_token_id: int | None) -> None:
+    """Raises ValueError for positions or fillers of a wrong shape, or without the token that the head pools."""
+    positions, fillers = request.selected_positions, request.selection_fillers
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
             f"got {positions.dtype} of shape {tuple(positions.shape)}"
         )
+    if fillers is not None and (fillers.shape != positions.shape or fillers.dtype != torch.bool):
+        raise ValueError(
+            f"selection_fillers must be bool of the shape of selected_positions, {tuple(positions.shape)}; "
+            f"got {fillers.dtype} of shape {tuple(fillers.shape)}"
+        )
     if positions.device.type != "cpu" or is_fake(positions):  # reading the values would make the host wait
         return
-    if pooling is Pooling.FIRST and bool((positions[:, 0] != 0).any()):
+    with_gradients = torch.ones_like(positions, dtype=torch.bool) if fillers is None else ~fillers.cpu()
+    if pooling is Pooling.FIRST and not bool(((positions[:, 0] == 0) & with_gradients[:, 0]).all()):
         raise ValueError("this model pools the first token: position 0 must be selected in every row")
     mask, ids = batch.mask, batch.input_ids
     if mask is None and ids is not None:
         mask = torch.ones_like(ids)
     if pooling in (Pooling.LAST, Pooling.LAST_NON_PAD) and mask is not None and mask.ndim == 2:
         pooled = pooled_tokens(pooling, mask.cpu(), None if ids is None else ids.cpu(), pad_token_id)
-        if not bool(pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)).any(dim=1).all()):
+        selected = pooled.gather(1, positions.clamp(0, mask.shape[1] - 1)) & with_gradients
+        if not bool(selected.any(dim=1).all()):
             raise ValueError(f"this model pools the {_POOLED[pooling]}: it must be selected in every row")
 
 
@@ -78,7 +86,7 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
     return model.can_generate() and (model.loss_function is ForCausalLMLoss or "_loss_function" in model.__dict__)
 
 
-def has_foreign_forward(model: PreTrainedModel) -> bool:
+def has_foreign_forward(model: nn.Module) -> bool:
     """Whether another library has put its own forward on this instance (a trainer's or a kernel's fused loss).
 
     Such a forward calls the backbone and applies (B, S) labels itself, so it gets all rows in sequence order. Wrappers

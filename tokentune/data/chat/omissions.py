@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple, NoReturn
 
-from tokentune.data.chat.marks import CALL_ARGUMENTS, CALL_NAME, SPEAKER, Words
+from tokentune.data.chat.marks import CALL_ARGUMENTS, CALL_NAME, SPEAKER, TEXTS, Words
 from tokentune.data.chat.rendering import Rendering
-from tokentune.data.formats.conversations import REASONING
+from tokentune.data.formats.conversations import BOOKKEEPING, REASONING, TRAINED, holds_something
 from tokentune.errors import UserError
+
+LOOKED_AT = ("role", "tool_calls", "tool_call_id", "weight", *TRAINED)  # keys of a message, besides `TEXTS`
 
 
 class Omission(NamedTuple):
@@ -35,6 +37,7 @@ def omissions(rendering: Rendering) -> Iterator[Omission]:
     Raises:
         UserError: a learnt call is left out, or all of a learnt message.
     """
+    yield from _unread_keys(rendering)
     if rendering.written is None:
         return
     numbered = [(number, words) for number, words in enumerate(rendering.words) if words.key != SPEAKER]
@@ -44,6 +47,24 @@ def omissions(rendering: Rendering) -> Iterator[Omission]:
         written = {words.key for number, words in of_message if number in rendering.written}
         if left_out:
             yield from _of_message(rendering, index, left_out, written)
+
+
+def _unread_keys(rendering: Rendering) -> Iterator[Omission]:
+    """Keys that change nothing of what the template writes, told by role."""
+    found: dict[tuple[str, str], int] = {}
+    for index, message in enumerate(rendering.conversation.messages):
+        for key, value in message.items():
+            told = key in LOOKED_AT or (key in TEXTS and isinstance(value, str))
+            if not told and holds_something(value):
+                found.setdefault((message["role"], key), index)
+    if not found:
+        return
+    none_read = rendering.is_the_same_without(found)
+    for (role, key), index in found.items():
+        if none_read or (len(found) > 1 and rendering.is_the_same_without([(role, key)])):
+            known = key in BOOKKEEPING or (role, key) == ("tool", SPEAKER)
+            level = logging.INFO if known else logging.WARNING
+            yield Omission(index, f"the key {key!r} of messages of the role {role!r}", level)
 
 
 def _of_message(rendering: Rendering, index: int, left_out: list[Words], written: set[str]) -> Iterator[Omission]:

@@ -71,6 +71,17 @@ class Rendering:
                 self._beginnings[key] = None
         return self._beginnings[key]
 
+    def is_the_same_without(self, keys: Collection[tuple[str, str]]) -> bool:
+        """Whether the template writes the same of messages that lack these keys, given as (role, key)."""
+        messages = [
+            {key: value for key, value in message.items() if (message["role"], key) not in keys}
+            for message in self._unmarked
+        ]
+        try:
+            return self._render(messages)[0] == self.text
+        except UserError:
+            return False
+
     def hidden(self, index: int) -> UserError:
         """What to say when a message's text is not found."""
         return UserError(
@@ -93,6 +104,7 @@ class Rendering:
         self.words: list[Words] = []
         self.places: list[Place] = []
         self.written: set[int] | None = None
+        self._unmarked = self.messages
         self._find_words()
         return set() if self.written is None else self._speaking(range(len(self.words))) - self._speaking(self.written)
 

@@ -24,6 +24,10 @@ SHAREGPT_ROLES = SPEAKERS | {
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("train", "training", "loss")  # true or false: axolotl's and ms-swift's word for OpenAI's "weight"
+# Keys that say something of a message, not in it.
+BOOKKEEPING = {"id", "message_id", "parent_id", "uuid", "index", "type", "metadata", "model", "source", "url"}
+BOOKKEEPING |= {"language", "date", "time", "timestamp", "created", "created_at", "updated_at"}
+KEPT = ("weight", *TRAINED, *REASONING)  # keys of a turn in ShareGPT's form, besides its speaker and text
 OPENAI_ROLES = {role: role for role in ROLES} | SPEAKERS | {"function": "tool"}  # "function": its older form
 SPOKEN = re.compile(
     rf"""['"](role|from)['"]\s*:\s*['"]({"|".join(OPENAI_ROLES | SHAREGPT_ROLES)})['"]""", re.IGNORECASE
@@ -132,6 +136,20 @@ def messages_in(value: Any, what: str) -> Any:
     return parsed if isinstance(first, Mapping) and ("role" in first or "from" in first) else value
 
 
+def holds_something(value: Any) -> bool:
+    """Whether a key has a value: 0 and false are values, empty texts, lists and objects are none."""
+    return value is not None and (not isinstance(value, str | Sequence | Mapping) or len(value) > 0)
+
+
+def unread_keys(turns: Any) -> list[str]:
+    """The keys of turns in ShareGPT's form that hold something which may be meant, and are not read."""
+    with suppress(UserError):
+        turns = json_value(turns, "")
+    found = (turn for turn in turns if isinstance(turn, Mapping)) if isinstance(turns, Sequence) else ()
+    names = dict.fromkeys(key for turn in found for key, value in turn.items() if holds_something(value))
+    return [name for name in names if name not in ("from", "role", "value", "tool_calls", *KEPT, *BOOKKEEPING)]
+
+
 def is_written_out(value: Any) -> bool:
     """Whether a text is nothing but a list of messages, as JSON or as Python writes it."""
     if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value) or not SPOKEN.search(value):
@@ -235,7 +253,7 @@ def _sharegpt_message(turn: Any, where: str) -> dict[str, Any]:
     if role is None:
         raise UserError(f"{where}: unknown speaker {speaker!r:.40}; known are {', '.join(SHAREGPT_ROLES)}.")
     text = text_of(turn["value"], f"{where}: 'value'")
-    kept = {key: turn[key] for key in ("weight", *TRAINED, *REASONING) if turn.get(key) is not None}
+    kept = {key: turn[key] for key in KEPT if turn.get(key) is not None}
     message = {"role": role, "content": text} | kept
     if turn.get("tool_calls"):
         raise UserError(

@@ -1,11 +1,14 @@
 """The formats of instruction data: told by columns, and how each record becomes a prompt with an answer or a chat."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from tokentune.data.formats.conversations import (
+    TRAINED,
     Conversation,
     is_written_out,
     json_value,
@@ -13,6 +16,7 @@ from tokentune.data.formats.conversations import (
     openai_conversation,
     sharegpt_conversation,
     text_of,
+    unread_keys,
 )
 from tokentune.data.formats.records import RecordSource
 from tokentune.data.prompts import PromptTemplate
@@ -38,7 +42,9 @@ CHAT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS)
 MEANT = (*CHAT_COLUMNS, "history")
 # As well, but the names are used for remarks on a row too: said to be left out.
 PERHAPS_MEANT = ("input", "context", "documents", "chat_template_kwargs", "thinking", "reasoning", "reasoning_content")
-PERHAPS_MEANT += ("images", "videos", "audios")
+PERHAPS_MEANT += ("image", "images", "videos", "audios", "thought", "weight", "loss_mask")
+PERHAPS_MEANT += ("system_message", "sys_prompt", "developer", "available_tools", "tool_schema")
+ROW_LEARNT = ("weight", "loss_mask", *TRAINED)  # refused where they say that a row, or a part of it, is not learnt
 TEXT_COLUMNS = ("instruction", "input", "output", "text")  # taken as text whatever is in them
 SOURCE_COLUMN = "data_source"  # of Open-Platypus
 NAME_ONE = "name one with --data_format"
@@ -61,21 +67,24 @@ class DataFormat:
     @property
     def columns(self) -> tuple[str, ...]:
         """All that have to be read of a row: also those that it may not have a value in."""
-        return tuple({*self.needs, *self.may_have, *MEANT, SOURCE_COLUMN})
+        return tuple({*self.needs, *self.may_have, *MEANT, *ROW_LEARNT, SOURCE_COLUMN})
 
     def unread(self, names: Iterable[str]) -> str | None:
         """What to say of those columns that may be meant and are not read; None where there are none."""
         read = {*self.needs, *self.may_have}
         known = {*read, *MEANT, *PERHAPS_MEANT}
+        plain = {_plain(name) for name in known}
         doubtful = {*PERHAPS_MEANT, *self.leaves_out} - read
-        # "Input" and " input" are read by nobody.
-        found = [n for n in names if n in doubtful or (n not in known and n.strip().lower() in known)]
+        # "Input", " input" and "systemPrompt" are read by nobody.
+        found = [n for n in names if n in doubtful or (n not in known and _plain(n) in plain)]
         return f"not read: the columns {listed(found)}" if found else None
 
     def doubts(self, record: Record) -> Iterator[str]:
         """What to say of a row: its columns that are not read, and its texts that are chats written out."""
         if (unread := self.unread(record)) is not None:
             yield unread
+        if self is FORMATS["sharegpt"] and (keys := unread_keys(record.get(_conversation_column(record)))):
+            yield f"not read: the keys {listed(keys)} of turns in ShareGPT's form"
         for name in TEXT_COLUMNS:
             if name in (*self.needs, *self.may_have) and is_written_out(record.get(name)):
                 yield (
@@ -94,6 +103,11 @@ class DataFormat:
         """
         if told and len(fitting := _fitting([name for name, value in record.items() if value is not None])) > 1:
             raise UserError(f"{where}: its columns fit several formats ({', '.join(fitting)}): {NAME_ONE}.")
+        if (name := next((name for name in ROW_LEARNT if _is_not_learnt(name, record.get(name))), None)) is not None:
+            raise UserError(
+                f"{where}: has {name!r}: {record[name]!r:.40}, and no column tells what is learnt. Leave such rows out "
+                "(--bad_rows skip), or put 'weight' into the messages."
+            )
         placed = {*self.may_have, *self.leaves_out}
         unread = [name for name in MEANT if name not in placed and _filled(record.get(name))]
         if unread and self is FORMATS["alpaca"]:
@@ -107,6 +121,22 @@ class DataFormat:
                 "the column."
             )
         return self.parse(record, where, template)
+
+
+@cache
+def _plain(name: str) -> str:
+    """A column's name without what programs write it in: capitals, white space, dashes."""
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+def _is_not_learnt(name: str, value: Any) -> bool:
+    """Whether a column of `ROW_LEARNT` holds false or 0, alone or in a list; a CSV cell may hold JSON."""
+    if isinstance(value, str):
+        with suppress(UserError):
+            value = json_value(value.lower(), "")
+    if isinstance(value, list):
+        return any(_is_not_learnt(name, inner) for inner in value)
+    return value is False or (name != "loss" and isinstance(value, int | float) and value == 0)  # a loss may be 0
 
 
 def _alpaca(record: Record, where: str, template: PromptTemplate) -> Answer:
@@ -157,8 +187,12 @@ def _messages(record: Record, where: str, template: PromptTemplate) -> Conversat
 
 
 def _sharegpt(record: Record, where: str, template: PromptTemplate) -> Conversation:
-    column = "conversations" if "conversations" in record else "messages"
-    return sharegpt_conversation(record.get(column), _system(record, where), _tools(record, where), where)
+    turns = record.get(_conversation_column(record))
+    return sharegpt_conversation(turns, _system(record, where), _tools(record, where), where)
+
+
+def _conversation_column(record: Record) -> str:
+    return "conversations" if "conversations" in record else "messages"
 
 
 def _text(record: Record, where: str, template: PromptTemplate) -> Answer:

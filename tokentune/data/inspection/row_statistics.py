@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tokentune.data.collators import CausalCollator
 from tokentune.data.encoding import FEATURES
 from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.sampling.schedule import Size
 
 BATCH = 2_000  # rows looked at together
 LARGEST_SAMPLE = 2_048  # rows that `draws` draws for
@@ -96,7 +97,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def draws(
-    rows: Sequence[dict[str, Any]], prefix_length: int | float, strategy: str
+    rows: Sequence[dict[str, Any]], prefix_length: Size, strategy: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the selection makes of the rows, or of `LARGEST_SAMPLE` of them, evenly spaced.
 

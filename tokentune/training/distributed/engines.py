@@ -1,4 +1,4 @@
-"""Several processes: which engine a launcher asked for, what of the flags it cannot serve, and equal work for all.
+"""Several processes: whose checkpoints a run can go on from, and equal work for all.
 
     accelerate launch --config_file scripts/launch/fsdp2.yaml ./tokentune/finetune.py ...
     torchrun --nproc_per_node 8 ./tokentune/finetune.py ...
@@ -10,7 +10,6 @@ where a loader would fill the last batch up with rows that were there already, `
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,60 +23,10 @@ from transformers import Trainer
 from tokentune.data.collators import CausalCollator, ClassificationCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows
 from tokentune.errors import UserError
-from tokentune.processes import process_count
-from tokentune.settings.finetune import Arguments
+from tokentune.processes import DEEPSPEED, FSDP, engine, process_count
 from tokentune.settings.flags import require
 
 logger = logging.getLogger(__name__)
-
-DDP, FSDP, DEEPSPEED = "DistributedDataParallel", "FSDP", "DeepSpeed"
-# Tried. Others look at whole matrices, have kernels of their own, or make their states before the weights are split.
-ON_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
-
-
-# ------------------------------------------------------------------------------------------------ what was asked for
-
-
-def engine() -> str | None:
-    """The engine that the launcher's environment asks for: `DDP`, `FSDP`, `DEEPSPEED`; None in a plain run.
-
-    `accelerate launch` hands its configuration down in these variables.
-    """
-    if _on("ACCELERATE_USE_DEEPSPEED"):
-        return DEEPSPEED
-    if _on("ACCELERATE_USE_FSDP"):
-        return FSDP
-    return DDP if process_count() > 1 else None
-
-
-def has_accelerators() -> bool:
-    """Whether this machine has GPUs or the like."""
-    return torch.accelerator.is_available()
-
-
-def check_engine(arguments: Arguments) -> None:
-    """Refuses flags that the launcher's engine cannot serve, before anything is read.
-
-    Raises:
-        UserError: with the reason, and what to take instead.
-    """
-    chosen = engine()
-    if chosen is None:
-        return
-    require(
-        not arguments.model.model_parallel,
-        f"--model_parallel spreads one process's layers over the GPUs, and {chosen} gives each process a GPU of its "
-        "own: leave one of them out (FSDP splits a large model: LAUNCH=fsdp2)",
-    )
-    require(
-        not _on("ACCELERATE_USE_PARALLELISM_CONFIG"),
-        "the launcher's parallelism_config (tensor, context or sequence parallelism) splits the tokens or heads that "
-        "one selection is drawn for and attends over, which is not supported: take FSDP or DDP",
-    )
-    if chosen == FSDP:
-        _check_fsdp(arguments)
-    elif chosen == DEEPSPEED:
-        _check_deepspeed(arguments)
 
 
 def check_checkpoint(checkpoint: Path) -> None:
@@ -102,78 +51,6 @@ def check_checkpoint(checkpoint: Path) -> None:
         f"{checkpoint} was written by {parts} processes of DeepSpeed, which cannot go on from it with "
         f"{process_count()}: launch as many, or take FSDP (LAUNCH=fsdp2) from the start",
     )
-
-
-def _check_fsdp(arguments: Arguments) -> None:
-    require(
-        has_accelerators(),
-        "FSDP needs accelerators: without any, accelerate passes over it in silence. Take torchrun, or "
-        "LAUNCH=ddp, on CPUs",
-    )
-    require(
-        arguments.prog == "finetune.py",
-        f"{arguments.prog} has not been made to run with FSDP, and its encoders fit one GPU: take DDP (LAUNCH=ddp)",
-    )
-    require(
-        os.environ.get("FSDP_VERSION", "1") == "2",
-        "FSDP 1 flattens the weights of a layer, which the selective layers and adapters cannot take: set "
-        "fsdp_version: 2 in the launcher's configuration (scripts/launch/fsdp2.yaml)",
-    )
-    require(
-        not _on("FSDP_ACTIVATION_CHECKPOINTING"),
-        "fsdp_activation_checkpointing wraps whole layers, and would compute the tokens that are not selected twice: "
-        "take it out of the launcher's configuration, and give --gradient_checkpointing",
-    )
-    require(
-        os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP",
-        "FSDP has to split the model by its transformer layers: set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in "
-        "the launcher's configuration",
-    )
-    require(
-        not arguments.adapters.qlora,
-        "--qlora: FSDP would leave the 4-bit weights whole on every GPU, and split the adapters alone. Take DDP "
-        "(LAUNCH=ddp), which does as much, or --lora with FSDP",
-    )
-    optim = arguments.optimization.optim
-    require(
-        optim in ON_SHARDED_WEIGHTS,
-        f"--optim {optim} has not been shown to work on weights that FSDP has split: take one of "
-        f"{', '.join(ON_SHARDED_WEIGHTS)}",
-    )
-
-
-def _check_deepspeed(arguments: Arguments) -> None:
-    require(
-        has_accelerators(),
-        "DeepSpeed needs accelerators: without any, accelerate passes over it, and each process would train by itself. "
-        "Take torchrun, or LAUNCH=ddp, on CPUs",
-    )
-    require(
-        arguments.prog == "finetune.py",
-        f"{arguments.prog} has not been made to run with DeepSpeed, and its encoders fit one GPU: take DDP "
-        "(LAUNCH=ddp)",
-    )
-    in_parts = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
-    require(
-        not (in_parts and arguments.adapters.qlora),
-        "--qlora with DeepSpeed ZeRO-3 has not been shown to work: take DDP (LAUNCH=ddp), or --lora",
-    )
-    require(
-        not (in_parts and arguments.selection.tokentune and arguments.memory.chunked_loss == "on"),
-        "--chunked_loss on with DeepSpeed ZeRO-3: each call of the output head is one of all processes, which have "
-        "different numbers of chunks and would wait for each other for ever. Leave it out, or take FSDP (LAUNCH=fsdp2)",
-    )
-    logger.warning(
-        "DeepSpeed was tested on CPUs alone, with AdamW in float32: compare the first steps with DDP or FSDP before a "
-        "long run"
-    )
-
-
-def _on(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
-
-
-# ------------------------------------------------------------------------------------------------------- equal shares
 
 
 class EvenSampler(Sampler):
