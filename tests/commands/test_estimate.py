@@ -248,7 +248,7 @@ def test_rows_with_a_chunked_loss_are_of_all_tokens_whatever_else_is_given(confi
         rows = report_of(tmp_path, config, "--max_length", 64, *words)["rows"]
         return {(row["weights"], row["method"]): row["bytes"]["peak"] for row in rows}
 
-    words = ("--selection", "attention", "--selection_layers", 2, "--prefix_length", "0.1:0.5")
+    words = ("--selection", "attention", "--selection_layers", 1, "--prefix_length", "0.1:0.5")
     words += ("--gradient_correction", 0.5, "--chunked_loss", "off")
     plain, others = peaks(), peaks(*words)
     all_tokens = peaks("--prefix_length", "1.0", "--chunked_loss", "on")
