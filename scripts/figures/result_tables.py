@@ -16,8 +16,8 @@ BYTES_IN_GIB = 2**30
 METHOD_NAMES = {
     "full": "plain training",
     "full_chunked": "plain, loss in chunks",
-    "checkpointing": "gradient checkpointing",
-    "checkpointing_chunked": "gradient checkpointing, loss in chunks",
+    "checkpointing": "plain, gradient checkpointing",
+    "checkpointing_chunked": "plain, gradient checkpointing, loss in chunks",
     "tokentune": "**TokenTune, 30 % of the tokens**",
     "tokentune_checkpointing": "**TokenTune, 30 %, checkpointing**",
     "tokentune_segments": "**TokenTune, 30 %, lowest memory**",

@@ -146,7 +146,7 @@ def test_batch_is_shared(config: Path, tmp_path: Path) -> None:
 
 def test_finds_the_longest_sequence(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words, memory = (config, "--find", "length", "--lora", "--memory"), 0.875
-    report_of(tmp_path, *words, 1.2)
+    assert report_of(tmp_path, *words, 1.2)["find"]["length"] == 512
     assert "1 x 512 tokens (the model was made for at most 512 positions)" in capsys.readouterr().out
     tokens = report_of(tmp_path, *words, memory)["find"]["length"]
     out = capsys.readouterr().out
