@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from chat_tokenizers import CHATML, LLAMA_3, MISTRAL, STYLES, TOOLS, chat_tokenizer, learnt_texts, without_marks
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokentune.data.chat.templates import ChatEncoder, load_chat_template
@@ -73,6 +73,7 @@ TEXTS = st.text("ab ok.yHi\n😀é<|[]s>/INSTuserassistant\ue000", min_size=1, m
 
 
 @settings(max_examples=40, deadline=None)
+@example(texts=["<", "<H><"], style="mistral")  # a tag at the answer's beginning is no part of the header
 @given(texts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=6), style=st.sampled_from(list(STYLES)))
 def test_any_text(texts: list[str], style: str) -> None:
     """With and without marks alike, whatever the texts: parts of markers, of headers, and repetitions included."""

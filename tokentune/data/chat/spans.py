@@ -105,8 +105,10 @@ class SpanFinder:
         header, is_prompt = self._prompt(run) or ("", False)
         start = self._behind(header, run)
         # Without a generation prompt, a header that the template writes before the answer is none of it.
-        if start is not None and (is_prompt or not self.text[start : run.start].strip()):
-            return start
+        if start is not None:
+            before = self.text[start : run.begin if start <= run.begin else run.start]
+            if is_prompt or not before.strip():
+                return start
         opened = REASONING_OPENED.search(header) if is_prompt else None
         start = None if opened is None else self._behind(header[: opened.start()], run)
         behind = None if start is None else EMPTY_REASONING.match(self.text, start).end()
