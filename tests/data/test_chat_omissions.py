@@ -150,7 +150,9 @@ def test_keys_that_are_not_read_are_noted(key: str, value: object, level: str, m
 
 def test_keys_that_a_template_needs_are_read() -> None:
     chat = [Q, A | {"name": "Al"}]
-    assert notes("{{ messages[1].name or raise_exception('no name') }}" + FEW_ROLES, chat) == []
+    named = "{{ messages[1].name or raise_exception('no name') }}" + FEW_ROLES
+    assert notes(named, chat) == []
+    assert notes(named, [Q | {"content": "What is a vector<str>?"}, A | {"name": "Al"}]) == []
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     answers = [{"role": "tool", "content": "21", "name": "weather", "tool_call_id": "c1"}, A]
     found = notes(TOOLS, [Q, call, *answers])

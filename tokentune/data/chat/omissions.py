@@ -4,10 +4,11 @@ Most templates know some roles and keys and pass over all others. What the model
 is left to learn, and told otherwise.
 """
 
+import json
 import logging
 from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from tokentune.data.chat.marks import CALL_ARGUMENTS, CALL_NAME, SPEAKER, TEXTS, Words
 from tokentune.data.chat.rendering import Rendering
@@ -72,12 +73,20 @@ def _unread_keys(rendering: Rendering) -> Iterator[Omission]:
 def _refuse_placeholder(rendering: Rendering, role: str, key: str) -> None:
     """Refuses values that are not JSON, such as dates in Parquet: transformers gives "<date>" to the template."""
     for index, message in enumerate(rendering.conversation.messages):
-        kind = type(message.get(key)).__name__
-        if message["role"] == role and f"<{kind}>" in rendering.text:
+        placeholder = f"<{type(message.get(key)).__name__}>"
+        if message["role"] == role and placeholder in rendering.text and not _is_json(message.get(key)):
             raise UserError(
                 f"{rendering.where}, message {index + 1}: the chat template writes the key {key!r}, and its value "
                 f"({message[key]!r:.80}) is not JSON. Write it as text."
             )
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _of_message(rendering: Rendering, index: int, left_out: list[Words], written: set[str]) -> Iterator[Omission]:
