@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType
+from small_trainer import make_rows
 from torch import Tensor, nn
 
 from tokentune.cli.arguments import parse_arguments
@@ -75,18 +76,6 @@ class Case:
     save: bool = False
     resume: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
-
-
-def make_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Rows of 6 to 24 tokens, part of each prompt, so that rows differ much in supervised tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index in range(count):
-        length = 6 + index * 7 % 19
-        ids = torch.randint(3, 90, (length,), generator=generator).tolist()
-        prompt = 1 + index * 5 % (length - 2)
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return rows
 
 
 def train(case: Case, model_dir: str, folder: Path, name: str) -> tuple[SelectiveTrainer, list[list[int]]]:

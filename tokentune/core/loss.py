@@ -224,6 +224,15 @@ def put_loss(undo: ExitStack, model: PreTrainedModel, loss_function: Callable) -
     set_until_undone(undo, model, "_loss_function", loss_function)
 
 
+def put_chunked_loss(
+    undo: ExitStack, model: PreTrainedModel, labels: Tensor, num_supervised: int | None, chunk_bytes: int
+) -> None:
+    """Has the model take the loss of all tokens, with labels (B, S), in chunks, until `undo` is closed."""
+    every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
+    rows = WithheldRows(model.get_output_embeddings(), num_supervised, chunk_bytes)
+    put_loss(undo, model, ChunkedLoss(rows, every))
+
+
 def take_loss_in_chunks(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> list[Callable[[], None]]:
     """Ordinary training, all tokens with gradients, with the loss in chunks: hooks on an unpatched model.
 
@@ -234,8 +243,7 @@ def take_loss_in_chunks(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) 
     def begin(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
         labels = kwargs.get("labels")
         if model.training and labels is not None:
-            every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
-            put_loss(undo, model, ChunkedLoss(WithheldRows(model.get_output_embeddings(), None, chunk_bytes), every))
+            put_chunked_loss(undo, model, labels, None, chunk_bytes)
 
     def end(*_: Any) -> None:
         undo.close()

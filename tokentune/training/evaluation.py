@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.compat.fsdp import runs_together
 from tokentune.core.layers import inner_model
-from tokentune.core.loss import CHUNK_BYTES, ChunkedLoss, WithheldRows, put_loss
+from tokentune.core.loss import CHUNK_BYTES, put_chunked_loss
 from tokentune.sampling.sampler import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,8 @@ def loss_in_chunks(
         num_supervised: how many of labels[:, 1:] are.
         chunk_bytes: most bytes of a chunk's logits in float32.
     """
-    core = inner_model(model)
-    every = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)  # (B, S)
     with ExitStack() as undo:
-        rows = WithheldRows(core.get_output_embeddings(), num_supervised, chunk_bytes)
-        put_loss(undo, core, ChunkedLoss(rows, every))
+        put_chunked_loss(undo, inner_model(model), labels, num_supervised, chunk_bytes)
         yield
 
 
