@@ -121,7 +121,6 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(
     assert time.monotonic() - since < 30
     text = output.read_text()
     assert text.count("another process of this run has ended") == 1 and "error: " in text
-    assert f"rank      : {victim}" in text and "SIGKILL" in text  # the launcher's own words
 
     copy = shutil.copytree(killed, tmp_path / "copy")
     begun = next(killed.glob("*/checkpoint-*[0-9]"), None) is not None
