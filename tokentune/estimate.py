@@ -40,19 +40,17 @@ from tokentune.models.tasks import CAUSAL_LM
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.training.checkpoints.saving import write_whole
 
-# Training on all tokens with the loss in chunks: what flags could change of it is set, whatever the user gives.
-ALL_TOKENS = {
-    **{"tokentune": True, "chunked_loss": "on", "checkpoint_rest": "auto", "offload_kv": False},
-    **{"prefix_length": "1.0", "selected": 1.0, "schedule": None, "gradient_correction": 0.0},
-    **{"selection": "random", "selection_pass": False, "selection_draw": "proportional"},
-    **{"selection_layers": None, "selection_reference_model": None},
-}
-# The table's rows: the flags that choose each.
+# The table's rows: the flags that choose each. Ordinary training takes its loss in chunks where it is asked to, and
+# TokenTune by the flag as it is given.
 METHODS = {
-    "full": {"tokentune": False, "gradient_checkpointing": False},
-    "plain, chunked loss": {**ALL_TOKENS, "gradient_checkpointing": False},
-    "gradient checkpointing": {"tokentune": False, "gradient_checkpointing": True},
-    "gradient checkpointing + chunked loss": {**ALL_TOKENS, "gradient_checkpointing": True},
+    "full": {"tokentune": False, "gradient_checkpointing": False, "chunked_loss": "auto"},
+    "plain, chunked loss": {"tokentune": False, "gradient_checkpointing": False, "chunked_loss": "on"},
+    "gradient checkpointing": {"tokentune": False, "gradient_checkpointing": True, "chunked_loss": "auto"},
+    "gradient checkpointing + chunked loss": {
+        "tokentune": False,
+        "gradient_checkpointing": True,
+        "chunked_loss": "on",
+    },
     "TokenTune": {"tokentune": True, "gradient_checkpointing": False},
     "TokenTune + checkpointing": {"tokentune": True, "gradient_checkpointing": True},
 }
@@ -110,6 +108,8 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
     require_known_size(arguments.selection)
     if "prefix_length" not in given:
         arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
+    if not arguments.selection.tokentune and arguments.memory.chunked_loss == "off":
+        arguments.memory.chunked_loss = "auto"  # the same in ordinary training
     return arguments, subject
 
 
@@ -127,11 +127,10 @@ def estimate(arguments: EstimateArguments, subject: Subject, run: Estimate) -> I
     """The table's rows, one by one."""
     for weights in WEIGHTS:
         for method, flags in METHODS.items():
-            in_chunks = "chunked_loss" in flags
-            if in_chunks and subject.head is not CAUSAL_LM:  # a classifier's few logits are not taken in chunks
-                continue
+            if flags.get("chunked_loss") == "on" and subject.head is not CAUSAL_LM:
+                continue  # a classifier's few logits are not taken in chunks
             changed = with_mode(arguments, method, weights)
-            chosen = changed == arguments and not in_chunks  # such flags mark TokenTune's row, which is the same step
+            chosen = changed == arguments
             if arguments.estimation.only and not chosen:
                 continue
             started = time.perf_counter()

@@ -70,6 +70,8 @@ def _changes(arguments: Arguments, shape: tuple[int, int]) -> Iterator[Change]:
         yield f"--prefix_length {half}", changed(selected=half, prefix_length=str(half)), shape
     if not arguments.memory.gradient_checkpointing:
         yield "--gradient_checkpointing", changed(gradient_checkpointing=True), shape
+    if arguments.memory.chunked_loss != "on":  # a classifier's loss cannot be taken so: no estimate, no advice
+        yield "--chunked_loss on", changed(chunked_loss="on"), shape
     if not lora:
         yield "--lora", changed(lora=True), shape
     if not arguments.adapters.qlora:

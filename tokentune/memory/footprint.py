@@ -300,7 +300,9 @@ def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], devic
             count = selected_count(arguments.selection.selected, length)
             positions = torch.arange(count, device=device) * length // count
             batch["selected_positions"] = positions.expand(rows, -1).clone()
-        elif device != "cpu" and not getattr(text, "sliding_window", None):
+        # Where all tokens are selected, the layers run as in ordinary training.
+        ordinary = not arguments.selection.tokentune or batch.get("selected_positions", ids[:, :0]).shape[1] == length
+        if ordinary and device != "cpu" and not getattr(text, "sliding_window", None):
             # transformers drops a mask without padding; it cannot read that from a mask without data.
             del batch["attention_mask"]
     return batch
