@@ -6,9 +6,10 @@ Prints a table: full fine-tuning, gradient checkpointing, both with the loss in 
 checkpointing; each with all weights, LoRA and QLoRA, and the cards that each fits. The flags are those of
 `finetune.py`, all but the model optional, and the model is a preset's name, a config.json, a folder or a hub id. Flags
 that choose a mode (`--lora --tokentune`) mark its row; with `--only` it is the only one. `--find proportion` and
-`--find batch`, with `--memory 24` (GB), give the largest that fits, `--find length` the longest sequence. No data set
-is needed. The real step runs, on tensors without data (`memory/footprint.py`). `--num_processes 8 --sharding fsdp`
-tells what each of several GPUs holds and sends (`memory/sharding.py`).
+`--find batch`, with `--memory 24` (GB), give the largest that fits, `--find length` the longest sequence. Data is
+read for `--prefix_length answers` alone, unless `--answer_share 0.05` says how long answers are. The real step runs,
+on tensors without data (`memory/footprint.py`). `--num_processes 8 --sharding fsdp` tells what each of several GPUs
+holds and sends (`memory/sharding.py`).
 """
 
 import dataclasses
@@ -30,13 +31,15 @@ from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.cli.command import run_command
 from tokentune.errors import UserError
 from tokentune.memory.accounting import Footprint
+from tokentune.memory.answer_share import with_answers
 from tokentune.memory.estimate_table import Row, fits_card, in_gib, print_table, settings_of
-from tokentune.memory.footprint import Estimate, estimator, require_known_size
+from tokentune.memory.footprint import Estimate, estimator
 from tokentune.memory.largest import largest, predicted_start
 from tokentune.memory.presets import Subject, load_subject
 from tokentune.memory.shallow import predicted, why_not_predictable
 from tokentune.models.pretrained import check_quantization
 from tokentune.models.tasks import CAUSAL_LM
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.estimate import EstimateArguments
 from tokentune.training.checkpoints.saving import write_whole
 
@@ -105,7 +108,11 @@ def parse(argv: Sequence[str] | None) -> tuple[EstimateArguments, Subject]:
         subject = dataclasses.replace(subject, length=arguments.data.max_length)
     if subject.head is not CAUSAL_LM and "lora_target_modules" not in given:
         arguments.adapters.lora_target_modules = ["all-linear"]  # the default's names are those of decoders
-    require_known_size(arguments.selection)
+    if isinstance(arguments.selection.selected, Answers):
+        arguments.selection.check_answers()
+        subject = with_answers(subject, arguments, length_is_given="max_length" in given)
+    elif arguments.estimation.answer_share is not None:
+        raise UserError("--answer_share is for --prefix_length answers: add that, or leave it out")
     if "prefix_length" not in given:
         arguments.selection.prefix_length, arguments.selection.selected = "0.3", 0.3
     if not arguments.selection.tokentune and arguments.memory.chunked_loss == "off":
@@ -120,7 +127,7 @@ def estimator_for(arguments: EstimateArguments, subject: Subject) -> Estimate:
     """What runs the steps of this command."""
     own = arguments.estimation
     sharing = {"processes": own.num_processes, "engine": own.sharding}
-    return estimator(subject.config, own.device, subject.head, **sharing)
+    return estimator(subject.config, own.device, subject.head, answer_share=subject.answer_share, **sharing)
 
 
 def estimate(arguments: EstimateArguments, subject: Subject, run: Estimate) -> Iterator[Row]:
@@ -160,6 +167,8 @@ def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[
     sequences, length = subject.sequences, subject.length
     if asked == "proportion" and not arguments.selection.tokentune:
         raise UserError("--find proportion is about selected tokens: add --tokentune")
+    if asked == "proportion" and arguments.selection.takes_answers:
+        raise UserError("--find proportion tries numbers: leave --prefix_length answers out")
     unit, values = TRIED[asked]
     positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
     if asked == "length" and positions is not None:

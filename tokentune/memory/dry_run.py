@@ -3,17 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from tokentune.core.layers import inner_model
 from tokentune.core.saved_tensors.saved_bytes import gib
-from tokentune.data.packing import lengths_of
+from tokentune.data.row_sizes import lengths_of, target_counts_of
 from tokentune.errors import UserError
+from tokentune.memory.longest_rows import row_lengths
 from tokentune.memory.report import Run
-from tokentune.memory.trial_step import row_lengths
-from tokentune.sampling.sampler import IGNORED_LABEL, answers_count, selected_count
+from tokentune.sampling.sampler import answers_count, selected_count
 from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
@@ -82,7 +81,7 @@ def _tokens(rows: Dataset, arguments: Arguments) -> str:
     if arguments.selection.selection == "reference":
         return f"{said}; selected as the released code did"
     if isinstance(selected, Answers):
-        targets = (np.count_nonzero(np.asarray(labels)[1:] != IGNORED_LABEL) for labels in rows["labels"])
+        targets = target_counts_of(rows).tolist()
         chosen = sum(answers_count(selected, *of_row) for of_row in zip(targets, lengths.tolist(), strict=True))
     else:
         chosen = sum(selected_count(selected, length) for length in lengths.tolist())

@@ -44,10 +44,8 @@ from tokentune.memory.sharding import Sharing
 from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
 from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
-from tokentune.sampling.sampler import selected_count
-from tokentune.sampling.schedule import Answers
+from tokentune.sampling.sampler import answers_count, selected_count
 from tokentune.settings.finetune import Arguments
-from tokentune.settings.model import SelectionArguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
@@ -69,6 +67,7 @@ def estimator(
     profile: Profile | None = None,
     processes: int = 1,
     engine: str | None = None,
+    answer_share: float | None = None,
 ) -> Estimate:
     """`measure` for one model. `profile` None: its selective layers are verified once, when first needed."""
 
@@ -84,6 +83,7 @@ def estimator(
     def estimate(arguments: Arguments, shape: tuple[int, int], depth: int | None = None) -> Footprint:
         known, model = profile, arguments.model
         options = {"device": device, "head": head, "processes": processes, "engine": engine}
+        options["answer_share"] = answer_share
         try:
             if arguments.selection.tokentune and known is None:
                 known = verified(model.attn_implementation, model.trust_remote_code)
@@ -111,6 +111,7 @@ def measure(
     profile: Profile | None = None,
     processes: int = 1,
     engine: str | None = None,
+    answer_share: float | None = None,
 ) -> Footprint:
     """The footprint of a step of the model that `config` describes, trained as `arguments` say.
 
@@ -119,14 +120,15 @@ def measure(
         device: "cuda" or "cpu".
         profile: of the patched model, where `--tokentune` is given; None has it verified here.
         engine: what shares the training out between `processes` ("ddp", "zero2", "fsdp"); None: one process.
+        answer_share: of the tokens, those that `--prefix_length answers` selects; None: not known.
 
     Raises:
-        UserError: a selection whose size depends on the rows, what cannot be adapted or patched, an optimizer that is
-            not there, what the engine cannot serve.
+        UserError: `--prefix_length answers` without `answer_share`, what cannot be adapted or patched, an optimizer
+            that is not there, what the engine cannot serve.
         UnsupportedModelError: layers that TokenTune cannot serve.
     """
-    if arguments.selection.tokentune:
-        require_known_size(arguments.selection)
+    if arguments.selection.takes_answers:
+        arguments = with_known_size(arguments, shape[1], answer_share)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
     if sharing is not None and sharing.dtype is not None:
@@ -160,13 +162,19 @@ def measure(
             return footprint if sharing is None else sharing.footprint(footprint, live)
 
 
-def require_known_size(selection: SelectionArguments) -> None:
-    """Raises UserError for a selection whose size depends on the rows, which an estimate does not read."""
-    if isinstance(selection.selected, Answers):
+def with_known_size(arguments: Arguments, length: int, answer_share: float | None) -> Arguments:
+    """The same with the number of tokens that `--prefix_length answers` selects of a row of `length` tokens.
+
+    Raises UserError where the share of the answers is not known.
+    """
+    asked = arguments.selection
+    if answer_share is None:
         raise UserError(
-            f"--prefix_length {selection.prefix_length}: how many tokens a step selects depends on the rows' answers; "
-            "for an estimate give the proportion that they make up, such as 0.2"
+            f"--prefix_length {asked.prefix_length}: how many tokens a step selects depends on the rows' answers. Add "
+            "--answer_share 0.05 (their share of a row's tokens), or --dataset_name_or_path to count them"
         )
+    count = answers_count(asked.selected, round(answer_share * length), length)
+    return arguments.changed(selected=count, prefix_length=str(count))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ class Subject:
     head: Head
     sequences: int
     length: int
+    answer_share: float | None = None  # of a row's tokens: the positions that have a loss; None: not known
 
 
 def load_subject(name: str, *, trust_remote_code: bool = False) -> Subject:

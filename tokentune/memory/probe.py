@@ -25,8 +25,9 @@ from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.errors import UserError
 from tokentune.memory.accounting import bytes_of, fits, weights_of
 from tokentune.memory.available_memory import available_bytes
+from tokentune.memory.longest_rows import longest_batch, longest_validation_batch
 from tokentune.memory.report import Run, out_of_memory
-from tokentune.memory.trial_step import longest_batch, longest_validation_batch, try_batch
+from tokentune.memory.trial_step import try_batch
 from tokentune.settings.finetune import Arguments
 from tokentune.training.checkpoints.run_state import read_run_state
 from tokentune.training.trainer import SelectiveTrainer

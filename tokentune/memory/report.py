@@ -24,6 +24,7 @@ from tokentune.errors import UserError
 from tokentune.memory.accounting import bytes_of, fits, states_of, weights_of
 from tokentune.memory.advice import advice, estimated, together
 from tokentune.memory.footprint import Estimate, estimator
+from tokentune.memory.longest_rows import answer_share
 from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.settings.finetune import Arguments
 from tokentune.training.checkpoints.saving import write_whole
@@ -55,7 +56,8 @@ class Run:
             return estimator(self.config, "cuda" if torch.cuda.is_available() else "cpu", self.head)
         patched = settings_of(inner_model(self.trainer.model))
         device = "cuda" if self.trainer.args.device.type == "cuda" else "cpu"
-        return estimator(self.config, device, self.head, profile=patched and patched.profile)
+        share = answer_share(self.trainer.train_dataset) if self.given.selection.takes_answers else None
+        return estimator(self.config, device, self.head, profile=patched and patched.profile, answer_share=share)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

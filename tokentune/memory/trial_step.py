@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from tokentune.data.packing import PackedRows, lengths_of
 from tokentune.errors import UserError
 from tokentune.memory.accounting import WEIGHTS, LiveBytes, weights_of
 from tokentune.memory.footprint import fill_states, forward_loss, update
@@ -26,45 +25,6 @@ from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.finetune import Arguments
 from tokentune.training.diagnosing import for_all_tokens
 from tokentune.training.trainer import SelectiveTrainer
-
-# --- the longest rows -------------------------------------------------------------------------------------------------
-
-
-def longest_batch(
-    trainer: SelectiveTrainer, arguments: Arguments, sequences: int
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The micro-batch of the longest training rows, with its selection (a schedule's largest), and its shape (B, S)."""
-    rows = trainer.train_dataset
-    if hasattr(rows, "__len__"):
-        items = _longest(rows, sequences)
-    else:  # a stream: as long as its rows can be
-        length = arguments.data.max_length
-        item = {"input_ids": [0] * length, "labels": [0] * length, "draw_seed": 0}
-        items = [{"documents": [item]} if arguments.data.packing else item] * sequences
-    batch = trainer.data_collator(items)
-    if trainer.schedule is not None:
-        batch = trainer.drawn(batch, trainer.schedule.largest)
-    return batch, tuple(next(iter(batch.values())).shape[:2])
-
-
-def longest_validation_batch(trainer: SelectiveTrainer) -> dict[str, Any] | None:
-    """The batch of the longest validation rows; None: there are none."""
-    rows = trainer.eval_dataset
-    return None if rows is None else trainer.eval_collator(_longest(rows, trainer.args.eval_batch_size))
-
-
-def row_lengths(rows: Any) -> np.ndarray:
-    """Tokens of each row of a trainer's data set, packed or not."""
-    if not isinstance(rows, PackedRows):
-        return lengths_of(getattr(rows, "rows", rows))
-    of_documents = lengths_of(rows.rows.rows)
-    return np.array([of_documents[documents].sum() for documents in rows.bins])
-
-
-def _longest(rows: Any, count: int) -> list[Any]:
-    """The `count` longest items, the longest first."""
-    return [rows[int(row)] for row in np.argsort(-row_lengths(rows), kind="stable")[:count]]
-
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 

@@ -30,10 +30,12 @@ class EstimatedModelArguments(ModelArguments):
 
 
 @dataclass
-class UnusedDataArguments(DataArguments):
-    """No rows are read."""
+class EstimatedDataArguments(DataArguments):
+    """Rows are read for `--prefix_length answers` alone, whose cost depends on them."""
 
-    dataset_name_or_path: list[str] = flag(["unused"], "accepted, not read: an estimate needs no data")
+    dataset_name_or_path: list[str] = flag(
+        [], "for --prefix_length answers: rows whose longest and whose longest answer are counted; else not read"
+    )
 
 
 @dataclass
@@ -52,6 +54,9 @@ class EstimationArguments(Group):
     _argument_group_name = "estimate"
     find: Literal["proportion", "batch", "length"] | None = flag(None, "the largest that fits --memory")
     memory: float | None = flag(None, "of the card, as it is sold (24: 24 x 10^9 bytes)", metavar="GB")
+    answer_share: float | None = flag(
+        None, "for --prefix_length answers without data: the answers' share of a row's tokens, such as 0.05"
+    )
     only: bool = flag(False, "only the mode that the flags choose, no table of all")
     num_processes: int = flag(1, "GPUs that share the training", least=1)
     sharding: Literal["ddp", "zero2", "fsdp"] | None = flag(
@@ -69,6 +74,8 @@ class EstimationArguments(Group):
         )
         require(self.memory is None or self.memory > 0, f"--memory {self.memory or 0:g}: must be above 0 (GB)")
         require(self.memory is None or self.find is not None, "--memory goes with --find proportion, batch or length")
+        share = self.answer_share
+        require(share is None or 0 < share <= 1, f"--answer_share {share}: must be above 0 and at most 1")
         several = self.num_processes > 1
         require(
             several or not self.sharding, f"--sharding {self.sharding} is about several GPUs: add --num_processes 8"
@@ -89,6 +96,6 @@ class EstimateArguments(FinetuneArguments):
     )
     shown: ClassVar[str] = "estimate"  # the group that the help lists
     model: EstimatedModelArguments
-    data: UnusedDataArguments
+    data: EstimatedDataArguments
     output: UnusedOutputArguments
     estimation: EstimationArguments

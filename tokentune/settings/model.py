@@ -145,8 +145,8 @@ class SelectionArguments(Group):
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
         )
-        if isinstance(self.selected, Answers) and self.tokentune:
-            self._check_answers()
+        if self.takes_answers:
+            self.check_answers()
         told = registered.even or (registered.needs and self.selection_draw == "proportional")
         if self.gradient_correction > 0 and not told:
             logger.warning(
@@ -158,7 +158,7 @@ class SelectionArguments(Group):
             names = [f.name for f in fields(self) if f.name not in ("tokentune", "diagnose_steps")]
             log_without_effect(self, names, "--tokentune")
 
-    def _check_answers(self) -> None:
+    def check_answers(self) -> None:
         """What goes with a selection of all supervised tokens."""
         asked, name = f"--prefix_length {self.prefix_length}", self.selection
         require(
@@ -197,6 +197,11 @@ class SelectionArguments(Group):
         )
         if self.tokentune and not needs:
             log_without_effect(self, ("selection_draw",), "a --selection with scores")
+
+    @property
+    def takes_answers(self) -> bool:
+        """Whether all target positions are selected, so that the number of selected tokens depends on the rows."""
+        return self.tokentune and isinstance(self.selected, Answers)
 
     @property
     def scoring_pass(self) -> bool:
