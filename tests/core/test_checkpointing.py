@@ -151,7 +151,7 @@ def test_a_backward_pass_holds_one_segment_at_a_time(monkeypatch) -> None:
     def watched(self: _Segment, *args: object) -> tuple[Tensor, Tensor]:
         found = take(self, *args)
         segments.append(self)
-        held.append(sum(len(segment.keys_values) for segment in {id(s): s for s in segments}.values()))
+        held.append(sum(len(segment.held) for segment in {id(s): s for s in segments}.values()))
         return found
 
     monkeypatch.setattr(_Segment, "take", watched)

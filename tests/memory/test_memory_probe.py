@@ -27,7 +27,8 @@ from tokentune.memory.advice import advice, together
 from tokentune.memory.available_memory import available_bytes
 from tokentune.memory.footprint import measure
 from tokentune.memory.probe import choose_micro_batch, generous_bytes, last_that_fits, probe_memory, weights_of
-from tokentune.memory.trial_step import longest_batch, try_batch
+from tokentune.memory.longest_rows import longest_batch
+from tokentune.memory.trial_step import try_batch
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
 from tokentune.settings.finetune import Arguments

@@ -11,7 +11,7 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.core.patched import DrawCounts
 from tokentune.data.collators import SeededRows
 from tokentune.data.prompts import ensure_pad_token
-from tokentune.memory.trial_step import longest_batch
+from tokentune.memory.longest_rows import longest_batch
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
 from tokentune.sampling.sampler import selected_count

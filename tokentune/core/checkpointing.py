@@ -9,12 +9,18 @@ is saved of a layer is its input for the selected rows, (B, K, D), and of the un
     keys_values     2 x (B, G, R, d): nothing of them is computed twice
     hidden_states   (B, R, D), their input of the layer, where that is smaller (no grouped heads): the norm and the
                     projections run again for them, up to the keys and values
-    segments        (B, R, D) at the first of every √layers layers: their pass is computed again from there, through one
-                    segment at a time, whose keys and values are held until its layers have their gradients
+    segments        (B, R, D) at the first of every n layers: their pass is computed again from there, through one
+                    segment at a time, of whose layers the smaller of the two above is held until they have their
+                    gradients; n makes what is saved and what is held smallest together
 
-`auto` takes the smaller of the first two. All are exact, with dropout too: a recomputation starts from the states that
-the random generators had in the forward pass. `torch.utils.checkpoint` does the recomputing. During a selective forward
-the layers call it in place of the function that `gradient_checkpointing_enable` gave them.
+`auto` takes segments where they at least halve what the others keep, the smaller of the two otherwise: in deep models
+without grouped heads that select few tokens. There the second pass of the unselected tokens adds about 2 (1 - r) to the
+2 + 6 r units of a step (r the selected share; ordinary checkpointing: 8). Weights that are split over processes are
+gathered once more for it, and offloading leaves nothing to save: there `auto` never takes it.
+
+All are exact, with dropout too: a recomputation starts from the states that the random generators had in the forward
+pass. `torch.utils.checkpoint` does the recomputing. During a selective forward the layers call it in place of the
+function that `gradient_checkpointing_enable` gave them.
 """
 
 import math
@@ -30,7 +36,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tokentune.core.compat.fsdp import gathered
+from tokentune.core.compat.fsdp import gathered, runs_together
 from tokentune.core.groups import TokenGroups
 from tokentune.core.layers import Stack, is_checkpointed
 from tokentune.core.saved_tensors.offloading import HostMemory
@@ -41,6 +47,7 @@ from tokentune.core.temporary import set_until_undone
 from tokentune.errors import UnsupportedModelError
 
 CHECKPOINT_REST = ("auto", "keys_values", "hidden_states", "segments")
+SMALLER = "smaller"  # of keys_values and hidden_states: what `auto` is where it cannot be segments
 _FUNCTION = "_gradient_checkpointing_func"  # transformers' name for what a layer calls instead of its own forward
 
 
@@ -65,6 +72,11 @@ def checkpoint_layers(stack: Stack, step: Step, choice: str, offload_kv: bool, u
         raise UnsupportedModelError("checkpoint_rest segments needs gradient checkpointing of every layer")
     if choice == "segments" and step.plan.all_rows_between_layers:
         raise UnsupportedModelError("checkpoint_rest segments runs layers again without the hooks that others put on")
+    if choice == "auto":
+        on_cpu = offload_kv or any(_keeps_inputs_on_cpu(getattr(layer, _FUNCTION)) for layer in chosen)
+        served = len(chosen) == len(stack.layers) and not step.plan.all_rows_between_layers
+        if on_cpu or not served or step.plan.cached_kv is not None or runs_together(chosen[0]):
+            choice = SMALLER
     checkpointing = SelectiveCheckpointing(step, choice, offload_kv)
     undo.callback(step.forget_unselected)
     for layer in chosen:
@@ -114,10 +126,11 @@ class SelectiveCheckpointing:
     """The checkpointing of one step's layers."""
 
     step: Step
-    choice: str
+    choice: str  # one of `CHECKPOINT_REST`, or SMALLER
     offload_kv: bool
     host: HostMemory | None = None
     segment: "_Segment | None" = None
+    layers_per_segment: int | None = None  # known once the first layer ran
 
     @uncompiled
     def run(self, inputs_on_cpu: bool, function: Callable, hidden: Tensor, *more_args: Any) -> Any:
@@ -129,20 +142,33 @@ class SelectiveCheckpointing:
         layer = _Layer(self.step, bare_call, function, more_args, random_states(hidden))
         call.unselected_pass = partial(layer.run_unselected, call.unselected_pass)
         replay = _Replay(layer)
-        if self.choice == "segments":
+        if self.choice in ("auto", "segments") and call.groups.unselected.shape[1] > 0:
             if self.segment is None or self.segment.full:
-                self.segment = _Segment(math.ceil(math.sqrt(self.step.expected_calls)), call.groups.unselected)
+                self.segment = _Segment(self.layers_per_segment, call.groups.unselected)
             replay.segment, replay.index = self.segment, self.segment.add(layer, hidden)
         with save_on_cpu(pin_memory=hidden.device.type != "cpu") if inputs_on_cpu else nullcontext():
             options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), replay)}
             output = checkpoint(function, hidden, *more_args, **options)
+            if self.layers_per_segment is None and call.unselected_kv is not None:
+                self._plan(call, hidden, replay)
             return self._save(output, layer, call)
+
+    def _plan(self, call: LayerCall, hidden: Tensor, replay: "_Replay") -> None:
+        """After the first layer, which shows how large keys and values are: whether there are segments, how long."""
+        sizes = hidden.nbytes, call.groups.unselected.nbytes, sum(tensor.nbytes for tensor in call.unselected_kv)
+        self.layers_per_segment, worthwhile = plan_segments(self.step.expected_calls, *sizes)
+        if self.choice == "auto" and not worthwhile:
+            self.choice = SMALLER
+        if self.choice in ("auto", "segments"):
+            self.segment.length = self.layers_per_segment
+        else:
+            self.segment = replay.segment = None
 
     def _save(self, output: Any, layer: _Layer, call: LayerCall) -> Any:
         """The layer's output, tied to what is saved of the unselected tokens for the layer's recomputation."""
         if call.unselected_kv is None:  # every token is selected
             return output
-        if self.choice == "segments":
+        if self.segment is not None:
             if not (call.last or self.segment.full):
                 return output
             holder, tensors = self.segment, self.segment.close()
@@ -154,11 +180,10 @@ class SelectiveCheckpointing:
         return (selected, *others) if isinstance(output, tuple) else selected
 
     def _smaller(self, call: LayerCall) -> tuple[Tensor, ...]:
-        keys_values, hidden_states = call.unselected_kv, call.groups.unselected
         if self.choice == "keys_values" or self.step.plan.cached_kv is not None:  # cached: there are no hidden states
-            return keys_values
-        larger = sum(tensor.nbytes for tensor in keys_values) > hidden_states.nbytes
-        return (hidden_states,) if larger or self.choice == "hidden_states" else keys_values
+            return call.unselected_kv
+        hidden_states = call.groups.unselected
+        return (hidden_states,) if self.choice == "hidden_states" else smaller_of(hidden_states, call.unselected_kv)
 
     def _offloading(self, selected: Tensor) -> Any:
         if not self.offload_kv or selected.device.type == "cpu":
@@ -166,6 +191,30 @@ class SelectiveCheckpointing:
         if self.host is None:
             self.host = HostMemory(selected.device)
         return saved_tensors_hooks(self.host.store, self.host.fetch)
+
+
+def plan_segments(layers: int, selected: float, unselected: float, keys_values: float) -> tuple[int, bool]:
+    """How many layers a segment has, and whether segments at least halve what is kept.
+
+    For L layers, saved in the forward pass and held in the backward pass, where a is a layer's selected input, b its
+    unselected one, c the unselected keys and values (all in bytes, or in another unit):
+
+        segments    L a + ceil(L / n) b + n min(b, c)       the least of it over n; the largest n of several
+        otherwise   L a + L min(b, c)
+    """
+    smaller = min(unselected, keys_values)
+
+    def kept(n: int) -> float:
+        return layers * selected + math.ceil(layers / n) * unselected + n * smaller
+
+    best = min(range(layers, 0, -1), key=kept)
+    return best, 2 * kept(best) <= layers * (selected + smaller)
+
+
+def smaller_of(hidden_states: Tensor, keys_values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a layer can be recomputed from with the fewest bytes: (B, R, D), or 2 x (B, G, R, d)."""
+    larger = sum(tensor.nbytes for tensor in keys_values) > hidden_states.nbytes
+    return (hidden_states,) if larger else keys_values
 
 
 # ---------------------------------------------------------------------------------------------------- recomputing
@@ -196,25 +245,28 @@ class _Replay(ExitStack):
     def __init__(self, layer: _Layer):
         super().__init__()
         self.layer = layer
-        self.segment: _Segment | None = None  # where there is one, it has the keys and values
+        self.segment: _Segment | None = None  # where there is one, it makes them
         self.index = 0  # of the layer in it
 
     def __enter__(self) -> None:
         """Instead of the unselected tokens' pass, their keys and values are those saved, or are made again."""
         layer, step = self.layer, self.layer.step
+        activate(step, self)
+        self.callback(setattr, step, "call", None)
         saved, layer.saved = layer.saved, None
+        if self.segment is not None:
+            saved = self.segment.take(self.index)
+            set_random_states(layer.states_before, saved[0])
         hidden_states = TokenGroups(None, saved[0]) if saved is not None and len(saved) == 1 else None
 
         def unselected_pass(step: Step, call: LayerCall) -> None:
             if hidden_states is not None:
                 run_unselected(step, call)
             else:
-                call.unselected_kv = saved if self.segment is None else self.segment.take(self.index, step)
+                call.unselected_kv = saved
                 join_key_values(step, call)
             set_random_states(layer.states_after_unselected, call.joined_kv[0])
 
-        activate(step, self)
-        self.callback(setattr, step, "call", None)
         options = {"with_gradients": True, "unselected_ends_early": True}
         step.call = replace(layer.call, groups=hidden_states, unselected_pass=unselected_pass, **options)
 
@@ -223,12 +275,12 @@ class _Replay(ExitStack):
 class _Segment:
     """Consecutive layers, through which the unselected tokens' pass is recomputed at once."""
 
-    length: int
+    length: int | None  # in layers; None: `SelectiveCheckpointing._plan` says it after the first
     first_input: Tensor | None  # (B, R, D), until autograd saves it
     layers: list[_Layer] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)  # (B, K, D) each, likewise
     saved: tuple[Tensor, ...] | None = None  # set by `_Save` in the backward pass: unselected input, selected inputs
-    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    held: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # of each layer not recomputed yet: `smaller_of`
 
     @property
     def full(self) -> bool:
@@ -245,16 +297,14 @@ class _Segment:
         self.first_input, self.inputs = None, []
         return tensors
 
-    def take(self, index: int, step: Step) -> tuple[Tensor, Tensor]:
-        """The unselected tokens' keys and values of one layer. The first call makes them for the whole segment."""
+    def take(self, index: int) -> tuple[Tensor, ...]:
+        """What one layer is recomputed from, of unselected tokens. The first call makes it for the whole segment."""
         if self.saved is not None:
             (unselected, *inputs), self.saved = self.saved, None
-            under_way = step.call
             with torch.no_grad():
                 for number, (layer, hidden) in enumerate(zip(self.layers, inputs, strict=True)):
                     unselected = self._redo(number, layer, hidden, unselected)
-            step.call = under_way
-        return self.keys_values.pop(index)
+        return self.held.pop(index)
 
     def _redo(self, number: int, layer: _Layer, hidden: Tensor, unselected: Tensor) -> Tensor | None:
         """The unselected tokens' pass through one layer, within the selected tokens' one. Returns (B, R, D)."""
@@ -271,7 +321,7 @@ class _Segment:
         # FSDP has gathered the weights of the segment's last layer now, and of no other.
         with suppress(PassDone), gathered(layer.call.layer, stays=last):
             layer.function(hidden, *layer.more_args)
-        self.keys_values[number] = tuple(map(in_own_storage, call.unselected_kv))
+        self.held[number] = tuple(map(in_own_storage, smaller_of(unselected, call.unselected_kv)))
         return call.unselected_output
 
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
+from tokentune.core.checkpointing import SMALLER
 from tokentune.core.layers import inner_model
 from tokentune.core.patched import reference_of, settings_of
 from tokentune.core.profile import Profile
@@ -131,6 +132,8 @@ def measure(
         arguments = with_known_size(arguments, shape[1], answer_share)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
+    if engine == "fsdp" and arguments.selection.tokentune and arguments.memory.checkpoint_rest == "auto":
+        settings_of(inner_model(model)).checkpoint_rest = SMALLER  # as where its weights are split
     if sharing is not None and sharing.dtype is not None:
         model.to(sharing.dtype)
         arguments = arguments.changed(bf16=False, fp16=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedConfig
 
+from tokentune.core.checkpointing import plan_segments
 from tokentune.models.tasks import Head
 from tokentune.settings.finetune import Arguments
 from tokentune.verify.tiny_copy import cut_layers, per_layer
@@ -37,11 +38,24 @@ def why_not_predictable(config: PreTrainedConfig, arguments: Arguments, head: He
     selection, memory = arguments.selection, arguments.memory
     if config.get_text_config().num_hidden_layers <= sum(SHALLOW):
         return "the model has few layers"
-    if selection.tokentune and memory.gradient_checkpointing and memory.checkpoint_rest == "segments":
-        return "--checkpoint_rest segments depends on the number of layers"
+    if selection.tokentune and memory.gradient_checkpointing and _may_be_segments(config, arguments):
+        return "what checkpointing keeps depends on the number of layers (--checkpoint_rest segments, or auto here)"
     if selection.scoring_pass and selection.selection_layers is not None:
         return "--selection_layers depends on the number of layers"
     return None if _alike(config, arguments, head) else "the layers differ"
+
+
+def _may_be_segments(config: PreTrainedConfig, arguments: Arguments) -> bool:
+    """Whether checkpointing keeps segments. Where not even the share of selected tokens is known, it may."""
+    rest, share = arguments.memory.checkpoint_rest, arguments.selection.selected
+    if rest != "auto":
+        return rest == "segments"
+    text = config.get_text_config()
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    share = share if isinstance(share, float) else 0.0
+    keys_values = 2 * groups * (getattr(text, "head_dim", None) or hidden // heads) / hidden
+    return plan_segments(text.num_hidden_layers, share, 1 - share, (1 - share) * keys_values)[1]
 
 
 def _alike(config: PreTrainedConfig, arguments: Arguments, head: Head) -> bool:
