@@ -72,16 +72,53 @@ def step_table() -> str:
 
 
 def lowest_table() -> str:
-    """24 layers, against gradient checkpointing."""
+    """24 layers, against gradient checkpointing with the loss in chunks."""
+    header = ["trained", "key-value heads", "method", *AGAINST_CHUNKED]
+    rows = [row for row in step_rows("lowest") if row["seconds"]]
+    return markdown(
+        header,
+        [[WEIGHTS[row["train"]], heads_of(row), METHOD_NAMES[row["method"]], *against_chunked(row)] for row in rows],
+    )
+
+
+def answers_table() -> str:
+    """Long prompts: all tokens of the answers selected, 5 % of a row."""
+    header = ["layers", "trained", "key-value heads", "method", *AGAINST_CHUNKED]
     rows = []
-    for row in step_rows("lowest"):
-        if row["seconds"]:
-            heads = f"{row['key_value_heads']} of {row['heads']}"
-            saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row['bytes_ratio_to_checkpointing']:.2f}"
-            time = times(row, "checkpointing")
-            rows.append([WEIGHTS[row["train"]], heads, METHOD_NAMES[row["method"]], saved, ratio, time])
-    header = ["trained", "key-value heads", "method", "kept for backward", "of checkpointing"]
-    return markdown([*header, "time, of checkpointing (95 % interval)"], rows)
+    for row in step_rows("answers"):
+        name = METHOD_NAMES[row["method"]].replace("30 % of the tokens", "the answers").replace("30 %", "the answers")
+        rows.append([str(row["layers"]), WEIGHTS[row["train"]], heads_of(row), name, *against_chunked(row)])
+    return markdown(header, rows)
+
+
+AGAINST_CHUNKED = ("kept for backward", "of checkpointing, loss in chunks", "step", "time, of the same (95 % interval)")
+
+
+def against_chunked(row: dict) -> list[str]:
+    """A measured step beside gradient checkpointing with the loss in chunks, the best that other trainers do."""
+    base = "checkpointing_chunked"
+    saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row[f'bytes_ratio_to_{base}']:.2f}"
+    return [saved, ratio, f"{statistics.median(row['seconds']):.2f} s", times(row, base)]
+
+
+def heads_of(row: dict) -> str:
+    return f"{row['key_value_heads']} of {row['heads']}"
+
+
+def longest_table() -> str:
+    """The longest sequence that fits each card, by method."""
+    report = read("estimate_longest.json")
+    rows = []
+    for weights, method in dict.fromkeys((row["weights"], row["method"]) for row in report["rows"]):
+        found = {
+            row["memory_gb"]: row["tokens"]
+            for row in report["rows"]
+            if (row["weights"], row["method"]) == (weights, method)
+        }
+        name = f"**{method}**" if method.startswith("TokenTune") else method
+        rows.append([weights, name, *(f"{tokens:,}" if tokens else "none" for tokens in found.values())])
+    cards = dict.fromkeys(row["memory_gb"] for row in report["rows"])
+    return markdown(["trained", "method", *(f"{card} GB" for card in cards)], rows)
 
 
 def growth_table() -> str:
@@ -265,6 +302,8 @@ def score_of(report: dict, task: str, method: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "lowest": lowest_table,
+    "answers": answers_table,
+    "longest": longest_table,
     "growth": growth_table,
     "qlora": qlora_table,
     "bounds": bounds_table,

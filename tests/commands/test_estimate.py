@@ -1,6 +1,7 @@
 """The estimate against measured bytes of real models on the CPU, what it finds, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -386,7 +387,53 @@ def test_the_start_is_the_answer_of_the_predictions_within_few(answer: int, flat
         assert abs(start - answer) <= 1
 
 
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_take_what_as_many_tokens_take(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    common = (folder, "--device", "cpu", "--tokentune", "--only", "--max_length", "128")
+    bytes_of = [
+        report_of(tmp_path, *common, *words.split())["rows"][0]["bytes"]
+        for words in (
+            "--prefix_length 32",
+            "--prefix_length answers --answer_share 0.25",
+            "--prefix_length answers+0.25 --answer_share 0.25",
+            "--prefix_length 56",
+        )
+    ]
+    assert bytes_of[0] == bytes_of[1] and bytes_of[2] == bytes_of[3]
+    assert bytes_of[1]["activations"] < bytes_of[2]["activations"]
+
+
+def test_answers_of_data_are_the_longest_in_the_longest_row(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"prompt": "a " * 20, "completion": "b " * 2}, {"prompt": "a " * 5, "completion": "b " * 9}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common = (tiny_llama_dir, "--device", "cpu", "--tokentune", "--only", "--data_cache", "none")
+    found = report_of(tmp_path, *common, "--prefix_length", "answers", "--dataset_name_or_path", data)
+    said = capsys.readouterr().err
+    rows_said, longest, most = (
+        int(number) for number in re.search(r"(\d+) rows of .* (\d+) tokens, .* (\d+) of", said).groups()
+    )
+    assert rows_said == 2 and found["settings"]["tokens"] == longest > most
+    words = ("--prefix_length", most, "--max_length", longest)
+    assert report_of(tmp_path, *common, *words)["rows"][0]["bytes"] == found["rows"][0]["bytes"]
+
+
 REFUSED = [
+    ("llama-3-8b --tokentune --prefix_length answers", "Add --answer_share 0.05"),
+    ("llama-3-8b --answer_share 0.05", "--answer_share is for --prefix_length answers"),
+    ("llama-3-8b --prefix_length answers --answer_share 1.5", "--answer_share 1.5: must be above 0 and at most 1"),
+    ("llama-3-8b --prefix_length answers --dataset_name_or_path d.jsonl", "has no tokenizer"),
+    ("llama-3-8b --prefix_length answers --answer_share 0.1 --dataset_name_or_path d.jsonl", "give one of them"),
+    ("bert-base --prefix_length answers --answer_share 0.1", "one label for all tokens"),
+    ("llama-3-8b --prefix_length answers --answer_share 0.1 --selection gradient", "which draws for a whole row"),
+    (
+        "llama-3-8b --tokentune --prefix_length answers --answer_share 0.1 --find proportion --memory 24",
+        "--find proportion tries numbers",
+    ),
     ("llama-3-8", "did you mean llama-3-8b"),
     ("./no-such-folder", "no such folder"),
     ("./no-such-folder/config.json", "no such file"),

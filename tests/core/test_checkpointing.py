@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from tokentune import UnsupportedModelError, apply_tokentune
 from tokentune.core.attention.skipped_queries import skipped_query_projections
-from tokentune.core.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers
+from tokentune.core.checkpointing import CHECKPOINT_REST, _Segment, checkpoint_layers, plan_segments
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 
 LAYERS = 5
@@ -138,6 +138,45 @@ def test_bytes_of_segments() -> None:
     """Nine layers are three segments: nine selected inputs, three of the rest. Four layers: two segments of two."""
     selected, rest = 4 * 2 * 16 * 64, 4 * 2 * 48 * 64
     assert saved_bytes(9, "segments", 4) - saved_bytes(4, "segments", 4) == 5 * selected + rest
+
+
+def test_auto_takes_segments_where_they_halve_what_is_kept() -> None:
+    """16 layers without grouped heads, 4 of 64 tokens selected: the first of each segment, and no other rest."""
+    few = {rest: saved_bytes(16, rest, 4, count=4) for rest in CHECKPOINT_REST}
+    assert few["auto"] == few["segments"] < few["hidden_states"] / 3
+    for heads, count in ((1, 4), (4, 32)):  # grouped heads; half of the tokens
+        sizes = {rest: saved_bytes(16, rest, heads, count=count) for rest in CHECKPOINT_REST}
+        assert sizes["auto"] == min(sizes["keys_values"], sizes["hidden_states"]) > sizes["segments"]
+
+
+def test_gradients_of_a_deep_model_whose_segments_auto_chose() -> None:
+    model = build("llama", num_hidden_layers=16, num_key_value_heads=4, attention_dropout=0.3)
+    ids, mask = padded_batch()
+    positions = draw(1, first=False)
+    checkpointed = with_checkpointing(copy.deepcopy(model))
+    expected = run(apply_tokentune(model, verify=False), positions, ids, mask, ids)
+    with SavedForBackward(checkpointed) as auto:
+        assert_identical(run(checkpointed, positions, ids, mask, ids), expected)
+    segments = with_checkpointing(copy.deepcopy(model), "segments")
+    with SavedForBackward(segments) as asked:
+        run(segments, positions, ids, mask, ids)
+    assert auto.bytes == asked.bytes
+
+
+@pytest.mark.parametrize(
+    ("layers", "selected", "unselected", "keys_values", "expected"),
+    [
+        (24, 1, 19, 38, (6, True)),  # 24 + 4 x 19 + 6 x 19 = 214, of 24 x 20 = 480; five layers: as much, one rest more
+        (24, 1, 19, 9.5, (8, False)),  # 24 + 3 x 19 + 8 x 9.5 = 157, of 24 x 10.5 = 252
+        (24, 6, 14, 28, (6, False)),  # 144 + 10 x 14 = 284, of 480
+        (2, 1, 19, 38, (2, False)),
+        (1, 1, 19, 38, (1, False)),
+    ],
+)
+def test_how_long_segments_are(
+    layers: int, selected: float, unselected: float, keys_values: float, expected: tuple[int, bool]
+) -> None:
+    assert plan_segments(layers, selected, unselected, keys_values) == expected
 
 
 def test_a_backward_pass_holds_one_segment_at_a_time(monkeypatch) -> None:

@@ -22,8 +22,8 @@ from tokentune import apply_tokentune
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.packing import PackedCollator, PackedRows, bins_of, fill_rate, pack
-from tokentune.data.row_sizes import lengths_of
 from tokentune.data.packing_check import check_separation
+from tokentune.data.row_sizes import lengths_of
 from tokentune.errors import UserError
 from tokentune.finetune import main
 

@@ -57,10 +57,7 @@ def test_says_what_the_run_then_does(
         assert numbers(told["tokens"])[2] * epochs == summary["tokens"]["selected"]
     else:
         assert "all get gradients" in told["tokens"]
-    if "answers" in words:
-        assert "not estimated: --prefix_length answers+0.2" in told["memory"]
-    else:
-        assert "at the peak of a step of 2 x " in told["memory"]
+    assert "at the peak of a step of 2 x " in told["memory"]
 
 
 def test_is_refused_as_the_run_would_be(command: list[str], tmp_path: Path) -> None:

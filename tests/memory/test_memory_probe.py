@@ -26,8 +26,8 @@ from tokentune.memory import probe as memory_probe
 from tokentune.memory.advice import advice, together
 from tokentune.memory.available_memory import available_bytes
 from tokentune.memory.footprint import measure
+from tokentune.memory.longest_rows import answer_share, longest_batch
 from tokentune.memory.probe import choose_micro_batch, generous_bytes, last_that_fits, probe_memory, weights_of
-from tokentune.memory.longest_rows import longest_batch
 from tokentune.memory.trial_step import try_batch
 from tokentune.models.builder import base_dtype, prepare_model
 from tokentune.models.pretrained import load_config, load_tokenizer
@@ -166,6 +166,20 @@ def test_longest_rows_make_the_batch(build: Build) -> None:
     longest = sorted((len(row["input_ids"]) for row in make_rows(19)), reverse=True)[:3]
     assert batch["attention_mask"].sum(1).tolist() == longest and shape == (3, longest[0])
     assert batch["selected_positions"].shape == (3, longest[0] // 2)
+
+
+@pytest.mark.parametrize("packing", ["", "--packing --max_length 64"])
+def test_the_longest_answer_is_in_the_longest_row(build: Build, config: Any, packing: str) -> None:
+    """Rows of 40 tokens with few targets and of 20 tokens with many: both meet in one micro-batch of training."""
+    rows = [{"input_ids": [5] * 40, "labels": [-100] * 38 + [5] * 2} for _ in range(4)]
+    rows += [{"input_ids": [5] * 20, "labels": [-100] * 5 + [5] * 15}]
+    trainer, arguments = build(f"--global_batch_size 2 --tokentune --prefix_length answers {packing}", rows=rows)
+    batch, shape = longest_batch(trainer, arguments, 2)
+    length, most = (60, 17) if packing else (40, 15)
+    assert shape == (2, length) and batch["selected_positions"].shape == (2, most)
+    assert answer_share(trainer.train_dataset) == most / length
+    found = measure(config, arguments, shape, device="cpu", answer_share=most / length)
+    assert try_batch(trainer, arguments, batch) == pytest.approx(found.peak, rel=0.03)
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.row_sizes import lengths_of, target_counts_of
 from tokentune.errors import UserError
+from tokentune.memory.footprint import unknown_answers
 from tokentune.memory.presets import Subject
 from tokentune.models.pretrained import load_tokenizer
 from tokentune.models.tasks import CAUSAL_LM
@@ -32,7 +33,7 @@ def with_answers(subject: Subject, arguments: EstimateArguments, *, length_is_gi
             raise UserError("--answer_share and --dataset_name_or_path both say how long answers are: give one of them")
         return replace(subject, answer_share=share)
     if not data.dataset_name_or_path:
-        return subject  # the estimate says what is missing
+        raise unknown_answers(arguments)
     if data.streaming:
         raise UserError("--streaming: rows are counted before an estimate. Give --answer_share instead of the data")
     rows = _rows(arguments, subject)

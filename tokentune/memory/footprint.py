@@ -170,14 +170,17 @@ def with_known_size(arguments: Arguments, length: int, answer_share: float | Non
 
     Raises UserError where the share of the answers is not known.
     """
-    asked = arguments.selection
     if answer_share is None:
-        raise UserError(
-            f"--prefix_length {asked.prefix_length}: how many tokens a step selects depends on the rows' answers. Add "
-            "--answer_share 0.05 (their share of a row's tokens), or --dataset_name_or_path to count them"
-        )
-    count = answers_count(asked.selected, round(answer_share * length), length)
+        raise unknown_answers(arguments)
+    count = answers_count(arguments.selection.selected, round(answer_share * length), length)
     return arguments.changed(selected=count, prefix_length=str(count))
+
+
+def unknown_answers(arguments: Arguments) -> UserError:
+    return UserError(
+        f"--prefix_length {arguments.selection.prefix_length}: how many tokens a step selects depends on the rows' "
+        "answers. Add --answer_share 0.05 (their share of a row's tokens), or --dataset_name_or_path to count them"
+    )
 
 
 @contextmanager

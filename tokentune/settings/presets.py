@@ -12,21 +12,15 @@ _LLAMA_3 = {
     "max_position_embeddings": 8192,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-_LLAMA_3_2 = {
-    **_LLAMA,
-    "dtype": "bfloat16",
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
+
+
+def _longer_llama_3(factor: float) -> dict[str, Any]:
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {**_LLAMA_3, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_parameters": rope}
+
+
+_LLAMA_3_2 = _longer_llama_3(32.0)
 
 
 def _sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None) -> dict[str, int]:
@@ -40,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40, 40)},
     "llama-2-70b": {**_LLAMA_2, **_sizes(8192, 28672, 80, 64, 8)},
     "llama-3-8b": {**_LLAMA_3, **_sizes(4096, 14336, 32, 32, 8)},
+    "llama-3.1-8b": {**_longer_llama_3(8.0), **_sizes(4096, 14336, 32, 32, 8)},
     "llama-3-70b": {**_LLAMA_3, **_sizes(8192, 28672, 80, 64, 8)},
     "llama-3.2-1b": {**_LLAMA_3_2, **_sizes(2048, 8192, 16, 32, 8), "head_dim": 64, "tie_word_embeddings": True},
     "llama-3.2-3b": {**_LLAMA_3_2, **_sizes(3072, 8192, 28, 24, 8), "head_dim": 128, "tie_word_embeddings": True},
