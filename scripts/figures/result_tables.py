@@ -18,6 +18,7 @@ METHOD_NAMES = {
     "full_chunked": "plain, loss in chunks",
     "checkpointing": "plain, gradient checkpointing",
     "checkpointing_chunked": "plain, gradient checkpointing, loss in chunks",
+    "sequence_chunks": "plain, sequence in chunks of 512 tokens",
     "tokentune": "**TokenTune, 30 % of the tokens**",
     "tokentune_checkpointing": "**TokenTune, 30 %, checkpointing**",
     "tokentune_segments": "**TokenTune, 30 %, lowest memory**",

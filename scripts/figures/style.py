@@ -42,6 +42,7 @@ LOOKS = {
     "full_chunked": Look("plain, loss in chunks", GREY, "s", ":"),
     "checkpointing": Look("gradient checkpointing", ORANGE, "D", "--"),
     "checkpointing_chunked": Look("gradient checkpointing, loss in chunks", SKY, "D", "-"),
+    "sequence_chunks": Look("sequence in chunks, exact", BLACK, "x", ":"),
     "tokentune": Look("TokenTune", BLUE, "o", "-"),
     "tokentune_checkpointing": Look("TokenTune + checkpointing", GREEN, "^", "-"),
     "tokentune_segments": Look("TokenTune, lowest memory", VERMILION, "v", ":"),

@@ -14,8 +14,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
 
 import step
 from steps import report
-from steps.cases import METHODS, Case, Shape, Variant, build, shrunk, switch, variants
+from steps.cases import METHODS, Case, Shape, Variant, build, inner_model, shrunk, switch, variants
 from steps.measure import Bench, allocations, measure
+from steps.sequence_chunks import ChunkedStep
 from steps.suites import CPU_SUITES, GPU_SUITES, cases_of
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
@@ -38,6 +39,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         return code, printed.out + printed.err
 
     return call
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("chunk", [5, 8, 16])
+def test_a_sequence_in_chunks_has_the_gradient_of_ordinary_training(train: str, chunk: int) -> None:
+    model = build(replace(CASE, train=train), "cpu").double()
+    ids = torch.randint(0, 64, (2, 16))
+    labels = ids.clone()
+    labels[0, :9] = -100
+    model(input_ids=ids, labels=labels).loss.backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    step_in_chunks = ChunkedStep(inner_model(model), ids, labels, chunk)
+    assert step_in_chunks.kept_bytes == 2 * 2 * 2 * 2 * 16 * 8 * 8  # layers, keys and values, (B, G, S, d), float64
+    step_in_chunks.backward()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(weight.grad, expected[name], rtol=0, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------------- what it says

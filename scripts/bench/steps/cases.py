@@ -23,10 +23,12 @@ class Method:
     """How a step saves memory; `options` go to `apply_tokentune`.
 
     chunked: all tokens keep their gradients, and the loss is taken a chunk of rows at a time, as other trainers do.
+    sequence_chunk: all tokens keep their gradients, and both passes go through the sequence by so many tokens at once.
     """
 
     tokentune: bool = False
     chunked: bool = False
+    sequence_chunk: int | None = None
     checkpointing: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -40,6 +42,7 @@ METHODS = {
     "tokentune_checkpointing": Method(tokentune=True, checkpointing=True),
     "tokentune_segments": Method(tokentune=True, checkpointing=True, options={"checkpoint_rest": "segments"}),
     "tokentune_offload": Method(tokentune=True, checkpointing=True, options={"offload_kv": True}),
+    "sequence_chunks": Method(sequence_chunk=512),
 }
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from steps.cases import DTYPES, METHODS, Case, Variant, build, switch
+from steps.cases import DTYPES, METHODS, Case, Variant, build, inner_model, switch
+from steps.sequence_chunks import ChunkedStep
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.sampling.sampler import IGNORED_LABEL, select_positions, selected_count, target_mask
 
@@ -39,14 +40,16 @@ class Bench:
         if case.optimizer:  # fused, as the Trainer's: no temporary copies of the weights
             self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
 
-    def forward(self, variant: Variant) -> Tensor:
-        """The loss."""
-        selects = METHODS[variant.method].tokentune
+    def forward(self, variant: Variant) -> Tensor | ChunkedStep:
+        """The loss, or what else has a `backward`."""
+        selects, chunk = METHODS[variant.method].tokentune, METHODS[variant.method].sequence_chunk
+        if chunk is not None:
+            return ChunkedStep(inner_model(self.model), self.ids, self.labels, chunk)
         given = {"selected_positions": self.positions[variant.proportion]} if selects else {}
         with torch.autocast(self.device.split(":")[0], dtype=DTYPES["bfloat16"], enabled=self.case.autocast):
             return self.model(input_ids=self.ids, labels=self.labels, **given).loss
 
-    def after_forward(self, loss: Tensor) -> None:
+    def after_forward(self, loss: Tensor | ChunkedStep) -> None:
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -72,12 +75,11 @@ class Bench:
         }
 
     def saved_bytes(self, variant: Variant) -> int:
-        """What autograd keeps for the backward pass, each storage once, parameters excluded."""
+        """What autograd, or a cache, keeps for the backward pass, each storage once, parameters excluded."""
         switch(self.model, variant.method)
         with SavedForBackward(self.model) as saved:
             loss = self.forward(variant)
-        del loss
-        return saved.bytes
+        return loss.kept_bytes if isinstance(loss, ChunkedStep) else saved.bytes
 
     def step_memory(self, variant: Variant) -> dict[str, int]:
         """`held_bytes` are held more after the forward pass than before it; `peak_bytes` is the step's peak, weights
@@ -86,7 +88,7 @@ class Bench:
         self.clear()
         if self.device.startswith("cuda"):
             return self._cuda_step_memory(variant)
-        losses: list[Tensor] = []
+        losses: list[Tensor | ChunkedStep] = []
         held, forward_peak = allocations(lambda: losses.append(self.forward(variant)))
         _, backward_peak = allocations(lambda: self.after_forward(losses.pop()))
         static = self.static_bytes()

@@ -90,8 +90,8 @@ def overhead() -> list[Case]:
 
 
 def length() -> list[Case]:
-    """Growth with the sequence, one sequence at a time, on the narrow model."""
-    methods = (*SIX, "tokentune_segments")
+    """Growth with the sequence, one sequence at a time, on the narrow model; beside an exact rival for long ones."""
+    methods = (*BASES, "sequence_chunks", *SELECTIVE, "tokentune_segments")
     return [Case("length", narrow(), variants(methods), batch=1, length=count, rounds=3) for count in LENGTHS]
 
 
