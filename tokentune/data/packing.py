@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from tokentune.data.collators import (
@@ -29,6 +28,7 @@ from tokentune.data.collators import (
     selected_in,
     token_counts,
 )
+from tokentune.data.row_sizes import lengths_of
 from tokentune.sampling.sampler import IGNORED_LABEL, fill_up
 from tokentune.sampling.schedule import Answers
 
@@ -73,15 +73,6 @@ def bins_of(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[i
             with_room[room - length].append(number)
             rooms |= 1 << (room - length)
     return [sorted(documents) for documents in bins]
-
-
-def lengths_of(rows: Dataset | Sequence[dict[str, Any]]) -> np.ndarray:
-    """Tokens of each encoded row, (rows,) int64. Of a `Dataset` only the lists' offsets are read."""
-    if not isinstance(rows, Dataset):
-        return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
-    tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-    lengths = [chunk.value_lengths().to_numpy() for table in tables for chunk in table["input_ids"].chunks]
-    return np.concatenate([np.zeros(0, np.int64), *lengths])
 
 
 @dataclass(eq=False)
