@@ -272,10 +272,8 @@ def padding_table() -> str:
         for row in report["rows"]
     ]
     data, batch, epochs = report["data"], report["global_batch"], report["epochs"]
-    said = (
-        f"{data['rows']:,} tool calls ({data['tokens']:,} tokens, {data['targets'] / data['tokens']:.0%} of them answers), "
-        f"a global batch of {batch}, mean of {epochs} orders."
-    )
+    tokens, share = f"{data['tokens']:,} tokens", f"{data['targets'] / data['tokens']:.0%} of them answers"
+    said = f"{data['rows']:,} tool calls ({tokens}, {share}), a global batch of {batch}, mean of {epochs} orders."
     return f"{markdown(['trained', 'selected', 'micro-batch', *orders.values()], rows)}\n\n{said}"
 
 
