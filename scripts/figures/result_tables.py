@@ -265,7 +265,7 @@ def score_of(report: dict, task: str, method: str) -> str:
 def padding_table() -> str:
     """Work of padded batches over that of their rows."""
     report = read("padding.json")
-    orders = {"random": "random order", "by_length": "by length", "by_cost": "by cost"}
+    orders = {"random": "random order", "by_length": "by length", "by_sum": "by the sum of units", "by_both": "by both"}
     rows = [
         [WEIGHTS[row["train"]], f"`{row['selected']}`", str(row["micro_batch"])]
         + [f"+{100 * (row[order] - 1):.1f} %" for order in orders]

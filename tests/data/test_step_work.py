@@ -1,13 +1,12 @@
 """What rows cost, by their tokens and their selected ones: exact counts, and what batches really select."""
 
-import numpy as np
 import pytest
 from datasets import Dataset
 
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.data.packing import PackedRows
 from tokentune.data.row_sizes import lengths_of, target_counts_of
-from tokentune.data.step_work import selected_of, units, units_of_rows
+from tokentune.data.step_work import selected_of, selected_units, units_of_rows
 from tokentune.settings.classification import LabelledSelectionArguments
 from tokentune.settings.model import SelectionArguments
 
@@ -51,17 +50,17 @@ def test_selected_tokens_of_each_row(words: str, expected: list[int]) -> None:
 
 @pytest.mark.parametrize(("lora", "selected"), [(False, 4), (True, 2)])
 def test_what_rows_cost(lora: bool, selected: int) -> None:
-    def found(arguments: SelectionArguments, rows: object = ROWS) -> list[int]:
+    def found(arguments: SelectionArguments, rows: object = ROWS) -> list[list[int]]:
         return units_of_rows(SeededRows(rows, 0), arguments, lora=lora, causal=True).tolist()
 
     lengths = [length for length, _ in SHAPES]
-    assert found(SelectionArguments()) == [(2 + selected) * length for length in lengths]  # all tokens
+    assert found(SelectionArguments()) == [[2 * n, selected * n] for n in lengths]  # all tokens
     counts = [2, 10, 1, 5, 1]
-    expected = [2 * n + selected * k for n, k in zip(lengths, counts, strict=True)]
+    expected = [[2 * n, selected * k] for n, k in zip(lengths, counts, strict=True)]
     assert found(selection("answers")) == found(selection("answers"), Dataset.from_list(ROWS)) == expected
     packed = PackedRows(SeededRows(ROWS, 0), [[0, 3], [1], [2, 4]])
     of_packed = units_of_rows(packed, selection("answers"), lora=lora, causal=True)
-    assert of_packed.tolist() == [expected[0] + expected[3], expected[1], expected[2] + expected[4]]
+    assert of_packed.tolist() == [[2 * 26, selected * 7], expected[1], [2 * 12, selected * 2]]
 
 
 def test_words_have_their_own_label() -> None:
@@ -71,12 +70,11 @@ def test_words_have_their_own_label() -> None:
         {"input_ids": [3, 4], "labels": [-100, 2]},
     ]
     arguments = LabelledSelectionArguments(tokentune=True, prefix_length="answers")
-    assert units_of_rows(SeededRows(words, 0), arguments, lora=False, causal=False).tolist() == [12 + 8, 4 + 4]
+    assert units_of_rows(SeededRows(words, 0), arguments, lora=False, causal=False).tolist() == [[12, 8], [4, 4]]
     texts = [{"input_ids": [3] * 6, "labels": 1}, {"input_ids": [3] * 3, "labels": 0}]  # a class for each
     proportion = LabelledSelectionArguments(tokentune=True, prefix_length="0.5")
-    assert units_of_rows(SeededRows(texts, 0), proportion, lora=False, causal=False).tolist() == [12 + 12, 6 + 8]
+    assert units_of_rows(SeededRows(texts, 0), proportion, lora=False, causal=False).tolist() == [[12, 12], [6, 8]]
 
 
 def test_repeated_forward_passes_are_of_the_selected_tokens() -> None:
-    assert units(10, 10, lora=False, again=1) == 80 and units(10, 3, lora=True, again=1) == 20 + 12
-    assert units(np.array([4, 8]), np.array([1, 2]), lora=False).tolist() == [12, 24]
+    assert [selected_units(lora=lora, again=again) for lora in (False, True) for again in (0, 1)] == [4, 6, 2, 4]

@@ -1,4 +1,4 @@
-"""--group_by_length: batches of rows that cost about as much, in an order that seed and epoch decide."""
+"""--group_by_length: batches of rows that are alike, in an order that seed and epoch decide."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from small_trainer import arguments_for
 
 from tokentune.data.collators import CausalCollator, SeededRows
-from tokentune.data.step_work import units
 from tokentune.errors import UserError
 from tokentune.sampling.schedule import Answers
 from tokentune.training.distributed.engines import EvenSampler
@@ -17,24 +16,44 @@ from tokentune.training.grouping import GroupedSampler, units_digest
 from tokentune.training.trainer import SelectiveTrainer
 
 
-def test_rows_are_sorted_within_windows_of_a_random_order() -> None:
-    costs = np.arange(64) % 16
-    sampler = GroupedSampler(costs, seed=3, together=4)
+def of_two_sizes() -> np.ndarray:
+    """Two kinds of rows, by turns."""
+    return np.array([[40, 4], [40, 60]] * 32)
+
+
+def test_an_order_of_seed_and_epoch() -> None:
+    sampler = GroupedSampler(of_two_sizes(), seed=3, together=4)
     order = list(sampler)
     assert sorted(order) == list(range(64)) and len(sampler) == 64
-    for window in range(0, 64, 16):  # a quarter of the rows; the very first row may be the costliest of another window
-        sorted_part = costs[order[window : window + 16]][1:]
-        assert (np.diff(sorted_part[window > 0 :]) <= 0).sum() >= 14
-    assert list(sampler) == order == list(GroupedSampler(costs, seed=3, together=4))
+    assert list(sampler) == order == list(GroupedSampler(of_two_sizes(), seed=3, together=4))
     sampler.set_epoch(1)
-    assert list(sampler) != order
-    again = GroupedSampler(costs, seed=3, together=4)
+    later = list(sampler)
+    again = GroupedSampler(of_two_sizes(), seed=3, together=4)
     again.set_epoch(1)
-    assert list(again) == list(sampler)
+    assert order != later == list(again) != list(GroupedSampler(of_two_sizes(), seed=4, together=4))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 33, 63, 64, 65])
+def test_every_row_comes_once_and_the_smaller_batch_last(rows: int) -> None:
+    units = of_two_sizes()[:rows] if rows < 65 else np.repeat(of_two_sizes(), 2, axis=0)[:rows]
+    order = list(GroupedSampler(units.reshape(-1, 2), seed=0, together=4))
+    assert sorted(order) == list(range(rows))
+    mixed = [len({*units[order[first : first + 4], 1]}) > 1 for first in range(0, rows, 4)]
+    assert sum(mixed) <= max(1, -(-rows // 16))  # at most one of each window
+
+
+def test_halves_are_made_by_what_differs_most() -> None:
+    """Every length with every number of selected tokens: batches differ little in both."""
+    units = np.array([[2 * n, 4 * k] for n in (10, 20, 30, 40) for k in (1, 2, 3, 4)] * 16)
+    sampler = GroupedSampler(units, seed=1, together=4)
+    order = list(sampler)
+    of_batches = np.array([np.ptp(units[order[first : first + 4]], axis=0) for first in range(0, 256, 4)])
+    lengths, selected = of_batches.mean(0)
+    assert lengths < 20 and selected < 6  # of 60 and 12
 
 
 def test_several_processes_fill_the_grouped_order_up() -> None:
-    order = GroupedSampler(np.arange(10), seed=3, together=4)
+    order = GroupedSampler(of_two_sizes()[:10], seed=3, together=4)
     filled = EvenSampler(order, together=4)
     assert list(filled) == [*order, None, None]
     filled.set_epoch(2)
@@ -54,26 +73,23 @@ def padded(rows: SeededRows, order: list[int], micro_batch: int) -> int:
     for first in range(0, len(order), micro_batch):
         batch = collate([rows[row] for row in order[first : first + micro_batch]])
         (sequences, length), selected = batch["input_ids"].shape, batch["selected_positions"].shape[1]
-        total += sequences * units(length, selected, lora=False)
+        total += sequences * (2 * length + 4 * selected)
     return total
 
 
 def test_rows_of_one_length_are_told_apart_by_their_answers() -> None:
-    """32 rows of 20 tokens with 1 answer token, as many with 15: 44 and 100 units. By length they mix; by cost at most
-    one batch of each window does, in which the short answers are filled up."""
+    """32 rows of 20 tokens with 1 answer token, as many with 15: 44 and 100 units. By length they mix; grouped by both
+    at most one batch of each window does, in which the short answers are filled up."""
     shapes = [(20, 1), (20, 15)] * 32
-    rows, lengths = rows_of(shapes), np.full(64, 20)
-    costs = units(lengths, np.array([k for _, k in shapes]), lora=False)
+    rows, units = rows_of(shapes), np.array([[2 * n, 4 * k] for n, k in shapes])
     own = 32 * (44 + 100)
-    assert costs.sum() == own
-    by_cost, by_length = (list(GroupedSampler(numbers, 0, 4)) for numbers in (costs, lengths))
-    windows = [by_cost[first : first + 16] for first in range(0, 64, 16)]
-    filled_up = sum(-int((costs[window] == 100).sum()) % 4 for window in windows)
-    assert padded(rows, by_cost, 4) == own + filled_up * (100 - 44)
-    mixed = [by_length[first : first + 4] for first in range(0, 64, 4)]
-    filled_up_by_length = sum(int((costs[batch] == 44).sum()) for batch in mixed if costs[batch].max() == 100)
-    assert padded(rows, by_length, 4) == own + filled_up_by_length * (100 - 44)
-    assert filled_up_by_length > 2 * filled_up
+    assert units.sum() == own
+    for numbers, most in ((units, 4 * 3), (units * [1, 0], 32)):
+        order = list(GroupedSampler(numbers, 0, 4))
+        batches = [units[order[first : first + 4]].sum(1) for first in range(0, 64, 4)]
+        filled_up = sum(int((batch == 44).sum()) for batch in batches if batch.max() == 100)
+        assert padded(rows, order, 4) == own + filled_up * (100 - 44)
+        assert (filled_up <= most) and (filled_up > 12) == (most == 32)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
@@ -83,7 +99,7 @@ def test_micro_batches_do_not_change_the_order(
     words = f"--global_batch_size 8 --gradient_accumulation_steps {accumulation} --group_by_length --tokentune"
     trainer = make_trainer(f"{words} --prefix_length answers", rows=40)
     lengths, targets = (np.array([f(row) for row in trainer.train_dataset.rows]) for f in (_length, _targets))
-    assert trainer.units.tolist() == (2 * lengths + 4 * np.maximum(targets, 1)).tolist()
+    assert trainer.units.T.tolist() == [(2 * lengths).tolist(), (4 * np.maximum(targets, 1)).tolist()]
     expected = list(GroupedSampler(trainer.units, trainer.args.data_seed, 8))
     shapes = [tuple(batch["input_ids"].shape) for batch in trainer.get_train_dataloader()]
     size = 8 // accumulation

@@ -40,8 +40,8 @@ class RowsArguments(Group):
     )
     group_by_length: bool = flag(
         False,
-        "batches of rows that cost about as much, by their tokens and with --tokentune by their selected ones too: "
-        "less padding, in an order that is a little less random",
+        "batches of rows with about as many tokens, and with --tokentune about as many selected ones: less padding, in "
+        "an order that is a little less random",
     )
     bad_rows: Literal["stop", "skip"] = flag(
         "stop", "what becomes of a run with rows that cannot be used: it ends and names them, or they are left out"

@@ -69,7 +69,7 @@ class SelectiveTrainer(Trainer):
         flags: {flag: value} of the run, kept in its checkpoints.
         use_cache: of the model's config, where the Trainer switches it off; None: the config has none.
         data_digest: of the training rows, kept in checkpoints; None: not known.
-        units: what each row costs, which --group_by_length groups by; None: rows come in random order.
+        units: what each row costs (R, 2), which --group_by_length groups by; None: rows come in random order.
         last_checkpoint: the newest one; None: there is none yet.
         bad_loss: the first micro-batch whose loss was not finite.
     """

@@ -5,7 +5,7 @@ The time is arithmetic (`data/step_work.py`), without padding; nothing is measur
 
 from dataclasses import dataclass
 
-from tokentune.data.step_work import units
+from tokentune.data.step_work import FORWARD, selected_units
 
 ANSWERS = "--prefix_length answers"
 FEW = 0.2  # share of answer tokens below which selecting them alone is suggested
@@ -32,9 +32,9 @@ class Step:
 
     def time(self, selected: float) -> float:
         """Of a step that selects this share, relative to one of ordinary training with the same flags."""
-        forward_passes = self.checkpointing + self.scoring_pass
-        whole = units(1, 1, lora=self.lora, again=self.checkpointing)
-        return units(1, selected, lora=self.lora, again=forward_passes) / whole
+        whole = selected_units(lora=self.lora, again=self.checkpointing)
+        own = selected_units(lora=self.lora, again=self.checkpointing + self.scoring_pass)
+        return (FORWARD + own * selected) / (FORWARD + whole)
 
     def cost(self, selected: float) -> str:
         """In words."""
