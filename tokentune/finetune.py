@@ -86,7 +86,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     if arguments.data.packing:
         check_separation(skeleton)
     data = load_instruction_data(arguments, tokenizer, inputs.template)
-    check_data(data, tokenizer, arguments, inputs.vocab_size)
+    findings = check_data(data, tokenizer, arguments, inputs.vocab_size)
 
     set_seed(arguments.optimization.seed)
     with memory_watched(arguments, config):
@@ -97,8 +97,8 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     with unsupported_models_refused():
         trainer = build_trainer(model, settings, rows, data.validation, tokenizer, arguments)
         if arguments.run.dry_run:
-            reports = {"train": data.train_report, "validation": data.validation_report}
-            say_plan(trainer, data.table, reports, arguments, config, run_folder)
+            said = {"train data": data.train_report, "validation data": data.validation_report}
+            say_plan(trainer, data.table, said | {"selection": findings.gain}, arguments, config, run_folder)
             return
         if arguments.run.auto_micro_batch:
             choose_micro_batch(trainer, arguments, config, start.checkpoint)

@@ -300,6 +300,21 @@ def score_of(report: dict, task: str, method: str) -> str:
     return ""
 
 
+def padding_table() -> str:
+    """Work of padded batches over that of their rows."""
+    report = read("padding.json")
+    orders = {"random": "random order", "by_length": "by length", "by_sum": "by the sum of units", "by_both": "by both"}
+    rows = [
+        [WEIGHTS[row["train"]], f"`{row['selected']}`", str(row["micro_batch"])]
+        + [f"+{100 * (row[order] - 1):.1f} %" for order in orders]
+        for row in report["rows"]
+    ]
+    data, batch, epochs = report["data"], report["global_batch"], report["epochs"]
+    tokens, share = f"{data['tokens']:,} tokens", f"{data['targets'] / data['tokens']:.0%} of them answers"
+    said = f"{data['rows']:,} tool calls ({tokens}, {share}), a global batch of {batch}, mean of {epochs} orders."
+    return f"{markdown(['trained', 'selected', 'micro-batch', *orders.values()], rows)}\n\n{said}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "lowest": lowest_table,
@@ -313,6 +328,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharded": sharded_table,
     "instruction_tuning": instruction_tuning_table,
     "merging": merging_table,
+    "padding": padding_table,
     "quickstart": quickstart_table,
     "families": families_table,
     "classification": classification_table,

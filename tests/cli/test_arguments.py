@@ -59,6 +59,7 @@ DEFAULTS = {
     "eval_dataset_split": None,
     "eval_dataset_config": None,
     "bad_rows": "stop",
+    "group_by_length": False,
     "system_in_user": False,
     "tokenize_workers": None,
     "selection": "supervised",

@@ -8,7 +8,7 @@ import pytest
 from classification_models import SHORT as SHORT_OF_ENCODERS
 from classification_models import save_tiny_bert, write_words
 
-from tokentune import classify, diagnose, estimate, finetune
+from tokentune import classify, estimate, finetune
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import answers_count
 from tokentune.sampling.schedule import Answers
@@ -103,12 +103,3 @@ def test_words(tmp_path: Path) -> None:
 def test_an_estimate_refuses_it(tiny_llama_dir: Path) -> None:
     with pytest.raises(UserError, match="depends on the rows' answers"):
         estimate.main(f"--model_name_or_path {tiny_llama_dir} --tokentune --prefix_length answers".split())
-
-
-def test_diagnose_takes_proportions_alone(
-    tiny_llama_dir: Path, ten_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    words = f"--model_name_or_path {tiny_llama_dir} --dataset_name_or_path {ten_rows} --proportions answers"
-    with pytest.raises((SystemExit, UserError)) as refused:
-        diagnose.main(words.split())
-    assert "--proportions" in capsys.readouterr().err + str(refused.value)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from bad_input import check_sentence, refusal
 from conftest import tiny_llama_config
+from matplotlib import pyplot
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tokentune import apply_tokentune, diagnose
 from tokentune.data.collators import CausalCollator, SeededRows
 from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
+from tokentune.gradients.figures import by_part, by_proportion
 from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient, without_dropout
 from tokentune.gradients.parts import Part, parts_of
 from tokentune.gradients.report import failure_signs
@@ -300,10 +302,67 @@ def test_strategies_with_scores_beside_those_without(command: Callable, tiny_lla
     assert results["gradient"]["whole"]["variance"] < 0.2 * results["supervised"]["whole"]["variance"]
 
 
+def test_answers_beside_numbers(command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Rows are cut to one length, so that those with fewer answer tokens are filled up: fillers do not count."""
+    words = ("--proportions", "answers", "answers+0.50", 0.3, "--figure", tmp_path / "figures")
+    report = command(*words)
+    answers, share, number = report["results"]
+    assert [result["proportion"] for result in report["results"]] == ["answers", "answers+0.5", 0.3]
+    targets, tokens = report["data"]["supervised_tokens"], report["data"]["tokens"]
+    assert answers["selected_tokens"] == answers["supervised_selected"] == share["supervised_selected"] == targets
+    assert share["selected_tokens"] - targets == pytest.approx(0.5 * (tokens - targets), abs=5)
+    assert answers["loss"]["mean"] == pytest.approx(report["full"]["loss"], rel=1e-5)  # no loss is left out
+    assert answers["whole"]["variance"] < 1e-9 < share["whole"]["variance"]  # nothing is left to chance
+    assert number == command("--proportions", 0.3)["results"][0]
+    assert not [warning for warning in report["warnings"] if warning["sign"] == "proportion"]
+    assert "answers+0.5" in capsys.readouterr().out
+
+
+def test_answers_stand_at_their_share_in_the_figure() -> None:
+    figures = {"cosine": {"mean": 0.9, "standard_error": 0.01}, "variance": 0.1, "effective_batch": 0.5}
+    figures["mean_of_draws"] = {"bias": 0.2}
+    kind = {"kind": "mlp"} | figures
+    results = [
+        {"strategy": "supervised", "correction": 0.0, "proportion": proportion, "selected_tokens": selected}
+        | {"whole": figures, "by_layer": [{"layer": 0} | figures], "by_kind": [kind]}
+        for proportion, selected in ((0.5, 501.0), ("answers", 120.0), (0.2, 199.0), ("answers+0.2", 290.0))
+    ]
+    report = {"data": {"tokens": 1000}, "results": results}
+    panel = by_proportion(report).axes[0]
+    assert [line.get_xdata().tolist() for line in panel.lines if line.get_marker() == "o"] == [
+        [0.2, 0.5],
+        [0.12],
+        [0.29],
+    ]
+    assert [text.get_text() for text in panel.texts] == ["answers", "answers+0.2"]
+    assert by_part(report).axes[0].get_title(loc="left") == "By layer, at proportion answers+0.2"
+    pyplot.close("all")
+
+
 SENTENCES = [
     ("unknown flag", ["--learning_rate", "1"], "unknown argument --learning_rate..."),
     ("proportion", ["--proportions", "0.3", "1.5"], "--proportions 1.5: must be above 0 and at most 1"),
     ("twice", ["--proportions", "0.3", "0.3"], "--proportions: 0.3 occurs twice"),
+    ("answers twice", ["--proportions", "answers+0.1", "answers+.1"], "--proportions: answers+0.1 occurs twice"),
+    ("no proportion", ["--proportions", "most"], "--proportions most: give numbers above 0 and at most 1 (0.3), ..."),
+    ("a schedule", ["--proportions", "answers+0.3:answers"], "--proportions answers+0.3:answers: give numbers..."),
+    ("too large a share", ["--proportions", "answers+1.5"], "--proportions answers+1.5: give numbers above 0..."),
+    (
+        "nothing to choose",
+        ["--proportions", "0.3", "answers", "--strategies", "random"],
+        "--proportions answers with --strategies random: it has nothing to choose; add a share of the other tokens, "
+        "as in answers+0.1, or leave it out",
+    ),
+    (
+        "scores",
+        ["--proportions", "answers+0.1", "--strategies", "stratified", "loss"],
+        "--proportions answers+0.1 with --strategies loss, which draws for a whole row: take one without scores...",
+    ),
+    (
+        "a scoring pass",
+        ["--proportions", "answers+0.1", "--selection_pass"],
+        "--proportions answers+0.1 with --selection_pass: every supervised token has its loss already...",
+    ),
     ("correction", ["--corrections", "2"], "--corrections 2.0: must lie between 0..."),
     ("strategy", ["--strategies", "random", "nosuch"], "--strategies nosuch: there is no such strategy..."),
     ("rows", ["--rows", "1"], "--rows 1: must be 2 or more"),
@@ -349,6 +408,8 @@ def test_bad_input_is_refused_before_weights_are_read(
     [
         ({}, []),
         ({"proportion": 0.05}, ["proportion"]),
+        ({"proportion": "answers"}, ["memory"]),  # 2 % of the tokens, a third of the bytes
+        ({"proportion": "answers", "saved_ratio": 0.1}, []),
         ({"supervised_share": 0.3}, ["no_loss"]),
         ({"supervised_share": 0.3, "supervised_selected": 100}, ["no_loss"]),
         ({"saved_ratio": 0.8}, ["memory"]),
@@ -358,12 +419,13 @@ def test_bad_input_is_refused_before_weights_are_read(
 )
 def test_failure_signs(changes: dict, signs: list[str]) -> None:
     result = {"strategy": "random", "correction": 0.0, "proportion": 0.3, "saved_ratio": 0.35}
-    result |= {"supervised_share": 0.9, "supervised_selected": 30}
+    result |= {"supervised_share": 0.9, "supervised_selected": 30, "selected_tokens": 20}
     result |= {"whole": {"mean_of_draws": {"cosine_corrected": changes.pop("cosine", 0.97)}}} | changes
-    found = failure_signs(result, 100)
+    data = {"tokens": 1000, "supervised_tokens": 100}
+    found = failure_signs(result, data)
     assert [warning["sign"] for warning in found] == signs
     if signs == ["no_loss"]:
         assert ("smaller proportion" in found[0]["message"]) == (result["supervised_selected"] == 100)
     if signs == ["direction"]:
         assert "--corrections 1" in found[0]["message"]
-        assert "--gradient_correction" not in failure_signs(result | {"correction": 1.0}, 100)[0]["message"]
+        assert "--gradient_correction" not in failure_signs(result | {"correction": 1.0}, data)[0]["message"]

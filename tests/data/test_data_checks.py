@@ -252,6 +252,61 @@ def test_warnings_reach_the_log(tokenizer: PreTrainedTokenizerBase, caplog: pyte
     assert all(warning in caplog.text for warning in findings.warnings)
 
 
+def long_prompts(count: int = 20) -> list[dict]:
+    """Rows of 40 tokens, the last two of which are the answer: 5 % of them."""
+    return [row(40, 38, seed=number) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("words", "level", "beginning", "part"),
+    [
+        ("", "INFO", "5% of the tokens predict an answer's: --tokentune --prefix_length answers would", "0.37 of"),
+        (
+            "--tokentune --prefix_length 0.3",
+            "INFO",
+            "--prefix_length 0.3 selects 30% of the tokens, which hold all of the answers' tokens",
+            "0.53 of the time and about 0.30 of the activations of ordinary training. --prefix_length answers: 5%",
+        ),
+        (
+            "--tokentune --prefix_length answers --lora",
+            "INFO",
+            "--prefix_length answers selects 5% of the tokens, which hold all of the answers' tokens",
+            "0.53 of the time and about 0.05 of",
+        ),
+        (
+            "--tokentune --prefix_length 0.3 --selection random",
+            "WARNING",
+            "--prefix_length 0.3 selects 30% of the tokens, which hold ",
+            "That is no more tokens and more of the answers",
+        ),
+        ("--tokentune --prefix_length 0.95", "WARNING", "--prefix_length 0.95 selects 95%", "saves hardly any time"),
+    ],
+)
+def test_one_line_says_what_a_selection_holds_and_costs(
+    words: str,
+    level: str,
+    beginning: str,
+    part: str,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = InstructionData(Dataset.from_list(long_prompts()), None, None, None)
+    arguments = parse_arguments([*REQUIRED, "--global_batch_size", "4", *words.split()])
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="tokentune"):
+        findings = check_data(data, tokenizer, arguments, VOCABULARY)
+    (record,) = caplog.records
+    assert record.levelname == level and record.message == findings.gain
+    assert findings.gain.startswith(beginning) and part in findings.gain
+
+
+def test_nothing_is_said_of_long_answers_and_of_scores(tokenizer: PreTrainedTokenizerBase) -> None:
+    for rows, words in ((good(), ""), (long_prompts(), "--tokentune --prefix_length 0.3 --selection loss")):
+        arguments = parse_arguments([*REQUIRED, "--global_batch_size", "4", *words.split()])
+        data = InstructionData(Dataset.from_list(rows), None, None, None)
+        assert look_at(data, tokenizer, arguments, VOCABULARY).gain is None
+
+
 def test_of_a_stream_the_first_rows_are_looked_at(tokenizer: PreTrainedTokenizerBase) -> None:
     class Endless:
         def __iter__(self) -> Any:
@@ -264,3 +319,4 @@ def test_of_a_stream_the_first_rows_are_looked_at(tokenizer: PreTrainedTokenizer
     assert len(findings.train) == 1000
     assert findings.warnings[0].startswith("1,000 of the 1,000 training rows that were not cut end without")
     assert findings.drawn[2].min() == findings.drawn[2].max() > 0  # one seed, one draw
+    assert findings.gain.endswith("(counted in the first 1,000 rows)")

@@ -31,14 +31,15 @@ import tokentune.training.checkpoints.writing
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.training.checkpoints.resuming import check_processes, check_same_run
-from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of
+from tokentune.training.checkpoints.run_state import RUN_STATE_NAME, read_run_state
+from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of, seal
 
 
 @pytest.mark.parametrize(
     "method",
     [
         "--tokentune --prefix_length 0.3 --num_workers 2",
-        "--tokentune --prefix_length answers+0.3:answers",
+        "--tokentune --prefix_length answers+0.3:answers --group_by_length",
         "--qlora --tokentune --prefix_length 0.3 --bf16",
         "--tokentune --gradient_accumulation_steps 1 --optim_in_backward --max_grad_norm 0",
         "--optim schedule_free_adamw --lr_scheduler_type constant",
@@ -186,6 +187,21 @@ def test_another_number_of_processes_for_a_stream(caplog: pytest.LogCaptureFixtu
         else:
             check_processes(trainer, saved | {"data": data})
             assert "but other dropout" in caplog.text
+
+
+def test_rows_that_are_grouped_otherwise_are_another_run(run: Run, uninterrupted: Path, tmp_path: Path) -> None:
+    """By the flag, and by what rows cost where a checkpoint's flags cannot tell."""
+    checkpoint = interrupted_copy(uninterrupted, tmp_path, keep=(6,)) / "checkpoint-6"
+    words = f"{METHOD} --group_by_length --resume_from_checkpoint"
+    with pytest.raises(UserError, match=r"--group_by_length True \(there False\)"):
+        run(tmp_path, words)
+    saved = read_run_state(checkpoint)
+    assert saved.pop("grouping") is None
+    del saved["settings"]["group_by_length"]  # as of a version without the flag
+    (checkpoint / RUN_STATE_NAME).write_text(json.dumps(saved), encoding="utf-8")
+    seal(checkpoint)
+    with pytest.raises(UserError, match="--group_by_length puts other rows together than when"):
+        run(tmp_path, words)
 
 
 def test_finished_run_has_nothing_to_go_on_with(run: Run, uninterrupted: Path) -> None:

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokentune.gradients.report import share_of
+from tokentune.settings.diagnose import named
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe and Ito's
 MARKERS, DASHES = "osD^vPX", ("-", "--", ":", "-.")
 STYLE = {
@@ -41,12 +44,12 @@ def draw_figures(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def series(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The results of each strategy and correction, by its name in a legend, proportions ascending."""
+    """The results of each strategy and correction, by its name in a legend."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         name = result["strategy"] + (f", corrected {result['correction']:g}" if result["correction"] else "")
         found.setdefault(name, []).append(result)
-    return {name: sorted(lines, key=lambda result: result["proportion"]) for name, lines in found.items()}
+    return found
 
 
 def looks(number: int) -> dict[str, Any]:
@@ -59,7 +62,10 @@ def looks(number: int) -> dict[str, Any]:
 
 
 def by_proportion(report: dict[str, Any]) -> Any:
-    """One draw's cosine, the bias of the mean, the spread of one draw, the effective batch, against the proportion."""
+    """One draw's cosine, the bias of the mean, the spread of one draw, the effective batch, against the proportion.
+
+    `answers` and `answers+0.1` stand at the share of tokens that they selected, with their names, beside the lines.
+    """
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 7.4), layout="constrained", sharex=True)
@@ -69,14 +75,21 @@ def by_proportion(report: dict[str, Any]) -> Any:
         "Spread of one draw, √variance": lambda r: r["whole"]["variance"] ** 0.5,
         "Effective batch: rows of full training per row": lambda r: r["whole"]["effective_batch"],
     }
-    lines = series(report["results"])
+    lines, data = series(report["results"]), report["data"]
     for panel, (title, value) in zip(axes.flat, panels.items(), strict=True):
         for number, (name, results) in enumerate(lines.items()):
-            xs, ys = [result["proportion"] for result in results], [value(result) for result in results]
-            panel.plot(xs, ys, label=name, **looks(number))
+            answers = [result for result in results if isinstance(result["proportion"], str)]
+            on_line = sorted((r for r in results if r not in answers), key=lambda result: result["proportion"])
+            look = looks(number)
+            panel.plot([r["proportion"] for r in on_line], [value(r) for r in on_line], label=name, **look)
+            for result in answers:
+                place = share_of(result, data), value(result)
+                panel.plot(*place, **look | {"linestyle": "none", "markerfacecolor": "none"})
+                panel.annotate(result["proportion"], place, (4, 4), textcoords="offset points", fontsize=9)
             if title.startswith("Cosine"):
+                xs, ys = zip(*((share_of(r, data), value(r)) for r in results), strict=True)
                 errors = [2 * result["whole"]["cosine"]["standard_error"] for result in results]
-                panel.errorbar(xs, ys, errors, fmt="none", ecolor=looks(number)["color"], capsize=2, linewidth=1)
+                panel.errorbar(xs, ys, errors, fmt="none", ecolor=look["color"], capsize=2, linewidth=1)
         panel.set_title(title)
         panel.set_ylim(bottom=0)
     for panel in axes[1]:
@@ -89,8 +102,8 @@ def by_part(report: dict[str, Any]) -> Any:
     """One draw's cosine by layer and by kind of module, at the proportion that is nearest to 0.3."""
     from matplotlib import pyplot
 
-    proportions = {result["proportion"] for result in report["results"]}
-    shown = min(proportions, key=lambda proportion: abs(proportion - 0.3))
+    nearest = min(report["results"], key=lambda result: abs(share_of(result, report["data"]) - 0.3))
+    shown = nearest["proportion"]
     lines = series([result for result in report["results"] if result["proportion"] == shown])
     kinds = [part["kind"] for part in report["results"][0]["by_kind"]]
     figure, (layers, modules) = pyplot.subplots(
@@ -105,7 +118,7 @@ def by_part(report: dict[str, Any]) -> Any:
         shift = (number - (len(lines) - 1) / 2) * 0.6 / max(len(lines), 2)
         values = [cosines[kinds[place]] for place in places]
         modules.plot([place + shift for place in places], values, label=name, **looks(number) | {"linestyle": "none"})
-    layers.set_title(f"By layer, at proportion {shown:g}")
+    layers.set_title(f"By layer, at proportion {named(shown)}")
     layers.set_xlabel("layer")
     layers.set_ylabel("cosine of one draw to the full gradient")
     layers.xaxis.get_major_locator().set_params(integer=True)

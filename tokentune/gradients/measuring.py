@@ -69,6 +69,8 @@ def take_gradient(model: nn.Module, batches: Sequence[Batch], *, items: int, bf1
         targets = target_mask(batch["labels"], causal=True) & real
         if positions:
             real, targets = (gather_tokens(mask, positions[-1].to(device)) for mask in (real, targets))
+            if (fillers := batch.get("selection_fillers")) is not None:
+                real &= ~fillers
         selected += int(real.sum())
         supervised += int(targets.sum())
     gradient = {name: _on_cpu(weight) for name, weight in model.named_parameters() if weight.requires_grad}

@@ -13,7 +13,7 @@ gradient's, 1 its size; null: not defined (the full gradient is zero there).
                              first micro-batch), seconds, row_variance (T of `gradients/draw_statistics.py`, norm
                              squared), noise_scale (rows: T over an unbiased estimate of |g|^2; null: not positive)}
     results                  [one for each strategy, correction and proportion]:
-        strategy, correction, proportion   as they were asked for
+        strategy, correction, proportion   as they were asked for: a number, or "answers", "answers+0.1"
         draws                int
         selected_tokens, supervised_selected   mean of the draws: tokens with gradients, those of them with a loss
         supervised_share     of the selected tokens
@@ -52,7 +52,7 @@ from rich.table import Table
 
 from tokentune.environment import device_facts, library_versions
 from tokentune.sampling.resolver import find_strategy
-from tokentune.settings.diagnose import DiagnoseArguments, Setting
+from tokentune.settings.diagnose import DiagnoseArguments, Setting, named
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,13 @@ LEAST_CORRECTED = 0.2  # proportion: below, a corrected gradient's variance is m
 
 def build_report(arguments: DiagnoseArguments, **measured: Any) -> dict[str, Any]:
     """The report, as the schema above has it. `measured`: its `model`, `data`, `full` and `results`."""
-    targets = measured["data"]["supervised_tokens"]
+    data = measured["data"]
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": arguments.settings(),
         **measured,
-        "warnings": [warning for result in measured["results"] for warning in failure_signs(result, targets)],
+        "warnings": [warning for result in measured["results"] for warning in failure_signs(result, data)],
         "device": device_facts(),
         "versions": library_versions(),
     }
@@ -80,34 +80,42 @@ def build_report(arguments: DiagnoseArguments, **measured: Any) -> dict[str, Any
 # --- failure signs ----------------------------------------------------------------------------------------------------
 
 
-def failure_signs(result: dict[str, Any], targets: int) -> list[dict[str, Any]]:
+def share_of(result: dict[str, Any], data: dict[str, Any]) -> float:
+    """The proportion of a result as a number: where it has none, the share of all tokens that was selected."""
+    proportion = result["proportion"]
+    return result["selected_tokens"] / data["tokens"] if isinstance(proportion, str) else proportion
+
+
+def failure_signs(result: dict[str, Any], data: dict[str, Any]) -> list[dict[str, Any]]:
     """Warnings of the signs that a selection is a poor one, the paper's among them, each with what helps.
 
     Args:
-        targets: how many tokens have a loss, selected or not.
+        data: the report's.
     """
-    proportion, share, ratio = result["proportion"], result["supervised_share"], result["saved_ratio"]
+    proportion, share, ratio = share_of(result, data), result["supervised_share"], result["saved_ratio"]
+    answers = isinstance(result["proportion"], str)  # no token with a loss is left out, however few are selected
     cosine = result["whole"]["mean_of_draws"]["cosine_corrected"]
     signs = {}
-    if proportion < LEAST_PROPORTION:
+    if proportion < LEAST_PROPORTION and not answers:
         signs["proportion"] = (
             f"below {LEAST_PROPORTION:.0%} of the tokens the results of the paper's models fall off: select more"
         )
     if share < LEAST_SUPERVISED:
         cure = "compare --strategies supervised"
-        if result["supervised_selected"] >= ALL_TARGETS * targets:
+        if result["supervised_selected"] >= ALL_TARGETS * data["supervised_tokens"]:
             cure = "all that have one are selected, and a smaller proportion would do"
         signs["no_loss"] = (
             f"{1 - share:.0%} of the selected tokens carry no loss, and learn through others' attention alone: {cure}"
         )
     if 1 - ratio < LEAST_SAVING * (1 - proportion):
         signs["memory"] = (
-            f"a step keeps {ratio:.0%} of full training's bytes, less than half of what {proportion:g} of the tokens "
+            f"a step keeps {ratio:.0%} of full training's bytes, less than half of what {proportion:.3g} of the tokens "
             "could save: the rest's keys and values, or what does not depend on tokens, outweigh it. Compare "
             "estimate.py, or add --gradient_checkpointing"
         )
     if cosine is not None and cosine < LEAST_COSINE:
-        corrects = result["correction"] < 1 and proportion >= LEAST_CORRECTED and find_strategy(result["strategy"]).even
+        even = find_strategy(result["strategy"]).even and not answers
+        corrects = even and result["correction"] < 1 and proportion >= LEAST_CORRECTED
         cure = "--corrections 1, or a larger proportion" if corrects else "a larger proportion"
         signs["direction"] = (
             f"the mean over draws has another direction than the full gradient (cosine {cosine:.2f}), which no larger "
@@ -149,7 +157,7 @@ def print_table(report: dict[str, Any]) -> None:
         kind = result["strategy"], f"{result['correction']:g}"
         if previous not in (None, kind):
             table.add_section()
-        table.add_row(*(kind if kind != previous else ("", "")), f"{result['proportion']:g}", *cells(result))
+        table.add_row(*(kind if kind != previous else ("", "")), named(result["proportion"]), *cells(result))
         previous = kind
     console = Console()
     if not console.is_terminal:

@@ -9,11 +9,10 @@ from transformers import PreTrainedConfig
 from tokentune.core.layers import inner_model
 from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.data.row_sizes import lengths_of, target_counts_of
+from tokentune.data.step_work import selected_of
 from tokentune.errors import UserError
 from tokentune.memory.longest_rows import row_lengths
 from tokentune.memory.report import Run
-from tokentune.sampling.sampler import answers_count, selected_count
-from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
@@ -23,7 +22,7 @@ from tokentune.training.trainer_arguments import Extent
 def say_plan(
     trainer: SelectiveTrainer,
     rows: Dataset | None,
-    reports: Mapping[str, object],
+    data: Mapping[str, object],
     arguments: Arguments,
     config: PreTrainedConfig,
     run_folder: Path,
@@ -33,13 +32,13 @@ def say_plan(
     Args:
         trainer: ready for `train()`.
         rows: encoded, not packed; None if they are streamed.
-        reports: for "train" and "validation", text on what became of the records; None: no such data.
+        data: what is said of it, by the names of lines; None: nothing.
         config: of the base model.
     """
     if not trainer.is_world_process_zero():
         return
     lines = {"model": _model(trainer)}
-    lines |= {f"{name} data": str(report) for name, report in reports.items() if report is not None}
+    lines |= {name: str(said) for name, said in data.items() if said is not None}
     lines["steps"] = _steps(trainer)
     longest = arguments.data.max_length
     if rows is not None:
@@ -73,19 +72,13 @@ def _steps(trainer: SelectiveTrainer) -> str:
 
 
 def _tokens(rows: Dataset, arguments: Arguments) -> str:
-    lengths, selected = lengths_of(rows), arguments.selection.selected
+    lengths, selection = lengths_of(rows), arguments.selection
     total = int(lengths.sum())
     said = f"{total:,} in an epoch, at most {lengths.max():,} in a row"
-    if not arguments.selection.tokentune:
+    if not selection.tokentune:
         return f"{said}; all get gradients"
-    if arguments.selection.selection == "reference":
-        return f"{said}; selected as the released code did"
-    if isinstance(selected, Answers):
-        targets = target_counts_of(rows).tolist()
-        chosen = sum(answers_count(selected, *of_row) for of_row in zip(targets, lengths.tolist(), strict=True))
-    else:
-        chosen = sum(selected_count(selected, length) for length in lengths.tolist())
-    most = "at most " if arguments.selection.schedule is not None else ""
+    chosen = int(selected_of(lengths, target_counts_of(rows, causal=True), selection).sum())
+    most = "at most " if selection.schedule is not None else ""
     return f"{said}; {most}{chosen:,} of them selected for gradients ({chosen / total:.1%})"
 
 

@@ -15,10 +15,10 @@ from accelerate.utils import gather_object
 
 from tokentune.data.labelled.encoding import Encoded
 from tokentune.data.labelled.labels import Labels
+from tokentune.data.row_sizes import target_counts_of
 from tokentune.environment import device_facts, library_versions
 from tokentune.file_names import PREDICTIONS_NAME
 from tokentune.reports.summary import run_facts
-from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.schedule import Answers
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.training.checkpoints.saving import write_whole
@@ -63,23 +63,20 @@ def seed_summary(
     }
 
 
-def labels_seen(trainer: SelectiveTrainer, arguments: ClassificationArguments, train: Encoded) -> int | None:
-    """The number of labels in all batches, trained on or not; None: unknown. Every process must call it."""
+def labels_seen(trainer: SelectiveTrainer, arguments: ClassificationArguments, train: Encoded) -> int:
+    """The number of labels in all batches, trained on or not. Every process must call it."""
     if arguments.task.task_type != "token" or not arguments.selection.tokentune:
         return trainer.figures.tokens["selected_supervised"]  # all labels: the pooled token is always selected
     epochs = trainer.state.epoch
     if epochs == int(epochs):
         return train.report.labels * int(epochs)
     loader = trainer.get_train_dataloader()
-    sampler = sampler_of(loader)
-    if not hasattr(sampler, "set_epoch"):  # grouped by length: the order depends on the process's random state
-        return None
-    seen = 0
+    sampler, counts, seen = sampler_of(loader), target_counts_of(train.rows, causal=False), 0
     for epoch in range(math.ceil(epochs)):
         sampler.set_epoch(epoch)
         batches = round(len(loader) * min(1.0, epochs - epoch))
         for numbers in itertools.islice(loader.batch_sampler, batches):
-            seen += sum(sum(label != IGNORED_LABEL for label in train.rows[number]["labels"]) for number in numbers)
+            seen += sum(int(counts[number]) for number in numbers if number is not None)
     return sum(gather_object([seen]))
 
 

@@ -42,9 +42,9 @@ def selected_count(prefix_length: int | float, length: int) -> int:
     return min(count, length)
 
 
-def answers_count(answers: Answers, targets: int, length: int) -> int:
-    """K of one sequence of `length` real tokens, so many of which are target positions."""
-    return min(length, max(1, targets + int(answers.share * (length - targets) + 0.5)))
+def answers_count(answers: Answers, targets: int | np.ndarray, length: int | np.ndarray) -> np.int64 | np.ndarray:
+    """K of a sequence of `length` real tokens, so many of which are target positions; or of each of several, (R,)."""
+    return np.minimum(length, np.maximum(1, targets + np.int64(answers.share * (length - targets) + 0.5)))
 
 
 def _reference_count(prefix_length: int | float, length: int) -> int:

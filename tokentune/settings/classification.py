@@ -113,9 +113,6 @@ class LabelledRowsArguments(RowsArguments):
     )
     test_dataset_split: str | None = flag(None, "as --dataset_split, of the test data")
     test_dataset_config: str | None = flag(None, "as --dataset_config, of the test data")
-    group_by_length: bool = flag(
-        False, "batches of texts of about one length: less padding, in an order that is a little less random"
-    )
     max_train_rows: int | None = flag(
         None, "learn from so many rows of the training data, drawn once and the same for every seed", least=2
     )

@@ -38,6 +38,11 @@ class RowsArguments(Group):
     eval_dataset_config: str | None = flag(
         None, "as --dataset_config, of the validation data", filled="a name, or leave it out"
     )
+    group_by_length: bool = flag(
+        False,
+        "batches of rows with about as many tokens, and with --tokentune about as many selected ones: less padding, in "
+        "an order that is a little less random",
+    )
     bad_rows: Literal["stop", "skip"] = flag(
         "stop", "what becomes of a run with rows that cannot be used: it ends and names them, or they are left out"
     )
@@ -152,6 +157,11 @@ class DataArguments(RowsArguments):
             not self.packing,
             "--streaming with --packing: which documents fill a row is chosen by all their lengths, which a stream "
             "does not know beforehand. Leave one of them out",
+        )
+        require(
+            not self.group_by_length,
+            "--streaming with --group_by_length: batches are made as rows are read, before others are known. Leave one "
+            "of them out",
         )
         require(
             self.eval_fraction is None,

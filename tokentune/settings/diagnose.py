@@ -4,12 +4,14 @@ python ./tokentune/diagnose.py --help
 """
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from tokentune.errors import UserError
 from tokentune.processes import process_count
+from tokentune.sampling.schedule import Answers, parse_prefix_length
 from tokentune.settings import machine
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
@@ -39,7 +41,12 @@ class DiagnosisArguments(Group):
     """What is compared with the gradient over all tokens."""
 
     _argument_group_name = "diagnosis"
-    proportions: list[float] = flag([0.1, 0.2, 0.3, 0.5], "of each row's tokens that are selected, one or several")
+    proportions: list[str] = flag(
+        ["0.1", "0.2", "0.3", "0.5"],
+        "of each row's tokens that are selected, one or several: numbers, and answers or answers+0.1 as of "
+        "finetune.py's --prefix_length",
+        metavar="NUMBER",
+    )
     strategies: list[str] = flag([], "how they are chosen, one or several of --selection's; by default that one alone")
     corrections: list[float] = flag(
         [0.0], "--gradient_correction, one or several: 0 is the paper's method, 1 full correction"
@@ -56,8 +63,7 @@ class DiagnosisArguments(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for value in self.proportions:
-            require(0 < value <= 1, f"--proportions {value}: must be above 0 and at most 1")
+        self.proportions = [proportion_of(text) for text in self.proportions]
         for value in self.corrections:
             require(0 <= value <= 1, f"--corrections {value}: must lie between 0 (the paper's method) and 1 (full)")
         for name in ("proportions", "strategies", "corrections"):
@@ -72,16 +78,36 @@ class DiagnosisArguments(Group):
             require(folder.is_dir() or not folder.exists(), f"--figure {self.figure} is a file: give a folder")
 
 
+Proportion = float | str  # a number, or the text of `Answers`
+
+
+def proportion_of(text: str) -> Proportion:
+    """One of --proportions. Raises UserError."""
+    with suppress(ValueError):
+        value = float(text)
+        require(0 < value <= 1, f"--proportions {value}: must be above 0 and at most 1")
+        return value
+    with suppress(ValueError):
+        if isinstance(answers := parse_prefix_length(text), Answers):
+            return str(answers)
+    raise UserError(f"--proportions {text}: give numbers above 0 and at most 1 (0.3), answers, or answers+0.1")
+
+
+def named(proportion: Proportion) -> str:
+    """As a table shows it."""
+    return proportion if isinstance(proportion, str) else f"{proportion:g}"
+
+
 class Setting(NamedTuple):
     """One way to select, of those that are compared."""
 
     strategy: str
     correction: float
-    proportion: float
+    proportion: Proportion
 
     def __str__(self) -> str:
         corrected = f", correction {self.correction:g}" if self.correction else ""
-        return f"{self.strategy}{corrected}, {self.proportion:g}"
+        return f"{self.strategy}{corrected}, {named(self.proportion)}"
 
 
 class ComparedSelection(
@@ -105,6 +131,7 @@ class DiagnoseArguments(FinetuneArguments):
         num_workers=0,
         packing=False,
         streaming=False,
+        group_by_length=False,
         eval_dataset_name_or_path=None,
         eval_fraction=None,
         eval_steps=None,
@@ -144,7 +171,7 @@ class DiagnoseArguments(FinetuneArguments):
         changed = copy.deepcopy(self)
         selection = changed.selection
         selection.selection, selection.gradient_correction = setting.strategy, setting.correction
-        selection.prefix_length = str(float(setting.proportion))
+        selection.prefix_length = str(setting.proportion)
         # What another strategy takes is no mistake beside this one.
         needed = {need for strategy in self.strategies for need in needs_of(strategy)}
         own = needs_of(setting.strategy)
@@ -155,9 +182,10 @@ class DiagnoseArguments(FinetuneArguments):
         try:
             SelectionArguments.__post_init__(selection)
         except UserError as error:
-            if setting.strategy == self.selection.selection:
-                raise
-            raise UserError(str(error).replace("--selection ", "--strategies ", 1)) from None
+            said = str(error).replace("--prefix_length", "--proportions").replace("gradient_correction", "corrections")
+            if setting.strategy != self.selection.selection:
+                said = said.replace("--selection ", "--strategies ", 1)
+            raise UserError(said) from None
         return changed
 
 

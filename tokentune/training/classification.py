@@ -40,7 +40,6 @@ def classification_settings(arguments: ClassificationArguments, run_folder: Path
         save_only_model=True,
         load_best_model_at_end=True,
         metric_for_best_model=metric,
-        train_sampling_strategy="group_by_length" if arguments.data.group_by_length else "random",
         greater_is_better=metric not in LOWER_IS_BETTER,
     )
 

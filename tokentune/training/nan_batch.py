@@ -76,8 +76,6 @@ def _batch_again(trainer: Trainer, step: int, place: int) -> tuple[list[int] | N
         rows.set_epoch(0)
         return None, next(itertools.islice(loader, step * accumulation + place, None), None)
     sampler = sampler_of(loader)
-    if not hasattr(sampler, "set_epoch"):  # grouped by length: drawn from the process's random numbers
-        return None, None
     epoch, step = divmod(step, math.ceil(len(loader) / accumulation))
     sampler.set_epoch(epoch)
     rows.set_epoch(epoch)

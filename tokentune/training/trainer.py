@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 
 from tokentune.core.compat.fsdp import runs_together
@@ -31,6 +31,8 @@ from tokentune.core.compat.rotary_state import rotary_state_kept
 from tokentune.core.patched import last_draw, set_prefix_length
 from tokentune.core.saved_tensors.breakdown import KindOfModule
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
+from tokentune.data.collators import ClassificationCollator
+from tokentune.data.step_work import units_of_rows
 from tokentune.errors import UserError
 from tokentune.sampling.schedule import Size
 from tokentune.settings.finetune import Arguments
@@ -40,6 +42,7 @@ from tokentune.training.diagnosing import GradientDiagnosis
 from tokentune.training.distributed.engines import as_often_as_others, even_sampler
 from tokentune.training.distributed.interruptions import until_interrupted
 from tokentune.training.figures import RunFigures
+from tokentune.training.grouping import GroupedSampler
 from tokentune.training.loop import TrainingLoop
 from tokentune.training.nan_batch import FirstBadLoss, write_nan_batch
 from tokentune.training.offline import offline
@@ -66,6 +69,7 @@ class SelectiveTrainer(Trainer):
         flags: {flag: value} of the run, kept in its checkpoints.
         use_cache: of the model's config, where the Trainer switches it off; None: the config has none.
         data_digest: of the training rows, kept in checkpoints; None: not known.
+        units: what each row costs (R, 2), which --group_by_length groups by; None: rows come in random order.
         last_checkpoint: the newest one; None: there is none yet.
         bad_loss: the first micro-batch whose loss was not finite.
     """
@@ -114,6 +118,10 @@ class SelectiveTrainer(Trainer):
         self.optim_in_backward = arguments.optimization.optim_in_backward
         self.flags = arguments.settings()
         self.data_digest: str | None = None
+        self.units: np.ndarray | None = None
+        if settings.train_sampling_strategy == "group_by_length":
+            causal = not isinstance(collator, ClassificationCollator)
+            self.units = units_of_rows(train_rows, selection, lora=arguments.adapters.lora, causal=causal)
         self.last_checkpoint: Path | None = None
         self.figures = RunFigures(model, settings.device)
         self.bad_loss = FirstBadLoss(settings.device)
@@ -174,11 +182,11 @@ class SelectiveTrainer(Trainer):
         return self._loader(rows, settings.train_batch_size, self.data_collator, **options)
 
     def _sampler(self) -> Sampler:
-        if self.args.train_sampling_strategy == "group_by_length":
-            together = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            name = self.processing_class.model_input_names[0]
-            return LengthGroupedSampler(together, dataset=self.train_dataset, model_input_name=name)
-        return even_sampler(self) or RandomSampler(self.train_dataset)
+        settings, order = self.args, None
+        if self.units is not None:
+            together = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+            order = GroupedSampler(self.units, settings.data_seed, together)
+        return even_sampler(self, order) or order or RandomSampler(self.train_dataset)
 
     def _loader(self, rows: Any, batch_size: int, collate: Callable, **options: Any) -> DataLoader:
         options |= {"batch_size": batch_size, "num_workers": self.args.dataloader_num_workers}

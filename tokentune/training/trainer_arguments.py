@@ -61,6 +61,7 @@ def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: 
             eval_strategy="no" if data.eval_steps is None else "steps",
             eval_steps=data.eval_steps,
             eval_on_start=bool(data.eval_dataset_name_or_path or getattr(data, "eval_fraction", None)),
+            train_sampling_strategy="group_by_length" if data.group_by_length else "random",
             prediction_loss_only=True,
             save_steps=output.save_steps,
             save_total_limit=output.save_total_limit,

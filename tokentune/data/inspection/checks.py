@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from tokentune.data.collators import SeededRows
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.inspection.row_statistics import RowStatistics, draws, row_statistics
+from tokentune.data.inspection.selection_gain import Shares, Step, gain_of
 from tokentune.data.instruction_data import InstructionData
 from tokentune.data.packing import bins_of, fill_rate
+from tokentune.data.step_work import selected_of
 from tokentune.errors import UserError
 from tokentune.settings.finetune import FinetuneArguments
 
@@ -41,6 +43,7 @@ class Findings:
     bins: list[list[int]] | None  # with --packing, the packed rows
     refusals: list[str] = field(default_factory=list)  # sentences, the most important first
     warnings: list[str] = field(default_factory=list)
+    gain: str | None = None  # what the selection holds and costs (`selection_gain`); it may be one of the warnings
 
 
 def check_data(
@@ -57,6 +60,8 @@ def check_data(
     findings = look_at(data, tokenizer, arguments, vocab_size)
     for warning in findings.warnings:
         logger.warning("%s", warning)
+    if findings.gain is not None and findings.gain not in findings.warnings:
+        logger.info("%s", findings.gain)
     if findings.refusals:
         raise UserError(findings.refusals[0])
     return findings
@@ -91,9 +96,29 @@ def look_at(
             f"{shared:,} of {len(validation):,} validation rows are in the training data too: their loss tells what "
             "was memorised, not what was learnt"
         )
+    _note_gain(findings, arguments, f" (counted in the first {len(train):,} rows)" if streamed else "")
     if not streamed:
         findings.warnings += _short(findings, arguments)
     return findings
+
+
+def _note_gain(findings: Findings, arguments: FinetuneArguments, where: str) -> None:
+    """What the selection costs and holds; nothing where the model's scores decide, whose pass has a cost of its own."""
+    selection, train = arguments.selection, findings.train
+    tokens, targets = int(train.lengths.sum()), int(train.supervised.sum())
+    if not targets or (selection.tokentune and findings.drawn is None):
+        return
+    learnt = 1.0
+    if findings.drawn is not None:
+        sample, _, found = findings.drawn
+        learnt = found.sum() / max(train.supervised[sample].sum(), 1)
+    selected = selected_of(train.lengths, train.supervised, selection).sum()
+    step = Step(arguments.adapters.lora, arguments.memory.gradient_checkpointing, selection.scoring_pass)
+    asked = selection.prefix_length if selection.tokentune else None
+    found = gain_of(Shares(targets / tokens, selected / tokens, learnt), step, asked)
+    if found is not None:
+        findings.gain, warns = found[0] + where, found[1]
+        findings.warnings += [findings.gain] if warns else []
 
 
 def _judge_rows(

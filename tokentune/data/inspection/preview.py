@@ -104,6 +104,8 @@ def show_preview(
         console.print()
         console.print(_data_table(findings, data, arguments, tokenizer))
         console.print()
+        if findings.gain is not None and findings.gain not in findings.warnings:
+            console.print(Text(findings.gain))
         for warning in findings.warnings:
             console.print(Text(f"warning: {warning}", style="yellow"))
     if findings.refusals:

@@ -24,6 +24,7 @@ from tokentune.training.checkpoints.run_state import data_digest, read_run_state
 from tokentune.training.checkpoints.saving import checkpoints_of, clear_leftovers, fault_of, set_aside, step_of
 from tokentune.training.distributed.engines import check_checkpoint
 from tokentune.training.distributed.interruptions import Interrupted, defer_interruptions
+from tokentune.training.grouping import units_digest
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +213,11 @@ def train_to_the_end(trainer: Trainer, start: Start) -> None:
             saved["data"] == trainer.data_digest,
             f"the training data is not what it was when {checkpoint} was written (file, template, tokenizer or their "
             "order changed): give the same, or start anew in another --model_save_path",
+        )
+        require(
+            saved.get("grouping") == units_digest(trainer.units),
+            f"--group_by_length puts other rows together than when {checkpoint} was written: start anew in another "
+            "--model_save_path",
         )
         check_processes(trainer, saved)
         then = saved["versions"]

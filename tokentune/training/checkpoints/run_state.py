@@ -4,6 +4,7 @@
 
     settings            {flag: value}, every flag of the run
     batch               {sequences, accumulation, processes}: the micro-batch that the run really has
+    grouping            a digest of what --group_by_length groups the rows by; null: they come in random order
     data                a digest of the training rows; null: they are read as a stream
     versions            {tokentune, torch, transformers}
     evaluation_pending  whether the validation that is due at this step is still to be made
@@ -29,6 +30,7 @@ from transformers.trainer_callback import ExportableState
 
 from tokentune.core.compat.rotary_state import read, rotary_state, set_rotary_state, written
 from tokentune.environment import library_versions
+from tokentune.training.grouping import units_digest
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def run_state(trainer: Trainer, loop_state: dict[str, Any], evaluation_pending: 
             "accumulation": settings.gradient_accumulation_steps,
             "processes": settings.world_size,
         },
+        "grouping": units_digest(trainer.units),
         "data": trainer.data_digest,
         "versions": versions(),
         "evaluation_pending": evaluation_pending,

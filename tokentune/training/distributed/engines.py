@@ -60,10 +60,10 @@ class EvenSampler(Sampler):
     again, some of which would then count twice in the last step of the epoch.
     """
 
-    def __init__(self, rows: int, seed: int, together: int) -> None:
+    def __init__(self, order: Sampler, together: int) -> None:
         """`together`: rows of one micro-batch of all processes."""
-        self.order = SeedableRandomSampler(range(rows), data_seed=seed)
-        self.blanks = -rows % together
+        self.order = order
+        self.blanks = -len(order) % together
 
     def __iter__(self) -> Iterator[int | None]:
         yield from self.order
@@ -76,8 +76,12 @@ class EvenSampler(Sampler):
         self.order.set_epoch(epoch)
 
 
-def even_sampler(trainer: Trainer) -> EvenSampler | None:
-    """The training order of several processes; None in one, and where a row without targets would count."""
+def even_sampler(trainer: Trainer, order: Sampler | None) -> EvenSampler | None:
+    """The training order of several processes; None in one, and where a row without targets would count.
+
+    Args:
+        order: of the rows; None: random.
+    """
     rows, settings, collator = trainer.train_dataset, trainer.args, trainer.data_collator
     if settings.world_size == 1 or not isinstance(rows, SeededRows | PackedRows):
         return None
@@ -88,7 +92,9 @@ def even_sampler(trainer: Trainer) -> EvenSampler | None:
         if len(rows) % (settings.train_batch_size * settings.world_size):
             logger.warning("the last batch of an epoch is filled up with its first rows, which then count twice")
         return None
-    return EvenSampler(len(rows), settings.data_seed, settings.train_batch_size * settings.world_size)
+    if order is None:
+        order = SeedableRandomSampler(range(len(rows)), data_seed=settings.data_seed)
+    return EvenSampler(order, settings.train_batch_size * settings.world_size)
 
 
 def as_often_as_others(loader: DataLoader, rows: Any, collate: Any) -> Iterator[dict[str, Tensor]]:
