@@ -126,8 +126,8 @@ def _encode_fast(
 def _encode_slow(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """For tokenizers in pure Python, which know no offsets: they are recovered from what the tokens spell."""
     text = prompt + answer
-    ids = list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
     body = list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+    ids = tokenizer.build_inputs_with_special_tokens(body)
     before = next(n for n in range(len(ids) - len(body) + 1) if ids[n : n + len(body)] == body)  # special tokens
     if hasattr(tokenizer, "sp_model"):
         start = _first_piece_beyond(prompt, text, tokenizer.convert_ids_to_tokens(body))
