@@ -232,11 +232,11 @@ def test_rows_that_are_cut_need_no_end(tokenizer: PreTrainedTokenizerBase) -> No
         (EncodingReport(rows=20, cut_rows=11, cut_ends=11), "11 of 20 training rows are longer than --max_length 1024"),
         (
             EncodingReport(records=41, rows=20, dropped_rows=21),
-            "21 of 41 training records are left out, because their answer is",
+            "21 of 41 training records are left out, because their",
         ),
         (
             EncodingReport(records=41, rows=20, dropped_long_rows=21),
-            "21 of 41 training records are left out, because they are",
+            "21 of 41 training records are left out, because they",
         ),
     ],
 )
