@@ -32,6 +32,7 @@ from tokentune.errors import UserError
 from tokentune.processes import process_count
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
+from tokentune.sources import listed
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ class _Loader:
         Notes(facts["notes"]).log(logger)
         BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
         read = f"{facts['read']:,} rows{source.read_from} read"
-        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], reports["train"])
+        unread = f"; not read: the columns {listed(facts['unread'])}" if facts["unread"] else ""
+        logger.info("%s: %s; %s, %s%s", source.where, read, facts["format"], reports["train"], unread)
         lost = left_out, facts["bad"]["count"]
         return _Part(entry.tables, reports, SourceReport(source.flag, source.name, facts["format"], rows, rows, *lost))
 
@@ -160,7 +162,9 @@ class _Loader:
         where, first = next((where, row) for where, row in rows if not isinstance(row, UserError))
         with suppress(*([UserError] if self.data.bad_rows == "skip" else [])):
             self.conversations |= not isinstance(encoder.data_format.read(first, where, self.template), Answer)
-        logger.info("%s: %s%s, read while training", source.where, kind, source.read_from)
+        others = encoder.data_format.meaningless(dict.fromkeys([*source.columns()[0], *first]))
+        unread = f"; not read: the columns {listed(others)}" if others else ""
+        logger.info("%s: %s%s, read while training%s", source.where, kind, source.read_from, unread)
         return StreamedSource(source, encoder)
 
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
@@ -170,7 +174,8 @@ class _Loader:
         limits = {side: LengthLimit(self.data.max_length, self.data.long_rows) for side in sides}
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
         read, left_out, conversations, bad, notes = 0, 0, False, BadRows(self.data.bad_rows), Notes()
-        if (unread := encode.data_format.unread(source.columns()[0])) is not None:
+        columns = dict.fromkeys(source.columns()[0])
+        if (unread := encode.data_format.unread(columns)) is not None:
             notes.add(logging.WARNING, unread, source.where)
         records = chunks(source.rows(encode.data_format.columns), CHUNK)
         with killed_workers_told(), tqdm(desc="Tokenizing", unit=" rows", disable=None) as bar:
@@ -186,6 +191,7 @@ class _Loader:
                 bar.update(len(chunk.rows) + chunk.left_out)
                 read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
                 conversations |= chunk.conversations
+                columns |= dict.fromkeys(sorted(chunk.columns))
                 notes.update(chunk.notes)
         bad.refuse(source.where, read)
         if not any(limit.report.records for limit in limits.values()):
@@ -195,6 +201,7 @@ class _Loader:
             "read": read,
             "left_out": left_out,
             "conversations": conversations,
+            "unread": encode.data_format.meaningless(columns),
             "reports": {side: vars(limit.report) for side, limit in limits.items()},
             "bad": {"count": bad.count, "first": bad.first},
             "notes": notes.found,

@@ -19,8 +19,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.encoding import TokenRow, trimmed_offsets
+from tokentune.data.formats.json_files import parse_json
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.sources import first_line
 
 DEFAULT_TEMPLATE = Path(__file__).resolve().parents[1] / "alpaca_template.json"
 
@@ -41,13 +43,15 @@ class PromptTemplate:
             UserError: no such file, not JSON, a key missing or not text, a place for the texts missing.
         """
         try:
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+            content = parse_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UserError(f"prompt template {path}: cannot be read: {error.strerror}.") from error
         except json.JSONDecodeError as error:
             raise UserError(f"prompt template {path}, line {error.lineno}: not valid JSON: {error.msg}.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"prompt template {path}: not UTF-8 text (byte {error.start}).") from error
+        except ValueError as error:  # a key twice
+            raise UserError(f"prompt template {path}: {first_line(error)}.") from error
         if not isinstance(content, dict):
             raise UserError(f"prompt template {path}: expected a JSON object.")
         places = {
