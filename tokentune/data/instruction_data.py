@@ -32,7 +32,6 @@ from tokentune.errors import UserError
 from tokentune.processes import process_count
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
-from tokentune.sources import listed
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +144,8 @@ class _Loader:
         Notes(facts["notes"]).log(logger)
         BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
         read = f"{facts['read']:,} rows{source.read_from} read"
-        unread = f"; not read: the columns {listed(facts['unread'])}" if facts["unread"] else ""
-        logger.info("%s: %s; %s, %s%s", source.where, read, facts["format"], reports["train"], unread)
+        told = f"{reports['train']}{facts['passed_over']}"
+        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], told)
         lost = left_out, facts["bad"]["count"]
         return _Part(entry.tables, reports, SourceReport(source.flag, source.name, facts["format"], rows, rows, *lost))
 
@@ -162,9 +161,8 @@ class _Loader:
         where, first = next((where, row) for where, row in rows if not isinstance(row, UserError))
         with suppress(*([UserError] if self.data.bad_rows == "skip" else [])):
             self.conversations |= not isinstance(encoder.data_format.read(first, where, self.template), Answer)
-        others = encoder.data_format.meaningless(dict.fromkeys([*source.columns()[0], *first]))
-        unread = f"; not read: the columns {listed(others)}" if others else ""
-        logger.info("%s: %s%s, read while training%s", source.where, kind, source.read_from, unread)
+        passed_over = encoder.data_format.passed_over(dict.fromkeys([*source.columns()[0], *first]))
+        logger.info("%s: %s%s, read while training%s", source.where, kind, source.read_from, passed_over)
         return StreamedSource(source, encoder)
 
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
@@ -201,7 +199,7 @@ class _Loader:
             "read": read,
             "left_out": left_out,
             "conversations": conversations,
-            "unread": encode.data_format.meaningless(columns),
+            "passed_over": encode.data_format.passed_over(columns),
             "reports": {side: vars(limit.report) for side, limit in limits.items()},
             "bad": {"count": bad.count, "first": bad.first},
             "notes": notes.found,

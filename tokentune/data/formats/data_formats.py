@@ -78,9 +78,10 @@ class DataFormat:
         found = [name for name in names if self._may_be_meant(name)]
         return f"not read: the columns {listed(found)}" if found else None
 
-    def meaningless(self, names: Iterable[str]) -> list[str]:
-        """The columns that are not read, and that nothing is said of."""
-        return [name for name in names if name not in self.columns and not self._may_be_meant(name)]
+    def passed_over(self, names: Iterable[str]) -> str:
+        """For the log: the other columns that are not read; empty where there are none."""
+        found = [name for name in names if name not in self.columns and not self._may_be_meant(name)]
+        return f"; not read: {listed(found)}" if found else ""
 
     def _may_be_meant(self, name: str) -> bool:
         """Whether a column that is not read may be meant: "Input", " input" and "systemPrompt" too."""
