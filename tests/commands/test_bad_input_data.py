@@ -182,15 +182,15 @@ CASES = [  # name, files, words, sentence
         "nothing to learn",
         {"a.jsonl": line(output="") * 3},
         DATA + "a.jsonl",
-        "no token to learn is left in any of 3 rows: every answer is empty or lies beyond --max_length 1024. "
-        "Raise it, or shorten the prompts.",
+        "no token to learn is left in any of 3 rows: every answer is empty or context only, or lies beyond "
+        "--max_length 1024. Raise it, or shorten the prompts.",
     ),
     (
         "nothing fits",
         {},
         "--max_length 4",
-        "no token to learn is left in any of 16 rows: every answer is empty or lies beyond --max_length 4. "
-        "Raise it, or shorten the prompts.",
+        "no token to learn is left in any of 16 rows: every answer is empty or context only, or lies beyond "
+        "--max_length 4. Raise it, or shorten the prompts.",
     ),
     (
         "all rows dropped",

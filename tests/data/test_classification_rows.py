@@ -1,5 +1,6 @@
 """Labelled rows: which data is read, which columns are taken, words aligned to sub-words, what is cut."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from classification_models import tiny_tokenizer, write_images, write_lines
 from datasets import ClassLabel, Dataset, Features, List, Value
+from transformers import ByT5Tokenizer
 
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats import records
@@ -253,6 +255,7 @@ def test_each_row_is_tokenized_once(kind: str, monkeypatch: pytest.MonkeyPatch) 
         seen.extend(zip(*texts, strict=True))
         return tokenizer(*texts, **options)
 
+    counted.is_fast = True
     if kind == "words":
         split = split_of([{"tokens": words, "tags": ["O"] * len(words)} for words in (long, short, ["we", "wait"])])
         report = encode_words(split, Columns(("tokens",), "tags"), WORDS, tokenizer=counted, max_length=5).report
@@ -262,6 +265,25 @@ def test_each_row_is_tokenized_once(kind: str, monkeypatch: pytest.MonkeyPatch) 
         columns = Columns(("a", "b") if kind == "pairs" else ("a",), "label")
         report = encode_texts(split, columns, Labels(("x",), {"x": 0}), tokenizer=counted, max_length=5).report
     assert (report.rows, report.cut_rows, len(seen)) == (3, 2, 3)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_python_tokenizers_tokenize_a_row_that_fits_once(pairs: bool) -> None:
+    """ByT5's: a token for each byte, and one for the end."""
+    tokenizer, seen = ByT5Tokenizer(extra_ids=0), []
+    tokenize = tokenizer._tokenize
+    tokenizer._tokenize = lambda text, **options: seen.append(text) or tokenize(text, **options)
+    texts = [("abcd", "efg"), ("a", "b"), ("abcdefgh", "")]
+    split = split_of([{"a": first, "b": second, "label": "x"} for first, second in texts])
+    columns, labels = Columns(("a", "b") if pairs else ("a",), "label"), Labels(("x",), {"x": 0})
+    encoded = encode_texts(split, columns, labels, tokenizer=tokenizer, max_length=8)
+    again = {"abcd", "efg", "abcdefgh"} if pairs else {"abcdefgh"}
+    assert Counter(seen) == Counter([text for pair in texts for text in pair[: 1 + pairs] if text] + [*again])
+    assert (encoded.report.rows, encoded.report.cut_rows) == (3, len(again) - pairs)
+    columns = [[text for text, *_ in texts], *([[text for _, text in texts]] if pairs else [])]
+    expected = tokenizer(*columns, truncation=True, max_length=8)
+    for row, item in enumerate(encoded.rows):
+        assert item == {name: values[row] for name, values in expected.items()} | {"labels": 0}
 
 
 def test_values_are_looked_at_as_texts() -> None:

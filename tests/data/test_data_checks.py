@@ -70,7 +70,6 @@ def test_statistics_are_those_of_each_row(tokenizer: PreTrainedTokenizerBase) ->
         found = row_statistics(table, tokenizer, VOCABULARY)
         assert found.lengths.tolist() == [12, 5, 0, 1, 9, 12]
         assert found.supervised.tolist() == [7, 3, 0, 0, 0, 7]  # nothing predicts the first token
-        assert found.ends.tolist() == [1, 1, 0, 0, 0, 1]
         assert found.turns.tolist() == [1, 1, 0, 0, 0, 1]
         assert found.last_ended.tolist() == [True, True, False, False, False, True]
         assert found.outside.tolist() == [0, 2, 0, 0, 0, 0]
@@ -121,7 +120,7 @@ def test_a_hundred_thousand_rows_are_looked_at_by_the_batch(tokenizer: PreTraine
     "words", ["", "--tokentune --prefix_length 0.3", "--packing", "--packing --tokentune --prefix_length 0.3"]
 )
 def test_good_data_passes_without_a_word(tokenizer: PreTrainedTokenizerBase, words: str) -> None:
-    report = EncodingReport(rows=20, cut_rows=9, cut_ends=9, dropped_rows=2, dropped_long_rows=3)
+    report = EncodingReport(records=25, rows=20, cut_rows=9, cut_ends=9, dropped_rows=2, dropped_long_rows=3)
     validation = good(5, start=(BOS, 8))
     assert found(tokenizer, good(), words + " --max_length 64", validation, report) == ([], [])
 
@@ -175,7 +174,7 @@ def test_validation_rows_are_looked_at_too(tokenizer: PreTrainedTokenizerBase) -
         (
             good(end=None),
             "",
-            "20 of the 20 training rows that were not cut end without a supervised end token (</s>)",
+            "20 of the 20 training rows shorter than --max_length end without a supervised end token (</s>)",
         ),
         (good(end=None), "", "add --add_eos_token"),
         (good(end=None), "--add_eos_token", "the chat template has to end an answer with one"),
@@ -214,7 +213,9 @@ def test_answers_that_other_messages_follow_are_counted_apart(tokenizer: PreTrai
         expected = [] if number == "0" else [f"{number} answers of {told}"]
         assert [w.split(":")[0] for w in warnings] == expected
     _, warnings = found(tokenizer, [turns(EOS, EOS, 9, seed=n) for n in range(6)])  # the last one alone
-    assert len(warnings) == 1 and warnings[0].startswith("6 of the 6 training rows that were not cut end without")
+    assert len(warnings) == 1 and warnings[0].startswith(
+        "6 of the 6 training rows shorter than --max_length end without"
+    )
     _, warnings = found(tokenizer, [turns(9, 9, seed=n) for n in range(6)])
     assert len(warnings) == 2 and warnings[1].startswith("6 of the 6 answers of training rows")
 
@@ -229,8 +230,14 @@ def test_rows_that_are_cut_need_no_end(tokenizer: PreTrainedTokenizerBase) -> No
     ("report", "message"),
     [
         (EncodingReport(rows=20, cut_rows=11, cut_ends=11), "11 of 20 training rows are longer than --max_length 1024"),
-        (EncodingReport(rows=20, dropped_rows=21), "21 of 41 training records are left out, because their answer is"),
-        (EncodingReport(rows=20, dropped_long_rows=21), "21 of 41 training records are left out, because they are"),
+        (
+            EncodingReport(records=41, rows=20, dropped_rows=21),
+            "21 of 41 training records are left out, because their",
+        ),
+        (
+            EncodingReport(records=41, rows=20, dropped_long_rows=21),
+            "21 of 41 training records are left out, because they",
+        ),
     ],
 )
 def test_most_rows_lost_is_told(tokenizer: PreTrainedTokenizerBase, report: EncodingReport, message: str) -> None:
@@ -317,6 +324,6 @@ def test_of_a_stream_the_first_rows_are_looked_at(tokenizer: PreTrainedTokenizer
     data = InstructionData(Endless(), None, None, None)
     findings = look_at(data, tokenizer, parse_arguments([*REQUIRED, *words]), VOCABULARY)
     assert len(findings.train) == 1000
-    assert findings.warnings[0].startswith("1,000 of the 1,000 training rows that were not cut end without")
+    assert findings.warnings[0].startswith("1,000 of the 1,000 training rows shorter than --max_length end without")
     assert findings.drawn[2].min() == findings.drawn[2].max() > 0  # one seed, one draw
     assert findings.gain.endswith("(counted in the first 1,000 rows)")

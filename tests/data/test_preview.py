@@ -169,7 +169,7 @@ def test_table_counts_what_training_would(tiny_llama_dir: Path, alpaca_file: Pat
     assert table["supervised tokens"][0].startswith(f"{data.train_report.supervised_tokens:,} (")
     assert table["selected tokens (--prefix_length 0.3)"] == [f"{selected:,} ({selected / tokens:.1%})"]
     assert table["selected and supervised tokens"] == [f"{learnt:,} ({learnt / tokens:.1%})"]
-    assert table["rows without an end token to learn"] == ["16 (100.0%)"] * 2
+    assert table["rows whose last answer has no end token"] == ["16 (100.0%)"] * 2
     (packed,) = table["packed rows of 320 tokens"]
     rows = int(packed.split()[0])
     assert packed == f"{rows} ({tokens / (320 * rows):.1%} full)"

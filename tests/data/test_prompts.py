@@ -192,6 +192,14 @@ def test_special_tokens_of_a_tokenizer_without_offsets(sentencepiece_file: Path)
     assert empty["labels"] == [-100, -100, PYTHON_TOKENIZER.eos_token_id]
 
 
+def test_python_tokenizers_tokenize_a_text_once() -> None:
+    tokenizer, seen = ByT5Tokenizer(extra_ids=0), []
+    tokenize = tokenizer._tokenize
+    tokenizer._tokenize = lambda text, **options: seen.append(text) or tokenize(text, **options)
+    row = encode_example("Q: ", "A", tokenizer)
+    assert seen == ["Q: A"] and row["input_ids"] == PYTHON_TOKENIZER("Q: A")["input_ids"]
+
+
 def test_a_tokenizer_that_hides_its_text_is_refused() -> None:
     with pytest.raises(UserError, match="no character offsets"):
         encode_example("q ", "a", Shouting())

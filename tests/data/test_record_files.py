@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from chat_tokenizers import TOOLS, chat_tokenizer
@@ -12,7 +13,7 @@ from datasets import Audio, Dataset, Features, Image, Json, List, Value, load_da
 from instruction_rows import load, write
 
 from tokentune.data.formats.record_files import rows_of_table
-from tokentune.data.formats.records import load_records, open_source
+from tokentune.data.formats.records import RecordSource, load_records, open_source
 from tokentune.errors import UserError
 
 ARGUMENTS = [{"city": "Rome", "unit": None}, {"when": 5, "where": [None, {"x": None}]}]
@@ -116,6 +117,26 @@ def test_a_key_that_python_cannot_represent(key: str, tmp_path: Path) -> None:
         load(str(path), tokenizer=chat_tokenizer(template))
     assert f"a.parquet, row 1, message 2: the chat template writes the key {key!r}, and its value" in str(error.value)
     assert f"(a value of type {kind} that Python cannot represent) is not JSON" in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("key", [*FAR])
+def test_streams_of_values_that_python_cannot_represent(key: str, suffix: str, tmp_path: Path) -> None:
+    """In a column that nobody reads, in a key of the messages that nobody reads, and in a text."""
+    table, path = far_messages(key).append_column("created", [pyarrow.concat_arrays([FAR[key]] * 2)]), tmp_path / "a"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as file:
+            file.write_table(table)
+    streamed = load_dataset(suffix, data_files=str(path), split="train", streaming=True)
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
+    first, second = (row["messages"] for row in rows_of_table(streamed, ["messages"], "x"))
+    assert second == plain and first[0] == plain[0] and repr(first[1][key]).startswith("a value of type ")
+    (*_, last) = rows_of_table(streamed, None, "x")
+    assert last["messages"] == plain and repr(last["created"]).endswith(" that Python cannot represent")
+    source = RecordSource("x", "--dataset_name_or_path", table=streamed)
+    assert source.peek(("tools",)) == (["messages", "created"], {})
 
 
 def test_dates_that_a_template_writes_are_refused(tmp_path: Path) -> None:

@@ -53,10 +53,17 @@ def test_draws_are_of_the_row_and_its_pass(numbered: str) -> None:
     assert other["draw_seed"] not in every
 
 
-def test_the_same_batches_for_any_number_of_workers(numbered: str) -> None:
+@pytest.mark.parametrize("hub", [False, True])
+def test_the_same_batches_for_any_number_of_workers(hub: bool, numbered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` gives each worker some of a stream's files; here each has to read all."""
+    if hub:
+        streamed = Dataset.from_json(numbered).to_iterable_dataset(num_shards=3)
+        monkeypatch.setattr(records, "load_dataset", lambda *_, **__: streamed)
     batches = {}
     for workers in (0, 1, 3):
-        loader = DataLoader(stream(numbered), batch_size=4, num_workers=workers, collate_fn=lambda items: items)
+        loader = DataLoader(
+            stream("owner/data" if hub else numbered), batch_size=4, num_workers=workers, collate_fn=lambda items: items
+        )
         batches[workers] = [batch for batch in islice(loader, 12)]
     assert batches[0] == batches[1] == batches[3]
 

@@ -14,14 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
 
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+FEATURES = Features(TOKENS | {"cut": Value("int8")})
+WHOLE, CUT, END_LOST = range(3)
 
 
 class TokenRow(NamedTuple):
-    """One row: token ids, and as many labels, which are the ids, or -100 where nothing is learnt."""
+    """One row: token ids, and as many labels, which are the ids, or -100 where nothing is learnt.
+
+    `cut`: `CUT` where the row was longer than the maximum length, `END_LOST` where it lost supervised tokens too.
+    """
 
     ids: list[int]
     labels: list[int]
+    cut: int = WHOLE
 
 
 def trimmed_offsets(
@@ -62,10 +68,11 @@ class Notes:
 
 @dataclass
 class EncodingReport:
-    """What became of the records."""
+    """What became of the records. With --dataset_weights, what is kept is counted as often as it comes in an epoch."""
 
+    records: int = 0  # encoded, kept or not
     rows: int = 0  # kept
-    dropped_rows: int = 0  # without a supervised token: the answer is empty, or was cut off
+    dropped_rows: int = 0  # without a supervised token: it has nothing to learn, or that was cut off
     cut_rows: int = 0  # kept, but cut at max_length
     tokens: int = 0  # of the kept rows
     supervised_tokens: int = 0  # of the kept rows
@@ -84,23 +91,18 @@ class EncodingReport:
     def __add__(self, other: "EncodingReport") -> "EncodingReport":
         return EncodingReport(**{name: count + getattr(other, name) for name, count in vars(self).items()})
 
-    @property
-    def read_rows(self) -> int:
-        """Records that were encoded, kept or not."""
-        return self.rows + self.dropped_rows + self.dropped_long_rows
-
     def check(self, max_length: int) -> None:
         """Raises UserError when no row is left to learn from."""
         if self.rows:
             return
-        if self.dropped_long_rows == self.read_rows:
+        if self.dropped_long_rows == self.records:
             raise UserError(
-                f"every one of {self.read_rows} rows is longer than --max_length {max_length}, and --long_rows drop "
+                f"every one of {self.records} rows is longer than --max_length {max_length}, and --long_rows drop "
                 "leaves none. Raise it, or take --long_rows cut."
             )
         raise UserError(
-            f"no token to learn is left in any of {self.read_rows} rows: every answer is empty or lies beyond "
-            f"--max_length {max_length}. Raise it, or shorten the prompts."
+            f"no token to learn is left in any of {self.records} rows: every answer is empty or context only, or lies "
+            f"beyond --max_length {max_length}. Raise it, or shorten the prompts."
         )
 
 
@@ -120,6 +122,7 @@ class LengthLimit:
     def __call__(self, row: TokenRow) -> TokenRow | None:
         """The row as it is trained on; None where it is dropped."""
         report, too_long = self.report, len(row.ids) > self.max_length
+        report.records += 1
         if too_long and self.long_rows == "drop":
             report.dropped_long_rows += 1
             return None
@@ -129,11 +132,12 @@ class LengthLimit:
             report.dropped_rows += 1
             return None
         report.rows += 1
-        report.cut_rows += too_long
-        report.cut_ends += too_long and count_supervised(row.labels) > supervised
+        cut = WHOLE if not too_long else END_LOST if count_supervised(row.labels) > supervised else CUT
+        report.cut_rows += cut != WHOLE
+        report.cut_ends += cut == END_LOST
         report.tokens += len(ids)
         report.supervised_tokens += supervised
-        return TokenRow(ids, labels)
+        return TokenRow(ids, labels, cut)
 
 
 def count_supervised(labels: Iterable[int]) -> int:
@@ -142,7 +146,7 @@ def count_supervised(labels: Iterable[int]) -> int:
 
 
 class TableOfRows:
-    """A table with the columns "input_ids" and "labels", written row by row into a file, or with None into memory.
+    """A table with the columns of `FEATURES`, written row by row into a file, or with None into memory.
 
     All methods raise OSError when the file cannot be written.
     """
@@ -155,7 +159,7 @@ class TableOfRows:
 
     def add(self, row: TokenRow) -> None:
         """Appends a row."""
-        self._writer.write({"input_ids": row.ids, "labels": row.labels})
+        self._writer.write(dict(zip(FEATURES, row, strict=True)))
 
     def finish(self) -> Dataset:
         """Closes the table and opens it for reading; a file is mapped into memory."""

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.chat.templates import load_chat_template
-from tokentune.data.encoding import EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
+from tokentune.data.encoding import END_LOST, TOKENS, EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
 from tokentune.data.formats.record_files import chunks
@@ -97,14 +97,15 @@ def load_instruction_data(
         opened = [open_source(name, flag=TRAIN_FLAG, **data.chosen(number)) for number, name in enumerate(names)]
         parts = [loader.load(source, data.eval_fraction) for source in opened]
         train, train_report, sources = _mixed(parts, data, arguments.optimization.seed)
+        train = train.select_columns([*TOKENS])
     validation = validation_report = None
     if held is not None:
         part = loader.load(held, None)
-        validation, validation_report = part.tables["train"], part.reports["train"]
+        validation, validation_report = part.tables["train"].select_columns([*TOKENS]), part.reports["train"]
         validation_report.check(data.max_length)
         sources.append(part.summary)
     elif data.eval_fraction is not None:
-        validation = concatenate_datasets([part.tables["validation"] for part in parts])
+        validation = concatenate_datasets([part.tables["validation"] for part in parts]).select_columns([*TOKENS])
         validation_report = _sum(parts, "validation")
         logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
     if data.chat_template is not None and not loader.conversations:
@@ -143,7 +144,8 @@ class _Loader:
         Notes(facts["notes"]).log(logger)
         BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
         read = f"{facts['read']:,} rows{source.read_from} read"
-        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], reports["train"])
+        told = f"{reports['train']}{facts['passed_over']}"
+        logger.info("%s: %s; %s, %s", source.where, read, facts["format"], told)
         lost = left_out, facts["bad"]["count"]
         return _Part(entry.tables, reports, SourceReport(source.flag, source.name, facts["format"], rows, rows, *lost))
 
@@ -159,7 +161,8 @@ class _Loader:
         where, first = next((where, row) for where, row in rows if not isinstance(row, UserError))
         with suppress(*([UserError] if self.data.bad_rows == "skip" else [])):
             self.conversations |= not isinstance(encoder.data_format.read(first, where, self.template), Answer)
-        logger.info("%s: %s%s, read while training", source.where, kind, source.read_from)
+        passed_over = encoder.data_format.passed_over(dict.fromkeys([*source.columns()[0], *first]))
+        logger.info("%s: %s%s, read while training%s", source.where, kind, source.read_from, passed_over)
         return StreamedSource(source, encoder)
 
     def _encode(self, source: RecordSource, fraction: float | None, target: Path | None) -> Entry:
@@ -169,28 +172,34 @@ class _Loader:
         limits = {side: LengthLimit(self.data.max_length, self.data.long_rows) for side in sides}
         tables = {side: TableOfRows(None if target is None else target / f"{side}.arrow") for side in sides}
         read, left_out, conversations, bad, notes = 0, 0, False, BadRows(self.data.bad_rows), Notes()
-        if (unread := encode.data_format.unread(source.columns()[0])) is not None:
+        columns = dict.fromkeys(source.columns()[0])
+        if (unread := encode.data_format.unread(columns)) is not None:
             notes.add(logging.WARNING, unread, source.where)
-        rows = tqdm(source.rows(encode.data_format.columns), desc="Tokenizing", unit=" rows", disable=None)
-        with killed_workers_told():
-            for chunk in ordered_map(encode, chunks(rows, CHUNK), worker_count(self.data.tokenize_workers)):
+        records = chunks(source.rows(encode.data_format.columns), CHUNK)
+        with killed_workers_told(), tqdm(desc="Tokenizing", unit=" rows", disable=None) as bar:
+            if not bar.disable:
+                bar.reset(source.count())
+            for chunk in ordered_map(encode, records, worker_count(self.data.tokenize_workers)):
                 for where, side, row in chunk.rows:
                     with bad.catch(where):
                         if isinstance(row, UserError):
                             raise row
                         if (cut := limits[side](row)) is not None:
                             tables[side].add(cut)
+                bar.update(len(chunk.rows) + chunk.left_out)
                 read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
                 conversations |= chunk.conversations
+                columns |= dict.fromkeys(sorted(chunk.columns))
                 notes.update(chunk.notes)
         bad.refuse(source.where, read)
-        if not any(limit.report.read_rows for limit in limits.values()):
+        if not any(limit.report.records for limit in limits.values()):
             raise UserError(f"{source.where}: holds no rows to train on.")
         facts = {
             "format": kind,
             "read": read,
             "left_out": left_out,
             "conversations": conversations,
+            "passed_over": encode.data_format.passed_over(columns),
             "reports": {side: vars(limit.report) for side, limit in limits.items()},
             "bad": {"count": bad.count, "first": bad.first},
             "notes": notes.found,
@@ -220,8 +229,14 @@ def _mixed(parts: list[_Part], data: DataArguments, seed: int) -> tuple[Dataset,
                 raise UserError(f"{TRAIN_FLAG} {name}: --dataset_weights {weight}, but no row is left to learn from.")
         counts = mixture_counts(sizes, data.dataset_weights)
         rows = rows.select(mixture_rows(sizes, counts, seed))
-        tokens, supervised = sum(map(len, rows["input_ids"])), sum(map(count_supervised, rows["labels"]))
-        report = replace(report, rows=len(rows), tokens=tokens, supervised_tokens=supervised)
+        report = replace(
+            _sum([part for part, count in zip(parts, counts, strict=True) if count], "train"),
+            rows=len(rows),
+            tokens=sum(map(len, rows["input_ids"])),
+            supervised_tokens=sum(map(count_supervised, rows["labels"])),
+            cut_rows=sum(map(bool, rows["cut"])),
+            cut_ends=[*rows["cut"]].count(END_LOST),
+        )
     summaries = [replace(part.summary, used=count) for part, count in zip(parts, counts, strict=True)]
     if len(parts) > 1:
         for summary in summaries:

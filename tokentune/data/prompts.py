@@ -19,8 +19,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.encoding import TokenRow, trimmed_offsets
+from tokentune.data.formats.json_files import parse_json
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
+from tokentune.sources import first_line
 
 DEFAULT_TEMPLATE = Path(__file__).resolve().parents[1] / "alpaca_template.json"
 
@@ -41,13 +43,15 @@ class PromptTemplate:
             UserError: no such file, not JSON, a key missing or not text, a place for the texts missing.
         """
         try:
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+            content = parse_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UserError(f"prompt template {path}: cannot be read: {error.strerror}.") from error
         except json.JSONDecodeError as error:
             raise UserError(f"prompt template {path}, line {error.lineno}: not valid JSON: {error.msg}.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"prompt template {path}: not UTF-8 text (byte {error.start}).") from error
+        except ValueError as error:  # a key twice
+            raise UserError(f"prompt template {path}: {first_line(error)}.") from error
         if not isinstance(content, dict):
             raise UserError(f"prompt template {path}: expected a JSON object.")
         places = {
@@ -126,8 +130,8 @@ def _encode_fast(
 def _encode_slow(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """For tokenizers in pure Python, which know no offsets: they are recovered from what the tokens spell."""
     text = prompt + answer
-    ids = list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
     body = list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+    ids = tokenizer.build_inputs_with_special_tokens(body)
     before = next(n for n in range(len(ids) - len(body) + 1) if ids[n : n + len(body)] == body)  # special tokens
     if hasattr(tokenizer, "sp_model"):
         start = _first_piece_beyond(prompt, text, tokenizer.convert_ids_to_tokens(body))

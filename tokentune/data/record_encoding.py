@@ -39,12 +39,14 @@ class EncodedChunk(NamedTuple):
         rows: how messages about it begin, side ("train" or "validation"), and the row or what is wrong with it.
         left_out: number of records of `DROPPED_SOURCES`.
         conversations: whether there is one among them.
+        columns: of all records.
     """
 
     rows: list[tuple[str, str, TokenRow | UserError]]
     left_out: int
     conversations: bool
     notes: Notes
+    columns: set[str]
 
 
 @dataclass
@@ -68,13 +70,14 @@ class RecordEncoder:
         """Encodes records as `RecordSource.rows` yields them; rows are not cut."""
         rows: list[tuple[str, str, TokenRow | UserError | None]] = []
         items: list[tuple[Item, str]] = []
-        notes, left_out = Notes(), 0
+        notes, left_out, columns = Notes(), 0, set()
         for where, record in records:
             if isinstance(record, UserError):
                 rows.append(("", "train", record))  # its message names the place: a line, or a row
             elif record.get(SOURCE_COLUMN) in DROPPED_SOURCES:
                 left_out += 1
             else:
+                columns.update(record)
                 for doubt in self.data_format.doubts(record):
                     notes.add(logging.WARNING, doubt, where)
                 try:
@@ -87,7 +90,7 @@ class RecordEncoder:
                 items.append((item, where))
         encoded = iter(self.encode(items, notes))
         rows = [(where, side, next(encoded) if row is None else row) for where, side, row in rows]
-        return EncodedChunk(rows, left_out, any(not isinstance(item, Answer) for item, _ in items), notes)
+        return EncodedChunk(rows, left_out, any(not isinstance(item, Answer) for item, _ in items), notes, columns)
 
     def encode(self, items: Sequence[tuple[Item, str]], notes: Notes) -> list[TokenRow | UserError]:
         """Rows of (item, how messages about it begin); of one that cannot be encoded, what is wrong with it."""

@@ -115,7 +115,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 yield {"input_ids": row.ids, "labels": row.labels, "draw_seed": draw_seed(self.seed, drawn.number)}
             elif fruitless >= FRUITLESS_ROWS:
                 limit.report.check(self.data.max_length)  # names the cause, if no row before was learnt from either
-                raise UserError(f"{drawn.where} and {fruitless:,} rows before it hold no token to learn.")
+                raise UserError(f"{drawn.where}: it and {fruitless - 1:,} rows before it hold no token to learn.")
 
     def _encoded(self, drawn: Drawn) -> TokenRow:
         chunk = drawn.encoder([(drawn.where, drawn.record)])

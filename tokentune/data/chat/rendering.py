@@ -71,14 +71,14 @@ class Rendering:
                 self._beginnings[key] = None
         return self._beginnings[key]
 
-    def is_the_same_without(self, keys: Collection[tuple[str, str]]) -> bool:
-        """Whether the template writes the same of messages that lack these keys, given as (role, key)."""
+    def is_the_same_without(self, keys: Collection[tuple[str, str]] = (), *, tools: bool = True) -> bool:
+        """Whether the template writes the same without these keys of messages, given as (role, key), or the tools."""
         messages = [
             {key: value for key, value in message.items() if (message["role"], key) not in keys}
             for message in self._unmarked
         ]
         try:
-            return self._render(messages)[0] == self.text
+            return self._render(messages, tools=tools)[0] == self.text
         except UserError:
             return False
 
@@ -161,12 +161,12 @@ class Rendering:
                 return
 
     def _render(
-        self, messages: list[dict], *, generation_prompt: bool = False, marks: bool = False
+        self, messages: list[dict], *, generation_prompt: bool = False, marks: bool = False, tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
             texts, ranges = render_jinja_template(
                 conversations=[_contents_as_parts(messages, self._parts)],
-                tools=self.conversation.tools,
+                tools=self.conversation.tools if tools else None,
                 chat_template=self.template,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=generation_prompt,

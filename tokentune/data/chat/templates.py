@@ -83,7 +83,7 @@ class ChatEncoder:
         self.notes = Notes()
         special = sorted({*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        self._tools_checked = False
+        self._tools_written = False  # of the last conversation with tools
         self._ends_by_next_turn: bool | None = None
 
     def __call__(self, conversation: Conversation, where: str) -> TokenRow:
@@ -124,12 +124,10 @@ class ChatEncoder:
         if self.system_in_user:
             conversation = system_in_user(conversation)
         rendering = self._rendering(conversation, where)
-        if conversation.tools and not self._tools_checked:
-            self._tools_checked = True
-            if Rendering(self.tokenizer, conversation._replace(tools=None), where).text == rendering.text:
-                self.notes.add(
-                    logging.WARNING, "the chat template does not write the tools, which the model is not shown", where
-                )
+        if conversation.tools and not self._writes_tools(rendering):
+            self.notes.add(
+                logging.WARNING, "the chat template does not write the tools, which the model is not shown", where
+            )
         for omission in omissions(rendering):
             place = f"{where}, message {omission.message + 1}"
             self.notes.add(omission.level, f"the chat template leaves out {omission.sentence}", place)
@@ -153,6 +151,15 @@ class ChatEncoder:
             raise UserError(
                 f"{error}\nIt takes the conversation with its system message in front of the user's: --system_in_user."
             ) from error
+
+    def _writes_tools(self, rendering: Rendering) -> bool:
+        """Whether the template writes a conversation's tools. Where it wrote the last one's, names in the text suffice,
+        which saves a rendering."""
+        inner = (tool.get("function", tool) for tool in rendering.conversation.tools)
+        named = all(isinstance(tool, dict) and str(tool.get("name")) in rendering.text for tool in inner)
+        if not (self._tools_written and named):
+            self._tools_written = not rendering.is_the_same_without(tools=False)
+        return self._tools_written
 
     def _unended(self) -> bool:
         if self._ends_by_next_turn is None:

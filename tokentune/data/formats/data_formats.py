@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from tokentune.data.formats.conversations import (
@@ -43,8 +43,12 @@ MEANT = (*CHAT_COLUMNS, "history")
 # As well, but the names are used for remarks on a row too: said to be left out.
 PERHAPS_MEANT = ("input", "context", "documents", "chat_template_kwargs", "thinking", "reasoning", "reasoning_content")
 PERHAPS_MEANT += ("image", "images", "videos", "audios", "thought", "weight", "loss_mask")
-PERHAPS_MEANT += ("system_message", "sys_prompt", "developer", "available_tools", "tool_schema")
-ROW_LEARNT = ("weight", "loss_mask", *TRAINED)  # refused where they say that a row, or a part of it, is not learnt
+PERHAPS_MEANT += ("system_message", "sys_prompt", "developer", "available_tools", "tool_schema", "system_instruction")
+PERHAPS_MEANT += ("audio", "video", "chosen", "rejected", "completion_mask", "assistant_masks", "rationale", "cot")
+# Refused where they say that a row, or a part of it, is not learnt. "label", "kto_tag": TRL's and LLaMA-Factory's word
+# for an answer that is not wanted.
+ROW_LEARNT = ("weight", "loss_mask", *TRAINED, "label", "kto_tag")
+NUMBERS = ("loss", "label")  # of which 0 may be a value
 TEXT_COLUMNS = ("instruction", "input", "output", "text")  # taken as text whatever is in them
 SOURCE_COLUMN = "data_source"  # of Open-Platypus
 NAME_ONE = "name one with --data_format"
@@ -71,13 +75,25 @@ class DataFormat:
 
     def unread(self, names: Iterable[str]) -> str | None:
         """What to say of those columns that may be meant and are not read; None where there are none."""
-        read = {*self.needs, *self.may_have}
-        known = {*read, *MEANT, *PERHAPS_MEANT}
-        plain = {_plain(name) for name in known}
-        doubtful = {*PERHAPS_MEANT, *self.leaves_out} - read
-        # "Input", " input" and "systemPrompt" are read by nobody.
-        found = [n for n in names if n in doubtful or (n not in known and _plain(n) in plain)]
+        found = [name for name in names if self._may_be_meant(name)]
         return f"not read: the columns {listed(found)}" if found else None
+
+    def passed_over(self, names: Iterable[str]) -> str:
+        """For the log: the other columns that are not read; empty where there are none."""
+        found = [name for name in names if name not in self.columns and not self._may_be_meant(name)]
+        return f"; not read: {listed(found)}" if found else ""
+
+    def _may_be_meant(self, name: str) -> bool:
+        """Whether a column that is not read may be meant: "Input", " input" and "systemPrompt" too."""
+        if name in self._told:
+            return self._told[name]
+        return _plain(name) in map(_plain, self._told)
+
+    @cached_property
+    def _told(self) -> dict[str, bool]:
+        """The names that are known, and whether it is told that a column of this name is not read."""
+        read = {*self.needs, *self.may_have}
+        return {name: name in {*PERHAPS_MEANT, *self.leaves_out} - read for name in {*read, *MEANT, *PERHAPS_MEANT}}
 
     def doubts(self, record: Record) -> Iterator[str]:
         """What to say of a row: its columns that are not read, and its texts that are chats written out."""
@@ -103,7 +119,8 @@ class DataFormat:
         """
         if told and len(fitting := _fitting([name for name, value in record.items() if value is not None])) > 1:
             raise UserError(f"{where}: its columns fit several formats ({', '.join(fitting)}): {NAME_ONE}.")
-        if (name := next((name for name in ROW_LEARNT if _is_not_learnt(name, record.get(name))), None)) is not None:
+        tells = [name for name in ROW_LEARNT if name != "label" or self is not FORMATS["text"]]  # there it is a class
+        if (name := next((name for name in tells if _is_not_learnt(name, record.get(name))), None)) is not None:
             raise UserError(
                 f"{where}: has {name!r}: {record[name]!r:.40}, and no column tells what is learnt. Leave such rows out "
                 "(--bad_rows skip), or put 'weight' into the messages."
@@ -136,7 +153,7 @@ def _is_not_learnt(name: str, value: Any) -> bool:
             value = json_value(value.lower(), "")
     if isinstance(value, list):
         return any(_is_not_learnt(name, inner) for inner in value)
-    return value is False or (name != "loss" and isinstance(value, int | float) and value == 0)  # a loss may be 0
+    return value is False or (name not in NUMBERS and isinstance(value, int | float) and value == 0)
 
 
 def _alpaca(record: Record, where: str, template: PromptTemplate) -> Answer:

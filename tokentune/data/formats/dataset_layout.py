@@ -17,6 +17,7 @@ from datasets.data_files import FILES_TO_IGNORE, resolve_pattern, sanitize_patte
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
+from tokentune.data.formats.json_files import name_twice
 from tokentune.data.formats.record_files import kind_of_file, stem_of
 from tokentune.data.formats.split_names import SHARD, SPLIT_WORDS, base_of, labelled
 from tokentune.errors import UserError
@@ -30,6 +31,7 @@ CARD_PARAMETERS = {"data_files", "data_dir", "default", "description", "version"
 DOCUMENTS = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog)\b|.*\.(md|py|ya?ml|toml|cff|bib|png|jpe?g|svg|pdf)$"
 )
+COPY = re.compile(r" ?\(\d+\)$")  # "train (1).jsonl": what was downloaded again
 
 # Name -> files, or the folder of a saved data set; those that a README names may be missing. None: without a name.
 Splits = dict[str | None, list[Path]]
@@ -129,7 +131,10 @@ def _card_configs(folder: Path, where: str) -> MetadataConfigs:
     if head is None or not re.search(r"^configs\s*:", head[1], re.MULTILINE):  # what else it holds may be malformed
         return MetadataConfigs()
     try:
-        configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(configs=yaml.safe_load(head[1])["configs"]))
+        listed_configs = yaml.safe_load(head[1])["configs"]
+        if twice := name_twice(str(config["config_name"]) for config in listed_configs):
+            raise UserError(f"{where}: the configs in its README.md cannot be told apart: {twice}.")
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(configs=listed_configs))
         configs.get_default_config_name()
         return configs
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -195,8 +200,15 @@ def _check_there(files: list[Path], folder: Path, where: str) -> None:
             f"{where}: its {teller} names {what} that is not there: {_paths(missing, folder)}. Copy or download it, or "
             f"correct {teller}."
         )
-    shards = Counter((file.parent, *match.groups()) for file in files if (match := SHARD.match(stem_of(file))))
-    for (_, name, total), count in shards.items():
+    numbered = [(file, match) for file in files if (match := SHARD.match(stem_of(file)))]
+    shards = Counter((file.parent, kind_of_file(file), *match.groups()) for file, match in numbered)
+    sets = Counter(shard[:3] for shard in shards)
+    for (*of_set, name, total), count in shards.items():
+        if sets[*of_set, name] > 1 or count > int(total):
+            raise UserError(
+                f"{where}: the files of {name!r} are numbered as those of several sets, which may hold the same rows "
+                "twice. Name files, or remove those of one set."
+            )
         if count < int(total):
             logger.warning("%s: only %d of the %d files of %r are there", where, count, int(total), name)
 
@@ -220,8 +232,10 @@ def _chosen_config(catalogue: Catalogue, where: str, role: str, config: str | No
     if len(having) == 1 or len(catalogue) == 1:
         return catalogue[having[0] if having else next(iter(catalogue))]
     if len(having) == 2 and "" in having and all(list(catalogue[name]) == [None] for name in having):
-        # Files, and more of them in one subfolder.
-        return {None: sorted(path for name in having for path in catalogue[name][None])}
+        # Files, and more of them in one subfolder, unless these are other states of the same.
+        files = sorted(path for name in having for path in catalogue[name][None])
+        if name_twice(stem_of(file) for file in files) is None:
+            return {None: files}
     if not having:
         there = dict.fromkeys(split for splits in catalogue.values() for split in splits if split is not None)
         raise _no_split(where, role, wanted, [*there])
@@ -264,14 +278,15 @@ def _no_split(where: str, role: str, wanted: str, there: list[str]) -> UserError
 
 
 def _check_kinds(files: list[Path], folder: Path, where: str) -> None:
-    """Refuses two kinds of file with one name, which may hold the same rows."""
+    """Refuses two kinds of file with one name, and copies beside their original, which may hold the same rows."""
     named: dict[Path, Path] = {}
     for file in files:
         stem = stem_of(file)
         shard = SHARD.match(stem)
         around = file.parent.parent if file.parent.name == "data" else file.parent
-        other = named.setdefault(around / (shard[1] if shard else stem), file)
-        if other.name.removeprefix(stem_of(other)).lower() != file.name.removeprefix(stem).lower():
+        other = named.setdefault(around / (shard[1] if shard else COPY.sub("", stem)), file)
+        kinds_differ = other.name.removeprefix(stem_of(other)).lower() != file.name.removeprefix(stem).lower()
+        if kinds_differ or bool(COPY.search(stem_of(other))) != bool(COPY.search(stem)):
             raise UserError(
                 f"{where}: {_paths([other, file], folder)} have one name, and may hold the same rows twice. "
                 "Name one of them."

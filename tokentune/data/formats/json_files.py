@@ -48,6 +48,12 @@ def read_json_lines(path: Path) -> Iterator[dict | UserError]:
         raise UserError(f"{path}: the file is empty.")
 
 
+def count_json_lines(path: Path) -> int:
+    """The number of lines that are not blank. Raises OSError."""
+    with open_bytes(path) as file:
+        return sum(not line.isspace() for line in iter(lambda: file.readline(MOST_LINE_BYTES), b""))
+
+
 def read_json(path: Path) -> Iterator[dict | UserError]:
     """The objects of a `.json` file, or what is wrong with an element: an array, {"data": array}, one object, or JSON
     Lines with a wrong suffix.

@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset
 from tokentune.data.formats.json_files import (
     MOST_LINE_BYTES,
     RepeatedName,
+    count_json_lines,
     name_twice,
     parse_json,
     read_json,
@@ -67,6 +68,14 @@ def columns_of_file(path: Path, flag: str) -> list[str] | None:
         if kind == ".parquet":
             return parquet_schema(path).names
         return [name for name in next(_csv_records(path))[1] if name] if kind == ".csv" else None
+
+
+def count_in_file(path: Path, flag: str) -> int | None:
+    """The number of a file's rows, where no row has to be parsed for it; else None. Raises UserError."""
+    with readable(path, flag) as kind:
+        if kind == ".parquet":
+            return pyarrow.parquet.read_metadata(path).num_rows
+        return count_json_lines(path) if kind == ".jsonl" else None
 
 
 @contextmanager
@@ -153,13 +162,11 @@ def rows_of_table(table: Dataset | IterableDataset, columns: Sequence[str] | Non
             yield from ({} for _ in range(len(table)))
             return
         table = table.select_columns(chosen)
+    # A stream's batches may differ in their types and cannot be joined. Unlike its `__iter__`, which gives each worker
+    # of a loader some of the files, its `iter` reads all rows.
+    size = ROWS_AT_ONCE if isinstance(table, Dataset) else 1
     try:
-        if isinstance(table, Dataset):
-            yield from _rows_of_arrow(table.with_format("arrow").iter(batch_size=ROWS_AT_ONCE), where)
-            return
-        shapes = {} if table.features is None else _shapes(table.features.arrow_schema)
-        for row in table:  # `datasets` has parsed its Json columns
-            yield {name: _cleaned(value, shapes.get(name), parsed=True) for name, value in row.items()}
+        yield from _rows_of_arrow(table.with_format("arrow").iter(batch_size=size), where)
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError, RuntimeError) as error:
         raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
 
@@ -230,18 +237,18 @@ def _shape(kind: pyarrow.DataType) -> Any:
     return None if item is None else [item]
 
 
-def _cleaned(value: Any, shape: Any, *, parsed: bool = False) -> Any:
+def _cleaned(value: Any, shape: Any) -> Any:
     """The value as in a JSON Lines file.
 
     In Arrow every struct of a column has the same keys, null where a row had none: these are removed. JSON, which Arrow
     keeps as text, keeps its nulls.
     """
     if shape is _JSON:
-        return parse_json(value) if isinstance(value, str) and not parsed else value
+        return parse_json(value) if isinstance(value, str) else value
     if isinstance(value, Mapping):
         shapes = shape or {}
-        return {k: _cleaned(v, shapes.get(k), parsed=parsed) for k, v in value.items() if v is not None}
+        return {k: _cleaned(v, shapes.get(k)) for k, v in value.items() if v is not None}
     if isinstance(value, list):
         item = shape[0] if shape else None
-        return [_cleaned(inner, item, parsed=parsed) for inner in value]
+        return [_cleaned(inner, item) for inner in value]
     return value

@@ -24,7 +24,14 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.dataset_layout import CHOICES, find_files, is_saved
-from tokentune.data.formats.record_files import columns_of_file, kind_of_file, rows_of_file, rows_of_table, stem_of
+from tokentune.data.formats.record_files import (
+    columns_of_file,
+    count_in_file,
+    kind_of_file,
+    rows_of_file,
+    rows_of_table,
+    stem_of,
+)
 from tokentune.data.formats.record_tables import table_of_files
 from tokentune.data.formats.split_names import labelled
 from tokentune.errors import UserError
@@ -68,6 +75,14 @@ class RecordSource:
             return self.table.column_names or [], self.table.column_names is not None
         of_files = [columns_of_file(file, self.flag) for file in self.files]
         return list(dict.fromkeys(name for names in of_files for name in names or ())), None not in of_files
+
+    def count(self) -> int | None:
+        """The number of rows, bad ones too; None where it is known only once they are parsed (CSV, JSON arrays,
+        streams). Raises UserError: a file cannot be read."""
+        if self.table is not None:
+            return len(self.table) if isinstance(self.table, Dataset) else None
+        counts = [count_in_file(file, self.flag) for file in self.files]
+        return None if None in counts else sum(counts)
 
     def peek(self, columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         """The names of the columns, with those of the first good row, and the given columns of this row. Raises

@@ -99,6 +99,10 @@ def look_at(
     _note_gain(findings, arguments, f" (counted in the first {len(train):,} rows)" if streamed else "")
     if not streamed:
         findings.warnings += _short(findings, arguments)
+        return findings
+    seen = f" (looked at: the first {len(train):,} rows of the stream)"
+    for sentences in (findings.refusals, findings.warnings):
+        sentences[:] = [sentence + seen for sentence in sentences]
     return findings
 
 
@@ -171,7 +175,7 @@ def _endless(
         cure = "add --add_eos_token" if eos is not None else "give the tokenizer an end-of-sequence token"
         if arguments.data.add_eos_token:
             cure = "the chat template has to end an answer with one"
-        yield f"{last_endless:,} of the {last:,} training rows that were not cut end {what} {cure}"
+        yield f"{last_endless:,} of the {last:,} training rows shorter than --max_length end {what} {cure}"
     before = int((statistics.turns - 1)[learnt].sum())
     endless = before - int((statistics.ended_turns - statistics.last_ended)[learnt].sum())
     if endless > MANY * before:
@@ -204,11 +208,11 @@ def _lost(report: EncodingReport, name: str, length: int) -> Iterator[str]:
             "end of an answer, the end token with it: raise it, or leave such rows out with --long_rows drop"
         )
     for count, why in (
-        (report.dropped_rows, f"their answer is empty or lies beyond --max_length {length}"),
+        (report.dropped_rows, f"their answer is empty or context only, or lies beyond --max_length {length}"),
         (report.dropped_long_rows, f"they are longer than --max_length {length} (--long_rows drop)"),
     ):
-        if count > MANY * report.read_rows:
-            yield f"{count:,} of {report.read_rows:,} {name} records are left out, because {why}"
+        if count > MANY * report.records:
+            yield f"{count:,} of {report.records:,} {name} records are left out, because {why}"
 
 
 def _short(findings: Findings, arguments: FinetuneArguments) -> Iterator[str]:

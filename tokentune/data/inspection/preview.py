@@ -237,7 +237,8 @@ def _data_table(
 ) -> Table:
     """A column each for training and validation data."""
     train = _counts(findings.train, data.train_report, tokenizer) | _selected_and_packed(findings, arguments)
-    columns = {"training": train}
+    name = "training" if data.table is not None else f"training: the first {len(findings.train):,} rows of the stream"
+    columns = {name: train}
     if findings.validation is not None:
         columns["validation"] = _counts(findings.validation, data.validation_report, tokenizer)
     table = Table(box=SIMPLE, show_edge=False)
@@ -264,12 +265,12 @@ def _counts(
         counts |= {
             "rows cut to --max_length": _share(report.cut_rows, rows),
             "... that lost an answer's end": _share(report.cut_ends, rows),
-            "dropped: longer than --max_length": _share(report.dropped_long_rows, report.read_rows),
-            "dropped: no answer token left": _share(report.dropped_rows, report.read_rows),
+            "dropped: longer than --max_length": _share(report.dropped_long_rows, report.records),
+            "dropped: no answer token left": _share(report.dropped_rows, report.records),
         }
     if tokenizer.bos_token_id is not None:
         counts[f"rows that begin with two {tokenizer.bos_token}"] = _share(int(statistics.doubled_bos.sum()), rows)
-    counts["rows without an end token to learn"] = _share(int((statistics.ends == 0).sum()), rows)
+    counts["rows whose last answer has no end token"] = _share(int((~statistics.last_ended).sum()), rows)
     return counts
 
 

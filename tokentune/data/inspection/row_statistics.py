@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.collators import CausalCollator
-from tokentune.data.encoding import FEATURES
+from tokentune.data.encoding import TOKENS
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.sampling.schedule import Size
 
@@ -26,7 +26,6 @@ class RowStatistics:
 
     lengths: np.ndarray  # (R,)
     supervised: np.ndarray  # (R,) that have a label; not the first one, which nothing predicts
-    ends: np.ndarray  # (R,) supervised ones that end an answer: EOS, or the end of a turn
     turns: np.ndarray  # (R,) runs of supervised tokens: one for each answer
     ended_turns: np.ndarray  # (R,) turns with an end among their last two tokens
     last_ended: np.ndarray  # (R,) bool: the row's last turn is one of these
@@ -78,7 +77,6 @@ def _counted(
     return RowStatistics(
         lengths=lengths,
         supervised=in_row(supervised),
-        ends=in_row(ends),
         turns=in_row(turn_ends),
         ended_turns=in_row(ended),
         last_ended=last_ended,
@@ -118,8 +116,8 @@ def draws(
 def _columns(rows: Dataset | Sequence[dict[str, Any]]) -> Iterator[list[np.ndarray]]:
     """Batches of rows: token ids (T,), labels (T,), and the rows' lengths (R,), all int64."""
     if not isinstance(rows, Dataset):
-        rows = Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
-    for table in rows.select_columns([*FEATURES]).with_format("arrow").iter(batch_size=BATCH):
-        ids, labels = (table[name].combine_chunks() for name in FEATURES)
+        rows = Dataset.from_dict({name: [row[name] for row in rows] for name in TOKENS}, features=TOKENS)
+    for table in rows.select_columns([*TOKENS]).with_format("arrow").iter(batch_size=BATCH):
+        ids, labels = (table[name].combine_chunks() for name in TOKENS)
         arrays = (ids.flatten(), labels.flatten(), ids.value_lengths())
         yield [array.to_numpy(zero_copy_only=False).astype(np.int64) for array in arrays]

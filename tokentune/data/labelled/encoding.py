@@ -22,12 +22,13 @@ class RowReport:
     cut_rows: int = 0
     tokens: int = 0
     labels: int = 0  # that the rows have
-    cut_labels: int = 0  # lost, of words beyond `--max_length`
+    cut_labels: int = 0  # lost, of words beyond `--max_length`; of rows to predict, words without a prediction
     unwritten_labels: int = 0  # lost, of words without a token (a zero-width space, a control character)
 
     def __str__(self) -> str:
-        text = f"{self.rows} rows, {self.tokens} tokens, {self.labels} labels"
-        cut = f", {self.cut_labels} labels lost" if self.cut_labels else ""
+        counts = {"tokens": self.tokens, "labels": self.labels}  # no tokens of images, no labels of rows to predict
+        text = ", ".join([f"{self.rows} rows", *(f"{count} {name}" for name, count in counts.items() if count)])
+        cut = f", {self.cut_labels} {'labels' if self.labels else 'predictions'} lost" if self.cut_labels else ""
         text += f"; {self.cut_rows} rows cut at --max_length{cut}" if self.cut_rows else ""
         unwritten = f"; {self.unwritten_labels} words without a token, as the tokenizer makes none of them"
         return text + (unwritten if self.unwritten_labels else "")
@@ -57,17 +58,30 @@ def encode_texts(
     rows, report = [], RowReport()
     for checked in _checked(split, columns, labels, check):
         texts = [list(column) for column in zip(*(texts for texts, _ in checked), strict=True)]
-        cut = tokenizer(*texts, truncation=True, max_length=max_length)
-        for row, (pair, number) in enumerate(checked):
-            item = {name: values[row] for name, values in cut.items()}
+        for (item, is_cut), (_, number) in zip(_tokenized(texts, tokenizer, max_length), checked, strict=True):
             rows.append(item if labels is None else item | {"labels": number})
-            if cut.encodings is not None:
-                report.cut_rows += bool(cut.encodings[row].overflowing)
-            else:  # a tokenizer that does not tell what it cut off
-                report.cut_rows += len(tokenizer(*pair)["input_ids"]) > len(item["input_ids"])
+            report.cut_rows += is_cut
             report.tokens += len(item["input_ids"])
     report.rows, report.labels = len(rows), 0 if labels is None else len(rows)
     return Encoded(rows, report)
+
+
+def _tokenized(
+    texts: list[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Of each text, or pair of a text of each list, what the tokenizer makes of it, and whether that was cut."""
+    if tokenizer.is_fast:
+        cut = tokenizer(*texts, truncation=True, max_length=max_length)
+        for row, encoding in enumerate(cut.encodings):
+            yield {name: values[row] for name, values in cut.items()}, bool(encoding.overflowing)
+        return
+    # Tokenizers in pure Python do not tell what they cut off, and some (RoCBERT's) cut more than ids: a row that is too
+    # long is tokenized again.
+    whole = tokenizer(*texts, truncation=False, verbose=False)
+    for row, ids in enumerate(whole["input_ids"]):
+        is_cut = len(ids) > max_length
+        part = tokenizer(*([of[row]] for of in texts), truncation=True, max_length=max_length) if is_cut else whole
+        yield {name: values[0 if is_cut else row] for name, values in part.items()}, is_cut
 
 
 def _checked(split: Split, columns: Columns, labels: Labels | None, check: Callable) -> Iterator[list[Any]]:
@@ -119,13 +133,13 @@ def encode_words(
                     item["labels"][position] = numbers[word] if labels is not None else IGNORED_LABEL
             overflowing = cut.encodings[row].overflowing
             report.cut_rows += bool(overflowing)
+            behind = {word for part in overflowing for word in part.word_ids if word is not None}
+            report.cut_labels += len(behind - first.keys())
+            report.unwritten_labels += len(set(range(len(words))) - first.keys() - behind)
             if labels is None:
                 item["word_positions"] = [first.get(word) for word in range(len(words))]
             else:
-                behind = {word for part in overflowing for word in part.word_ids if word is not None}
                 report.labels += len(first)
-                report.cut_labels += len(behind - first.keys())
-                report.unwritten_labels += len(set(range(len(words))) - first.keys() - behind)
             report.tokens += len(item["input_ids"])
             rows.append(item)
     report.rows = len(rows)

@@ -112,11 +112,14 @@ def _named_inputs(arguments: ClassificationArguments) -> tuple[str, ...]:
 
 
 def some_rows(split: Split, most: int | None) -> Split:
-    """At most so many of the rows, in their order. The draw does not depend on the seed of the run."""
+    """At most so many of the rows that could be read, in their order. The draw does not depend on the seed of the run.
+    Raises UserError: there are others."""
     if most is None or most >= len(split.rows):
         return split
-    drawn = sorted(np.random.default_rng(0).choice(len(split.rows), size=most, replace=False).tolist())
-    return Split(split.rows.select(drawn), split.where, split.bad, drawn)
+    split.bad.settle(split.where, len(split.rows))
+    read = [row for row in range(len(split.rows)) if row not in split.bad.rows]
+    drawn = sorted(np.random.default_rng(0).choice(read, size=min(most, len(read)), replace=False).tolist())
+    return Split(split.rows.select(drawn), split.where, BadRows(split.bad.policy), drawn)
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------

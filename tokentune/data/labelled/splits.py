@@ -19,6 +19,7 @@ from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.pretrained import check_weights, load_tokenizer
 from tokentune.settings.classification import ClassificationArguments
+from tokentune.sources import listed
 
 logger = logging.getLogger(__name__)
 _NEEDS_PREFIX_SPACE = ("roberta", "deberta", "gpt2", "bloom", "longformer", "modernbert")  # to be given single words
@@ -74,7 +75,9 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
         labels = find_token_labels(train.rows, columns.label, train.where)
     else:
         labels = find_labels(train.rows, columns.label, train.where, task=arguments.task.glue)
-    logger.info("%s from %s: %s", columns.label, " and ".join(columns.inputs), labels)
+    others = [name for name in train.rows.column_names if name not in (*columns.inputs, columns.label)]
+    passed_over = f"; not read: {listed(others)}" if others else ""
+    logger.info("%s from %s: %s%s", columns.label, " and ".join(columns.inputs), labels, passed_over)
     options = {"tokenizer": processing, "max_length": arguments.data.max_length}
     if task_type == "image":
         options = {"processing": processing, "channels": getattr(config, "num_channels", 3)}
