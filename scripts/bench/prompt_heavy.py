@@ -20,8 +20,8 @@ The JSON holds
                     tokens: {processed, selected, supervised}, validation, held_out, other}]
                   The last three: {loss_sums (nats), tokens, exact} of each row; `other`: rows of another kind (Alpaca).
     comparison    [{task, arm, rate, step_seconds, ratio (a step's time over full training's), cpu_ratio, saved_bytes,
-                    bytes_ratio, seeds, points: [{steps, seconds, loss, low, high, losses (by seed), exact, other_loss}],
-                    to_full, to_gain: {steps, ratio, low, high, reached, ratio_to_fastest}, fastest_full}]
+                    bytes_ratio, seeds, points: [{steps, seconds, loss, low, high, losses (by seed), exact,
+                    other_loss}], to_full, to_gain: {steps, ratio, low, high, reached, ratio_to_fastest}, fastest_full}]
                   `to_full`: the time to full training's last loss, over full training's own; `to_gain`: to 98 % of what
                   it gains. `prompts/comparison.py` says how.
     refused       {task: {arm: why}}

@@ -27,13 +27,11 @@ class Arm:
     """One way to train.
 
     Attributes:
-        label: in tables and figures.
         flags: of finetune.py.
         same_as: the arm whose gradients these are, up to rounding: its losses are taken over, and checked by one run.
         longer: how many times full training's steps its runs have.
     """
 
-    label: str
     flags: dict[str, str] = field(default_factory=dict)
     same_as: str | None = None
     longer: int = 1
@@ -44,16 +42,14 @@ class Arm:
 
 
 def selective(size: str, **flags: str) -> Arm:
-    corrected = ", corrected" if "gradient_correction" in flags else ""
-    label = f"TokenTune, {size}{corrected}" if "selection" not in flags else f"TokenTune, {flags['selection']} {size}"
-    return Arm(label, {"tokentune": "", "prefix_length": size} | flags, longer=2)
+    return Arm({"tokentune": "", "prefix_length": size} | flags, longer=2)
 
 
 ARMS = {
-    FULL: Arm("full training"),
-    "full-chunked": Arm("full, loss in chunks", CHUNKED, FULL),
-    "full-checkpointing": Arm("full, checkpointing, loss in chunks", {"gradient_checkpointing": ""} | CHUNKED, FULL),
-    MICRO_BATCH: Arm("full, micro-batch of equal bytes, loss in chunks", CHUNKED, FULL),
+    FULL: Arm(),
+    "full-chunked": Arm(CHUNKED, FULL),
+    "full-checkpointing": Arm({"gradient_checkpointing": ""} | CHUNKED, FULL),
+    MICRO_BATCH: Arm(CHUNKED, FULL),
     "answers": selective("answers"),
     "answers+0.1": selective("answers+0.1"),
     "answers+0.3": selective("answers+0.3"),

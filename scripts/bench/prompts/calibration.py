@@ -21,16 +21,14 @@ def calibrate(place: Place, names: Sequence[str], rounds: int) -> tuple[dict[str
 
     Returns:
         {rounds, seconds and cpu_seconds: {arm: [by round]}, saved_bytes: {arm: of the first batch, its largest
-        micro-batch}, micro_batch: rows of MICRO_BATCH, machine}; and, of arms that flags or model
-        refuse, why. None in place of the former where all of them are refused.
+        micro-batch}, micro_batch: rows of MICRO_BATCH, machine}, None where all of them are refused; and, of arms that
+        flags or model refuse, why.
     """
     examples, models, refused = step_rows(place, 0), {}, {}
     first = next(examples)
     for name in dict.fromkeys((FULL, *names)):
-        size = None
-        if name == MICRO_BATCH:
-            size = micro_batch(place, models.get(ANSWERS), first)
         try:
+            size = micro_batch(place, first) if name == MICRO_BATCH else None
             models[name] = prepared(place, ARMS[name], 0, micro_batch=size, verify=True)
         except UserError as error:
             refused[name] = str(error)
@@ -70,11 +68,9 @@ def saved_bytes(trained: Trained, examples: list[dict]) -> int:
     return most
 
 
-def micro_batch(place: Place, goal: Trained | None, examples: list[dict]) -> int:
-    """Rows of full training's largest micro-batch, loss in chunks, that keeps no more than `goal`; 1 if none does."""
-    if goal is None:
-        raise UserError(f"--arms {MICRO_BATCH}: needs the bytes of {ANSWERS}; name that first")
-    allowed = saved_bytes(goal, examples)
+def micro_batch(place: Place, examples: list[dict]) -> int:
+    """Rows of full training's largest micro-batch, loss in chunks, that keeps no more than ANSWERS; 1 if none does."""
+    allowed = saved_bytes(prepared(place, ARMS[ANSWERS], 0), examples)
     trained = prepared(place, ARMS[MICRO_BATCH], 0)
     for size in range(len(examples) // 2, 1, -1):
         trained.micro_batch = size

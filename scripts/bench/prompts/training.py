@@ -65,7 +65,7 @@ def place_of(task: Task, model: Path, data: Path, folder: Path) -> Place:
 
 def encode(path: Path, task: Task, model: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """A file's rows that are not too long."""
-    arguments = parse_arguments(words(task, Arm("rows"), model, path))
+    arguments = parse_arguments(words(task, Arm(), model, path))
     template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
     return load_instruction_data(arguments, tokenizer, template).train.to_list()
 
@@ -166,7 +166,7 @@ def described(place: Place) -> dict[str, Any]:
         sum(label >= 0 for row in rows for label in row["labels"]),
     )
     start = time.perf_counter()
-    base = evaluated(place, prepared(place, Arm("base"), 0).model)
+    base = evaluated(place, prepared(place, Arm(), 0).model)
     return {
         "model": {"type": config.model_type, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size},
         "trained": place.task.trained,
