@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS / "figures"))
-sys.path.insert(0, str(SCRIPTS / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "figures"))
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench")
+)  # in front: figures/ has this name too
 
 import prompt_heavy
 import prompt_tables
@@ -26,6 +27,8 @@ from prompts.evaluating import evaluate
 from prompts.training import Run, rate_at, step_rows
 
 from tokentune.errors import UserError
+
+FIGURE = Path(__file__).resolve().parents[2] / "scripts" / "figures" / "prompt_heavy.py"
 
 
 @pytest.fixture
@@ -162,7 +165,7 @@ def test_losses_are_the_models_and_exact_is_what_greedy_decoding_gives(tiny_llam
             assert loss == pytest.approx(3 * model(**batch).loss.item(), abs=0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------- what they say
+# ------------------------------------------------------------------------------------------------------ what they say
 
 
 def test_crossing_is_linear_in_the_logarithm_of_the_steps() -> None:
@@ -299,7 +302,7 @@ def test_opinions_have_examples_in_front(tmp_path: Path) -> None:
 
 def figure():
     """scripts/figures/prompt_heavy.py, which has the name of the measurement."""
-    found = importlib.util.spec_from_file_location("prompt_heavy_figure", SCRIPTS / "figures" / "prompt_heavy.py")
+    found = importlib.util.spec_from_file_location("prompt_heavy_figure", FIGURE)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from prompts.arms import ARMS
+from prompts.arms import ARMS, FULL
 from prompts.comparison import chosen_rate, step_ratios
 from prompts.tasks import Task
 from prompts.training import Run
@@ -30,7 +30,7 @@ def wanted(report: dict[str, Any], name: str, task: Task, arms: list[str], seed:
         for rate in task.rates:
             yield Run(name, arm, ARMS[arm].lengths(task)[0], 0, rate)
     for at in range(len(task.lengths)):
-        for arm in own:
+        for arm in sorted(own, key=lambda arm: arm == FULL):  # an interrupted measurement has no goal that nobody tried
             rate = chosen_rate(report, name, arm)
             if rate is not None or at > 0 or seed > 0:
                 yield Run(name, arm, ARMS[arm].lengths(task)[at], seed, rate)
