@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import prompt_tables
 import quality_tables
 from quality_tables import BYTES_IN_MIB
 
@@ -339,5 +340,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "gradient_quality": lambda: markdown(*quality_tables.gradients(read("gradient_quality.json"))),
     "quality_rates": lambda: markdown(*quality_tables.rates(read("selection_quality.json"))),
     "quality_encoders": lambda: markdown(*quality_tables.encoders(read("selection_quality_encoders.json"))),
+    "prompt_heavy": lambda: markdown(*prompt_tables.time_to_loss(read("prompt_heavy.json"))),
     "quality_regularisation": lambda: markdown(*quality_tables.regularisation(read("selection_quality_encoders.json"))),
 }
