@@ -44,6 +44,7 @@ from tokentune.memory.sharding import Sharing
 from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
 from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
+from tokentune.sampling.independent import count_at_quantile
 from tokentune.sampling.sampler import selected_count
 from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
@@ -279,7 +280,8 @@ def update(model: nn.Module, optimizer: Any, arguments: Arguments) -> None:
 
 def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], device: str) -> dict[str, Any]:
     """A batch without padding. On the CPU its values are real, because code for the CPU reads them."""
-    core = inner_model(model)
+    core, selection = inner_model(model), arguments.selection
+    corrects = selection.tokentune and selection.gradient_correction > 0  # the number of selected tokens is random
     rows, length = shape
     text = core.config.get_text_config()
     with unset_fake_temporarily() if device == "cpu" else nullcontext():
@@ -294,14 +296,18 @@ def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], devic
             batch["labels"] = ids[:, 0].clone() if whole else batch["labels"].zero_()
         if getattr(text, "type_vocab_size", 0):
             batch["token_type_ids"] = torch.zeros_like(ids)
-        if arguments.selection.scoring_pass and arguments.selection.scored:  # the model draws, after a scoring pass
+        if selection.scoring_pass and selection.scored:  # the model draws, after a scoring pass
             batch["selection_draws"] = torch.linspace(0, 0.99, length, device=device).expand(rows, -1).clone()
-        elif arguments.selection.tokentune:
-            count = selected_count(arguments.selection.selected, length)
+        elif selection.tokentune:
+            count = (count_at_quantile if corrects else selected_count)(selection.selected, length)
             positions = torch.arange(count, device=device) * length // count
             batch["selected_positions"] = positions.expand(rows, -1).clone()
-        # Where all tokens are selected, the layers run as in ordinary training.
-        ordinary = not arguments.selection.tokentune or batch.get("selected_positions", ids[:, :0]).shape[1] == length
+            if corrects:
+                known = torch.full((rows, count), count / length, device=device)
+                batch |= {"selection_probabilities": known, "selection_weights": 1 / known}
+        # Where all tokens are selected, the layers run as in ordinary training, unless the gradient is corrected.
+        selects_all = not corrects and batch.get("selected_positions", ids[:, :0]).shape[1] == length
+        ordinary = not selection.tokentune or selects_all
         if ordinary and device != "cpu" and not getattr(text, "sliding_window", None):
             # transformers drops a mask without padding; it cannot read that from a mask without data.
             del batch["attention_mask"]
