@@ -17,6 +17,7 @@ from tokentune.core.patching import install, remove_tokentune
 from tokentune.core.profile import SEQUENCE_HEADS, Pooling, Profile, Rows
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError
+from tokentune.sampling.independent import why_not_independent
 from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.sampler import require_drawing_beside_answers
 from tokentune.sampling.schedule import Answers, Schedule, Size, parse_prefix_length
@@ -50,6 +51,8 @@ def apply_tokentune(
     `selection_fillers` (B, K) bool are selected positions that get no gradient and have no loss: they fill up the rows
     that select fewer than K tokens. `selection_weights` (B, K) are factors of the positions' losses, whose sum is then
     divided by the number of all supervised targets in `labels`, selected or not (or by `num_items_in_batch`).
+    `selection_probabilities` (B, K) are those with which the positions were drawn, each independently of the others:
+    `gradient_correction` needs them, and weights 1 / probability (`sampling.sampler.select_tokens`, `independent`).
     `all_labels` (B, S) are the labels from before a selection masked any: a scoring pass takes the loss over all of
     them.
     Without `selected_positions` the model is the original one, generation included, with one exception:
@@ -75,8 +78,9 @@ def apply_tokentune(
             then never in memory as a whole, and the output has none, (B, 0, V). None: in training, where it costs no
             time (frozen output embeddings, as with adapters) or gradient checkpointing prefers memory to time.
         gradient_correction: exponent a in [0, 1] of a less biased gradient (`core/attention/correction.py`): 0 is
-            the method as published; 1 is exact in expectation where one layer mixes tokens, for positions drawn
-            uniformly (or with weights), and varies more from draw to draw.
+            the method as published; 1 is exact in expectation, and varies more from draw to draw. The model then draws
+            each token independently of the others, so that the number of selected tokens is random: by "random", or
+            beside all targets ("answers+0.1").
         look: the old name of `scoring_pass`, for one release.
 
     Forward hooks of others on a layer itself, before or after, see and may change all of its rows, (B, S, D), as in the
@@ -98,7 +102,10 @@ def apply_tokentune(
     require_correctable(gradient_correction, transformer_layers(owner))
     prefix_length = _size_of(prefix_length)
     if isinstance(prefix_length, Answers):
-        _check_answers(strategy, scoring_pass, gradient_correction)
+        _check_answers(strategy, scoring_pass)
+    draws = gradient_correction > 0 and prefix_length is not None
+    if draws and (reason := why_not_independent(strategy, prefix_length)):
+        raise ValueError(f"gradient_correction: {reason}")
     before = settings_of(owner)
     if before is not None:
         profile = before.profile
@@ -146,13 +153,11 @@ def _size_of(prefix_length: Size | str | None) -> Size | None:
     return size
 
 
-def _check_answers(strategy: str, scoring_pass: ScoringOptions | None, gradient_correction: float) -> None:
+def _check_answers(strategy: str, scoring_pass: ScoringOptions | None) -> None:
     """Raises ValueError for what does not go with a selection of all targets."""
     require_drawing_beside_answers(strategy)
     if scoring_pass is not None:
         raise ValueError("a scoring pass counts the loss over all targets, which all have their loss with answers")
-    if gradient_correction > 0:
-        raise ValueError("gradient_correction takes all tokens of a row to be drawn alike: not with answers")
 
 
 def _check_scoring_pass(

@@ -43,7 +43,6 @@ def all_parts() -> dict[str, tuple[str, ...]]:
         parts[f"scores {proportion}"] = ("--strategies", *SCORED, *at)
         parts[f"top {proportion}"] = ("--strategies", *SCORED, "--selection_draw", "top", *at)
         parts[f"half corrected {proportion}"] = ("--strategies", "random", "--corrections", "0.5", *at)
-        parts[f"corrected {proportion}"] = ("--strategies", *DRAWN, "gradient", "--corrections", "1", *at)
         parts[f"LoRA {proportion}"] = ("--lora", "--strategies", "random", "--corrections", "0", "1", *at)
     return parts
 

@@ -42,6 +42,7 @@ def summary_of(folder: Path, name: str) -> dict:
         "--prefix_length answers+0.1 --gradient_checkpointing --chunked_loss on --selection stratified",
         "--prefix_length answers+0.1 --packing",
         "--prefix_length answers+0.1 --diagnose_steps 1",
+        "--prefix_length answers+0.1 --gradient_correction 1 --packing",
     ],
 )
 def test_every_supervised_token_is_learnt_from(
@@ -57,7 +58,33 @@ def test_every_supervised_token_is_learnt_from(
     assert tokens["processed"] == data["tokens"]
     others = tokens["selected"] - tokens["selected_supervised"]
     share = float(size.partition("+")[2] or 0)
-    assert others == pytest.approx(share * (tokens["processed"] - tokens["selected_supervised"]), abs=5)
+    expected = share * (tokens["processed"] - tokens["selected_supervised"])
+    chance = 4 * expected**0.5 if "correction" in method else 0.0
+    assert others == pytest.approx(expected, abs=5 + chance)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "",
+        "--packing",
+        "--selection_pass --lora",
+        "--gradient_checkpointing --diagnose_steps 1",
+    ],
+)
+def test_a_corrected_run_selects_tokens_one_by_one(
+    method: str, tiny_llama_dir: Path, ten_rows: Path, tmp_path: Path
+) -> None:
+    words = f"{SHORT} --tokentune --prefix_length 0.3 --selection random --gradient_correction 1 {method}"
+    finetune.main(command(tiny_llama_dir, ten_rows, tmp_path / "models", words))
+    lora = "-lora" if "--lora" in method else ""
+    summary = summary_of(tmp_path / "models", f"tiny-llama-ten{lora}-tokentune-0.3")
+    tokens, data = summary["tokens"], summary["data"]["train"]
+    for selected, of_all in (
+        (tokens["selected"], tokens["processed"]),
+        (tokens["selected_supervised"], data["supervised_tokens"]),
+    ):
+        assert 0 < abs(selected - 0.3 * of_all) < 4 * (0.21 * of_all) ** 0.5  # standard deviations
 
 
 def test_a_schedule_of_shares(tiny_llama_dir: Path, ten_rows: Path, tmp_path: Path) -> None:

@@ -120,9 +120,9 @@ FLAGS = [
         "--prefix_length answers with --selection_pass: every supervised token has its loss already; leave one of...",
     ),
     (
-        "answers with a correction",
-        "--tokentune --prefix_length answers+0.1 --gradient_correction 1",
-        "--prefix_length answers+0.1 with --gradient_correction: it takes a row's tokens to be drawn alike; leave...",
+        "a correction of dependent draws",
+        "--tokentune --prefix_length 0.3 --selection stratified --gradient_correction 0.5",
+        "--gradient_correction 0.5: stratified does not draw each token independently of the others: take random...",
     ),
     ("two precisions", "--bf16 --fp16", "--bf16 and --fp16 exclude each other: give one of them"),
     ("rank nothing", "--lora --lora_r 0", "--lora_r 0: must be 1 or more"),

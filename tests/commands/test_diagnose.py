@@ -236,7 +236,8 @@ def command(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable
 def test_the_report_is_complete_and_the_same_under_the_seed(
     command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ("--proportions", 0.2, 1.0, "--corrections", 0, 1, "--figure", tmp_path / "figures")
+    words = ("--proportions", 0.2, 1.0, "--strategies", "random", "--corrections", 0, 1)
+    words += ("--figure", tmp_path / "figures")
     report = command(*words)
     assert report["schema_version"] == 1
     assert set(report) == {
@@ -246,7 +247,7 @@ def test_the_report_is_complete_and_the_same_under_the_seed(
     assert len(set(report["data"]["row_numbers"])) == report["data"]["rows"] == 5
     assert set(report["full"]) == {"loss", "norm", "saved_bytes", "row_variance", "noise_scale"}
     settings = [(result["strategy"], result["correction"], result["proportion"]) for result in report["results"]]
-    assert settings == [("supervised", correction, proportion) for correction in (0, 1) for proportion in (0.2, 1.0)]
+    assert settings == [("random", correction, proportion) for correction in (0, 1) for proportion in (0.2, 1.0)]
     for result in report["results"]:
         assert set(result) == {
             *("strategy", "correction", "proportion", "draws", "selected_tokens", "supervised_selected"),
@@ -266,10 +267,10 @@ def test_the_report_is_complete_and_the_same_under_the_seed(
     assert "effective batch" in " ".join(capsys.readouterr().out.split())
     for name in ("gradient_by_proportion.png", "gradient_by_part.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
-    again = command("--proportions", 0.2)
+    again = command("--proportions", 0.2, "--strategies", "random")
     assert again["results"] == [few]
     assert (again["data"], again["full"]) == (report["data"], report["full"])
-    assert command("--proportions", 0.2, "--seed", 7)["results"][0]["whole"] != few["whole"]
+    assert command("--proportions", 0.2, "--strategies", "random", "--seed", 7)["results"][0]["whole"] != few["whole"]
 
 
 def test_a_runs_settings_are_taken_as_far_as_they_have_a_meaning(
@@ -364,6 +365,11 @@ SENTENCES = [
         "--proportions answers+0.1 with --selection_pass: every supervised token has its loss already...",
     ),
     ("correction", ["--corrections", "2"], "--corrections 2.0: must lie between 0..."),
+    (
+        "correction of dependent draws",
+        ["--strategies", "random", "contiguous", "--corrections", "0", "1"],
+        "--gradient_correction 1: contiguous does not draw each token independently of the others: take random, or...",
+    ),
     ("strategy", ["--strategies", "random", "nosuch"], "--strategies nosuch: there is no such strategy..."),
     ("rows", ["--rows", "1"], "--rows 1: must be 2 or more"),
     ("too many", ["--rows", "500"], "--rows 500: the training data has 16 rows that can be learnt from; ask for fewer"),

@@ -37,6 +37,7 @@ from tokentune.settings.finetune import Arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQUENCES, TOKENS = 2, 128
+MOST_OF_ROWS = 55  # selected tokens: 999 of 1000 rows of 128 tokens select no more at a proportion of 0.3
 SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2, "vocab_size": 2000}
 TRAINED = {"all weights": "", "LoRA": "--lora", "QLoRA": "--qlora"}
 METHODS = {
@@ -44,6 +45,7 @@ METHODS = {
     "gradient checkpointing": "--gradient_checkpointing",
     "TokenTune": "--tokentune --prefix_length 0.3 --skip_verification",
     "TokenTune + checkpointing": "--tokentune --prefix_length 0.3 --skip_verification --gradient_checkpointing",
+    "corrected": "--tokentune --prefix_length 0.3 --skip_verification --selection random --gradient_correction 1",
 }
 
 
@@ -68,8 +70,12 @@ def measured(arguments: Arguments) -> Footprint:
     ids = torch.randint(3, 1990, (SEQUENCES, TOKENS))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     if arguments.selection.tokentune:
-        count = round(arguments.selection.selected * TOKENS)
+        corrected = arguments.selection.gradient_correction > 0
+        count = MOST_OF_ROWS if corrected else round(arguments.selection.selected * TOKENS)
         batch["selected_positions"] = torch.rand(SEQUENCES, TOKENS).argsort(1)[:, :count].sort(1).values
+        if corrected:
+            known = torch.full((SEQUENCES, count), arguments.selection.selected)
+            batch |= {"selection_probabilities": known, "selection_weights": 1 / known}
     with LiveBytes("cpu") as live:
         live.claim("weights", weights_of(model))
         live.claim("optimizer", states_of(optimizer))
@@ -253,7 +259,7 @@ def test_rows_of_ordinary_training_do_not_depend_on_flags_of_others(config: Path
         return {(row["weights"], row["method"]): row["bytes"]["peak"] for row in rows}
 
     words = ("--selection", "attention", "--selection_layers", 1, "--prefix_length", "0.1:0.5")
-    words += ("--gradient_correction", 0.5, "--chunked_loss", "off")
+    words += ("--chunked_loss", "off")
     plain, others = peaks(), peaks(*words)
     in_chunks = peaks("--prefix_length", "1.0", "--chunked_loss", "on")
     assert chosen == [[("all weights", "full")]] * 2 + [[("all weights", "plain, chunked loss")]]

@@ -296,7 +296,6 @@ def test_a_head_that_averages_over_all_tokens_takes_fillers_as_constants() -> No
         ({"strategy": "reference"}, "counts of its own"),
         ({"strategy": "loss"}, "scores"),
         ({"scoring_pass": ScoringOptions()}, "scoring pass"),
-        ({"gradient_correction": 0.5}, "gradient_correction"),
         ({"prefix_length": "answers+2"}, "share of the other tokens"),
         ({"prefix_length": "answers+0.3:answers"}, "one size"),
     ],

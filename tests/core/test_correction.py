@@ -1,10 +1,9 @@
-"""The corrected gradient against its definition, written out pair by pair in float64, and against all draws' mean."""
+"""The corrected gradient against its definition, written out pair by pair in float64."""
 
 import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -18,17 +17,15 @@ from torch import Tensor, nn
 from transformers import BertModel, LlamaForCausalLM
 
 from tokentune import UnsupportedModelError, apply_tokentune
-from tokentune.core import model_sampling
 from tokentune.core import selective_layer as selective
 from tokentune.core.attention import blockwise as blocks
 from tokentune.core.attention import correction
 from tokentune.core.attention import kernels as attention
-from tokentune.core.attention.correction import OwnTokens, gradient_scales
+from tokentune.core.attention.correction import OwnTokens
 from tokentune.core.attention.masks import GroupMask, mask_from_functions, mask_from_tensor
 from tokentune.core.checkpointing import CHECKPOINT_REST
 from tokentune.core.profile import Profile, Rows
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
-from tokentune.core.scoring_pass import ScoringOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 LLAMA = Family("Llama", "LlamaForCausalLM")
@@ -49,17 +46,14 @@ SERVED = [
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-def scale_of_rows(positions: Tensor, mask: Tensor, exponent: float) -> list[float]:
-    scales = []
-    for row, places in enumerate(positions.tolist()):
-        n, c = int(mask[row].sum()), sum(int(mask[row, place]) for place in places)
-        scales.append(((n - 1) / (c - 1)) ** exponent if c > 1 else 1.0)
-    return scales
+def chances(positions: Tensor) -> Tensor:
+    """Probabilities (B, K) from 0.2 to 1, other ones for each token."""
+    return torch.linspace(0.2, 1.0, positions.numel(), dtype=torch.float64).view(positions.shape)
 
 
 @contextmanager
-def corrected(model: nn.Module, family: Family, positions: Tensor, scales: list[float]) -> Iterator[None]:
-    """Within it, the unmodified (eager) model's gradients are the corrected ones.
+def corrected(model: nn.Module, family: Family, positions: Tensor, scales: Tensor) -> Iterator[None]:
+    """Within it, the unmodified (eager) model's gradients are the corrected ones, with `scales` (B, K).
 
     Each pair of a query i and a key j has a key and a value of its own: with the gradient times s_j where both are
     selected, as it is where they are the same token, and constant where j is not selected.
@@ -69,8 +63,8 @@ def corrected(model: nn.Module, family: Family, positions: Tensor, scales: list[
         found = torch.zeros(len(positions), length, length, dtype=torch.float64)
         for row, places in enumerate(positions.tolist()):
             for i in places:
-                for j in places:
-                    found[row, i, j] = 1.0 if i == j else scales[row]
+                for j, scale in zip(places, scales[row].tolist(), strict=True):
+                    found[row, i, j] = 1.0 if i == j else scale
         return found[:, None, :, :, None]  # (B, 1, S, S, 1)
 
     def of_pairs(tensor: Tensor, heads: int) -> Tensor:  # (B, G, S, d) -> (B, H, S, S, d)
@@ -123,8 +117,7 @@ def defined_gradients(model: nn.Module, family: Family, inputs: dict, positions:
         for place in places:
             if place + 1 < labels.shape[1]:
                 labels[row, place + 1] = inputs["labels"][row, place + 1]
-    scales = scale_of_rows(positions, inputs["attention_mask"], exponent)
-    with Float64(), corrected(model, family, positions, scales):
+    with Float64(), corrected(model, family, positions, chances(positions) ** -exponent):
         return step(model, inputs | {"labels": labels}, positions)
 
 
@@ -132,8 +125,9 @@ def patched_step(model: nn.Module, inputs: dict, positions: Tensor, exponent: fl
     apply_tokentune(model, verify=False, gradient_correction=exponent, **options)
     if "GPT2" in type(model).__name__:  # what the verification would find out
         model._tokentune.profile = Profile(Rows.GATHERED, None)
+    given = {"selected_positions": positions, "selection_probabilities": chances(positions)}
     with Float64():
-        return step(model, inputs | {"selected_positions": positions}, positions)
+        return step(model, inputs | given, positions)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +189,7 @@ def plain_step(model: nn.Module, inputs: dict, positions: Tensor, exponent: floa
     """Loss, output and gradients as training takes them, without any change of casts."""
     apply_tokentune(model, verify=False, chunked_loss=False, gradient_correction=exponent, **options)
     model.zero_grad(set_to_none=True)
-    result = model(**inputs, selected_positions=positions)
+    result = model(**inputs, selected_positions=positions, selection_probabilities=chances(positions))
     result.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return result.loss.detach(), result.logits.detach(), gradients
@@ -258,7 +252,7 @@ def test_it_keeps_one_number_per_query_and_head(checkpointed: bool) -> None:
     for exponent in (0.0, 1.0):
         apply_tokentune(model, verify=False, gradient_correction=exponent)
         with SavedForBackward(model) as counted:
-            model(**inputs, selected_positions=positions)
+            model(**inputs, selected_positions=positions, selection_probabilities=chances(positions))
         saved.append(counted.bytes)
     layers, heads, batch, count = 4, 4, *positions.shape
     own_weights, scales = layers * batch * heads * count * 4, batch * count * 8
@@ -274,49 +268,7 @@ def test_without_it_nothing_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_step(model, inputs, selection(inputs, 15), 0.0)
 
 
-def test_after_a_scoring_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(LLAMA)
-    inputs = batch_for(model, "left")
-    drawn = []
-    original = model_sampling.select_tokens
-
-    def noted(*args: Any, **options: Any) -> Any:
-        drawn.append(original(*args, **options))
-        return drawn[-1]
-
-    monkeypatch.setattr(model_sampling, "select_tokens", noted)
-    apply_tokentune(
-        model, 0.4, strategy="gradient", verify=False, scoring_pass=ScoringOptions(), gradient_correction=1.0
-    )
-    with Float64():
-        _, found = step(model, inputs | {"num_items_in_batch": 30}, None)
-    given = {"selection_weights": drawn[0][1], "num_items_in_batch": 30}
-    _, expected = patched_step(model, inputs | given, drawn[0][0], 1.0)
-    assert_same_gradients(found, expected)
-    _, uncorrected = patched_step(model, inputs | given, drawn[0][0], 0.0)
-    name = "model.embed_tokens.weight"
-    assert (found[name] - uncorrected[name]).norm() > 0.02 * found[name].norm()
-
-
-# --- the scales, and each token's weight of itself --------------------------------------------------------------------
-
-
-def test_scales_are_the_inverse_probability_given_another_token() -> None:
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
-    positions = torch.tensor([[0, 2, 5], [1, 2, 4], [1, 3, 4]])  # 3 of 6, 2 of 4, 1 of 2 real tokens
-    found = gradient_scales(positions, mask, mask, 1.0)
-    assert found.tolist() == [[5 / 2] * 3, [3.0] * 3, [1.0] * 3]
-    whole = gradient_scales(positions, mask, None, 0.5)
-    assert torch.allclose(whole, torch.full((3, 3), (5 / 2) ** 0.5, dtype=torch.float64))
-    assert gradient_scales(positions, mask, None, 0.0) is None
-
-
-def test_scales_of_weighted_draws_follow_the_weights() -> None:
-    labels = torch.tensor([[-100, -100, -100, -100, 7, 7, 7]])  # targets at 3, 4 and 5; no loss at 0, 1, 2 and 6
-    inputs = {"input_ids": labels, "labels": labels}
-    weights = torch.tensor([[0.0, 0.0, 1.6, 0.0]])  # the target at 5 is there because the draw held none
-    found = gradient_scales(torch.tensor([[0, 2, 3, 5]]), inputs["input_ids"], None, 1.0, weights, inputs["labels"])
-    assert torch.allclose(found, torch.tensor([[2.0, 2.0, 1.6, 1.0]], dtype=torch.float64))
+# --- each token's weight of itself ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -338,78 +290,6 @@ def test_own_weights_are_those_of_the_softmax(finished: bool, monkeypatch: pytes
     scores = scores + bias.take_along_dim(positions[:, None, :, None], 2)
     expected = scores.softmax(-1).take_along_dim(positions[:, None, :, None], 3)[..., 0]
     assert torch.allclose(found, expected, rtol=1e-12)
-
-
-# --- the mean over all draws ------------------------------------------------------------------------------------------
-
-
-def one_layer(layers: int = 1) -> nn.Module:
-    model = LlamaForCausalLM._from_config(tiny_llama_config(num_hidden_layers=layers)).double().train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def summed_loss(model: nn.Module, ids: Tensor, positions: Tensor | None, **inputs: Tensor) -> Tensor:
-    """The sum of the losses at `positions` (B, K), or at all tokens; the last one of `ids` (B, S) has none."""
-    targets = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-    if positions is not None:
-        inputs, targets = inputs | {"selected_positions": positions}, targets.gather(1, positions)
-    with Float64():
-        logits = model(**inputs).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-def mean_of_all_draws(model: nn.Module, ids: Tensor, count: int, exponent: float) -> tuple[Tensor, Tensor]:
-    """Of the gradients of all draws of `count` tokens of one row: their mean, and the full gradient. Both flat."""
-    found = []
-    length = ids.shape[1]
-    draws = torch.tensor(list(combinations(range(length), count)))
-    apply_tokentune(model, verify=False, gradient_correction=exponent)
-    for positions, factor in ((draws, length / count / len(draws)), (None, 1.0)):
-        rows = ids if positions is None else ids.expand(len(draws), -1)
-        model.zero_grad()
-        (summed_loss(model, rows, positions, input_ids=rows) * factor).backward()
-        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    return tuple(found)
-
-
-def test_of_one_layer_the_mean_of_all_draws_is_the_full_gradient() -> None:
-    ids = torch.randint(3, 90, (1, 8))
-    mean, full = mean_of_all_draws(one_layer(), ids, 4, 1.0)
-    assert (mean - full).norm() <= 1e-12 * full.norm()
-    mean, _ = mean_of_all_draws(one_layer(), ids, 4, 0.0)
-    assert (mean - full).norm() > 0.1 * full.norm()
-
-
-def test_of_several_layers_it_is_much_nearer() -> None:
-    """Paths through three tokens are drawn a little less often than two independent steps would be."""
-    ids = torch.randint(3, 90, (1, 8))
-    model = one_layer(layers=3)
-    mean, full = mean_of_all_draws(model, ids, 4, 1.0)
-    uncorrected, _ = mean_of_all_draws(model, ids, 4, 0.0)
-    assert (mean - full).norm() < 0.3 * (uncorrected - full).norm()
-
-
-def test_of_one_layer_the_mean_of_random_draws_is_the_full_gradient() -> None:
-    """Each number of the embeddings' gradient within what chance allows: squared standard scores are 1 on average."""
-    draws, length, count = 800, 12, 4
-    model, ids = one_layer(), torch.randint(3, 90, (1, length))
-    embedded = model.get_input_embeddings()(ids).detach()
-    whole = embedded.clone().requires_grad_()
-    (full,) = torch.autograd.grad(summed_loss(model, ids, None, inputs_embeds=whole), whole)  # (1, S, D)
-    positions = torch.rand(draws, length).topk(count).indices.sort().values
-    squares = {}
-    for exponent in (0.0, 1.0):
-        apply_tokentune(model, verify=False, gradient_correction=exponent)
-        rows = embedded.repeat(draws, 1, 1).requires_grad_()
-        loss = summed_loss(model, ids.expand(draws, -1), positions, inputs_embeds=rows) * length / count
-        (each,) = torch.autograd.grad(loss, rows)  # (draws, S, D)
-        error = each.std(0) / draws**0.5
-        squares[exponent] = ((each.mean(0) - full[0]) / error).square()[:-1]  # nothing depends on the last token
-    assert squares[1.0].mean() < 2 and squares[1.0].max() < 25  # five standard errors
-    assert squares[0.0].mean() > 10
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -439,10 +319,3 @@ def test_attention_dropout_is_refused() -> None:
 def test_only_numbers_from_0_to_1(exponent: float) -> None:
     with pytest.raises(ValueError, match="from 0 to 1"):
         apply_tokentune(LlamaForCausalLM(tiny_llama_config()), verify=False, gradient_correction=exponent)
-
-
-def test_a_mask_that_does_not_tell_real_tokens_is_refused() -> None:
-    model = apply_tokentune(LlamaForCausalLM(tiny_llama_config()), verify=False, gradient_correction=1.0)
-    ids, mask = torch.ones(1, 5, dtype=torch.long), torch.ones(1, 1, 5, 5).tril().bool()
-    with pytest.raises(UnsupportedModelError, match=r"mask of shape \(B, S\)"):
-        model(input_ids=ids, attention_mask=mask, selected_positions=torch.tensor([[1, 3]]))

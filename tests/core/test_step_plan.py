@@ -112,13 +112,27 @@ def test_a_scoring_pass_leaves_nothing_for_foreign_hooks() -> None:
 
 
 def test_scales_of_the_correction() -> None:
-    """((n - 1) / (c - 1)) ** a, n real tokens of a row, c of them selected."""
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    """Probability ** -a; also where every token is selected, because it was drawn so by chance."""
     state = replace(SERVED, gradient_correction=0.5)
-    scales = plan_step(StepPlan(POSITIONS), replace(BATCH, mask=mask), state).gradient_scales
-    expected = torch.tensor([[(4 / 2) ** 0.5] * 3, [(3 / 1) ** 0.5] * 3], dtype=torch.float64)
-    assert torch.equal(scales, expected)
-    assert plan().gradient_scales is None
+    known = torch.tensor([[0.25, 1.0, 0.04], [1.0, 0.01, 1.0]], dtype=torch.float64)
+    scales = plan(state, probabilities=known).gradient_scales
+    assert torch.allclose(scales, torch.tensor([[2.0, 1.0, 5.0], [1.0, 10.0, 1.0]], dtype=torch.float64), rtol=1e-15)
+    every = plan(state, positions=EVERY, probabilities=torch.full((2, 5), 0.25))
+    assert not every.all_selected and (every.gradient_scales == 2).all()
+    assert plan(probabilities=known).gradient_scales is None
+    assert plan(replace(state, with_gradients=False)).gradient_scales is None
+    with pytest.raises(ValueError, match="gradient_correction needs selection_probabilities"):
+        plan(state)
+    with pytest.raises(UnsupportedModelError, match=r"gradient_correction needs them unless .* take answers\+0.1"):
+        plan(replace(state, foreign_forward=True), weights=WEIGHTS, probabilities=known)
+
+
+def test_fillers_have_no_loss_where_weights_say_so() -> None:
+    fillers = torch.tensor([[True, False, False], [False, False, False]])
+    for weights in (None, WEIGHTS):
+        with pytest.raises(ValueError, match="selection_fillers must not be positions with a loss"):
+            plan(fillers=fillers, weights=weights)
+    assert plan(fillers=fillers, weights=(~fillers).float()).fillers is fillers
 
 
 def test_images_are_planned_before_their_tokens_are_known() -> None:

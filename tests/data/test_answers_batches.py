@@ -62,17 +62,24 @@ def gradients(model: nn.Module, batches: list[dict]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("build", [llama, gemma])
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_packed_documents_have_the_gradients_of_each_alone(share: float, build: Callable[[], nn.Module]) -> None:
-    model = apply_tokentune(build().double().train(), chunked_loss=False)
-    documents = CausalCollator(PAD, Answers(share))
+@pytest.mark.parametrize(
+    ("size", "correction"), [(Answers(), 0.0), (Answers(0.3), 0.0), (Answers(0.3), 1.0), (0.5, 1.0), (3, 1.0)]
+)
+def test_packed_documents_have_the_gradients_of_each_alone(
+    size: Answers | float, correction: float, build: Callable[[], nn.Module]
+) -> None:
+    model = apply_tokentune(build().double().train(), chunked_loss=False, gradient_correction=correction)
+    documents = CausalCollator(PAD, size, independent=correction > 0)
     rows = examples(SHAPES)
     collator = PackedCollator(documents)
     batch = collator([{"documents": rows[:3]}, {"documents": rows[3:]}])
     assert batch["input_ids"].shape == (2, 37) and batch["selection_fillers"].any()  # the longer row: 14 + 14 + 9
+    assert ("selection_probabilities" in batch) == (correction > 0)
+    assert ("selection_weights" in batch) == (not isinstance(size, Answers))
     alone = [documents([example]) for example in rows]
     counts = [int(sum(counts)) for counts in zip(*map(documents.count, alone), strict=True)]
     assert [int(count) for count in collator.count(batch)] == counts
+    assert batch["num_supervised"] == sum(of_one["num_supervised"] for of_one in alone)
     found, expected = gradients(model, [batch]), gradients(model, alone)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

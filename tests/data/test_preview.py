@@ -155,12 +155,17 @@ def cells(text: str) -> dict[str, list[str]]:
     return {line[0].strip(): [cell.strip() for cell in line[1:] if cell.strip()] for line in lines if len(line) > 1}
 
 
-def test_table_counts_what_training_would(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("corrected", [False, True])
+def test_table_counts_what_training_would(
+    corrected: bool, tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path
+) -> None:
     words = "--tokentune --prefix_length 0.3 --packing --max_length 320 --preview 1"
+    words += " --selection random --gradient_correction 1" if corrected else ""
     words += f" --eval_dataset_name_or_path {alpaca_file}"
     text, data = shown(command(tiny_llama_dir, alpaca_file, tmp_path, words), width=120)
     table = cells(text)
-    collate, seeded = CausalCollator(0, 0.3, "supervised"), SeededRows(data.train, 42)
+    strategy = "random" if corrected else "supervised"
+    collate, seeded = CausalCollator(0, 0.3, strategy, independent=corrected), SeededRows(data.train, 42)
     tokens, selected, learnt = np.sum(
         [[int(n) for n in collate.count(collate([seeded[r]]))] for r in range(16)], axis=0
     )

@@ -68,7 +68,7 @@ def test_any_batch_any_strategy(name, draw, lengths, spare, prefix_length, seed,
     size = max(1, max(lengths) + spare)
     batch = batch_of(lengths, size, seed, share=share)
     uniform = draw_scores([seed + row for row in range(len(lengths))], size + 5)
-    positions, weights, _ = select_tokens(
+    positions, weights, *_ = select_tokens(
         **batch, prefix_length=prefix_length, strategy=name, draw=draw, scores=uniform[:, :size]
     )
     mask, targets = batch["attention_mask"], batch["targets"]
@@ -96,7 +96,7 @@ def test_left_padding_one_target_and_rows_of_padding(name: str, draw: str) -> No
     batch["targets"][:] = False
     batch["targets"][:2, 9] = True
     batch["token_scores"]["loss"][:] = batch["token_scores"]["gradient"][:] = 0.0  # the one target scored 0 as well
-    positions, weights, _ = select_tokens(**batch, prefix_length=3, strategy=name, draw=draw)
+    positions, weights, *_ = select_tokens(**batch, prefix_length=3, strategy=name, draw=draw)
     assert positions[:2, -1].tolist() == [9, 9]
     assert batch["attention_mask"].gather(1, positions).sum(-1).tolist() == [3, 3, 0]
     if weights is not None:
@@ -168,7 +168,7 @@ def test_top_takes_the_highest_scores_then_targets_then_others(name: str) -> Non
     best = score.masked_fill(~candidates, -torch.inf)[0].argsort(descending=True).tolist()
     number = int(candidates.sum())
     for count in (2, number - 1, min(20, number + 2)):
-        positions, weights, _ = select_tokens(**batch, prefix_length=count, strategy=name, draw="top")
+        positions, weights, *_ = select_tokens(**batch, prefix_length=count, strategy=name, draw="top")
         expected = set(best[: min(count, number)])
         if not targets[0, list(expected)].any():  # the best target then replaces the last
             expected = set(best[: count - 1]) | {next(p for p in best if targets[0, p])}
@@ -228,7 +228,7 @@ def test_draws_have_the_probabilities_they_say(name: str, count: int) -> None:
     many = {key: value.expand(rows, -1) for key, value in one.items() if key != "token_scores"}
     many["token_scores"] = {key: value.expand(rows, -1) for key, value in one["token_scores"].items()}
     generator = torch.Generator().manual_seed(11)
-    positions, weights, _ = select_tokens(**many, prefix_length=count, strategy=name, generator=generator)
+    positions, weights, *_ = select_tokens(**many, prefix_length=count, strategy=name, generator=generator)
     targets = one["targets"][0]
     assert targets[positions].any(-1).all()  # a target in every draw
 
@@ -255,7 +255,7 @@ def test_probabilities_know_what_is_selected_always() -> None:
     many["token_scores"] = {key: value.expand(rows, -1) for key, value in one["token_scores"].items()}
     always = torch.zeros(rows, 12, dtype=torch.bool)
     always[:, 4] = True
-    positions, weights, _ = select_tokens(**many, prefix_length=4, strategy="loss", always=always)
+    positions, weights, *_ = select_tokens(**many, prefix_length=4, strategy="loss", always=always)
     of_position = torch.zeros(rows, 12).scatter(1, positions, weights)
     assert (of_position[:, 4] == 1).all()
     assert_within_binomial_bounds((of_position > 0).float().mean(0), (1 / of_position.amax(0)).clamp(max=1.0), rows)
@@ -272,7 +272,7 @@ def test_a_target_that_is_there_by_force_weighs_nothing() -> None:
         targets = torch.zeros(8000, 8, dtype=torch.bool)
         targets[:, 3] = True
         options = {"targets": targets, "strategy": "uniform_with_probability"}
-        positions, weights, _ = select_tokens(torch.ones(8000, 8), 2, **options)
+        positions, weights, *_ = select_tokens(torch.ones(8000, 8), 2, **options)
         assert (positions == 3).any(-1).all()
         assert set(weights.sum(-1).tolist()) == {0.0, 4.0}
         assert abs(weights.sum(-1).mean() - 1) < 0.08  # 4 standard errors of a mean of 8,000

@@ -46,6 +46,7 @@ CASES = {  # {processes: {name: case}}
     2: {
         "ddp": Case(SELECTIVE, accumulation=3, eval_rows=5),
         "ddp_lora": Case(LORA, save=True),
+        "ddp_corrected": Case(f"{SELECTIVE} --selection random --gradient_correction 1", accumulation=3),
         "fsdp": Case(f"{SELECTIVE} --save_steps 1", fsdp=True, accumulation=3, eval_rows=5, save=True),
         "fsdp_checkpointing": Case(f"{SELECTIVE} --gradient_checkpointing", fsdp=True, eval_rows=1),
         "fsdp_segments": Case(f"{SELECTIVE} --gradient_checkpointing --checkpoint_rest segments", fsdp=True, tied=True),

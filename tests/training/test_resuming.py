@@ -40,6 +40,7 @@ from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of, seal
     [
         "--tokentune --prefix_length 0.3 --num_workers 2",
         "--tokentune --prefix_length answers+0.3:answers --group_by_length",
+        "--tokentune --prefix_length 0.3:0.5 --selection random --gradient_correction 1",
         "--qlora --tokentune --prefix_length 0.3 --bf16",
         "--tokentune --gradient_accumulation_steps 1 --optim_in_backward --max_grad_norm 0",
         "--optim schedule_free_adamw --lr_scheduler_type constant",

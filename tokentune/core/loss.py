@@ -179,6 +179,8 @@ class ChunkedLoss:
         """
         of_all = next_targets(labels, **kwargs)
         targets = of_all.gather(1, self.positions.to(of_all.device))  # (B, K)
+        if self.weights is not None:  # what weighs nothing costs nothing
+            targets = targets.masked_fill(self.weights.to(targets.device) == 0, IGNORED_LABEL)
         rows, supervised, _ = self.rows.with_loss(logits, targets, self.weights)
         loss = self._sum(rows)
         count = num_items_in_batch

@@ -53,7 +53,12 @@ def choose_tokens(
         return _draw(settings, request, batch, state, scored)
     positions = request.selected_positions
     selection = StepPlan(
-        positions, request.selection_weights, request.num_supervised, request.selection_fillers, scored.cached_kv
+        positions,
+        request.selection_weights,
+        request.num_supervised,
+        request.selection_fillers,
+        request.selection_probabilities,
+        scored.cached_kv,
     )
     if not scored.scores:
         return selection
@@ -99,8 +104,10 @@ def _draw(settings: Settings, request: Request, batch: Batch, state: ModelState,
         labels=labels,
         token_scores={name: score.to(mask.device) for name, score in scored.scores.items()},
         draw="proportional" if settings.scoring is None else settings.scoring.draw,
+        independent=settings.gradient_correction > 0,
     )
-    selection = StepPlan(drawn.positions, drawn.weights, fillers=drawn.fillers, cached_kv=scored.cached_kv)
+    own = {"fillers": drawn.fillers, "probabilities": drawn.probabilities, "cached_kv": scored.cached_kv}
+    selection = StepPlan(drawn.positions, drawn.weights, **own)
     if targets is None:
         return selection
     selection = replace(selection, counts=_counts(selection, mask, targets, scored))
@@ -114,9 +121,10 @@ def _draw(settings: Settings, request: Request, batch: Batch, state: ModelState,
 
 def _counts(selection: StepPlan, real: Tensor, targets: Tensor, scored: ScoringPass) -> DrawCounts:
     positions, fillers = selection.positions, selection.fillers
-    selected, supervised = (of_all.gather(1, positions.to(of_all.device)).sum() for of_all in (real, targets))
-    if fillers is not None:  # real tokens without a loss
-        selected = selected - fillers.sum().to(selected.device)
+    own = torch.ones_like(positions, dtype=torch.bool) if fillers is None else ~fillers
+    selected, supervised = (
+        (of_all.gather(1, positions.to(of_all.device)) * own.to(of_all.device)).sum() for of_all in (real, targets)
+    )
     return DrawCounts(positions, selected, supervised, scored.loss, scored.supervised)
 
 

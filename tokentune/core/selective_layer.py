@@ -119,7 +119,9 @@ def selective_attention(
         call.selected_kv = key, value = step.constant_at_fillers(key), step.constant_at_fillers(value)
         if step.indices(UNSELECTED).shape[1] > 0:
             call.unselected_pass(step, call)  # `run_unselected`: reaches the branch below, and sets `joined_kv`
-        keys, values = call.joined_kv or call.selected_kv  # (B, G, S, d)
+        else:
+            join_key_values(step, call)
+        keys, values = call.joined_kv  # (B, G, S, d)
     else:
         call.unselected_kv = key, value
         join_key_values(step, call)
@@ -155,7 +157,10 @@ def join_key_values(step: Step, call: LayerCall) -> None:
     with torch.set_grad_enabled(call.with_gradients):  # this runs inside the `no_grad` of the unselected tokens' pass
         selected, scales = call.selected_kv, step.plan.gradient_scales
         if scales is not None:
-            selected = [scale_gradient(kv, scales) for kv in selected]
+            selected = tuple(scale_gradient(kv, scales) for kv in selected)
+        if call.unselected_kv is None:  # every token is selected
+            call.joined_kv = selected
+            return
         flat_indices = step.flat_indices(call.selected_kv[0].device)
         pairs = zip(selected, call.unselected_kv, strict=True)
         call.joined_kv = tuple(in_sequence_order(*pair, flat_indices) for pair in pairs)

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokentune.core.attention.correction import gradient_scales
 from tokentune.core.groups import require, token_order
 from tokentune.core.profile import Profile, Rows
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import mask_unselected_labels, target_mask
+from tokentune.sampling.weighted_draw import wide_dtype
 
 _ANSWERS = ("start_positions", "end_positions")
 CachedKeyValues = deque[tuple[Tensor, Tensor]]  # each layer's keys and values of all tokens, 2 x (B, G, S, d)
@@ -36,6 +36,7 @@ class Request(NamedTuple):
     selected_positions: Tensor | None = None  # (B, K)
     selection_fillers: Tensor | None = None  # (B, K) bool
     selection_weights: Tensor | None = None  # (B, K)
+    selection_probabilities: Tensor | None = None  # (B, K)
     selection_draws: Tensor | None = None  # (B, S) in [0, 1)
     num_supervised: int | None = None
     all_labels: Tensor | None = None  # (B, S), before the selection masked any
@@ -121,6 +122,7 @@ class StepPlan:
     weights: Tensor | None = None  # (B, K), factors of the losses at the positions; None: all 1
     num_supervised: int | None = None  # selected supervised targets, where the caller knows the number on the host
     fillers: Tensor | None = None  # (B, K) bool, positions that get no gradient and have no loss; None: there are none
+    probabilities: Tensor | None = None  # (B, K), with which positions were drawn independently; None: not known
     cached_kv: CachedKeyValues | None = None  # of a scoring pass: the unselected tokens do not run a second time
     replaced: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model's own forward
     counts: DrawCounts | None = None
@@ -137,23 +139,29 @@ class StepPlan:
 def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
     """The plan of one forward pass with this selection.
 
-    Raises UnsupportedModelError for weights, fillers or foreign hooks that this model's step cannot have, and
-    ValueError for positions that are not distinct, ascending and inside the sequence, and for fillers with a loss.
+    Raises UnsupportedModelError for weights or foreign hooks that this model's step cannot have, and ValueError for
+    positions that are not distinct, ascending and inside the sequence, for fillers with a loss, and where the gradient
+    is to be corrected and the positions' probabilities are not known.
     """
     positions, weights, labels = selection.positions, selection.weights, batch.labels
     if selection.fillers is not None:
         _check_fillers(selection, labels, state)
     rows, replaced = state.rows, dict(selection.replaced)
     takes_loss = state.causal and rows is not Rows.ALL and state.token_labels
+    corrects = state.gradient_correction > 0 and state.with_gradients
     if weights is not None and not takes_loss:
-        raise UnsupportedModelError("selection_weights are factors of a causal model's own losses, one per token")
+        cure = ", and gradient_correction needs them unless all targets are selected: take answers+0.1"
+        raise UnsupportedModelError(
+            f"selection_weights are factors of a causal model's own losses, one per token{cure if corrects else ''}"
+        )
     if state.token_labels and not takes_loss:
         positions_there = positions.to(labels.device)
         if rows is Rows.ALL:
             replaced["labels"] = mask_unselected_labels(labels, positions_there, causal=state.causal)
         else:
             replaced["labels"] = labels.gather(1, positions_there)
-    all_selected = selection.fillers is None and selects_all(positions, batch.tokens)
+    by_chance = corrects and selection.probabilities is not None
+    all_selected = selection.fillers is None and not by_chance and selects_all(positions, batch.tokens)
     loss, recompute_logits = _plan_loss(weights, state, all_selected) if takes_loss else (Loss.UNCHANGED, False)
     plan = replace(selection, replaced=replaced, rows=rows, loss=loss, recompute_logits=recompute_logits)
     if all_selected:
@@ -166,16 +174,19 @@ def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
         # A foreign hook on the last layer gets all rows too.
         rows = Rows.GATHERED if rows is Rows.SELECTED else rows
         plan = replace(plan, rows=rows, all_rows_between_layers=True)
-    exponent = state.gradient_correction
-    scales = gradient_scales(positions, batch.tokens, batch.mask, exponent, weights, labels)
-    return replace(plan, gradient_scales=scales)
+    if not corrects:
+        return plan
+    if selection.probabilities is None:
+        raise ValueError("gradient_correction needs selection_probabilities, those with which the positions were drawn")
+    probabilities = selection.probabilities.to(positions.device, wide_dtype(positions.device))
+    return replace(plan, gradient_scales=probabilities**-state.gradient_correction)
 
 
 def _check_fillers(selection: StepPlan, labels: Tensor | None, state: ModelState) -> None:
-    if state.gradient_correction > 0:
-        raise UnsupportedModelError("gradient_correction takes all tokens of a row to be drawn alike: no fillers")
     if state.token_labels:
         targets = target_mask(labels, causal=state.causal).gather(1, selection.positions.to(labels.device))
+        if selection.weights is not None:
+            targets &= selection.weights.to(labels.device) != 0
         require(~(targets & selection.fillers.to(labels.device)), "selection_fillers must not be positions with a loss")
 
 

@@ -85,6 +85,7 @@ class CausalCollator:
         pad_to_multiple_of: S is rounded up to a multiple of it (8 suits tensor cores).
         keep_labels: where labels are masked, also return them unmasked, as "all_labels".
         draw_later: leave the draw to the model (which scores tokens first), or to a later call of `draw`.
+        independent: draw each token on its own, as the gradient's correction needs (`sampling/independent.py`).
 
     Raises:
         ValueError: no such strategy, or one that needs scores, which no collator has.
@@ -96,6 +97,7 @@ class CausalCollator:
     pad_to_multiple_of: int | None = None
     keep_labels: bool = False
     draw_later: bool = False
+    independent: bool = False
 
     def __post_init__(self) -> None:
         if find_strategy(self.strategy).needs and self.prefix_length is not None and not self.draw_later:
@@ -139,12 +141,12 @@ class CausalCollator:
         Returns:
             The batch with "selected_positions" (B, K) instead, and labels that are -100 at targets outside of the
             selection; also "selection_fillers" (B, K) where real tokens fill a row up. Where the strategy knows its
-            probabilities, labels stay, and "selection_weights" (B, K) weight the selected ones to stand for all. On the
-            CPU also "num_supervised", an int: the selected targets (on a GPU, reading it would stop the host until the
-            GPU is done).
+            probabilities, labels stay, and "selection_weights" (B, K) weight the selected ones to stand for all. With
+            `independent` also "selection_probabilities" (B, K). On the CPU also "num_supervised", an int: the selected
+            targets (on a GPU, reading it would stop the host until the GPU is done).
         """
         targets = target_mask(batch["labels"], causal=True)
-        positions, weights, fillers = select_tokens(
+        positions, weights, fillers, probabilities = select_tokens(
             batch["attention_mask"],
             prefix_length,
             targets=targets,
@@ -152,6 +154,7 @@ class CausalCollator:
             scores=batch["selection_draws"],
             input_ids=batch["input_ids"],
             labels=batch["labels"],
+            independent=self.independent,
         )
         drawn = {name: value for name, value in batch.items() if name != "selection_draws"}
         if weights is None:
@@ -159,12 +162,14 @@ class CausalCollator:
             if self.keep_labels:
                 drawn[ALL_LABELS] = batch["labels"]
         else:
-            drawn["selection_weights"] = weights
+            drawn["selection_weights"] = weights.float()  # MPS, to which the batch may go, has no float64
         drawn["selected_positions"] = positions
         if fillers is not None:
             drawn["selection_fillers"] = fillers
+        if probabilities is not None:
+            drawn["selection_probabilities"] = probabilities.float()
         if positions.device.type == "cpu":
-            drawn["num_supervised"] = int(targets.gather(1, positions).sum())
+            drawn["num_supervised"] = int(selected_in(targets, drawn).sum())
         return drawn
 
     def count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,11 +186,11 @@ def token_counts(mask: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor
     targets, positions = target_mask(batch["labels"], causal=True), batch.get("selected_positions")
     if positions is None:
         return mask.sum(), mask.sum(), targets.sum()
-    return mask.sum(), selected_in(mask, batch).sum(), targets.gather(1, positions).sum()
+    return mask.sum(), selected_in(mask, batch).sum(), selected_in(targets, batch).sum()
 
 
 def selected_in(mask: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """(B, K): 1 at the selected positions of a batch that are real tokens, by the mask (B, S), and no fillers."""
+    """(B, K): the mask (B, S), of real tokens or of targets, at the selected positions of a batch; 0 at fillers."""
     selected, fillers = mask.gather(1, batch["selected_positions"]), batch.get("selection_fillers")
     return selected if fillers is None else selected.masked_fill(fillers, 0)
 

@@ -135,11 +135,11 @@ class PackedCollator:
         Returns:
             "input_ids", "labels" and "position_ids" (B, S) int64, and "use_cache": with a cache there is no packing.
             When selecting also "selected_positions" (B, K), "num_supervised" and, where there are any,
-            "selection_weights" and "selection_fillers" (B, K), as of `CausalCollator.draw`.
+            "selection_weights", "selection_fillers" and "selection_probabilities" (B, K), as of `CausalCollator.draw`.
 
-            Rows that select fewer than K positions select padding too, and S is as large as that takes, or, for
-            `Answers`, fillers where the padding ends. Each padding token has position 0, and so is a document of its
-            own.
+            Rows that select fewer than K positions select padding too, and S is as large as that takes, or, where
+            counts do not follow from lengths, fillers where the padding ends. Each padding token has position 0, and so
+            is a document of its own.
         """
         drawn = self.documents([document for example in examples for document in example["documents"]])
         counts = [len(example["documents"]) for example in examples]
@@ -153,18 +153,22 @@ class PackedCollator:
             starts = torch.cat([own.cumsum(0) - own for own in lengths.split(counts)])  # (N,)
             selected = _joined(positions + starts[:, None], chosen, counts, fill=-1)  # (B, K)
             selection = {"num_supervised": drawn["num_supervised"]}
-            if isinstance(self.documents.prefix_length, Answers):
+            if isinstance(self.documents.prefix_length, Answers) or self.documents.independent:
                 inside = torch.arange(round_up(width, self.documents.pad_to_multiple_of))
                 of_row = torch.stack([torch.isin(inside, own) for own in selected])
-                selected, _, fillers = fill_up(of_row, inside < tokens[:, None])
+                filled, _, fillers, _ = fill_up(of_row, inside < tokens[:, None])
                 selection |= {} if fillers is None else {"selection_fillers": fillers}
             else:
                 padding = (selected < 0).cumsum(1) - 1 + tokens[:, None]
-                selected = torch.where(selected < 0, padding, selected)
-            selection["selected_positions"] = selected
-            if "selection_weights" in drawn:
-                selection["selection_weights"] = _joined(drawn["selection_weights"], chosen, counts)
-            width = max(width, int(selected.max()) + 1)
+                filled = torch.where(selected < 0, padding, selected)
+            selection["selected_positions"] = filled
+            width = max(width, int(filled.max()) + 1)
+            for name, elsewhere in (("selection_weights", 0.0), ("selection_probabilities", 1.0)):
+                if name in drawn:
+                    own = _joined(drawn[name], chosen, counts)
+                    of_row = own.new_full((len(own), width + 1), elsewhere)  # the last place is for what is no position
+                    of_row = of_row.scatter(1, selected.where(selected >= 0, width), own)
+                    selection[name] = of_row.gather(1, filled)
         width = round_up(width, self.documents.pad_to_multiple_of)
         places = torch.arange(real.shape[1]).expand_as(real)
         batch = {

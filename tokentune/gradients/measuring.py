@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokentune.core.groups import gather_tokens
 from tokentune.core.layers import inner_model, transformer_layers
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
-from tokentune.core.step import CURRENT_STEP
+from tokentune.core.step import CURRENT_STEP, Step
 from tokentune.data.collators import CausalCollator
 from tokentune.errors import UserError
 from tokentune.gradients.draw_statistics import Gradient
@@ -59,7 +59,7 @@ def take_gradient(model: nn.Module, batches: Sequence[Batch], *, items: int, bf1
     for place, batch in enumerate(batches):
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         started = time.perf_counter()
-        with positions_noted(model) as positions:
+        with steps_noted(model) as steps:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16), saved if place == 0 else nullcontext():
                 share = model(**batch, num_items_in_batch=divisor).loss
             share.backward()
@@ -67,10 +67,11 @@ def take_gradient(model: nn.Module, batches: Sequence[Batch], *, items: int, bf1
         seconds += time.perf_counter() - started
         real = batch["attention_mask"].bool()
         targets = target_mask(batch["labels"], causal=True) & real
-        if positions:
-            real, targets = (gather_tokens(mask, positions[-1].to(device)) for mask in (real, targets))
-            if (fillers := batch.get("selection_fillers")) is not None:
-                real &= ~fillers
+        if steps:
+            positions, fillers = steps[-1].positions.to(device), steps[-1].plan.fillers
+            real, targets = (gather_tokens(mask, positions) for mask in (real, targets))
+            if fillers is not None:
+                real, targets = (mask & ~fillers.to(device) for mask in (real, targets))
         selected += int(real.sum())
         supervised += int(targets.sum())
     gradient = {name: _on_cpu(weight) for name, weight in model.named_parameters() if weight.requires_grad}
@@ -86,17 +87,17 @@ def _on_cpu(weight: nn.Parameter) -> Tensor:
 
 
 @contextmanager
-def positions_noted(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the positions (B, K) that forward passes select, also where the model chooses them itself.
+def steps_noted(model: nn.Module) -> Iterator[list[Step]]:
+    """Collects the forward passes with a selection, whose positions (B, K) the model may have chosen itself.
 
     A hook on the first layer; an ordinary pass over all tokens adds nothing.
     """
-    found: list[Tensor] = []
+    found: list[Step] = []
 
     def note(layer: nn.Module, args: Any) -> None:
         step = CURRENT_STEP.get()
         if step is not None and isinstance(step.positions, Tensor):
-            found.append(step.positions)
+            found.append(step)
 
     handle = transformer_layers(inner_model(model)).layers[0].register_forward_pre_hook(note)
     try:

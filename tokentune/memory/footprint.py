@@ -45,8 +45,11 @@ from tokentune.memory.sharding import Sharing
 from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
 from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
+from tokentune.sampling.independent import count_at_quantile
 from tokentune.sampling.sampler import answers_count, selected_count
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.model import SelectionArguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
@@ -128,8 +131,8 @@ def measure(
             that is not there, what the engine cannot serve.
         UnsupportedModelError: layers that TokenTune cannot serve.
     """
-    if arguments.selection.takes_answers:
-        arguments = with_known_size(arguments, shape[1], answer_share)
+    if arguments.selection.takes_answers and answer_share is None:
+        raise unknown_answers(arguments)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
     if engine == "fsdp" and arguments.selection.tokentune and arguments.memory.checkpoint_rest == "auto":
@@ -158,22 +161,22 @@ def measure(
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
             live.claim(GRADIENTS, [parameter.grad for parameter in trained if parameter.grad is not None])
-            batch = _batch(model, arguments, shape, device)
+            batch = _batch(model, arguments, shape, device, answer_share)
             live.claim("batch", [value for value in batch.values() if isinstance(value, Tensor)])
             live.restart()
             footprint = _step(model, batch, optimizer, arguments, live)
             return footprint if sharing is None else sharing.footprint(footprint, live)
 
 
-def with_known_size(arguments: Arguments, length: int, answer_share: float | None) -> Arguments:
-    """The same with the number of tokens that `--prefix_length answers` selects of a row of `length` tokens.
-
-    Raises UserError where the share of the answers is not known.
-    """
-    if answer_share is None:
-        raise unknown_answers(arguments)
-    count = answers_count(arguments.selection.selected, round(answer_share * length), length)
-    return arguments.changed(selected=count, prefix_length=str(count))
+def count_of_row(selection: SelectionArguments, length: int, answer_share: float | None) -> int:
+    """Selected tokens of a row of `length` tokens; a quantile with the correction. `answer_share`: of its targets."""
+    size, corrects = selection.selected, selection.gradient_correction > 0  # then the number is random
+    if not isinstance(size, Answers):
+        return (count_at_quantile if corrects else selected_count)(size, length)
+    targets = round(answer_share * length)
+    if corrects and targets < length:
+        return targets + count_at_quantile(size.share, length - targets)
+    return answers_count(size, targets, length)
 
 
 def unknown_answers(arguments: Arguments) -> UserError:
@@ -291,9 +294,12 @@ def update(model: nn.Module, optimizer: Any, arguments: Arguments) -> None:
     model.zero_grad()
 
 
-def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], device: str) -> dict[str, Any]:
+def _batch(
+    model: nn.Module, arguments: Arguments, shape: tuple[int, int], device: str, answer_share: float | None
+) -> dict[str, Any]:
     """A batch without padding. On the CPU its values are real, because code for the CPU reads them."""
-    core = inner_model(model)
+    core, selection = inner_model(model), arguments.selection
+    corrects = selection.tokentune and selection.gradient_correction > 0
     rows, length = shape
     text = core.config.get_text_config()
     with unset_fake_temporarily() if device == "cpu" else nullcontext():
@@ -308,14 +314,18 @@ def _batch(model: nn.Module, arguments: Arguments, shape: tuple[int, int], devic
             batch["labels"] = ids[:, 0].clone() if whole else batch["labels"].zero_()
         if getattr(text, "type_vocab_size", 0):
             batch["token_type_ids"] = torch.zeros_like(ids)
-        if arguments.selection.scoring_pass and arguments.selection.scored:  # the model draws, after a scoring pass
+        if selection.scoring_pass and selection.scored:  # the model draws, after a scoring pass
             batch["selection_draws"] = torch.linspace(0, 0.99, length, device=device).expand(rows, -1).clone()
-        elif arguments.selection.tokentune:
-            count = selected_count(arguments.selection.selected, length)
+        elif selection.tokentune:
+            count = count_of_row(selection, length, answer_share)
             positions = torch.arange(count, device=device) * length // count
             batch["selected_positions"] = positions.expand(rows, -1).clone()
-        # Where all tokens are selected, the layers run as in ordinary training.
-        ordinary = not arguments.selection.tokentune or batch.get("selected_positions", ids[:, :0]).shape[1] == length
+            if corrects:
+                known = torch.full((rows, count), count / length, device=device)
+                batch |= {"selection_probabilities": known, "selection_weights": 1 / known}
+        # Where all tokens are selected, the layers run as in ordinary training, unless the gradient is corrected.
+        selects_all = not corrects and batch.get("selected_positions", ids[:, :0]).shape[1] == length
+        ordinary = not selection.tokentune or selects_all
         if ordinary and device != "cpu" and not getattr(text, "sliding_window", None):
             # transformers drops a mask without padding; it cannot read that from a mask without data.
             del batch["attention_mask"]

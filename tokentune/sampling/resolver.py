@@ -10,7 +10,7 @@ from zlib import crc32
 
 import torch
 
-from tokentune.sampling.strategies import REGISTRY, SECOND_NAMES, Registered, Tokens, answer_of
+from tokentune.sampling.strategies import REGISTRY, SECOND_NAMES, Choice, Registered, Tokens, answer_of
 
 
 def find_strategy(name: str) -> Registered:
@@ -48,7 +48,7 @@ def load_strategy(name: str) -> Registered:
         raise ValueError(f"{name}: {file} has no function {function}")
     needs = next((entry.needs for entry in REGISTRY.values() if entry.choose is choose), ())
     registered = Registered(name, choose, needs)
-    _try(registered)
+    try_strategy(registered)
     REGISTRY[name] = registered
     return registered
 
@@ -68,8 +68,8 @@ def _run(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _try(registered: Registered) -> None:
-    """Calls it on two rows, the second one padded. Raises ValueError unless the answer is valid."""
+def try_strategy(registered: Registered) -> Choice:
+    """Calls it on two rows, the second one padded, and returns its answer. Raises ValueError unless that is valid."""
     real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     ids = torch.arange(1, 13).reshape(2, 6)
     labels = torch.where(torch.tensor([False, False, False, True, True, True]) & real, ids, -100)
@@ -82,4 +82,4 @@ def _try(registered: Registered) -> None:
         answer = registered.choose(tokens)
     except Exception as error:
         raise ValueError(f"{registered.name}: it ended in {type(error).__name__}: {error}") from error
-    answer_of(registered._replace(choose=lambda _: answer), tokens)
+    return answer_of(registered._replace(choose=lambda _: answer), tokens)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokentune.sampling.independent import probabilities
 from tokentune.sampling.resolver import find_strategy
 from tokentune.sampling.schedule import Answers, Size
 from tokentune.sampling.strategies import DRAWS, Registered, Tokens, answer_of
@@ -31,6 +32,8 @@ class Selection(NamedTuple):
     positions: Tensor  # (B, K) int64: distinct, ascending in each row
     weights: Tensor | None = None  # (B, K) float32, factors of the positions' losses; None: all 1
     fillers: Tensor | None = None  # (B, K) bool: real tokens that get no gradient; None: there are none
+    # (B, K): with which each position was drawn, independently of the others, 1 at padding and fillers; None: not so
+    probabilities: Tensor | None = None
 
 
 def selected_count(prefix_length: int | float, length: int) -> int:
@@ -102,6 +105,7 @@ def select_tokens(
     labels: Tensor | None = None,
     token_scores: dict[str, Tensor] | None = None,
     draw: str = "proportional",
+    independent: bool = False,
 ) -> Selection:
     """Draws the positions that keep gradients, and the weights of their losses.
 
@@ -123,15 +127,18 @@ def select_tokens(
         generator: draws the scores, on the device of `attention_mask`.
         scores: (B, S), uniform in [0, 1), instead of `generator`: the draw has no other source of chance.
         input_ids, labels, token_scores, draw: what strategies use (`strategies.Tokens`).
+        independent: draw each token on its own (`sampling/independent.py`). A row may then have no target, or no token
+            at all, and rows are filled up as for `Answers`.
 
     Returns:
-        Positions, weights and fillers. Weights are None where the strategy knows no probabilities, and for `Answers`;
+        Positions, weights, fillers and probabilities, these where `independent`.
+        Weights are None where the strategy knows no probabilities, and for `Answers`;
         otherwise 1 / probability at selected targets (at all selected real tokens where `targets` is None), 1 where
         they are always selected, 0 elsewhere. A sum of losses with these weights has the expectation of the sum
         over all targets. For that, a target that was added only because the row's draw had none has weight 0.
 
     Raises ValueError for an unknown strategy or draw, missing scores, an invalid answer of the strategy, or a strategy
-    that cannot choose among the tokens beside the answers.
+    that cannot choose among the tokens beside the answers, or not independently.
     """
     registered = find_strategy(strategy)
     if draw not in DRAWS:
@@ -146,15 +153,18 @@ def select_tokens(
     always = None if always is None else always.bool() & real
     if isinstance(prefix_length, Answers):
         held = torch.zeros_like(real) if targets is None else targets
+        held = held if always is None else held | always
         seen = Tokens(real, scores, lengths, input_ids, labels)
-        return _answers_and_a_share(prefix_length.share, held if always is None else held | always, registered, seen)
+        return _answers_and_a_share(prefix_length, held, registered, seen, independent)
 
     longest = int(lengths.max()) if real.device.type == "cpu" else real.shape[1]
     count = _reference_count if strategy == REFERENCE else selected_count
     k = max(1, count(prefix_length, longest))  # 1 in a batch of nothing but padding, whose shapes then stay usable
     counts = counts_of_rows(prefix_length, lengths, strategy).clamp(max=k)  # (B,)
     seen = Tokens(real, scores, counts, input_ids, labels, targets, preferred, always, token_scores or {}, draw)
-    priority, probability = answer_of(registered, seen)
+    if independent:
+        return _one_by_one(probabilities(registered, prefix_length, seen), always, seen)
+    priority, probability, _ = answer_of(registered, seen)
 
     counts = counts.unsqueeze(-1)  # (B, 1)
     place = _in_order(priority, scores, real)  # (B, S), 0 = first
@@ -197,7 +207,9 @@ def require_drawing_beside_answers(strategy: str) -> None:
         raise ValueError(f"strategy {strategy!r} has {has}: with answers, take another one")
 
 
-def _answers_and_a_share(share: float, held: Tensor, registered: Registered, tokens: Tokens) -> Selection:
+def _answers_and_a_share(
+    answers: Answers, held: Tensor, registered: Registered, tokens: Tokens, independent: bool
+) -> Selection:
     """The draw of `Answers`: all of `held` (B, S), and of each row's other tokens those that the strategy chooses.
 
     The strategy sees these others alone, as if they were the row.
@@ -205,11 +217,31 @@ def _answers_and_a_share(share: float, held: Tensor, registered: Registered, tok
     require_drawing_beside_answers(registered.name)
     others = tokens.real & ~held
     number = others.sum(-1)  # (B,)
-    counts = (share * number.to(wide_dtype(number.device)) + 0.5).long()
+    counts = (answers.share * number.to(wide_dtype(number.device)) + 0.5).long()
     counts = torch.where(held.any(-1), counts, counts.clamp(min=1)).minimum(number)
-    priority, _ = answer_of(registered, replace(tokens, real=others, counts=counts))
+    seen = replace(tokens, real=others, counts=counts)
+    if independent:
+        return _one_by_one(probabilities(registered, answers, seen), held, tokens)
+    priority = answer_of(registered, seen).priority
     place = _in_order(priority, tokens.uniform, others)
     return fill_up(held | (others & (place < counts.unsqueeze(-1))), tokens.real)
+
+
+def _one_by_one(probability: Tensor, held: Tensor | None, tokens: Tokens) -> Selection:
+    """Draws each real token with its own probability (B, S), those of `held` (B, S) with 1, independent of the others.
+
+    No target is there by force, and no drawn token is left out: each would make draws depend on one another.
+    """
+    if held is not None:
+        probability = probability.masked_fill(held, 1.0)
+    # Probability 1 is sure, also where a uniform number was rounded up to 1.
+    chosen = tokens.real & ((tokens.uniform < probability) | (probability >= 1))
+    positions, _, fillers, _ = fill_up(chosen, tokens.real)
+    drawn = chosen.gather(1, positions)
+    probability, weights = probability.gather(1, positions).where(drawn, 1.0), None
+    if tokens.targets is not None:
+        weights = (1 / probability).where(drawn & tokens.targets.gather(1, positions), 0.0)
+    return Selection(positions, weights, fillers, probability)
 
 
 def fill_up(chosen: Tensor, real: Tensor) -> Selection:

@@ -59,7 +59,11 @@ class Choice(NamedTuple):
     """A strategy's answer where the probability of each position is known."""
 
     priority: Tensor  # (B, S)
-    probability: Tensor  # (B, S) in [0, 1]: a loss has weight 1 / probability, so the mean of draws is the whole loss
+    # (B, S) in [0, 1]: a loss has weight 1 / probability, so the mean of draws is the whole loss; None: not known
+    probability: Tensor | None
+    # Each position may also be drawn on its own, with this probability: so it is with `gradient_correction`, without a
+    # look at the priority. The correction is exact where all probabilities are above 0.
+    independent: bool = False
 
 
 Strategy = Callable[[Tokens], Tensor | Choice]
@@ -69,19 +73,17 @@ class Registered(NamedTuple):
     name: str
     choose: Strategy
     needs: tuple[str, ...] = ()  # scores of a forward pass over all tokens that comes first
-    even: bool = False  # whether every token of a row has the same probability
 
 
 REGISTRY: dict[str, Registered] = {}
 SECOND_NAMES = ("labelled",)
 
 
-def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> Callable[[Strategy], Strategy]:
+def strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strategy], Strategy]:
     """Registers a function under a name for `--selection`.
 
     Args:
         needs: of `SCORES`; see `Tokens.scores`.
-        even: every token of a row has the same probability, as the gradient's correction assumes.
 
     Raises ValueError for an unknown score, or the name of a strategy of another module.
     """
@@ -91,7 +93,7 @@ def strategy(name: str, needs: tuple[str, ...] = (), *, even: bool = False) -> C
     def register(choose: Strategy) -> Strategy:
         if name in REGISTRY and REGISTRY[name].choose.__module__ != choose.__module__:
             raise ValueError(f"there is a strategy {name!r} already: give yours another name")
-        REGISTRY[name] = Registered(name, choose, tuple(needs), even)
+        REGISTRY[name] = Registered(name, choose, tuple(needs))
         return choose
 
     return register
@@ -101,8 +103,8 @@ class StrategyError(UserError, ValueError):
     """A strategy returned an invalid answer."""
 
 
-def answer_of(registered: Registered, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-    """A strategy's priorities (B, S), and its probabilities (B, S) where it knows them.
+def answer_of(registered: Registered, tokens: Tokens) -> Choice:
+    """A strategy's answer, checked.
 
     Raises StrategyError for a wrong shape, NaN, or values that are no probabilities. On an accelerator the values are
     not checked, because the host would have to wait for them.
@@ -123,7 +125,8 @@ def answer_of(registered: Registered, tokens: Tokens) -> tuple[Tensor, Tensor | 
         if what == "probabilities" and bool((((part < 0) | (part > 1 + 1e-6)) & tokens.real).any()):
             raise StrategyError(f"--selection {registered.name}: its probabilities are not all between 0 and 1")
     priority = parts["priorities"]
-    return priority.to(torch.uint8) if priority.dtype == torch.bool else priority, parts.get("probabilities")
+    priority = priority.to(torch.uint8) if priority.dtype == torch.bool else priority
+    return Choice(priority, parts.get("probabilities"), isinstance(answer, Choice) and answer.independent)
 
 
 def strategy_names(*, scored: bool | None = None) -> list[str]:
@@ -134,7 +137,7 @@ def strategy_names(*, scored: bool | None = None) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ without scores
 
 
-@strategy("random", even=True)
+@strategy("random")
 def _random(tokens: Tokens) -> Tensor:
     # arXiv 2501.18824, section "Token Selection"
     return tokens.uniform
@@ -159,7 +162,7 @@ def _supervised(tokens: Tokens) -> Tensor:
 strategy("labelled")(_supervised)
 
 
-@strategy("stratified", even=True)
+@strategy("stratified")
 def _stratified(tokens: Tokens) -> Tensor:
     # The row is closed to a ring, turned at random and cut into `count` parts of floor or ceil(n / count) tokens. Every
     # turn is equally likely, so every token is in a part of each size equally often: its probability is count / n.

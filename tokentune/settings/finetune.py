@@ -140,8 +140,3 @@ class FinetuneArguments(Arguments):
             f"--packing with --prefix_length {selection.prefix_length}: packed rows are drawn for before their "
             "optimizer step is known; give one size, or leave --packing out",
         )
-        require(
-            selection.gradient_correction == 0,
-            "--packing with --gradient_correction: tokens attend within their document, each of which has its own "
-            "share of selected tokens, and the correction knows that of whole rows alone; leave one of them out",
-        )

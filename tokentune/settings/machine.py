@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tokentune.errors import UserError
 
 if TYPE_CHECKING:
+    from tokentune.sampling.schedule import Schedule, Size
     from tokentune.sampling.strategies import Registered
 
 
@@ -59,6 +60,13 @@ def trackers() -> tuple[list[str], list[str]]:
     from transformers.integrations import integration_utils
 
     return list(integration_utils.INTEGRATION_TO_CALLBACK), integration_utils.get_available_reporting_integrations()
+
+
+def why_not_independent(strategy: str, size: "Size | Schedule") -> str | None:
+    """Why a strategy cannot draw each token on its own, as `--gradient_correction` needs; None where it can."""
+    from tokentune.sampling.independent import why_not_independent
+
+    return why_not_independent(strategy, size)
 
 
 def strategy_of(name: str) -> "Registered":

@@ -113,8 +113,9 @@ class SelectionArguments(Group):
     )
     gradient_correction: float = flag(
         0.0,
-        "scale the gradients that reach selected tokens through other tokens' attention by (tokens / selected) to this "
-        "power: 0 is the paper's method, 1 makes the gradient's expectation that of training on all tokens",
+        "draw each token independently (--selection random, or --prefix_length answers+0.1), and scale the gradients "
+        "that reach selected tokens through other tokens' attention by 1 / probability to this power: 0 is the paper's "
+        "method, 1 makes the gradient's expectation that of training on all tokens",
     )
     diagnose_steps: int | None = flag(
         None,
@@ -139,21 +140,16 @@ class SelectionArguments(Group):
             steps is None or self.tokentune,
             f"--diagnose_steps {steps} compares the selective gradient with the full one: add --tokentune",
         )
-        registered = machine.strategy_of(self.selection)
-        self._check_scores(registered.needs)
+        self._check_scores(machine.strategy_of(self.selection).needs)
         require(
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
         )
         if self.takes_answers:
             self.check_answers()
-        told = registered.even or (registered.needs and self.selection_draw == "proportional")
-        if self.gradient_correction > 0 and not told:
-            logger.warning(
-                "--gradient_correction takes every token of a row to be selected with the same probability, which "
-                "--selection %s does not say of its tokens: the gradient's mean stays biased",
-                self.selection,
-            )
+        if self.gradient_correction > 0 and self.tokentune:
+            reason = machine.why_not_independent(self.selection, self.schedule or self.selected)
+            require(reason is None, f"--gradient_correction {self.gradient_correction:g}: {reason}")
         if not self.tokentune:
             names = [f.name for f in fields(self) if f.name not in ("tokentune", "diagnose_steps")]
             log_without_effect(self, names, "--tokentune")
@@ -174,10 +170,6 @@ class SelectionArguments(Group):
         require(
             not self.selection_pass,
             f"{asked} with --selection_pass: every supervised token has its loss already; leave one of them out",
-        )
-        require(
-            self.gradient_correction == 0,
-            f"{asked} with --gradient_correction: it takes a row's tokens to be drawn alike; leave one of them out",
         )
 
     def _check_scores(self, needs: tuple[str, ...]) -> None:

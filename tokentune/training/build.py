@@ -57,5 +57,6 @@ def training_collator(
         strategy=selection.selection,
         keep_labels=selection.diagnose_steps is not None or selection.scoring_pass,
         draw_later=selection.scored or selection.schedule is not None,
+        independent=selection.gradient_correction > 0,
     )
     return PackedCollator(collator) if packed else collator

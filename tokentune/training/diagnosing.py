@@ -30,6 +30,7 @@ _OF_SELECTION = (
     "num_supervised",
     "selection_draws",
     "selection_weights",
+    "selection_probabilities",
 )
 
 

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokentune.core.attention.correction import gradient_scales
 from tokentune.core.attention.replaced import replaced_attention
 from tokentune.core.layers import attention_modules, transformer_layers
 from tokentune.core.loss import take_loss_in_chunks, why_not_in_chunks
@@ -102,7 +101,8 @@ def _compare(trial: Trial, profile: Profile, correction: float = 0.0) -> None:
     """Raises UnsupportedModelError unless the patched model agrees with the definition."""
     tiny, batch, positions = trial.tiny, trial.batch, trial.positions
     what = f"{type(tiny).__name__}, {trial.side} padding" + (", gradient_correction" if correction else "")
-    scales = gradient_scales(positions, batch.get("input_ids"), batch.get("attention_mask"), correction)
+    probabilities = torch.linspace(0.2, 1.0, positions.numel(), dtype=torch.float64).view(positions.shape)
+    scales = probabilities**-correction if correction else None
     last_output = profile.rows is Rows.ALL
     definition = definition_of_the_method(tiny, positions, last_output=last_output, scales=scales)
     with definition, layer_outputs(tiny) as defined_layers:
@@ -113,7 +113,8 @@ def _compare(trial: Trial, profile: Profile, correction: float = 0.0) -> None:
     agree(defined[seen], trial.untouched[seen], f"{what}: outputs of its own attention function")
     try:
         with patched(tiny, profile=profile, gradient_correction=correction), layer_outputs(tiny) as found_layers:
-            found, gradients = step(tiny, batch | {"selected_positions": positions}, positions)
+            given = {"selected_positions": positions, "selection_probabilities": probabilities}
+            found, gradients = step(tiny, batch | given, positions)
     except UnsupportedModelError:
         raise
     except Exception as error:  # the model's own code may raise anything on a part of a sequence

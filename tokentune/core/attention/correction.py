@@ -1,17 +1,20 @@
 """A less biased gradient: paths between selected tokens also count for paths through tokens that were not drawn.
 
     B sequences, S tokens, K selected, H heads, G key-value heads, d head size
-    n real tokens of a row, c selected ones of these
+    pi_j  the probability with which token j was selected, independently of all other tokens
 
-Keys and values of the unselected tokens are constants. So of all paths from a token's loss through another token's key
-or value, only those through selected tokens count: the expected gradient is too small, and has another direction. In a
-uniform draw where token i is selected, token j ≠ i is selected with probability (c - 1) / (n - 1).
-`gradient_correction` scales the gradient that reaches j through the attention of the others by the inverse of that,
+Keys and values of the unselected tokens are constants. So of all paths from a token's loss back through the layers,
+only those count that visit selected tokens alone: the expected gradient is too small, and has another direction.
+A path begins at the loss of a token i, stays on i through any number of layers, goes to a token j ≠ i where i attends
+to j, and so on. In a causal model its positions never increase: it visits each token in one stretch. As draws are
+independent, all its tokens i, j, ... are selected with probability pi_i pi_j ..., and its expectation is the whole path
+where
 
-    s_j = ((n - 1) / (c - 1)) ** a        a = 1: exact in expectation, for one layer; a = 0: the paper's method
+    the loss of i is weighted by 1 / pi_i                                          (`sampling/sampler.py`)
+    the gradient that reaches j through the attention of another token is scaled by s_j = pi_j ** -a,  a = 1
 
-(or by probability_j ** -a, where the draw knows its probabilities). Between 0 and 1, a trades bias for variance. The
-forward pass does not change. A token's path to itself is there whenever the token is selected: it must stay unscaled.
+and nothing else is scaled: exact for any number of layers. `gradient_correction` is a; 0 is the paper's method, and
+between 0 and 1 it trades bias for variance. The forward pass does not change.
 
 Attention kernels cannot do that. So the whole gradient of keys and values is scaled, and then each token's own path is
 corrected. With o_i the output of head h at query i, p_ii its weight of its own key, g_i the gradient of
@@ -34,52 +37,8 @@ from torch.autograd.function import once_differentiable
 from tokentune.core.attention.masks import GroupMask
 from tokentune.core.layers import Stack, attention_modules
 from tokentune.errors import UnsupportedModelError
-from tokentune.sampling.sampler import target_mask
-from tokentune.sampling.weighted_draw import wide_dtype
 
 SCORE_NUMBERS = 2**24  # most (query, key) pairs in one block of `score_sums`: 64 MiB in float32
-
-
-def gradient_scales(
-    positions: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    exponent: float,
-    weights: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> Tensor | None:
-    """Factors of the gradient through each selected token's key and value, in the attention of the others.
-
-    Args:
-        positions: (B, K) int64, the selected ones.
-        tokens, mask: ids (B, S) or embeddings (B, S, D), and 1 at real tokens (B, S); None: all are real.
-        exponent: a, in [0, 1]; 0: no correction.
-        weights: (B, K), of the losses, where the draw knew its probabilities: 1 / probability at targets.
-        labels: (B, S), needed with weights.
-
-    Returns (B, K) float64 (float32 on devices without it); None where nothing is scaled.
-    Raises UnsupportedModelError where the mask does not tell which tokens are real.
-    """
-    if exponent == 0.0:
-        return None
-    if mask is None:
-        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-    elif not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != tokens.shape[1]:
-        raise UnsupportedModelError("gradient_correction counts real tokens, for which it needs a mask of shape (B, S)")
-    real = (mask != 0).to(positions.device)
-    wide = wide_dtype(positions.device)
-    if weights is None:
-        count, chosen = real.sum(1, keepdim=True), real.gather(1, positions).sum(1, keepdim=True)  # (B, 1)
-        inverse = (count - 1).to(wide) / (chosen - 1).clamp(min=1).to(wide)
-        return torch.where(chosen > 1, inverse**exponent, 1.0).repeat(1, positions.shape[1])
-    # Tokens without a loss have no weight. Such a draw treats them alike, or nearly: the proportion that was selected
-    # stands for their probability. A target of weight 0 was added because the draw had no target: its factor is 1.
-    targets = target_mask(labels.to(positions.device), causal=True)
-    others = real & ~targets
-    inverse = others.sum(1, keepdim=True).to(wide) / others.gather(1, positions).sum(1, keepdim=True).clamp(min=1)
-    inverse = inverse.repeat(1, positions.shape[1]).masked_fill(targets.gather(1, positions), 1.0)
-    weights = weights.to(positions.device, wide)
-    return torch.where(weights > 0, weights, inverse) ** exponent
 
 
 def require_correctable(exponent: float, stack: Stack) -> None:

@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
 from tokentune.core.compat.bypassed_hooks import is_called_by_prompt_learning
+from tokentune.core.groups import require
 from tokentune.core.patched import PROMPT_LEARNING, Settings
 from tokentune.core.profile import Pooling, pooled_tokens
 from tokentune.core.step import CURRENT_STEP
@@ -55,8 +56,8 @@ def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> 
 
 
 def check_positions(request: Request, batch: Batch, pooling: Pooling | None, pad_token_id: int | None) -> None:
-    """Raises ValueError for positions or fillers of a wrong shape, or without the token that the head pools."""
-    positions, fillers = request.selected_positions, request.selection_fillers
+    """Raises ValueError for a selection of wrong shapes or values, or without the token that the head pools."""
+    positions, fillers, chances = request.selected_positions, request.selection_fillers, request.selection_probabilities
     if positions.ndim != 2 or positions.dtype != torch.int64 or positions.shape[1] == 0:
         raise ValueError(
             f"selected_positions must be int64 of shape (batch, selected), at least one per row; "
@@ -67,6 +68,14 @@ def check_positions(request: Request, batch: Batch, pooling: Pooling | None, pad
             f"selection_fillers must be bool of the shape of selected_positions, {tuple(positions.shape)}; "
             f"got {fillers.dtype} of shape {tuple(fillers.shape)}"
         )
+    if chances is not None:
+        shape = tuple(positions.shape)
+        if chances.shape != positions.shape or not chances.is_floating_point():
+            raise ValueError(
+                f"selection_probabilities must be floating-point numbers of the shape of selected_positions, {shape}; "
+                f"got {chances.dtype} of shape {tuple(chances.shape)}"
+            )
+        require((chances > 0) & (chances <= 1), "selection_probabilities must be above 0 and at most 1")
     if positions.device.type != "cpu" or is_fake(positions):  # reading the values would make the host wait
         return
     with_gradients = torch.ones_like(positions, dtype=torch.bool) if fillers is None else ~fillers.cpu()

@@ -79,14 +79,15 @@ def look_at(
     selection, max_length = arguments.selection, arguments.data.max_length
     drawn = bins = None
     if selection.tokentune and not selection.scored and len(train):  # then the model draws
-        drawn = draws(rows, selection.selected, selection.selection)
+        corrects = selection.gradient_correction > 0
+        drawn = draws(rows, selection.selected, selection.selection, independent=corrects)
     if arguments.data.packing and train.lengths.max(initial=0) <= max_length:
         bins = bins_of(train.lengths, max_length)
     findings = Findings(rows, train, validation, drawn, bins)
     for name, statistics in (("training", train), ("validation", validation)):
         if statistics is not None:
             _judge_rows(findings, statistics, name, tokenizer, arguments, vocab_size)
-    if drawn is not None and train.supervised.any():
+    if drawn is not None and train.supervised.any() and selection.gradient_correction == 0:
         _judge_draws(findings, arguments)
     for name, report in (("training", data.train_report), ("validation", data.validation_report)):
         findings.warnings += [] if report is None else _lost(report, name, max_length)

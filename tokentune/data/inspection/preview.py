@@ -21,7 +21,7 @@ from rich.text import Text
 from rich.theme import Theme
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.collators import CausalCollator
+from tokentune.data.collators import CausalCollator, selected_in
 from tokentune.data.encoding import EncodingReport
 from tokentune.data.inspection.checks import Findings, look_at
 from tokentune.data.inspection.row_statistics import RowStatistics
@@ -170,8 +170,9 @@ def _document(rows: Sequence[dict[str, Any]], row: int, arguments: FinetuneArgum
     supervised[:1] = False  # nothing predicts the first token
     selected, learnt = np.zeros_like(supervised), supervised
     if selection.tokentune and not selection.scored:
-        collate = CausalCollator(0, prefix_length=selection.selected, strategy=selection.selection)
-        selected[collate([item])["selected_positions"][0]] = True
+        options = {"strategy": selection.selection, "independent": selection.gradient_correction > 0}
+        batch = CausalCollator(0, selection.selected, **options)([item])
+        selected[batch["selected_positions"][selected_in(batch["attention_mask"], batch).bool()]] = True
         learnt = supervised & np.roll(selected, 1)
     return Document(row, list(item["input_ids"]), supervised, learnt, selected)
 

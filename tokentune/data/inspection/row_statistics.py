@@ -95,21 +95,20 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def draws(
-    rows: Sequence[dict[str, Any]], prefix_length: Size, strategy: str
+    rows: Sequence[dict[str, Any]], prefix_length: Size, strategy: str, *, independent: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the selection makes of the rows, or of `LARGEST_SAMPLE` of them, evenly spaced.
 
     Args:
         rows: with their draw seeds.
-        prefix_length, strategy: as of `CausalCollator`.
+        prefix_length, strategy, independent: as of `CausalCollator`.
 
     Returns:
         Row numbers; of each row the selected tokens, and the supervised ones that a selected token predicts.
     """
     sample = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), LARGEST_SAMPLE)).astype(np.int64))
-    collate = CausalCollator(0, prefix_length=prefix_length, strategy=strategy)
-    batches = (collate([rows[row]]) for row in sample.tolist())
-    counts = [(batch["selected_positions"].shape[1], batch["num_supervised"]) for batch in batches]
+    collate = CausalCollator(0, prefix_length=prefix_length, strategy=strategy, independent=independent)
+    counts = [[int(count) for count in collate.count(collate([rows[row]]))[1:]] for row in sample.tolist()]
     return sample, *np.array(counts).T
 
 
