@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokentune.data.chat.generation_marks import generation_spans
-from tokentune.data.chat.omissions import omissions, refuse_call
+from tokentune.data.chat.omissions import omissions, refuse_call, writes_tools_in_part
 from tokentune.data.chat.rendering import Rendering
 from tokentune.data.chat.spans import Span, SpanFinder, ends_by_next_turn
 from tokentune.data.encoding import Notes, TokenRow, trimmed_offsets
@@ -128,6 +128,9 @@ class ChatEncoder:
             self.notes.add(
                 logging.WARNING, "the chat template does not write the tools, which the model is not shown", where
             )
+        elif conversation.tools and writes_tools_in_part(rendering):
+            left_out = "descriptions or parameters of tools, which the model is therefore not shown"
+            self.notes.add(logging.WARNING, f"the chat template leaves out {left_out}", where)
         for omission in omissions(rendering):
             place = f"{where}, message {omission.message + 1}"
             self.notes.add(omission.level, f"the chat template leaves out {omission.sentence}", place)
