@@ -9,6 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def find_files(
             raise UserError(f"{where}: holds several saved data sets ({_paths(files, folder)}). Name one of them.")
         return files
     _check_kinds(files, folder, where)
-    _tell_doubles(files, folder, where)
+    with suppress(OSError):  # told when the file is read
+        _tell_doubles(files, folder, where)
     _tell_unread(folder, where, files, catalogue)
     return files
 
@@ -302,11 +304,10 @@ def _tell_doubles(files: list[Path], folder: Path, where: str) -> None:
     """Warns of files with the same content. Of files of different sizes nothing is read."""
     sizes = Counter(file.stat().st_size for file in files)
     first: dict[str, Path] = {}
-    for file in files:
-        if sizes[file.stat().st_size] > 1 and (other := first.setdefault(file_hash(file), file)) != file:
-            logger.warning(
-                "%s: %s are the same file twice, and so are their rows", where, _paths([other, file], folder)
-            )
+    for file in (file for file in files if sizes[file.stat().st_size] > 1):
+        if (other := first.setdefault(file_hash(file), file)) != file:
+            both = _paths([other, file], folder)
+            logger.warning("%s: %s have the same content, so that their rows come twice", where, both)
 
 
 # ---- what is not read ------------------------------------------------------------------------------------------------

@@ -15,33 +15,28 @@ VERSION = re.compile(r"(?<![a-z])v(er(sion)?)?[-_.]?\d[\d._-]*$", re.IGNORECASE)
 
 
 def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[str | None, list]]:
-    """Configuration -> split -> files, by each file's stem and the folders around it. What stands in front of a split's
-    word is a configuration's name too: "sft" of "sft_train"."""
+    """Configuration -> split -> files, by each file's stem and the folders around it."""
     # Where the name of one shard is a split's, all are: "unsupervised-00000-of-00001" too.
     sharded = any((match := SHARD.match(stem)) and base_of(match[1]) for stem, _ in paths.values())
     catalogue: dict[str, dict[str | None, list]] = {}
     for path, (stem, folders) in paths.items():
         shard = SHARD.match(stem)
-        (before, split), around = (("", shard[1]) if shard and sharded else _split_told(stem)), list(folders)
-        for number, part in [] if split is not None else reversed(list(enumerate(folders))):
-            before, split = _split_told(part)
-            if split is not None:
-                around[number] = before
+        split, around = (shard[1] if shard and sharded else _split_told(stem)), list(folders)
+        for part in [] if split is not None else reversed(folders):
+            if (split := _split_told(part)) is not None:
+                around.remove(part)
                 break
-        else:
-            around.append(before)
         around = [part for part in around if part.lower() != "data" and _unnumbered(part)]
         catalogue.setdefault("/".join(around), {}).setdefault(split, []).append(path)
     return catalogue
 
 
-def _split_told(text: str) -> tuple[str, str | None]:
-    """What stands in front of the split's word in a file's or folder's name, and the split: from its word to the end,
-    without numbers ("train_sft", "train")."""
+def _split_told(text: str) -> str | None:
+    """The split in a file's or folder's name: from its word to the end, without numbers ("train_sft", "train")."""
     for match in reversed(list(re.finditer("[a-z]+", text.lower()))):
         if any(match[0] in words for words in SPLIT_WORDS.values()):
-            return text[: match.start()].strip("-_. "), _unnumbered(text[match.start() :])
-    return "", None
+            return _unnumbered(text[match.start() :])
+    return None
 
 
 def _unnumbered(text: str) -> str:
