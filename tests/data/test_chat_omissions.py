@@ -163,8 +163,8 @@ def test_keys_that_a_template_needs_are_read() -> None:
     ("written", "told"),
     [
         ("tools | tojson", []),
-        ("tools[0].function.name", ["leaves out descriptions or parameters of tools"]),
-        ("tools[0].function.name + tools[0].function.description", ["leaves out descriptions or parameters of tools"]),
+        ("tools[0].function.name", ["leaves out a part of the tools"]),
+        ("tools[0].function.name + tools[0].function.description", ["leaves out a part of the tools"]),
         ("messages | length | string", ["does not write the tools"]),
         ("tools | tojson if messages[0].role == 'system' else ''", ["does not write the tools"]),
     ],

@@ -51,7 +51,7 @@ def omissions(rendering: Rendering) -> Iterator[Omission]:
 
 
 def writes_tools_in_part(rendering: Rendering) -> bool:
-    """Whether a description or a parameter of the tools stands nowhere in what the template writes."""
+    """Whether a tool's name, a parameter or a description stands nowhere in what the template writes."""
     for said in _said_of_tools(rendering.conversation.tools):
         forms = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
         if not any(form in rendering.text for form in forms):
@@ -60,13 +60,13 @@ def writes_tools_in_part(rendering: Rendering) -> bool:
 
 
 def _said_of_tools(value: Any) -> Iterator[str]:
-    """The names of parameters, and the beginnings of descriptions: templates write long ones on several lines."""
+    """The names of tools and parameters, and the beginnings of descriptions, which may be on several lines."""
     if isinstance(value, list):
         for inner in value:
             yield from _said_of_tools(inner)
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if key == "description" and isinstance(inner, str) and inner.strip():
+            if key in ("name", "description") and isinstance(inner, str) and inner.strip():
                 yield inner.strip().splitlines()[0][:20].strip()
             elif key == "properties" and isinstance(inner, dict):
                 yield from inner
