@@ -1,8 +1,7 @@
 """Where prompts are longer than answers: the time to full training's loss, by arm, each with runs of several lengths.
 
-    python scripts/bench/prompt_heavy.py --model FOLDER --data ../shared/data --tasks tools-lora \
+    python scripts/bench/prompt_heavy.py --model FOLDER --data FOLDER --tasks tools-lora \
         --output scripts/bench/results/prompt_heavy.json
-    python scripts/bench/prompt_heavy.py --tiny ../shared/models/llama-tiny --data ../shared/data --plan
     python scripts/bench/prompt_heavy.py --tiny FOLDER --data FOLDER --small --output /tmp/prompt_heavy.json
 
 Tasks (`prompts/tasks.py`) of a pretrained model (`--model`, such as SmolLM2-135M-Instruct) and of a tiny one
@@ -28,6 +27,7 @@ The JSON holds
 """
 
 import argparse
+import gc
 import json
 import re
 import sys
@@ -73,6 +73,7 @@ def main() -> None:
             print(f"{gone:.0f} min gone, {sum(expected):.0f} to go in {len(runs)} runs: {said(runs[0])}", flush=True)
             report["runs"].append(done(report, runs[0], places[runs[0].task]))
             write(report, options.output)
+            gc.collect()  # the model
 
 
 def parse() -> argparse.Namespace:

@@ -302,18 +302,18 @@ def score_of(report: dict, task: str, method: str) -> str:
 
 
 def padding_table() -> str:
-    """Work of padded batches over that of their rows."""
+    """Work of padded batches over that of their rows, answers selected."""
     report = read("padding.json")
     orders = {"random": "random order", "by_length": "by length", "by_sum": "by the sum of units", "by_both": "by both"}
     rows = [
-        [WEIGHTS[row["train"]], f"`{row['selected']}`", str(row["micro_batch"])]
-        + [f"+{100 * (row[order] - 1):.1f} %" for order in orders]
+        [WEIGHTS[row["train"]], str(row["micro_batch"]), *(f"+{row[order] - 1:.1%}" for order in orders)]
         for row in report["rows"]
+        if row["selected"] == "answers"
     ]
     data, batch, epochs = report["data"], report["global_batch"], report["epochs"]
     tokens, share = f"{data['tokens']:,} tokens", f"{data['targets'] / data['tokens']:.0%} of them answers"
     said = f"{data['rows']:,} tool calls ({tokens}, {share}), a global batch of {batch}, mean of {epochs} orders."
-    return f"{markdown(['trained', 'selected', 'micro-batch', *orders.values()], rows)}\n\n{said}"
+    return f"{markdown(['trained', 'micro-batch', *orders.values()], rows)}\n\n{said}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

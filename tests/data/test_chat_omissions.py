@@ -159,6 +159,28 @@ def test_keys_that_a_template_needs_are_read() -> None:
     assert all(level == logging.INFO and "'name' of messages of the role 'tool'" in text for level, text in found)
 
 
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("tools | tojson", []),
+        ("tools[0].function.name", ["leaves out a part of the tools"]),
+        ("tools[0].function.name + tools[0].function.description", ["leaves out a part of the tools"]),
+        ("messages | length | string", ["does not write the tools"]),
+        ("tools | tojson if messages[0].role == 'system' else ''", ["does not write the tools"]),
+    ],
+)
+def test_tools_that_are_not_written_or_in_part(written: str, told: list[str]) -> None:
+    """Also where the template wrote the last row's, and this row's call names the tool."""
+    schema = {"type": "object", "properties": {"city": {"type": "string", "description": 'Whose\n "weather"'}}}
+    tools = [{"type": "function", "function": {"name": "weather", "description": " Tells it. ", "parameters": schema}}]
+    system = {"role": "system", "content": "Use the tool weather."}
+    encode = ChatEncoder(chat_tokenizer(f"{{{{ {written} }}}}" + TOOLS.partition("{% endif %}")[2]))
+    for messages in ([system, Q, A], [Q, A | {"tool_calls": [CALL]}, Q, A]):
+        encode(openai_conversation(messages, tools, "row 1"), "row 1")
+    found = [text for text, (level, _, _) in encode.notes.found.items() if "tools" in text and level == logging.WARNING]
+    assert len(found) == len(told) and all(part in text for part, text in zip(told, found, strict=True))
+
+
 def test_nothing_is_said_of_what_is_written() -> None:
     assert notes(FEW_ROLES, [{"role": "system", "content": "Be brief."}, Q, A]) == []
     assert notes(TOOLS, [Q, A | {"tool_calls": [CALL]}, {"role": "tool", "content": "21"}, A]) == []

@@ -124,6 +124,29 @@ def test_rows_that_are_not_to_be_learnt_are_refused(form: dict, tmp_path: Path) 
         load(write(tmp_path / "a.jsonl", [form | row]), tokenizer=TOKENIZER)
 
 
+@pytest.mark.parametrize("form", [{"messages": CHAT}, {"prompt": "a", "completion": "b"}, ALPACA])
+def test_answers_that_are_not_wanted_are_refused(form: dict, tmp_path: Path) -> None:
+    """TRL's and LLaMA-Factory's data for learning from both. The label of a text is a class."""
+    for name, value in (("label", False), ("label", "False"), ("kto_tag", False), ("kto_tag", 0)):
+        told = refused(write(tmp_path / "a.jsonl", [form, form | {name: value}]), tokenizer=TOKENIZER)
+        assert f"row 2: has {name!r}: {value!r}" in told
+    for row in (form | {"label": True}, form | {"label": 0}, {"text": "x", "label": False}):
+        load(write(tmp_path / "a.jsonl", [row]), tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "stream"])
+def test_all_columns_that_are_not_read_are_in_the_log(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / ("a.csv" if kind == "csv" else "a.jsonl")
+    row = {"prompt": "a", "completion": "b", "id": "5", "chosen": "c", "preamble": "p"}
+    pandas.DataFrame([row]).to_csv(path, index=False) if kind == "csv" else write(path, [row, row])
+    with caplog.at_level(logging.INFO, logger="tokentune"):
+        stream(str(path)) if kind == "stream" else load(str(path))
+    assert "; not read: 'id', 'preamble'" in caplog.text
+    assert ("not read: the columns 'chosen'" in caplog.text) == (kind != "stream")  # told when the row is drawn
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "stream"])
 def test_rows_that_are_not_to_be_learnt_in_other_files(kind: str, tmp_path: Path) -> None:
     table = pandas.DataFrame([ALPACA | {"weight": 1}, ALPACA | {"weight": 0}])

@@ -97,6 +97,39 @@ def test_two_kinds_of_file_of_one_name(tmp_path: Path) -> None:
     assert "may hold the same rows twice" in refused(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ([shard("train"), shard("train", 0, 2), shard("train", 1, 2)], "the files of 'train' are numbered as those of"),
+        (
+            ["train-00000-of-00001-ab.parquet", "train-00000-of-00001-cd.parquet"],
+            "several sets, which may hold the same",
+        ),
+        (["train (1).jsonl", "train.jsonl"], "'train (1).jsonl', 'train.jsonl' have one name, and may hold the same"),
+        (["old/rows.jsonl", "rows.jsonl"], "several configurations: (the folder itself), old."),
+        (["train_v1.jsonl", "train_v2.jsonl"], "several splits for train: train_v1, train_v2."),
+    ],
+)
+def test_other_states_of_one_set_are_not_joined(names: list[str], told: str, tmp_path: Path) -> None:
+    assert told in refused(put(tmp_path, *names))
+
+
+def test_splits_by_other_words(tmp_path: Path) -> None:
+    put(tmp_path, "devset.jsonl", "heldout.jsonl", "trainset (1).jsonl", "trainset (2).jsonl")
+    assert found(tmp_path) == ["trainset (1).jsonl", "trainset (2).jsonl"]
+    assert found(tmp_path, "validation") == ["devset.jsonl"] and found(tmp_path, "test") == ["heldout.jsonl"]
+
+
+def test_files_of_the_same_content_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.jsonl", "b.jsonl")
+    assert len(found(tmp_path)) == 2 and "the same content" not in caplog.text  # of the same size
+    (tmp_path / "rows_old.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "c.jsonl").symlink_to(tmp_path / "b.jsonl")
+    assert len(found(tmp_path)) == 4
+    assert "'a.jsonl', 'rows_old.jsonl' have the same content, so that their rows come twice" in caplog.text
+    assert "'b.jsonl', 'c.jsonl' have the same content" in caplog.text
+
+
 def test_what_tells_no_split_cannot_be_chosen_from(tmp_path: Path) -> None:
     put(tmp_path, "a.jsonl", "b.jsonl")
     assert found(tmp_path) == ["a.jsonl", "b.jsonl"]
@@ -157,6 +190,11 @@ def test_a_readme_s_default_and_what_it_joins(tmp_path: Path) -> None:
         ("  data_files: hf://datasets/a/b/c.csv\n", "names a file elsewhere"),
         ("  data_files:\n  - split: 5\n", "the configs in its README.md cannot be read"),
         ("  data_files: [\n", "the configs in its README.md cannot be read"),
+        ("  data_files: a.csv\n- config_name: x\n", "the configs in its README.md cannot be told apart: the name 'x'"),
+        (
+            "  data_files:\n  - {split: train, path: a.csv}\n  - {split: train, path: deep}\n",
+            "the data_files in its README.md cannot be read: Some splits are duplicated",
+        ),
         ("  data_files: b-*.csv\n", "its README.md names data that is not there: 'b-*.csv'. Copy or download it"),
         ("  data_files:\n  - a.csv\n  - b.csv\n", "its README.md names data that is not there: 'b.csv'"),
         ("  data_dir: below\n", "its README.md names data that is not there: 'below/*'"),

@@ -292,6 +292,7 @@ def test_alpaca_template() -> None:
         ("", "line 1: not valid JSON"),
         ('{"prompt_input":\n oops}', "line 2: not valid JSON"),
         ("[]", "expected a JSON object"),
+        ('{"prompt_input": "a", "prompt_input": "b"}', "the name 'prompt_input' occurs twice"),
         ('{"prompt_input": "{instruction} {input}", "response_split": ":"}', "needs the key 'prompt_no_input'"),
         ('{"prompt_input": "{instruction} {input}", "prompt_no_input": "{instruction}"}', "'response_split'"),
         ('{"prompt_input": "{instruction} {input}", "prompt_no_input": 3, "response_split": ""}', "with a text"),

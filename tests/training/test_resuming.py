@@ -200,6 +200,7 @@ def test_rows_that_are_grouped_otherwise_are_another_run(run: Run, uninterrupted
     assert saved.pop("grouping") is None
     del saved["settings"]["group_by_length"]  # as of a version without the flag
     (checkpoint / RUN_STATE_NAME).write_text(json.dumps(saved), encoding="utf-8")
+    (checkpoint / MANIFEST_NAME).unlink()
     seal(checkpoint)
     with pytest.raises(UserError, match="--group_by_length puts other rows together than when"):
         run(tmp_path, words)

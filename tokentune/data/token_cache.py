@@ -24,7 +24,8 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.formats.records import RecordSource, file_hash
+from tokentune.data.formats.record_files import file_hash
+from tokentune.data.formats.records import RecordSource
 from tokentune.data.prompts import PromptTemplate
 from tokentune.settings.data import DataArguments
 from tokentune.sources import first_line

@@ -50,6 +50,31 @@ def omissions(rendering: Rendering) -> Iterator[Omission]:
             yield from _of_message(rendering, index, left_out, written)
 
 
+def writes_tools_in_part(rendering: Rendering) -> bool:
+    """Whether a tool's name, a parameter or a description stands nowhere in what the template writes."""
+    for said in _said_of_tools(rendering.conversation.tools):
+        forms = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
+        if not any(form in rendering.text for form in forms):
+            return True
+    return False
+
+
+def _said_of_tools(value: Any) -> Iterator[str]:
+    """The names of tools and parameters, and the beginnings of descriptions, which may be on several lines."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _said_of_tools(inner)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("name", "description") and isinstance(inner, str) and inner.strip():
+                yield inner.strip().splitlines()[0][:20].strip()
+            elif key == "properties" and isinstance(inner, dict):
+                yield from inner
+                yield from _said_of_tools([*inner.values()])
+            else:
+                yield from _said_of_tools(inner)
+
+
 def _unread_keys(rendering: Rendering) -> Iterator[Omission]:
     """Keys that change nothing of what the template writes, told by role."""
     found: dict[tuple[str, str], int] = {}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokentune.data.chat.generation_marks import generation_spans
-from tokentune.data.chat.omissions import omissions, refuse_call
+from tokentune.data.chat.omissions import omissions, refuse_call, writes_tools_in_part
 from tokentune.data.chat.rendering import Rendering
 from tokentune.data.chat.spans import Span, SpanFinder, ends_by_next_turn
 from tokentune.data.encoding import Notes, TokenRow, trimmed_offsets
@@ -124,10 +124,8 @@ class ChatEncoder:
         if self.system_in_user:
             conversation = system_in_user(conversation)
         rendering = self._rendering(conversation, where)
-        if conversation.tools and not self._writes_tools(rendering):
-            self.notes.add(
-                logging.WARNING, "the chat template does not write the tools, which the model is not shown", where
-            )
+        if conversation.tools and (left_out := self._tools_left_out(rendering)) is not None:
+            self.notes.add(logging.WARNING, left_out, where)
         for omission in omissions(rendering):
             place = f"{where}, message {omission.message + 1}"
             self.notes.add(omission.level, f"the chat template leaves out {omission.sentence}", place)
@@ -152,14 +150,15 @@ class ChatEncoder:
                 f"{error}\nIt takes the conversation with its system message in front of the user's: --system_in_user."
             ) from error
 
-    def _writes_tools(self, rendering: Rendering) -> bool:
-        """Whether the template writes a conversation's tools. Where it wrote the last one's, names in the text suffice,
-        which saves a rendering."""
-        inner = (tool.get("function", tool) for tool in rendering.conversation.tools)
-        named = all(isinstance(tool, dict) and str(tool.get("name")) in rendering.text for tool in inner)
-        if not (self._tools_written and named):
+    def _tools_left_out(self, rendering: Rendering) -> str | None:
+        """What to say of a conversation's tools that the template does not write; None: it writes them. A rendering
+        without tools is made only where it is needed: of the first, and where something is missing in the text."""
+        in_part = writes_tools_in_part(rendering)
+        if in_part or not self._tools_written:
             self._tools_written = not rendering.is_the_same_without(tools=False)
-        return self._tools_written
+        if not self._tools_written:
+            return "the chat template does not write the tools, which the model is not shown"
+        return "the chat template leaves out a part of the tools, which the model is not shown" if in_part else None
 
     def _unended(self) -> bool:
         if self._ends_by_next_turn is None:

@@ -9,6 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from tokentune.data.formats.json_files import name_twice
-from tokentune.data.formats.record_files import kind_of_file, stem_of
+from tokentune.data.formats.record_files import file_hash, kind_of_file, stem_of
 from tokentune.data.formats.split_names import SHARD, SPLIT_WORDS, base_of, labelled
 from tokentune.errors import UserError
 from tokentune.sources import COMPRESSIONS, KINDS, first_line, listed
@@ -64,6 +65,8 @@ def find_files(
             raise UserError(f"{where}: holds several saved data sets ({_paths(files, folder)}). Name one of them.")
         return files
     _check_kinds(files, folder, where)
+    with suppress(OSError):  # told when the file is read
+        _tell_doubles(files, folder, where)
     _tell_unread(folder, where, files, catalogue)
     return files
 
@@ -156,8 +159,12 @@ def _card_splits(folder: Path, name: str, card: dict[str, Any], where: str) -> S
                 f"which holds folders of {listed(sorted(configs))}. Give one of them."
             )
         return configs.get("", {None: [folder / "*"]} if "data_dir" in card else {})
+    try:
+        named = sanitize_patterns(card["data_files"])
+    except ValueError as error:
+        raise UserError(f"{where}: the data_files in its README.md cannot be read: {first_line(error)}") from error
     splits: Splits = {}
-    for split, patterns in sanitize_patterns(card["data_files"]).items():
+    for split, patterns in named.items():
         found: dict[Path, None] = {}
         for pattern in patterns:
             if "://" in pattern:
@@ -291,6 +298,16 @@ def _check_kinds(files: list[Path], folder: Path, where: str) -> None:
                 f"{where}: {_paths([other, file], folder)} have one name, and may hold the same rows twice. "
                 "Name one of them."
             )
+
+
+def _tell_doubles(files: list[Path], folder: Path, where: str) -> None:
+    """Warns of files with the same content. Of files of different sizes nothing is read."""
+    sizes = Counter(file.stat().st_size for file in files)
+    first: dict[str, Path] = {}
+    for file in (file for file in files if sizes[file.stat().st_size] > 1):
+        if (other := first.setdefault(file_hash(file), file)) != file:
+            both = _paths([other, file], folder)
+            logger.warning("%s: %s have the same content, so that their rows come twice", where, both)
 
 
 # ---- what is not read ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ As in `data/formats/json_files.py`, a row that is wrong in a file that can be re
 """
 
 import csv
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -49,6 +50,12 @@ def stem_of(path: PurePath) -> str:
     """A file's name without the suffixes of its kind and compression."""
     ends = [suffix for suffix in DATA_SUFFIXES if path.name.lower().endswith(suffix)]
     return path.name[: -len(ends[0])] if ends else path.name
+
+
+def file_hash(file: Path) -> str:
+    """The SHA-256 of its content. Raises OSError."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def rows_of_file(path: Path, columns: Sequence[str] | None, flag: str) -> Rows:

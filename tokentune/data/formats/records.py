@@ -27,6 +27,7 @@ from tokentune.data.formats.dataset_layout import CHOICES, find_files, is_saved
 from tokentune.data.formats.record_files import (
     columns_of_file,
     count_in_file,
+    file_hash,
     kind_of_file,
     rows_of_file,
     rows_of_table,
@@ -117,12 +118,6 @@ class RecordSource:
             files += [Path(file["filename"]) for file in self.table.cache_files]
             made = self.table._fingerprint
         return hashlib.sha256(repr([made, *((kind_of_file(f), file_hash(f)) for f in files)]).encode()).hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """The SHA-256 of its content. Raises OSError."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def open_source(

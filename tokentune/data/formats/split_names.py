@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "devset", "valset"),
+    "test": ("test", "testing", "testset", "holdout", "heldout"),
 }
 SHARD = re.compile(r"(.+?)-\d{5}-of-(\d{5})")  # as `datasets` names the files of one split
 NUMBERS = re.compile(r"(?:(?<![a-z])(?:part|shard|chunk|file|of)(?![a-z])|[-_. ()\d])+$", re.IGNORECASE)
+VERSION = re.compile(r"(?<![a-z])v(er(sion)?)?[-_.]?\d[\d._-]*$", re.IGNORECASE)
 
 
 def labelled(paths: Mapping[Any, tuple[str, Sequence[str]]]) -> dict[str, dict[str | None, list]]:
@@ -39,9 +40,11 @@ def _split_told(text: str) -> str | None:
 
 
 def _unnumbered(text: str) -> str:
-    """A name without what counts files: "train" of "train_part-01"."""
+    """A name without what counts files: "train" of "train_part-01", all of "train_v2"."""
     match = NUMBERS.search(text)
-    return text[: match.start()] if match and any(c.isdigit() for c in match[0]) else text
+    if match is None or not any(c.isdigit() for c in match[0]) or VERSION.search(text):
+        return text
+    return text[: match.start()]
 
 
 def base_of(name: str) -> str | None:
