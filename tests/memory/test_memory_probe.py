@@ -19,6 +19,7 @@ from torch import Tensor
 from tokentune import finetune
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.collators import SeededRows
+from tokentune.data.packing import pack
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.memory import available_memory
@@ -51,6 +52,7 @@ def build(tiny_llama_dir: Path, tmp_path: Path) -> Build:
         ensure_pad_token(tokenizer, model.config.vocab_size)
         settings = build_training_arguments(arguments, tmp_path / "run")
         train = SeededRows(make_rows(19) if rows is None else rows, arguments.optimization.seed)
+        train = pack(train, arguments.data.max_length) if arguments.data.packing else train
         validation = make_rows(5, seed=5) if "--eval_dataset" in words else None
         model = model if dtype is None else model.to(dtype)
         return build_trainer(model, settings, train, validation, tokenizer, arguments), arguments

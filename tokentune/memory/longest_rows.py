@@ -72,17 +72,12 @@ def _longest(rows: Any, count: int) -> list[Any]:
 
 def _with_targets(item: dict[str, Any], count: int) -> dict[str, Any]:
     """The row with at least so many target positions, as far as it has tokens: from its end, labels are the tokens."""
-    if "documents" in item:
-        documents = []
-        for document in reversed(item["documents"]):
-            documents.append(_with_targets(document, count))
-            count -= target_counts_of(documents[-1:]).item()
-        return {**item, "documents": documents[::-1]}
-    labels, tokens = list(item["labels"]), item["input_ids"]
-    missing = count - target_counts_of([item]).item()
-    for place in range(len(labels) - 1, 0, -1):
-        if missing <= 0:
-            break
-        if labels[place] == IGNORED_LABEL:
-            labels[place], missing = tokens[place], missing - 1
-    return {**item, "labels": labels}
+    documents = item.get("documents", [item])
+    missing, changed = count - int(target_counts_of(documents).sum()), []
+    for document in reversed(documents):
+        labels, tokens = list(document["labels"]), document["input_ids"]
+        for place in range(len(labels) - 1, 0, -1):
+            if missing > 0 and labels[place] == IGNORED_LABEL:
+                labels[place], missing = tokens[place], missing - 1
+        changed.insert(0, {**document, "labels": labels})
+    return {**item, "documents": changed} if "documents" in item else changed[0]
