@@ -36,8 +36,8 @@ def test_a_selection_beside_answers() -> None:
 def test_answers_have_nothing_beside_them() -> None:
     said, warns = gain_of(Shares(0.05, 0.05, 1.0), LORA, "answers")
     assert said == (
-        "--prefix_length answers selects 5% of the tokens, which predict all of the answers' tokens; by arithmetic, not "
-        "measured, a step takes 0.53 of the time and about 0.05 of the activations of ordinary training"
+        "--prefix_length answers selects 5% of the tokens, which predict all of the answers' tokens; by arithmetic, "
+        "not measured, a step takes 0.53 of the time and about 0.05 of the activations of ordinary training"
     )
     assert not warns
     more, _ = gain_of(Shares(0.05, 0.15, 1.0), LORA, "answers+0.1")
