@@ -304,7 +304,7 @@ def score_of(report: dict, task: str, method: str) -> str:
 def padding_table() -> str:
     """Work of padded batches over that of their rows, answers selected."""
     report = read("padding.json")
-    orders = {"random": "random order", "by_length": "by length", "by_sum": "by the sum of units", "by_both": "by both"}
+    orders = {"random": "random order", "by_length": "by length", "by_both": "`--group_by_length`"}
     rows = [
         [WEIGHTS[row["train"]], str(row["micro_batch"]), *(f"+{row[order] - 1:.1%}" for order in orders)]
         for row in report["rows"]

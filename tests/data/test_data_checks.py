@@ -271,19 +271,19 @@ def long_prompts(count: int = 20) -> list[dict]:
         (
             "--tokentune --prefix_length 0.3",
             "INFO",
-            "--prefix_length 0.3 selects 30% of the tokens, which hold all of the answers' tokens",
+            "--prefix_length 0.3 selects 30% of the tokens, which predict all of the answers' tokens",
             "0.53 of the time and about 0.30 of the activations of ordinary training. --prefix_length answers: 5%",
         ),
         (
             "--tokentune --prefix_length answers --lora",
             "INFO",
-            "--prefix_length answers selects 5% of the tokens, which hold all of the answers' tokens",
+            "--prefix_length answers selects 5% of the tokens, which predict all of the answers' tokens",
             "0.53 of the time and about 0.05 of",
         ),
         (
             "--tokentune --prefix_length 0.3 --selection random",
             "WARNING",
-            "--prefix_length 0.3 selects 30% of the tokens, which hold ",
+            "--prefix_length 0.3 selects 30% of the tokens, which predict ",
             "That is no more tokens and more of the answers",
         ),
         ("--tokentune --prefix_length 0.95", "WARNING", "--prefix_length 0.95 selects 95%", "saves hardly any time"),

@@ -26,7 +26,7 @@ def test_time_of_a_step(step: Step, expected: float) -> None:
 def test_a_selection_beside_answers() -> None:
     said, warns = gain_of(Shares(answers=0.4, selected=0.3, learnt=0.51), PLAIN, "0.3")
     assert said == (
-        "--prefix_length 0.3 selects 30% of the tokens, which hold 51% of the answers' tokens; by arithmetic, not "
+        "--prefix_length 0.3 selects 30% of the tokens, which predict 51% of the answers' tokens; by arithmetic, not "
         "measured, a step takes 0.53 of the time and about 0.30 of the activations of ordinary training. "
         "--prefix_length answers: 40%, all of the answers, 0.60 of the time and about 0.40 of the activations"
     )
@@ -36,8 +36,8 @@ def test_a_selection_beside_answers() -> None:
 def test_answers_have_nothing_beside_them() -> None:
     said, warns = gain_of(Shares(0.05, 0.05, 1.0), LORA, "answers")
     assert said == (
-        "--prefix_length answers selects 5% of the tokens, which hold all of the answers' tokens; by arithmetic, not "
-        "measured, a step takes 0.53 of the time and about 0.05 of the activations of ordinary training"
+        "--prefix_length answers selects 5% of the tokens, which predict all of the answers' tokens; by arithmetic, "
+        "not measured, a step takes 0.53 of the time and about 0.05 of the activations of ordinary training"
     )
     assert not warns
     more, _ = gain_of(Shares(0.05, 0.15, 1.0), LORA, "answers+0.1")
@@ -91,4 +91,4 @@ def test_of_activations_nothing_is_said_with_checkpointing() -> None:
     ("share", "shown"), [(0.004, "0.40%"), (0.01, "1%"), (0.994, "99%"), (0.998, "99.80%"), (1.0, "all"), (0.0, "none")]
 )
 def test_no_share_is_rounded_to_all_or_none(share: float, shown: str) -> None:
-    assert f"which hold {shown} of" in gain_of(Shares(0.5, 0.3, share), PLAIN, "0.3")[0]
+    assert f"which predict {shown} of" in gain_of(Shares(0.5, 0.3, share), PLAIN, "0.3")[0]

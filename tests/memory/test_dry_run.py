@@ -49,7 +49,7 @@ def test_says_what_the_run_then_does(
     assert "(2 x 2 micro-batches x 1 processes)" in told["steps"]
     if "tokentune" in words:
         share = numbers(told["tokens"])[2] / numbers(told["tokens"])[0]
-        assert f"selects {share:.0%} of the tokens, which hold " in told["selection"]
+        assert f"selects {share:.0%} of the tokens, which predict " in told["selection"]
     else:
         assert told["selection"].startswith("19% of the tokens predict an answer's: --tokentune")
     model = summary["model"]

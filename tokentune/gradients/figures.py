@@ -84,8 +84,8 @@ def by_proportion(report: dict[str, Any]) -> Any:
             panel.plot([r["proportion"] for r in on_line], [value(r) for r in on_line], label=name, **look)
             for result in answers:
                 place = share_of(result, data), value(result)
-                panel.plot(*place, **look | {"linestyle": "none", "markerfacecolor": "none"})
-                panel.annotate(result["proportion"], place, (4, 4), textcoords="offset points", fontsize=9)
+                panel.plot(*place, **look | {"linestyle": "none", "markerfacecolor": "none", "clip_on": False})
+                panel.annotate(result["proportion"], place, (7, -3), textcoords="offset points", fontsize=9)
             if title.startswith("Cosine"):
                 xs, ys = zip(*((share_of(r, data), value(r)) for r in results), strict=True)
                 errors = [2 * result["whole"]["cosine"]["standard_error"] for result in results]

@@ -182,7 +182,7 @@ class DiagnoseArguments(FinetuneArguments):
         try:
             SelectionArguments.__post_init__(selection)
         except UserError as error:
-            said = str(error).replace("--prefix_length", "--proportions").replace("gradient_correction", "corrections")
+            said = str(error).replace("--prefix_length", "--proportions")
             if setting.strategy != self.selection.selection:
                 said = said.replace("--selection ", "--strategies ", 1)
             raise UserError(said) from None

@@ -62,7 +62,7 @@ def gain_of(shares: Shares, step: Step, prefix_length: str | None) -> tuple[str,
         )
     most = "at most " if ":" in prefix_length else ""
     said = (
-        f"--prefix_length {prefix_length} selects {most}{_percent(shares.selected)} of the tokens, which hold "
+        f"--prefix_length {prefix_length} selects {most}{_percent(shares.selected)} of the tokens, which predict "
         f"{_percent(shares.learnt)} of the answers' tokens; by arithmetic, not measured, a step takes "
         f"{step.cost(shares.selected)} of ordinary training"
     )
