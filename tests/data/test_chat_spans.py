@@ -143,6 +143,18 @@ def test_a_call_is_learnt_from_its_beginning() -> None:
     assert learnt(PARTED, ONE_CALL) == expected
 
 
+def test_a_call_without_the_space_that_texts_begin_with() -> None:
+    """As Mistral's templates write it, which have no generation prompt."""
+    template = """{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}
+{%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}
+{%- elif m.tool_calls %}{{ '[TOOL_CALLS] ' + m.tool_calls[0].function | tojson + eos_token }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+    chat = [user("Weather?"), assistant(tool_calls=[call(city="Rome")]), tool("21 degrees"), assistant("Warm.")]
+    called = '[TOOL_CALLS] {"name": "weather", "arguments": {"city": "Rome"}}</s>'
+    assert learnt(template, [*chat, *chat]) == [called, " Warm.</s>"] * 2
+
+
 def test_a_call_under_a_prompt_that_opens_reasoning() -> None:
     called = '<call>{"name": "weather", "arguments": {"city": "Rome", "days": 3}}<|im_end|>'
     assert learnt(OPENING, ONE_CALL) == [
