@@ -52,6 +52,7 @@ from rich.table import Table
 
 from tokentune.environment import device_facts, library_versions
 from tokentune.sampling.independent import why_not_independent
+from tokentune.sampling.schedule import parse_prefix_length
 from tokentune.settings.diagnose import DiagnoseArguments, Setting, named
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,9 @@ def failure_signs(result: dict[str, Any], data: dict[str, Any]) -> list[dict[str
             "estimate.py, or add --gradient_checkpointing"
         )
     if cosine is not None and cosine < LEAST_COSINE:
-        corrects = not answers and result["correction"] < 1 and proportion >= LEAST_CORRECTED
-        corrects = corrects and why_not_independent(result["strategy"], proportion) is None
+        size = parse_prefix_length(str(result["proportion"]))
+        corrects = result["correction"] < 1 and proportion >= LEAST_CORRECTED
+        corrects = corrects and why_not_independent(result["strategy"], size) is None
         cure = "--corrections 1, or a larger proportion" if corrects else "a larger proportion"
         signs["direction"] = (
             f"the mean over draws has another direction than the full gradient (cosine {cosine:.2f}), which no larger "
