@@ -269,8 +269,12 @@ def test_given_positions_need_their_probabilities() -> None:
     assert distance(gradients_of(model, inputs | every), expected) <= 1e-12  # all tokens: ordinary training
 
 
-def test_weights_that_a_model_cannot_take_are_refused_with_what_works() -> None:
-    model = apply_tokentune(llama(1), 0.5, strategy="random", verify=False, gradient_correction=1.0)
+def test_a_loss_of_others_takes_no_weights_and_what_works_is_named() -> None:
+    model, inputs = llama(3), row()
+    full = gradients_of(copy.deepcopy(model), inputs)
     model.forward = lambda *args, **kwargs: LlamaForCausalLM.forward(model, *args, **kwargs)  # as of another library
+    apply_tokentune(model, 0.5, strategy="random", verify=False, gradient_correction=1.0)
     with pytest.raises(UnsupportedModelError, match=r"gradient_correction needs them .* take answers\+0.1"):
-        model(**row())
+        model(**inputs)
+    apply_tokentune(model, "answers+0.4", verify=False, gradient_correction=1.0)
+    assert distance(mean_over_draws(model, inputs, [0.4, 0.4, 1, 1, 1, 0.4]), full) <= 1e-12
