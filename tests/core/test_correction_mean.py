@@ -131,7 +131,7 @@ def test_without_scales_or_weights_it_is_not() -> None:
         given |= {} if drawn.fillers is None else {"selection_fillers": drawn.fillers}
         for name, value in gradients_of(model, inputs | given).items():
             mean[name] = mean.get(name, 0) + chance * value
-    assert mean["loss"] == pytest.approx(full["loss"], rel=1e-12)
+    assert float(mean["loss"]) == pytest.approx(float(full["loss"]), rel=1e-12)
     assert distance(mean, full) > 0.1
 
 
@@ -146,7 +146,7 @@ def test_draws_that_depend_on_one_another_leave_a_bias(layers: int) -> None:
     rows = {name: value.expand(len(positions), -1) for name, value in inputs.items()}
     given = {"selected_positions": positions, "selection_probabilities": halves, "selection_weights": 1 / halves}
     found = gradients_of(model, rows | given)
-    assert found["loss"] == pytest.approx(full["loss"], rel=1e-12)
+    assert float(found["loss"]) == pytest.approx(float(full["loss"]), rel=1e-12)
     assert distance(found, full) > 0.01
 
 
@@ -195,7 +195,8 @@ def test_checkpointing_gives_the_same_gradients_to_the_last_bit(rest: str) -> No
         )
         if checkpointed:
             model.activation_checkpointing_enable()
-        found.append(gradients_of(model, every_subset(row())))
+        model(**every_subset(row())).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
@@ -215,7 +216,7 @@ def test_after_a_scoring_pass() -> None:
     options = {"strategy": "random", "scoring_pass": ScoringOptions(), "gradient_correction": 1.0}
     apply_tokentune(model, 0.5, verify=False, **options)
     assert distance(gradients_of(model, every_subset(inputs)), full) <= 1e-12
-    assert last_draw(model).loss / (2**SIZE * 3) == pytest.approx(full["loss"], rel=1e-6)
+    assert float(last_draw(model).loss) / (2**SIZE * 3) == pytest.approx(float(full["loss"]), rel=1e-6)
 
 
 def test_hooks_of_others_on_a_layer() -> None:
@@ -268,8 +269,12 @@ def test_given_positions_need_their_probabilities() -> None:
     assert distance(gradients_of(model, inputs | every), expected) <= 1e-12  # all tokens: ordinary training
 
 
-def test_weights_that_a_model_cannot_take_are_refused_with_what_works() -> None:
-    model = apply_tokentune(llama(1), 0.5, strategy="random", verify=False, gradient_correction=1.0)
+def test_a_loss_of_others_takes_no_weights_and_what_works_is_named() -> None:
+    model, inputs = llama(3), row()
+    full = gradients_of(copy.deepcopy(model), inputs)
     model.forward = lambda *args, **kwargs: LlamaForCausalLM.forward(model, *args, **kwargs)  # as of another library
+    apply_tokentune(model, 0.5, strategy="random", verify=False, gradient_correction=1.0)
     with pytest.raises(UnsupportedModelError, match=r"gradient_correction needs them .* take answers\+0.1"):
-        model(**row())
+        model(**inputs)
+    apply_tokentune(model, "answers+0.4", verify=False, gradient_correction=1.0)
+    assert distance(mean_over_draws(model, inputs, [0.4, 0.4, 1, 1, 1, 0.4]), full) <= 1e-12

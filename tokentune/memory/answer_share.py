@@ -7,7 +7,7 @@ from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import PromptTemplate, ensure_pad_token
 from tokentune.data.row_sizes import lengths_of, target_counts_of
 from tokentune.errors import UserError
-from tokentune.memory.footprint import unknown_answers
+from tokentune.memory.estimated_batch import unknown_answers
 from tokentune.memory.presets import Subject
 from tokentune.models.pretrained import load_tokenizer
 from tokentune.models.tasks import CAUSAL_LM

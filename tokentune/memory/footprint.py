@@ -18,7 +18,6 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
@@ -39,17 +38,14 @@ from tokentune.memory.accounting import (
     states_of,
     weights_of,
 )
+from tokentune.memory.estimated_batch import batch_without_data, unknown_answers
 from tokentune.memory.fake_device import fake_device, replaced, run_backward, to_fake
 from tokentune.memory.shallow import with_depth
 from tokentune.memory.sharding import Sharing
 from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype, needs_reference
 from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
-from tokentune.sampling.independent import count_at_quantile
-from tokentune.sampling.sampler import answers_count, selected_count
-from tokentune.sampling.schedule import Answers
 from tokentune.settings.finetune import Arguments
-from tokentune.settings.model import SelectionArguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
@@ -161,29 +157,11 @@ def measure(
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
             live.claim(GRADIENTS, [parameter.grad for parameter in trained if parameter.grad is not None])
-            batch = _batch(model, arguments, shape, device, answer_share)
+            batch = batch_without_data(model, arguments, shape, device, answer_share)
             live.claim("batch", [value for value in batch.values() if isinstance(value, Tensor)])
             live.restart()
             footprint = _step(model, batch, optimizer, arguments, live)
             return footprint if sharing is None else sharing.footprint(footprint, live)
-
-
-def count_of_row(selection: SelectionArguments, length: int, answer_share: float | None) -> int:
-    """Selected tokens of a row of `length` tokens; a quantile with the correction. `answer_share`: of its targets."""
-    size, corrects = selection.selected, selection.gradient_correction > 0  # then the number is random
-    if not isinstance(size, Answers):
-        return (count_at_quantile if corrects else selected_count)(size, length)
-    targets = round(answer_share * length)
-    if corrects and targets < length:
-        return targets + count_at_quantile(size.share, length - targets)
-    return answers_count(size, targets, length)
-
-
-def unknown_answers(arguments: Arguments) -> UserError:
-    return UserError(
-        f"--prefix_length {arguments.selection.prefix_length}: how many tokens a step selects depends on the rows' "
-        "answers. Add --answer_share 0.05 (their share of a row's tokens), or --dataset_name_or_path to count them"
-    )
 
 
 @contextmanager
@@ -292,44 +270,6 @@ def update(model: nn.Module, optimizer: Any, arguments: Arguments) -> None:
     if optimizer is not None:
         optimizer.step()
     model.zero_grad()
-
-
-def _batch(
-    model: nn.Module, arguments: Arguments, shape: tuple[int, int], device: str, answer_share: float | None
-) -> dict[str, Any]:
-    """A batch without padding. On the CPU its values are real, because code for the CPU reads them."""
-    core, selection = inner_model(model), arguments.selection
-    corrects = selection.tokentune and selection.gradient_correction > 0
-    rows, length = shape
-    text = core.config.get_text_config()
-    with unset_fake_temporarily() if device == "cpu" else nullcontext():
-        ids = torch.ones(rows, length, dtype=torch.int64, device=device)
-        batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-        if core.main_input_name == "pixel_values":
-            raise NotImplementedError("images")
-        if core.can_generate():
-            batch["num_items_in_batch"] = rows * (length - 1)
-        else:
-            whole = core.loss_type == "ForSequenceClassification"  # one label for all tokens
-            batch["labels"] = ids[:, 0].clone() if whole else batch["labels"].zero_()
-        if getattr(text, "type_vocab_size", 0):
-            batch["token_type_ids"] = torch.zeros_like(ids)
-        if selection.scoring_pass and selection.scored:  # the model draws, after a scoring pass
-            batch["selection_draws"] = torch.linspace(0, 0.99, length, device=device).expand(rows, -1).clone()
-        elif selection.tokentune:
-            count = count_of_row(selection, length, answer_share)
-            positions = torch.arange(count, device=device) * length // count
-            batch["selected_positions"] = positions.expand(rows, -1).clone()
-            if corrects:
-                known = torch.full((rows, count), count / length, device=device)
-                batch |= {"selection_probabilities": known, "selection_weights": 1 / known}
-        # Where all tokens are selected, the layers run as in ordinary training, unless the gradient is corrected.
-        selects_all = not corrects and batch.get("selected_positions", ids[:, :0]).shape[1] == length
-        ordinary = not selection.tokentune or selects_all
-        if ordinary and device != "cpu" and not getattr(text, "sliding_window", None):
-            # transformers drops a mask without padding; it cannot read that from a mask without data.
-            del batch["attention_mask"]
-    return batch
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
