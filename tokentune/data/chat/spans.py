@@ -137,10 +137,8 @@ class SpanFinder:
         if key not in self._call_starts:
             header = self._answer_header(run.message)
             start = None if header is None else self._behind(header, run) if header else position
-            if (
-                start is None and header is not None and header.strip()
-            ):  # Mistral's texts begin with a space, not its calls
-                start = self._behind(header.rstrip(), run)
+            if start is None and header is not None and header.strip():
+                start = self._behind(header.rstrip(), run)  # Mistral's texts begin with a space, and its calls do not
             if start is None:
                 raise self.rendering.hidden(run.message)
             self._call_starts[key] = start - position
