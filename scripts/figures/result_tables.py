@@ -93,6 +93,27 @@ def answers_table() -> str:
     return markdown(header, rows)
 
 
+def answers_short_table() -> str:
+    """The same at 6 layers: TokenTune below ordinary training with the loss in chunks, and both with checkpointing."""
+    pairs = {
+        "full_chunked": ("tokentune", ""),
+        "checkpointing_chunked": ("tokentune_checkpointing", ", checkpointing"),
+    }
+    rows = []
+    for train in ("full", "lora"):
+        found = {row["method"]: row for row in step_rows("answers", layers=6, train=train)}
+        for base, (method, addition) in pairs.items():
+            for row, name in ((found[base], "plain, loss in chunks"), (found[method], "**TokenTune, the answers**")):
+                ratios = ["", ""] if row is found[base] else [f"{row[f'bytes_ratio_to_{base}']:.2f}", times(row, base)]
+                saved, seconds = (
+                    f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB",
+                    f"{statistics.median(row['seconds']):.2f} s",
+                )
+                rows.append([WEIGHTS[train], name + addition, saved, ratios[0], seconds, ratios[1]])
+    above = "of the row above"
+    return markdown(["trained", "method", "kept for backward", above, "step", f"{above} (95 % interval)"], rows)
+
+
 AGAINST_CHUNKED = ("kept for backward", "of checkpointing, loss in chunks", "step", "time, of the same (95 % interval)")
 
 
@@ -320,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "lowest": lowest_table,
     "answers": answers_table,
+    "answers_short": answers_short_table,
     "longest": longest_table,
     "growth": growth_table,
     "qlora": qlora_table,
