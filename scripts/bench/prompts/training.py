@@ -97,7 +97,8 @@ class Trained:
 def prepared(place: Place, arm: Arm, seed: int, *, micro_batch: int | None = None, verify: bool = False) -> Trained:
     """Raises UserError where flags or model refuse the arm. `verify`: compare with the method's definition first."""
     line = words(place.task, arm, place.model, place.data, seed=seed, micro_batch=micro_batch)
-    arguments = parse_arguments([*line, *([] if verify else ["--skip_verification"])])
+    skip = ["--skip_verification"] if "tokentune" in arm.flags and not verify else []
+    arguments = parse_arguments([*line, *skip])
     set_seed(seed)
     model = prepare_model(arguments, base_dtype(arguments, load_config(str(place.model)))).train()
     collate = training_collator(arguments.selection, place.tokenizer, packed=False)
