@@ -45,12 +45,14 @@ from prompts.comparison import compare
 from prompts.pending import minutes_of, pending, say_plan
 from prompts.tasks import TASKS, Task
 from prompts.training import Place, Run, described, place_of, train
+from transformers.utils.logging import disable_progress_bar
 
 from tokentune.training.checkpoints.saving import write_whole
 
 
 def main() -> None:
     options = parse()
+    disable_progress_bar()  # of each run's weights
     report, tasks = read(options.output), chosen_tasks(options)
     if options.plan:
         say_plan(report, tasks, options)

@@ -125,15 +125,16 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_rows_come_in_the_same_order_for_all_and_anew_in_each_epoch() -> None:
-    place = prompt_heavy.Place(
-        tasks.TASKS["tools-lora"].small(), Path(), Path(), None, {"train": [{"at": n} for n in range(10)]}
-    )
+    rows = [{"at": n, "input_ids": [0] * (n * 7 % 10)} for n in range(10)]
+    place = prompt_heavy.Place(tasks.TASKS["tools-lora"].small(), Path(), Path(), None, {"train": rows})
     steps = step_rows(place, 3)
     first, second = ([next(steps) for _ in range(2)] for _ in range(2))
     again = step_rows(place, 3)
     assert [next(again) for _ in range(4)] == first + second
     seen = [[row["at"] for step in epoch for row in step] for epoch in (first, second)]
     assert all(len(set(rows)) == 8 for rows in seen) and seen[0] != seen[1]
+    lengths = [sorted(len(row["input_ids"]) for row in step) for step in first]
+    assert max(lengths[0]) < min(lengths[1]) or max(lengths[1]) < min(lengths[0])
     draws = {row["at"]: row["draw_seed"] for step in first for row in step}
     assert all(draws.get(row["at"]) != row["draw_seed"] for step in second for row in step)
 

@@ -27,6 +27,7 @@ from tokentune.training.build import training_collator
 
 OTHER = "alpaca_en.validation.jsonl"  # rows of another kind: what training on the task forgets shows there
 WARM_UP = 0.1  # of a run's steps
+GROUPED = 6  # steps whose rows are sorted by length together
 Batches = list[dict[str, Tensor]]  # the micro-batches of an optimizer step
 
 
@@ -97,7 +98,8 @@ class Trained:
 def prepared(place: Place, arm: Arm, seed: int, *, micro_batch: int | None = None, verify: bool = False) -> Trained:
     """Raises UserError where flags or model refuse the arm. `verify`: compare with the method's definition first."""
     line = words(place.task, arm, place.model, place.data, seed=seed, micro_batch=micro_batch)
-    arguments = parse_arguments([*line, *([] if verify else ["--skip_verification"])])
+    skip = ["--skip_verification"] if "tokentune" in arm.flags and not verify else []
+    arguments = parse_arguments([*line, *skip])
     set_seed(seed)
     model = prepare_model(arguments, base_dtype(arguments, load_config(str(place.model)))).train()
     collate = training_collator(arguments.selection, place.tokenizer, packed=False)
@@ -105,14 +107,21 @@ def prepared(place: Place, arm: Arm, seed: int, *, micro_batch: int | None = Non
 
 
 def step_rows(place: Place, seed: int) -> Iterator[list[dict]]:
-    """The rows of one optimizer step after another: each epoch in an order of its own, the same for all arms."""
+    """The rows of one optimizer step after another: each epoch in an order of its own, the same for all arms.
+
+    Steps hold rows of like length, out of the rows of `GROUPED` steps that are drawn together: there is little padding,
+    which costs full training most.
+    """
     rows = SeededRows(place.rows["train"], seed)
     size, epoch = place.task.batch, 0
     while True:
         rows.set_epoch(epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(len(rows)).tolist()
-        for at in range(0, len(order) - size + 1, size):
-            yield [rows[row] for row in order[at : at + size]]
+        chance = np.random.default_rng((seed, epoch))
+        order = chance.permutation(len(rows)).tolist()[: len(rows) // size * size]
+        for start in range(0, len(order), GROUPED * size):
+            group = sorted(order[start : start + GROUPED * size], key=lambda row: len(rows.rows[row]["input_ids"]))
+            for step in chance.permutation(len(group) // size):
+                yield [rows[row] for row in group[step * size : (step + 1) * size]]
         epoch += 1
 
 
