@@ -14,6 +14,7 @@ from quality_tables import BYTES_IN_MIB
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 BYTES_IN_GIB = 2**30
+STEP_ANSWERS = "step_answers_cpu.json"  # of the suite `answers`
 METHOD_NAMES = {
     "full": "plain training",
     "full_chunked": "plain, loss in chunks",
@@ -50,9 +51,9 @@ def read(name: str) -> dict:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def step_rows(suite: str, **chosen: object) -> list[dict]:
+def step_rows(suite: str, *, file: str = "step_cpu.json", **chosen: object) -> list[dict]:
     """Rows of a suite of scripts/bench/step.py with these settings, without those that ran out of memory."""
-    rows = [row for row in read("step_cpu.json")["rows"] if row["suite"] == suite and "error" not in row]
+    rows = [row for row in read(file)["rows"] if row["suite"] == suite and "error" not in row]
     return [row for row in rows if all(row[key] == value for key, value in chosen.items())]
 
 
@@ -74,22 +75,24 @@ def step_table() -> str:
 
 
 def lowest_table() -> str:
-    """24 layers, against gradient checkpointing with the loss in chunks."""
-    header = ["trained", "key-value heads", "method", *AGAINST_CHUNKED]
-    rows = [row for row in step_rows("lowest") if row["seconds"]]
-    return markdown(
-        header,
-        [[WEIGHTS[row["train"]], heads_of(row), METHOD_NAMES[row["method"]], *against_chunked(row)] for row in rows],
-    )
+    """24 layers, against gradient checkpointing."""
+    header = ["trained", "key-value heads", "method", *columns_against("checkpointing")]
+    rows = []
+    for row in step_rows("lowest"):
+        if row["seconds"]:
+            own = [WEIGHTS[row["train"]], heads_of(row), METHOD_NAMES[row["method"]]]
+            rows.append([*own, *figures_against("checkpointing", row)])
+    return markdown(header, rows)
 
 
 def answers_table() -> str:
     """Long prompts: all tokens of the answers selected, 5 % of a row."""
-    header = ["layers", "trained", "key-value heads", "method", *AGAINST_CHUNKED]
+    base = "checkpointing_chunked"
+    header = ["layers", "trained", "key-value heads", "method", *columns_against(base)]
     rows = []
-    for row in step_rows("answers"):
+    for row in step_rows("answers", file=STEP_ANSWERS):
         name = METHOD_NAMES[row["method"]].replace("30 % of the tokens", "the answers").replace("30 %", "the answers")
-        rows.append([str(row["layers"]), WEIGHTS[row["train"]], heads_of(row), name, *against_chunked(row)])
+        rows.append([str(row["layers"]), WEIGHTS[row["train"]], heads_of(row), name, *figures_against(base, row)])
     return markdown(header, rows)
 
 
@@ -101,7 +104,7 @@ def answers_short_table() -> str:
     }
     rows = []
     for train in ("full", "lora"):
-        found = {row["method"]: row for row in step_rows("answers", layers=6, train=train)}
+        found = {row["method"]: row for row in step_rows("answers", file=STEP_ANSWERS, layers=6, train=train)}
         for base, (method, addition) in pairs.items():
             for row, name in ((found[base], "plain, loss in chunks"), (found[method], "**TokenTune, the answers**")):
                 ratios = ["", ""] if row is found[base] else [f"{row[f'bytes_ratio_to_{base}']:.2f}", times(row, base)]
@@ -114,12 +117,13 @@ def answers_short_table() -> str:
     return markdown(["trained", "method", "kept for backward", above, "step", f"{above} (95 % interval)"], rows)
 
 
-AGAINST_CHUNKED = ("kept for backward", "of checkpointing, loss in chunks", "step", "time, of the same (95 % interval)")
+def columns_against(base: str) -> list[str]:
+    name = {"checkpointing": "checkpointing", "checkpointing_chunked": "checkpointing, loss in chunks"}[base]
+    return ["kept for backward", f"of {name}", "step", "time, of the same (95 % interval)"]
 
 
-def against_chunked(row: dict) -> list[str]:
-    """A measured step beside gradient checkpointing with the loss in chunks, the best that other trainers do."""
-    base = "checkpointing_chunked"
+def figures_against(base: str, row: dict) -> list[str]:
+    """A measured step beside another method's."""
     saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row[f'bytes_ratio_to_{base}']:.2f}"
     return [saved, ratio, f"{statistics.median(row['seconds']):.2f} s", times(row, base)]
 

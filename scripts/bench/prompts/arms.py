@@ -51,6 +51,9 @@ ARMS = {
     "full-checkpointing": Arm({"gradient_checkpointing": ""} | CHUNKED, FULL),
     MICRO_BATCH: Arm(CHUNKED, FULL),
     "answers": selective("answers"),
+    "answers-checkpointing": Arm(
+        {"tokentune": "", "prefix_length": "answers", "gradient_checkpointing": ""}, "answers", longer=2
+    ),
     "answers+0.1": selective("answers+0.1"),
     "answers+0.3": selective("answers+0.3"),
     "answers+0.1-corrected": selective("answers+0.1", gradient_correction="1"),

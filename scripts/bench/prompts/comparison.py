@@ -65,7 +65,7 @@ def compare_task(report: Row, task: str) -> list[Row]:
     fastest = min((arm for arm in times if FULL in (arm, ARMS[arm].same_as)), key=lambda arm: times[arm]["ratio"])
     rows = []
     for arm, time in times.items():
-        summary = draws.summary(found[ARMS[arm].same_as or arm], time)
+        summary = draws.summary(found.get(ARMS[arm].same_as or arm, {}), time)
         if summary is not None:
             for goal in ("to_full", "to_gain"):
                 ratio = summary[goal]["ratio"]
