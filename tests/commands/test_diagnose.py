@@ -336,7 +336,9 @@ def test_answers_stand_at_their_share_in_the_figure() -> None:
         [0.29],
     ]
     assert [text.get_text() for text in panel.texts] == ["answers", "answers+0.2"]
-    assert by_part(report).axes[0].get_title() == "By layer, at proportion answers+0.2"
+    panel = by_part(report).axes[0]
+    title = panel.get_title(loc=pyplot.rcParams["axes.titlelocation"])  # as the style of the figures has it
+    assert title == "By layer, at proportion answers+0.2"
     pyplot.close("all")
 
 
