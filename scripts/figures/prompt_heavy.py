@@ -23,6 +23,7 @@ LOOKS = {
     "full-checkpointing": (SKY, "D", "--"),
     "full-micro-batch": (ORANGE, "D", ":"),
     "answers": (BLUE, "o", "-"),
+    "answers-checkpointing": (BLUE, "x", "--"),
     "answers+0.1": (VERMILION, "^", "-"),
     "answers+0.3": (GREEN, "v", "-"),
     "answers+0.1-corrected": (VERMILION, "^", ":"),

@@ -31,7 +31,7 @@ def task_label(task: str) -> str:
 
 def arm_label(arm: str) -> str:
     """answers+0.1-corrected -> TokenTune, answers+0.1, corrected."""
-    return METHODS.get(arm) or f"TokenTune, {arm.replace('-corrected', ', corrected')}"
+    return METHODS.get(arm) or f"TokenTune, {arm.replace('-', ', ')}"
 
 
 def time_to_loss(report: dict[str, Any]) -> Table:

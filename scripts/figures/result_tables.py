@@ -65,9 +65,9 @@ def times(row: dict, base: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def step_table() -> str:
+def step_table(**chosen: object) -> str:
     rows = []
-    for row in step_rows("table", key_value_heads=4, dtype="float32"):
+    for row in step_rows("table", key_value_heads=4, dtype="float32", **chosen):
         saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row['bytes_ratio_to_full']:.2f}"
         seconds = f"{statistics.median(row['seconds']):.2f} s"
         rows.append([WEIGHTS[row["train"]], METHOD_NAMES[row["method"]], saved, ratio, seconds, times(row, "full")])
@@ -343,6 +343,7 @@ def padding_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
+    "step_lora": lambda: step_table(train="lora"),
     "lowest": lowest_table,
     "answers": answers_table,
     "answers_short": answers_short_table,

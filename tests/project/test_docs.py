@@ -34,7 +34,7 @@ SET_UP = (
     "pip install '.[train]'",
 )
 NEEDED = ["--model_name_or_path", "model", "--dataset_name_or_path", "rows.jsonl"]  # what training scripts give
-FLAGS_OF_SCRIPTS = {"--small", "--help", "--check", "--markdown"}
+FLAGS_OF_SCRIPTS = {"--small", "--help", "--check", "--markdown", "--suites", "--output"}
 
 
 def name(page: Path) -> str:
