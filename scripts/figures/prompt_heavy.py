@@ -10,7 +10,7 @@ and seeds. The dotted line is the loss of full training's longest runs.
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from prompt_tables import arm_label, task_label
 from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RESULTS, SKY, VERMILION, command, pyplot, read_json, save
 
@@ -41,7 +41,7 @@ def draw(source: Path, output: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(len(tasks), 3)
     lines = -(-len(tasks) // columns)
-    size = (4.6 * columns + 1.2, 4.2 * lines + 1)
+    size = (max(8.0, 4.6 * columns + 1.2), 4.2 * lines + 1)
     figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     handles = {}
     for task, panel in zip(tasks, axes.flat, strict=False):
@@ -50,7 +50,7 @@ def draw(source: Path, output: Path) -> None:
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     for panel in axes.flat[len(tasks) :]:
         panel.set_axis_off()
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if columns == 1 else 3)
     save(figure, output)
 
 
@@ -66,6 +66,7 @@ def draw_task(panel: Axes, rows: list[dict]) -> None:
     full = next(row for row in rows if row["arm"] == "full")
     panel.axhline(full["points"][-1]["loss"], color=BLACK, linestyle=":", linewidth=1)
     panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("training time, seconds")
