@@ -1,4 +1,4 @@
-"""The longest sequence that fits cards of 16 to 80 GB, estimated, by method: a table of README.md and docs/memory.md.
+"""The longest sequence that fits cards of 16 to 80 GB, estimated, by method.
 
     python scripts/bench/longest_sequences.py --output scripts/bench/results/estimate_longest.json
 

@@ -132,22 +132,6 @@ def heads_of(row: dict) -> str:
     return f"{row['key_value_heads']} of {row['heads']}"
 
 
-def longest_table() -> str:
-    """The longest sequence that fits each card, by method."""
-    report = read("estimate_longest.json")
-    rows = []
-    for weights, method in dict.fromkeys((row["weights"], row["method"]) for row in report["rows"]):
-        found = {
-            row["memory_gb"]: row["tokens"]
-            for row in report["rows"]
-            if (row["weights"], row["method"]) == (weights, method)
-        }
-        name = f"**{method}**" if method.startswith("TokenTune") else method
-        rows.append([weights, name, *(f"{tokens:,}" if tokens else "none" for tokens in found.values())])
-    cards = dict.fromkeys(row["memory_gb"] for row in report["rows"])
-    return markdown(["trained", "method", *(f"{card} GB" for card in cards)], rows)
-
-
 def growth_table() -> str:
     """Exponents of growth with the sequence and with layers, per method."""
     names = {"saved_bytes": "kept", "step_peak_bytes": "peak", "seconds": "time"}
@@ -347,7 +331,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "lowest": lowest_table,
     "answers": answers_table,
     "answers_short": answers_short_table,
-    "longest": longest_table,
     "growth": growth_table,
     "qlora": qlora_table,
     "bounds": bounds_table,
