@@ -101,7 +101,7 @@ measure() {
 
 report() { "$PYTHON" "$CODE/report.py" --folder "$DIR"; }
 
-ensure_venv
+ensure_venv "$PROJECT_ROOT/scripts/eval/requirements.txt" lm_eval
 
 # Everything is local, and too small to gain from a GPU or from many cores.
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
