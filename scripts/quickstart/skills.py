@@ -1,4 +1,4 @@
-"""The small generated world of the quick start: its facts, its five skills, and text about them.
+"""The small generated world of the quick start: its facts, its six skills, and text about them.
 
 Look at it: `python scripts/quickstart/skills.py` prints some of the base's text, and one question of each skill.
 
@@ -29,6 +29,7 @@ COUNTRIES = 80
 LARGEST_TERM = 12  # sums of two numbers from 1 to this
 LARGEST_NUMBER = 30  # numbers to put in order
 LIST_LENGTH = 3  # words or numbers in a list
+LONG_LIST = 12  # words with their numbers, to look one up in
 
 # What stands between a heading and its result. The variety keeps the base from learning one rigid layout: what it
 # knows can then be reached from a layout that it has never seen, the prompt's.
@@ -197,12 +198,42 @@ def numbers_question(rng: random.Random, world: World, subject: str | None) -> Q
     return Question(wording, " ".join(numbers), answer, answer)
 
 
+# --- lookup: the number beside a word of a long list. The prompt is many times as long as the answer.
+
+
+def long_list(rng: random.Random, length: int) -> dict[str, str]:
+    numbers = [str(n) for n in rng.sample(range(1, LARGEST_NUMBER + 1), length)]
+    return dict(zip(rng.sample(WORDS, length), numbers, strict=True))
+
+
+def as_text(numbers: dict[str, str]) -> str:
+    return ", ".join(f"{word} {number}" for word, number in numbers.items())
+
+
+def lookup_note(rng: random.Random, world: World) -> str:
+    """The list after what is looked up in it, as in a prompt; or before it, where several words are looked up."""
+    numbers = long_list(rng, rng.randint(4, LONG_LIST))
+    first, *others = rng.sample(list(numbers), 3)
+    if rng.random() < 0.5:
+        return list_note(rng, f"number of {first}", [as_text(numbers)], numbers[first])
+    looked_up = [under_heading(rng, f"number of {word}", numbers[word]) for word in (first, *others)]
+    return "\n".join([as_text(numbers), *looked_up])
+
+
+def lookup_question(rng: random.Random, world: World, subject: str | None) -> Question:
+    numbers = long_list(rng, LONG_LIST)
+    word, text = rng.choice(list(numbers)), as_text(numbers)
+    wording = rng.choice(["Which number stands beside {} in the list?", "Read the number beside {} off the list."])
+    return Question(wording.format(word), text, numbers[word], f"{word} {text}")
+
+
 SKILLS: dict[str, Skill] = {
     "capital": Skill(capital_note, capital_question, lambda world: list(world.capitals)),
     "sum": Skill(sum_note, sum_question, sum_subjects),
     "words": Skill(words_note, words_question),
     "find": Skill(find_note, find_question),
     "numbers": Skill(numbers_note, numbers_question),
+    "lookup": Skill(lookup_note, lookup_question),
 }
 
 
