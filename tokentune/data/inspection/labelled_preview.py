@@ -80,18 +80,9 @@ def show_labelled_preview(
             item = rows[row]
             selected = selected_tokens(item, collator)
             if task_type == "image":
-                chosen = "" if collator.draw is None else f", {len(selected)} selected"
-                label = data.labels.told(item["labels"])
-                print_title(console, f"{title}row {row + 1:,}: {collator.tokens_per_image:,} tokens{chosen}; {label}")
-                console.print(Text(data.train.rows.images[row].get("path") or "an image within the data"))
-                console.print(Text("" if collator.draw is None else f"selected: {', '.join(map(str, selected))}"))
-                continue
-            document = _document(row, item, selected)
-            label = f"; {data.labels.told(item['labels'])}" if task_type == "text" else ""
-            print_title(console, f"{title}{document}{label}")
-            print_text(console, marked(document, processing, "text"))
-            if task_type == "token":
-                console.print(Text(", ".join(_words(document, item["labels"], processing, data.labels))))
+                _print_image(console, f"{title}row {row + 1:,}", data, item, row, selected, collator)
+            else:
+                _print_tokens(console, title, _document(row, item, selected), item["labels"], processing, data.labels)
         console.print()
         console.print(counts_table(_counts(data, arguments, collator)))
 
@@ -104,6 +95,33 @@ def selected_tokens(item: dict[str, Any], collator: ClassificationCollator) -> l
     tokens = len(item["input_ids"]) if "input_ids" in item else collator.tokens_per_image
     real = selected_in(torch.ones(1, tokens, dtype=torch.int64), batch).bool()
     return sorted(batch["selected_positions"][real].tolist())
+
+
+def _print_tokens(
+    console: Console, title: str, document: Document, labels: Any, tokenizer: Any, classes: Labels
+) -> None:
+    of_words = isinstance(labels, list)
+    print_title(console, f"{title}{document}" if of_words else f"{title}{document}; {classes.told(labels)}")
+    print_text(console, marked(document, tokenizer, "text"))
+    if of_words:
+        console.print(Text(", ".join(_words(document, labels, tokenizer, classes))))
+
+
+def _print_image(
+    console: Console,
+    title: str,
+    data: ClassificationData,
+    item: dict[str, Any],
+    row: int,
+    selected: list[int],
+    collator: ClassificationCollator,
+) -> None:
+    selects = collator.draw is not None
+    chosen = f", {len(selected)} selected" if selects else ""
+    print_title(console, f"{title}: {collator.tokens_per_image:,} tokens{chosen}; {data.labels.told(item['labels'])}")
+    console.print(Text(data.train.rows.images[row].get("path") or "an image within the data"))
+    if selects:
+        console.print(Text(f"selected: {', '.join(map(str, selected))}"))
 
 
 def _document(row: int, item: dict[str, Any], positions: list[int]) -> Document:
