@@ -80,7 +80,8 @@ def show_labelled_preview(
             item = rows[row]
             selected = selected_tokens(item, collator)
             if task_type == "image":
-                _print_image(console, f"{title}row {row + 1:,}", data, item, row, selected, collator)
+                path, label = data.train.rows.images[row].get("path"), data.labels.told(item["labels"])
+                _print_image(console, f"{title}row {row + 1:,}", collator, selected, label, path)
             else:
                 _print_tokens(console, title, _document(row, item, selected), item["labels"], processing, data.labels)
         console.print()
@@ -108,20 +109,13 @@ def _print_tokens(
 
 
 def _print_image(
-    console: Console,
-    title: str,
-    data: ClassificationData,
-    item: dict[str, Any],
-    row: int,
-    selected: list[int],
-    collator: ClassificationCollator,
+    console: Console, title: str, collator: ClassificationCollator, selected: list[int], label: str, path: str | None
 ) -> None:
     selects = collator.draw is not None
     chosen = f", {len(selected)} selected" if selects else ""
-    print_title(console, f"{title}: {collator.tokens_per_image:,} tokens{chosen}; {data.labels.told(item['labels'])}")
-    console.print(Text(data.train.rows.images[row].get("path") or "an image within the data"))
-    if selects:
-        console.print(Text(f"selected: {', '.join(map(str, selected))}"))
+    print_title(console, f"{title}: {collator.tokens_per_image:,} tokens{chosen}; {label}")
+    lines = [path or "an image within the data", *([f"selected: {', '.join(map(str, selected))}"] if selects else [])]
+    console.print(Text("\n".join(lines)))
 
 
 def _document(row: int, item: dict[str, Any], positions: list[int]) -> Document:
