@@ -13,6 +13,7 @@ from tokentune.classify import main
 from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.labelled import read_labelled
 from tokentune.data.collators import SeededRows
+from tokentune.data.inspection.token_text import spelled
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.training.classification import training_collator
 
@@ -74,7 +75,9 @@ def test_words_and_their_selection_are_training_s(bert: Path, tmp_path: Path, ca
         told = f"{len(item['input_ids'])} tokens, {labels.sum()} supervised, {len(selected)} selected, {len(learnt)} "
         assert f"{told}selected and supervised" in block
         pieces = tokenizer.convert_ids_to_tokens(item["input_ids"])
-        assert marks(block, "loss").count("=") == sum(len(pieces[p].removeprefix("##")) for p in learnt)
+        texts = spelled(item["input_ids"], tokenizer)  # spaces before words among them
+        assert len(texts) == len(pieces)
+        assert marks(block, "loss").count("=") == sum(len(texts[position][0]) for position in learnt)
         for position in np.flatnonzero(labels):
             name = inputs.data.labels.names[item["labels"][position]]
             assert name == "O" or f"{pieces[position]}" in block.split(name)[0]
