@@ -52,7 +52,7 @@ def test_texts_and_their_labels(method: str, bert: Path, tmp_path: Path, capsys:
     legend, *blocks = shown(command(bert, data, f"--preview 6 {method}"), capsys)
     assert len(blocks) == 6 and contents(tmp_path) == before
     assert [block.split("label ")[1].split()[0] for block in blocks] == ["cold", "warm"] * 3
-    assert all(("4 selected" in block) == bool(method) for block in blocks)
+    assert all((" tokens, 4 selected; label" in block) == bool(method) for block in blocks)
     assert ("keeps gradients" in legend) == bool(method) and "carries the loss" not in legend
     table = table_of(blocks[-1])
     assert table["rows"] == table["labels"] == ["6", "6"] and table["cold"] == table["warm"] == ["3 (50.0%)"] * 2
@@ -72,8 +72,8 @@ def test_words_and_their_selection_are_training_s(bert: Path, tmp_path: Path, ca
         item, batch = rows[row], collate([rows[row]])
         labels, selected = np.array(item["labels"]) != -100, set(batch["selected_positions"][0].tolist())
         learnt = [position for position in np.flatnonzero(labels) if position in selected]
-        told = f"{len(item['input_ids'])} tokens, {labels.sum()} supervised, {len(selected)} selected, {len(learnt)} "
-        assert f"{told}selected and supervised" in block
+        told = f"{len(item['input_ids'])} tokens, {labels.sum()} labelled, {len(selected)} selected, {len(learnt)} "
+        assert f"{told}selected and labelled" in block
         pieces = tokenizer.convert_ids_to_tokens(item["input_ids"])
         texts = spelled(item["input_ids"], tokenizer)  # spaces before words among them
         assert len(texts) == len(pieces)

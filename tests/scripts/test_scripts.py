@@ -320,11 +320,11 @@ def test_environment_is_installed_once_for_each_requirements_file(project_copy, 
     pip, *_ = quickstart_calls(project, tmp_path, env, logged)
     assert str(project / "scripts" / "eval" / "requirements.txt") in pip
 
-    for file in ("requirements.txt", "tests/requirements.txt"):  # which the latter includes
+    for file in ("tests/requirements.txt", "requirements.txt"):  # which the first one includes
         assert call(test_script, cwd=tmp_path, env=env).returncode == 0
         logged()
         with (project / file).open("a") as requirements:
-            requirements.write("one-more==1.0\n")
+            requirements.write(f"one-more-in-{file.replace('/', '-')}==1.0\n")
         assert call(test_script, cwd=tmp_path, env=env).returncode == 0
         assert "pip install" in logged()[0], file
 

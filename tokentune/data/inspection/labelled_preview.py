@@ -102,7 +102,15 @@ def _print_tokens(
     console: Console, title: str, document: Document, labels: Any, tokenizer: Any, classes: Labels
 ) -> None:
     of_words = isinstance(labels, list)
-    print_title(console, f"{title}{document}" if of_words else f"{title}{document}; {classes.told(labels)}")
+    counts = {
+        "tokens": len(document.ids),
+        "labelled": document.supervised.sum(),
+        "selected": document.selected.sum(),
+        "selected and labelled": document.learnt.sum() if document.selected.any() else 0,
+    }
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    label = "" if of_words else f"; {classes.told(labels)}"
+    print_title(console, f"{title}row {document.row + 1:,}: {told}{label}")
     print_text(console, marked(document, tokenizer, "text"))
     if of_words:
         console.print(Text(", ".join(_words(document, labels, tokenizer, classes))))
