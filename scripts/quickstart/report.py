@@ -25,7 +25,7 @@ LEGEND = {
     "words": "order words",
     "find": "find by category",
     "numbers": "order numbers",
-    "lookup": "read a long list",
+    "passage": "find in a passage",
 }
 NAMES = {
     "full": "all weights",

@@ -29,7 +29,7 @@ COUNTRIES = 80
 LARGEST_TERM = 12  # sums of two numbers from 1 to this
 LARGEST_NUMBER = 30  # numbers to put in order
 LIST_LENGTH = 3  # words or numbers in a list
-LONG_LIST = 12  # words with their numbers, to look one up in
+PASSAGE_LENGTH = 6  # facts in a passage
 
 # What stands between a heading and its result. The variety keeps the base from learning one rigid layout: what it
 # knows can then be reached from a layout that it has never seen, the prompt's.
@@ -81,8 +81,8 @@ def make_world(seed: int) -> World:
 
 def random_note(rng: random.Random, world: World) -> str:
     """A note on any of the skills. Facts and sums come more often: they are learnt by heart, one by one."""
-    skill = rng.choices(list(SKILLS.values()), [4 if name in ("capital", "sum") else 3 for name in SKILLS])[0]
-    return skill.note(rng, world)
+    weights = {"capital": 4, "sum": 4, "words": 3, "find": 3, "numbers": 3}  # passages ask for the facts of `capital`
+    return SKILLS[rng.choices(list(weights), list(weights.values()))[0]].note(rng, world)
 
 
 def under_heading(rng: random.Random, heading: str, result: str) -> str:
@@ -198,33 +198,16 @@ def numbers_question(rng: random.Random, world: World, subject: str | None) -> Q
     return Question(wording, " ".join(numbers), answer, answer)
 
 
-# --- lookup: the number beside a word of a long list. The prompt is many times as long as the answer.
+# --- passage: a fact again, which a passage tells among others. The prompt is a hundred times as long as the answer.
 
 
-def long_list(rng: random.Random, length: int) -> dict[str, str]:
-    numbers = [str(n) for n in rng.sample(range(1, LARGEST_NUMBER + 1), length)]
-    return dict(zip(rng.sample(WORDS, length), numbers, strict=True))
-
-
-def as_text(numbers: dict[str, str]) -> str:
-    return ", ".join(f"{word} {number}" for word, number in numbers.items())
-
-
-def lookup_note(rng: random.Random, world: World) -> str:
-    """The list after what is looked up in it, as in a prompt; or before it, where several words are looked up."""
-    numbers = long_list(rng, rng.randint(4, LONG_LIST))
-    first, *others = rng.sample(list(numbers), 3)
-    if rng.random() < 0.5:
-        return list_note(rng, f"number of {first}", [as_text(numbers)], numbers[first])
-    looked_up = [under_heading(rng, f"number of {word}", numbers[word]) for word in (first, *others)]
-    return "\n".join([as_text(numbers), *looked_up])
-
-
-def lookup_question(rng: random.Random, world: World, subject: str | None) -> Question:
-    numbers = long_list(rng, LONG_LIST)
-    word, text = rng.choice(list(numbers)), as_text(numbers)
-    wording = rng.choice(["Which number stands beside {} in the list?", "Read the number beside {} off the list."])
-    return Question(wording.format(word), text, numbers[word], f"{word} {text}")
+def passage_question(rng: random.Random, world: World, country: str | None) -> Question:
+    country = country or rng.choice(list(world.capitals))
+    others = rng.sample([other for other in world.capitals if other != country], PASSAGE_LENGTH - 1)
+    told = rng.sample([country, *others], PASSAGE_LENGTH)
+    passage = " ".join(f"{world.capitals[name]} is the capital of {name}." for name in told)
+    wording = rng.choice(["What is the capital of {} in the passage?", "Read the passage and name the capital of {}."])
+    return Question(wording.format(country), passage, world.capitals[country], country)
 
 
 SKILLS: dict[str, Skill] = {
@@ -233,7 +216,7 @@ SKILLS: dict[str, Skill] = {
     "words": Skill(words_note, words_question),
     "find": Skill(find_note, find_question),
     "numbers": Skill(numbers_note, numbers_question),
-    "lookup": Skill(lookup_note, lookup_question),
+    "passage": Skill(capital_note, passage_question, lambda world: list(world.capitals)),
 }
 
 
