@@ -2,7 +2,7 @@
 # The whole job on the CPU, in some minutes, on a model and data that the repository makes itself:
 #     bash scripts/quickstart.sh [--fresh] [--seed N]
 # base model -> data -> LoRA -> LoRA + TokenTune -> merge -> lm-eval of all three -> memory and time -> tables and picture.
-# TokenTune selects the answers (--prefix_length answers): prompts are longer, some of them a hundred times as long.
+# TokenTune selects the answers (--prefix_length answers): prompts are longer, some of them ninety times as long.
 #     --fresh     start over; without it, finished steps of an earlier call are skipped
 #     --seed N    another world, other questions, another base (default 0)
 # Writes into quickstart/ below the project, or into QUICKSTART_DIR. OMP_NUM_THREADS: cores to use (default: up to four).

@@ -198,7 +198,7 @@ def numbers_question(rng: random.Random, world: World, subject: str | None) -> Q
     return Question(wording, " ".join(numbers), answer, answer)
 
 
-# --- passage: a fact again, which a passage tells among others. The prompt is a hundred times as long as the answer.
+# --- passage: a fact again, which a passage tells among others. The prompt is ninety times as long as the answer.
 
 
 def passage_question(rng: random.Random, world: World, country: str | None) -> Question:
