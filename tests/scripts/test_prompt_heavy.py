@@ -253,7 +253,8 @@ def test_nothing_is_said_before_rates_are_chosen(report: dict) -> None:
 def test_rates_go_on_beyond_the_best_while_it_is_at_an_end(report: dict) -> None:
     def tried(*losses: float) -> list[float]:
         rates = (0.1, 0.2, 0.4, 0.8)
-        report["runs"] = [run("full", 10, 0, 9.0, rate=r, held_out=loss) for r, loss in zip(rates, losses, strict=False)]
+        pairs = zip(rates, losses, strict=False)
+        report["runs"] = [run("full", 10, 0, 9.0, rate=rate, held_out=loss) for rate, loss in pairs]
         return comparison.rates_to_try(report, "tools-lora", "full")
 
     report["tasks"]["tools-lora"]["most_rates"] = 4
