@@ -128,7 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_lora": lambda: step_tables.step_table(train="lora"),
     "lowest": step_tables.lowest_table,
     "answers": step_tables.answers_table,
-    "answers_short": step_tables.answers_short_table,
+    "answers_short": lambda: step_tables.short_table("answers", "the answers", layers=6),
     "growth": step_tables.growth_table,
     "qlora": step_tables.qlora_table,
     "bounds": step_tables.bounds_table,

@@ -56,17 +56,22 @@ def answers_table() -> str:
     return markdown(header, rows)
 
 
-def answers_short_table() -> str:
-    """The same at 6 layers: TokenTune below ordinary training with the loss in chunks, and both with checkpointing."""
+def short_table(suite: str, selected: str, **chosen: object) -> str:
+    """TokenTune below ordinary training with the loss in chunks, and both with checkpointing, each against the other.
+
+    Args:
+        selected: the tokens that are, in words.
+        chosen: settings of the rows, which leave one case for each way to train.
+    """
     pairs = {
         "full_chunked": ("tokentune", ""),
         "checkpointing_chunked": ("tokentune_checkpointing", ", checkpointing"),
     }
     rows = []
     for train in ("full", "lora"):
-        found = {row["method"]: row for row in step_rows("answers", file=STEP_ANSWERS, layers=6, train=train)}
+        found = {row["method"]: row for row in step_rows(suite, train=train, **chosen)}
         for base, (method, addition) in pairs.items():
-            for row, name in ((found[base], "plain, loss in chunks"), (found[method], "**TokenTune, the answers**")):
+            for row, name in ((found[base], "plain, loss in chunks"), (found[method], f"**TokenTune, {selected}**")):
                 ratios = ["", ""] if row is found[base] else [f"{row[f'bytes_ratio_to_{base}']:.2f}", times(row, base)]
                 saved, seconds = (
                     f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB",
