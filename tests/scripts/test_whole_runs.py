@@ -30,7 +30,7 @@ def test_methods_differ_in_what_is_selected_and_in_checkpointing_alone(bench: Mo
         "prefix_length",
         "gradient_checkpointing",
         "chunked_loss",
-    }  # TokenTune's loss is in chunks anyway
+    }
     full = found["full"]
     for name, settings in found.items():
         assert {flag for flag in settings if settings[flag] != full[flag]} <= own, name
