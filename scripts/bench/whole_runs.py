@@ -5,7 +5,8 @@
 
 Each method trains LoRA in a process of its own, with the loss in chunks everywhere, on batches of like cost
 (`--group_by_length`); the methods take turns in every round. `tokens_per_second` is the run's own figure
-(`training_summary.json`): all tokens over the time of training, with draws, batches, optimizer and logging. The machine should have nothing else to do.
+(`training_summary.json`): all tokens over the time of training, with draws, batches, optimizer and logging. The
+machine should have nothing else to do.
 """
 
 import argparse
