@@ -125,7 +125,7 @@ def padding_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_tables.step_table,
-    "step_lora": lambda: step_tables.step_table(train="lora"),
+    "step_lora": lambda: step_tables.short_table("table", "30 %", trains=("lora",), key_value_heads=4, dtype="float32"),
     "lowest": step_tables.lowest_table,
     "answers": step_tables.answers_table,
     "answers_short": lambda: step_tables.short_table("answers", "the answers", layers=6),

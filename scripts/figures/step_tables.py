@@ -8,12 +8,10 @@ import statistics
 from quality_tables import BYTES_IN_MIB
 from tables import METHOD_NAMES, WEIGHTS, markdown, read
 
-STEP_ANSWERS = "step_answers_cpu.json"  # of the suite `answers`
 
-
-def step_rows(suite: str, *, file: str = "step_cpu.json", **chosen: object) -> list[dict]:
+def step_rows(suite: str, **chosen: object) -> list[dict]:
     """Rows of a suite of scripts/bench/step.py with these settings, without those that ran out of memory."""
-    rows = [row for row in read(file)["rows"] if row["suite"] == suite and "error" not in row]
+    rows = [row for row in read("step_cpu.json")["rows"] if row["suite"] == suite and "error" not in row]
     return [row for row in rows if all(row[key] == value for key, value in chosen.items())]
 
 
@@ -35,13 +33,14 @@ def step_table(**chosen: object) -> str:
 
 
 def lowest_table() -> str:
-    """24 layers, against gradient checkpointing."""
-    header = ["trained", "key-value heads", "method", *columns_against("checkpointing")]
+    """24 layers, against gradient checkpointing with the loss in chunks."""
+    base = "checkpointing_chunked"
+    header = ["trained", "key-value heads", "method", *columns_against(base)]
     rows = []
     for row in step_rows("lowest"):
         if row["seconds"]:
             own = [WEIGHTS[row["train"]], heads_of(row), METHOD_NAMES[row["method"]]]
-            rows.append([*own, *figures_against("checkpointing", row)])
+            rows.append([*own, *figures_against(base, row)])
     return markdown(header, rows)
 
 
@@ -50,17 +49,18 @@ def answers_table() -> str:
     base = "checkpointing_chunked"
     header = ["layers", "trained", "key-value heads", "method", *columns_against(base)]
     rows = []
-    for row in step_rows("answers", file=STEP_ANSWERS):
+    for row in step_rows("answers"):
         name = METHOD_NAMES[row["method"]].replace("30 % of the tokens", "the answers").replace("30 %", "the answers")
         rows.append([str(row["layers"]), WEIGHTS[row["train"]], heads_of(row), name, *figures_against(base, row)])
     return markdown(header, rows)
 
 
-def short_table(suite: str, selected: str, **chosen: object) -> str:
+def short_table(suite: str, selected: str, *, trains: tuple[str, ...] = ("full", "lora"), **chosen: object) -> str:
     """TokenTune below ordinary training with the loss in chunks, and both with checkpointing, each against the other.
 
     Args:
         selected: the tokens that are, in words.
+        trains: ways to train.
         chosen: settings of the rows, which leave one case for each way to train.
     """
     pairs = {
@@ -68,22 +68,20 @@ def short_table(suite: str, selected: str, **chosen: object) -> str:
         "checkpointing_chunked": ("tokentune_checkpointing", ", checkpointing"),
     }
     rows = []
-    for train in ("full", "lora"):
+    for train in trains:
         found = {row["method"]: row for row in step_rows(suite, train=train, **chosen)}
         for base, (method, addition) in pairs.items():
             for row, name in ((found[base], "plain, loss in chunks"), (found[method], f"**TokenTune, {selected}**")):
                 ratios = ["", ""] if row is found[base] else [f"{row[f'bytes_ratio_to_{base}']:.2f}", times(row, base)]
-                saved, seconds = (
-                    f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB",
-                    f"{statistics.median(row['seconds']):.2f} s",
-                )
+                saved = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB"
+                seconds = f"{statistics.median(row['seconds']):.2f} s"
                 rows.append([WEIGHTS[train], name + addition, saved, ratios[0], seconds, ratios[1]])
     above = "of the row above"
     return markdown(["trained", "method", "kept for backward", above, "step", f"{above} (95 % interval)"], rows)
 
 
 def columns_against(base: str) -> list[str]:
-    name = {"checkpointing": "checkpointing", "checkpointing_chunked": "checkpointing, loss in chunks"}[base]
+    name = METHOD_NAMES[base].removeprefix("plain, gradient ")
     return ["kept for backward", f"of {name}", "step", "time, of the same (95 % interval)"]
 
 
