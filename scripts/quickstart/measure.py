@@ -53,7 +53,7 @@ def build_batches(arguments: argparse.Namespace) -> dict[str, dict[str, Tensor]]
     tokenizer = load_tokenizer(arguments.model)
     pad_token_id = ensure_pad_token(tokenizer, None)
     words = ["--model_name_or_path", arguments.model, "--dataset_name_or_path", arguments.data, "--add_eos_token"]
-    words += ["--tokentune", "--prefix_length", arguments.prefix_length, "--max_length", "112", "--data_cache", "none"]
+    words += ["--tokentune", "--prefix_length", arguments.prefix_length, "--max_length", "96", "--data_cache", "none"]
     options = parse_arguments(words)
     rows = load_instruction_data(options, tokenizer, PromptTemplate.load(DEFAULT_TEMPLATE)).train
     examples = [SeededRows(rows, seed=0)[index] for index in range(arguments.batch)]
