@@ -109,10 +109,8 @@ def test_summary_tells_the_run(lora_run: tuple[Path, list[dict]], tiny_llama_dir
     losses = [entry["loss"] for entry in summary["log"]]
     assert summary["loss"] == pytest.approx({"first": sum(losses[:4]) / 4, "last": sum(losses[4:]) / 4, "window": 4})
     smoothed = [entry.pop("loss_smoothed") for entry in summary["log"]]
-    assert smoothed[:3] == [None] * 3 and (smoothed[3], smoothed[7]) == (
-        summary["loss"]["first"],
-        summary["loss"]["last"],
-    )
+    assert smoothed[:3] == [None] * 3
+    assert (smoothed[3], smoothed[7]) == (summary["loss"]["first"], summary["loss"]["last"])
     assert all(value is not None for entry in summary["log"] for value in entry.values())
     assert all(isinstance(entry["memory_peak_bytes"], int) for entry in summary["log"])
     assert summary["peak_memory_bytes"] >= max(entry["memory_allocated_bytes"] for entry in summary["log"])

@@ -108,7 +108,7 @@ def test_text(tmp_path):
         ({"prefix_length": "answers"}, "sequence, all tokens whose output has a loss kept"),
         (
             {"prefix_length": "answers+0.1"},
-            "all tokens whose output has a loss and 10 % of the other tokens, drawn at random each time it is seen, kept",
+            "whose output has a loss and 10 % of the other tokens, drawn at random each time it is seen, kept",
         ),
         (
             {"prefix_length": "answers+0.1", "selection": "stratified"},

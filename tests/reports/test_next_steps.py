@@ -13,18 +13,7 @@ from classification_models import save_tiny_bert, write_texts
 from tokentune import classify, finetune, merge
 from tokentune.reports.next_steps import PACKAGE, prediction
 
-SHORT = [
-    "--global_batch_size",
-    "8",
-    "--max_length",
-    "64",
-    "--warmup_steps",
-    "0",
-    "--learning_rate",
-    "1e-2",
-    "--max_steps",
-    "2",
-]
+SHORT = [f"--{flag}" for flag in ("global_batch_size=8", "warmup_steps=0", "learning_rate=1e-2", "max_steps=2")]
 
 
 def last_lines(caplog: pytest.LogCaptureFixture) -> dict[str, list[str]]:
