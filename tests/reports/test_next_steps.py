@@ -14,6 +14,7 @@ from tokentune import classify, finetune, merge
 from tokentune.reports.next_steps import PACKAGE, prediction
 
 SHORT = [f"--{flag}" for flag in ("global_batch_size=8", "warmup_steps=0", "learning_rate=1e-2", "max_steps=2")]
+SHORT += ["--max_length=64"]
 
 
 def last_lines(caplog: pytest.LogCaptureFixture) -> dict[str, list[str]]:

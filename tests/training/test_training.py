@@ -276,7 +276,9 @@ def test_progress_on_a_terminal_is_one_bar_with_what_is_told_above_it(
         monkeypatch.setattr(f"sys.{name}", terminal)
     monkeypatch.setenv("COLUMNS", "100")
     logger.handlers = [logging.StreamHandler()]
-    trainer = make_trainer("--global_batch_size 4 --save_steps 2 --learning_rate 1e-3", eval_rows=make_rows(2))
+    trainer = make_trainer(
+        "--global_batch_size 4 --save_steps 2 --learning_rate 1e-3 --lr_scheduler_type constant", eval_rows=make_rows(2)
+    )
     trainer.add_callback(Saying(logger))
     trainer.train()
     lines = terminal.getvalue().split("\n")
