@@ -13,7 +13,6 @@ before any weight is read and before anything is written.
 import copy
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -44,9 +43,17 @@ from tokentune.memory.dry_run import say_plan
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, prepare_model, saved_as, unsupported_models_refused
 from tokentune.models.tasks import HEADS, Head
-from tokentune.reports.classification_summary import said, scores_over_seeds, seed_summary, write_predictions
+from tokentune.phases import phase, start_clock
+from tokentune.reports.classification_summary import (
+    best_folder,
+    said,
+    scores_over_seeds,
+    seed_summary,
+    write_predictions,
+)
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import write_model_card
+from tokentune.reports.next_steps import say_next_steps
 from tokentune.reports.summary import draw_curves, write_summary
 from tokentune.settings.classification import ClassificationArguments, TaskArguments
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
@@ -91,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if answered(arguments):
         return
     run_folder, run = run_folder_of(arguments), arguments.run
+    start_clock()
     with interruptible(AGAIN), end_when_stuck(), locked(run_folder) if not run.dry_run else nullcontext():
         plan = prepare(arguments, run_folder)
         if run.dry_run:
@@ -101,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_config(arguments, run_folder, sys.argv[1:] if argv is None else argv, library_versions())
         write_summary(scores, run_folder, SCORES_NAME)  # last: it marks a finished run
         logger.info("%s; saved in %s", said(scores), run_folder)
+        say_next_steps(arguments, best_folder(scores), inputs=plan.inputs.data.inputs)
         if run.push_to_hub is not None and PartialState().is_main_process:
             logger.info("uploaded to %s", push_folder(run_folder, run.push_to_hub, public=run.hub_public))
 
@@ -143,9 +152,10 @@ def build(plan: Plan) -> SelectiveTrainer:
     settings = classification_settings(arguments, plan.run_folder, plan.metric)
     config = copy.deepcopy(inputs.config)
     set_seed(seed)
-    model = prepare_model(
-        arguments, base_dtype(arguments, config), plan.head, config, from_scratch=arguments.model.from_scratch
-    )
+    with phase("load"):
+        model = prepare_model(
+            arguments, base_dtype(arguments, config), plan.head, config, from_scratch=arguments.model.from_scratch
+        )
     rows = SeededRows(inputs.data.train.rows, seed)
     return build_classification_trainer(
         model, settings, rows, inputs.data.validation.rows, inputs.processing, arguments, inputs.data.labels
@@ -154,21 +164,21 @@ def build(plan: Plan) -> SelectiveTrainer:
 
 def train(run: Plan, seed: int) -> dict[str, Any]:
     """One seed's training: the best checkpoint, its summary and predictions in their folder. Returns the summary."""
-    started = time.perf_counter()
     plan = run.of_seed(seed)
     arguments, config, data, folder = plan.arguments, plan.inputs.config, plan.inputs.data, plan.run_folder
     trainer = build(plan)
     first = trainer.is_world_process_zero()
     if first:
         clear_run_folder(run.run_folder if seed == arguments.seeds[0] else folder)
-    with unsupported_models_refused(), memory_watched(arguments, config, trainer, plan.head):
+    with phase("train"), unsupported_models_refused(), memory_watched(arguments, config, trainer, plan.head):
         trainer.train()
 
     test = predicted(trainer, plan) if data.test is not None and first else None
     dtype = base_dtype(arguments, config)
-    facts = save_result(trainer, folder, saved_as(arguments, config, dtype))
+    with phase("save"):
+        facts = save_result(trainer, folder, saved_as(arguments, config, dtype))
     facts["base_dtype"] = str(dtype).removeprefix("torch.")
-    summary = seed_summary(trainer, arguments, data, facts, plan.metric, test, time.perf_counter() - started)
+    summary = seed_summary(trainer, arguments, data, facts, plan.metric, test)
     if first:
         draw_curves(summary, folder, loss_unit="squared error" if data.labels.is_regression else "nats per label")
         write_model_card(summary, folder)
@@ -180,7 +190,8 @@ def train(run: Plan, seed: int) -> dict[str, Any]:
 def predicted(trainer: SelectiveTrainer, plan: Plan) -> dict[str, Any] | None:
     """Writes the predictions of the test data; returns their score, None where the data has no labels."""
     test, labels, task_type = plan.inputs.data.test, plan.inputs.data.labels, plan.arguments.task.task_type
-    predictions = list(predict(trainer, test.rows, labels))
+    with phase("evaluate"):
+        predictions = list(predict(trainer, test.rows, labels))
     write_predictions(predictions, plan.run_folder)
     if test.truth is None:
         return None

@@ -38,7 +38,6 @@ def seed_summary(
     model_facts: dict[str, Any],
     metric: str,
     test: dict[str, Any] | None,
-    wall_seconds: float,
 ) -> dict[str, Any]:
     """The content of a seed's `training_summary.json`.
 
@@ -56,7 +55,7 @@ def seed_summary(
     reports = {name: split and split.report for name, split in data.splits.items()}
     trained = counts["selected_supervised"]
     tokens = {name: counts[name] for name in ("processed", "selected")} | {"labels": labels, "selected_labels": trained}
-    return run_facts(trainer, arguments, model_facts, reports, tokens, wall_seconds) | {
+    return run_facts(trainer, arguments, model_facts, reports, tokens) | {
         "share_of_labels_trained": trained / labels if labels else None,
         "evaluations": evaluations,
         "metric": metric,
@@ -126,6 +125,12 @@ def scores_over_seeds(
 def _over_seeds(scores: list[float]) -> dict[str, float | None]:
     deviation = statistics.stdev(scores) if len(scores) > 1 else None
     return {"mean": statistics.fmean(scores), "standard_deviation": deviation}
+
+
+def best_folder(scores: dict[str, Any]) -> Path:
+    """Of the seed with the best score."""
+    best = min if scores["metric"] in LOWER_IS_BETTER else max
+    return Path(best(scores["seeds"], key=lambda seed: seed["score"])["folder"])
 
 
 def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> None:
