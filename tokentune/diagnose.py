@@ -1,7 +1,7 @@
 """Command: how good the selective gradient is, for a model and its data, before anything is trained.
 
     python ./tokentune/diagnose.py --model_name_or_path ./models/my-model --dataset_name_or_path data.jsonl \
-        --proportions 0.1 0.3 0.5 --strategies random --corrections 0 1
+        --proportions 0.1 0.3 0.5 --selections random --corrections 0 1
 
 Takes the gradient of a few rows over all tokens, then many draws of the selective one over the same rows, for every
 proportion, strategy and correction that is asked for, and compares them: cosine and error of one draw and of the mean

@@ -236,7 +236,7 @@ def command(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable
 def test_the_report_is_complete_and_the_same_under_the_seed(
     command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ("--proportions", 0.2, 1.0, "--strategies", "random", "--corrections", 0, 1)
+    words = ("--proportions", 0.2, 1.0, "--selections", "random", "--corrections", 0, 1)
     words += ("--figure", tmp_path / "figures")
     report = command(*words)
     assert report["schema_version"] == 1
@@ -267,10 +267,10 @@ def test_the_report_is_complete_and_the_same_under_the_seed(
     assert "effective batch" in " ".join(capsys.readouterr().out.split())
     for name in ("gradient_by_proportion.png", "gradient_by_part.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
-    again = command("--proportions", 0.2, "--strategies", "random")
+    again = command("--proportions", 0.2, "--selections", "random")
     assert again["results"] == [few]
     assert (again["data"], again["full"]) == (report["data"], report["full"])
-    assert command("--proportions", 0.2, "--strategies", "random", "--seed", 7)["results"][0]["whole"] != few["whole"]
+    assert command("--proportions", 0.2, "--selections", "random", "--seed", 7)["results"][0]["whole"] != few["whole"]
 
 
 def test_a_runs_settings_are_taken_as_far_as_they_have_a_meaning(
@@ -293,7 +293,7 @@ def test_adapters_are_diagnosed_without_their_dropout(command: Callable) -> None
 
 
 def test_strategies_with_scores_beside_those_without(command: Callable, tiny_llama_dir: Path) -> None:
-    strategies = ("--strategies", "supervised", "gradient", "excess_loss")
+    strategies = ("--selections", "supervised", "gradient", "excess_loss")
     words = (*strategies, "--selection_reference_model", tiny_llama_dir, "--selection_draw", "top")
     results = {result["strategy"]: result for result in command(*words, "--proportions", 0.05)["results"]}
     assert list(results) == ["supervised", "gradient", "excess_loss"]
@@ -352,14 +352,14 @@ SENTENCES = [
     ("too large a share", ["--proportions", "answers+1.5"], "--proportions answers+1.5: give numbers above 0..."),
     (
         "nothing to choose",
-        ["--proportions", "0.3", "answers", "--strategies", "random"],
-        "--proportions answers with --strategies random: it has nothing to choose; add a share of the other tokens, "
+        ["--proportions", "0.3", "answers", "--selections", "random"],
+        "--proportions answers with --selections random: it has nothing to choose; add a share of the other tokens, "
         "as in answers+0.1, or leave it out",
     ),
     (
         "scores",
-        ["--proportions", "answers+0.1", "--strategies", "stratified", "loss"],
-        "--proportions answers+0.1 with --strategies loss, which draws for a whole row: take one without scores...",
+        ["--proportions", "answers+0.1", "--selections", "stratified", "loss"],
+        "--proportions answers+0.1 with --selections loss, which draws for a whole row: take one without scores...",
     ),
     (
         "a scoring pass",
@@ -369,10 +369,10 @@ SENTENCES = [
     ("correction", ["--corrections", "2"], "--corrections 2.0: must lie between 0..."),
     (
         "correction of dependent draws",
-        ["--strategies", "random", "contiguous", "--corrections", "0", "1"],
+        ["--selections", "random", "contiguous", "--corrections", "0", "1"],
         "--gradient_correction 1: contiguous does not draw each token independently of the others: take random, or...",
     ),
-    ("strategy", ["--strategies", "random", "nosuch"], "--strategies nosuch: there is no such strategy..."),
+    ("strategy", ["--selections", "random", "nosuch"], "--selections nosuch: there is no such strategy..."),
     ("rows", ["--rows", "1"], "--rows 1: must be 2 or more"),
     ("too many", ["--rows", "500"], "--rows 500: the training data has 16 rows that can be learnt from; ask for fewer"),
     ("draws", ["--draws", "0"], "--draws 0: must be 2 or more"),
@@ -381,8 +381,8 @@ SENTENCES = [
     ("a folder", ["--output", "{tmp}"], "--output {tmp}: give a JSON file"),
     (
         "no reference",
-        ["--strategies", "excess_loss"],
-        "--strategies excess_loss takes the loss of a reference model off: add --selection_reference_model",
+        ["--selections", "excess_loss"],
+        "--selections excess_loss takes the loss of a reference model off: add --selection_reference_model",
     ),
     (
         "reference for nothing",

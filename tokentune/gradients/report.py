@@ -102,7 +102,7 @@ def failure_signs(result: dict[str, Any], data: dict[str, Any]) -> list[dict[str
             f"below {LEAST_PROPORTION:.0%} of the tokens the results of the paper's models fall off: select more"
         )
     if share < LEAST_SUPERVISED:
-        cure = "compare --strategies supervised"
+        cure = "compare --selections supervised"
         if result["supervised_selected"] >= ALL_TARGETS * data["supervised_tokens"]:
             cure = "all that have one are selected, and a smaller proportion would do"
         signs["no_loss"] = (

@@ -193,6 +193,12 @@ class ClassificationArguments(Arguments):
 
     prog: ClassVar[str] = "classify.py"
     description: ClassVar[str] = "Fine-tune an encoder to classify texts, words or images."
+    common: ClassVar[str] = (
+        "model_name_or_path bf16 dataset_name_or_path max_length eval_dataset_name_or_path eval_steps "
+        "test_dataset_name_or_path tokentune prefix_length selection gradient_checkpointing lora lora_r lora_alpha "
+        "global_batch_size gradient_accumulation_steps num_epochs learning_rate warmup_steps seeds model_save_path "
+        "run_name overwrite_output_dir logging_steps preview dry_run task"
+    )
     model: EncoderArguments
     data: LabelledRowsArguments
     selection: LabelledSelectionArguments

@@ -72,6 +72,13 @@ class FinetuneArguments(Arguments):
 
     prog: ClassVar[str] = "finetune.py"
     description: ClassVar[str] = "Fine-tune a causal language model."
+    common: ClassVar[str] = (  # what most runs need, which `--help` lists
+        "model_name_or_path bf16 dataset_name_or_path max_length chat_template add_eos_token packing eval_fraction "
+        "eval_dataset_name_or_path eval_steps tokentune prefix_length selection gradient_checkpointing lora qlora "
+        "lora_r lora_alpha lora_target_modules global_batch_size gradient_accumulation_steps num_epochs max_steps "
+        "learning_rate warmup_steps model_save_path run_name overwrite_output_dir save_steps logging_steps preview "
+        "dry_run resume_from_checkpoint"
+    )
     run: RunArguments
 
     def __post_init__(self) -> None:

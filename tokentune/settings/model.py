@@ -84,7 +84,7 @@ class SelectionArguments(Group):
         "100",
         "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); "
         "answers: all that predict a supervised one, answers+0.1: and a tenth of the others; from one to another over "
-        "the run: 0.1:0.5; without --tokentune it does nothing",
+        "the run: 0.1:0.5; without --tokentune it does nothing. --selected_tokens is the same flag",
         metavar="NUMBER",
     )
     selection: str = flag(
