@@ -1,14 +1,19 @@
 """The command line: the released names and defaults, what follows from flags, what is refused."""
 
+import io
 import logging
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
 import tokentune
-from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.arguments import parse_arguments, parser_of
+from tokentune.cli.start import COMMANDS
 from tokentune.errors import UserError
+from tokentune.settings.finetune import FinetuneArguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
 # The released interface, and what this project adds to it.
@@ -277,21 +282,50 @@ def test_model_parallel_says_when_it_changes_nothing(
     assert ("changes nothing" in caplog.text) is warned
 
 
-def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--help"])
+def help_of(command: type, *words: str) -> str:
+    """What a command's `--help` prints."""
+    printed = io.StringIO()
+    with pytest.raises(SystemExit) as ended, redirect_stdout(printed):
+        parse_arguments(["--help", *words], command)
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in DEFAULTS)
+    return printed.getvalue()
+
+
+def listed(text: str) -> list[str]:
+    """The flags that a help lists."""
+    return re.findall(r"^  --(\w+)", text, re.MULTILINE)
+
+
+def test_help_all_lists_every_flag() -> None:
+    text = help_of(FinetuneArguments, "all")
+    assert {*DEFAULTS, "model_name_or_path", "help", "version", "config"} <= set(listed(text))
     assert "obsolete" in text
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_what_most_runs_need_and_where_the_rest_is(name: str) -> None:
+    command = COMMANDS[name]
+    short, everything = (listed(help_of(command, *words)) for words in ((), ("all",)))
+    assert len(short) <= 38 and set(short) <= set(everything)
+    assert set(everything) == {*parser_of(command).flags, "help", "version", "config"}
+    text = help_of(command)
+    if len(everything) > 38:
+        assert text.endswith(f"\n--help all lists all {len(everything)} flags.\n") and len(short) >= 12
+    else:
+        assert short == everything and "lists all" not in text
+    groups = re.split(r"^(?=[a-z ]+:$)", text, flags=re.MULTILINE)[1:]
+    assert groups and all(listed(group) for group in groups)
+
+
+def test_help_of_one_word_too_many() -> None:
+    with pytest.raises(UserError, match="invalid choice: 'lora'"):
+        parse_arguments(["--help", "lora"])
+
+
 @pytest.mark.parametrize("columns", [80, 120])
-def test_help_is_readable(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_help_is_readable(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
-    text = capsys.readouterr().out
+    text = help_of(FinetuneArguments, "all")
     assert max(map(len, text.splitlines())) <= columns
     assert text.startswith("usage: finetune.py --model_name_or_path NAME --dataset_name_or_path NAME [flags]\n")
     flat = " ".join(text.split())

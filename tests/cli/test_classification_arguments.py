@@ -114,7 +114,7 @@ def test_a_glue_task_needs_no_data_set() -> None:
 
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--help"], ClassificationArguments)
+        parse_arguments(["--help", "all"], ClassificationArguments)
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: classify.py")

@@ -40,10 +40,14 @@ def test_help_and_version_import_nothing_heavy(name: str) -> None:
         assert (done.returncode, heavy) == (0, "") and done.stdout.startswith(said)
 
 
-def test_a_misspelt_flag_is_found_before_anything_heavy_is_imported() -> None:
+def test_a_misspelt_flag_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     done, heavy = loaded(ROOT / "tokentune" / "finetune.py", "--learnin_rate", "1")
     assert (done.returncode, heavy) == (2, "")
     assert done.stderr.startswith("error: unknown argument --learnin_rate: did you mean --learning_rate?\n")
+    (tmp_path / "run.yaml").write_text("learnin_rate: 1\n")
+    done, heavy = loaded(ROOT / "tokentune" / "finetune.py", "--config", tmp_path / "run.yaml")
+    assert (done.returncode, heavy) == (2, "")
+    assert "'learnin_rate' is no flag of this command; did you mean --learning_rate?\n" in done.stderr
 
 
 def test_the_public_names_come_when_they_are_used() -> None:

@@ -462,8 +462,17 @@ def test_refused(words: str, message: str) -> None:
 
 
 def test_nothing_fits(config: Path) -> None:
-    with pytest.raises(UserError, match="not even sequences 1 fits"):
-        estimate.main(["--model_name_or_path", str(config), "--find", "batch", "--memory", "0.9"])
+    words = ["--model_name_or_path", str(config), "--find", "batch", "--memory", "0.9"]
+    with pytest.raises(
+        UserError, match="not even sequences 1 fits.* Try --tokentune or --gradient_checkpointing or --l"
+    ):
+        estimate.main(words)
+    for flags, left in (
+        ("--qlora", "Try --tokentune or --gradient_checkpointing or a shorter --max_length."),
+        ("--lora --tokentune --gradient_checkpointing", "Try --qlora or a shorter --max_length."),
+        ("--qlora --tokentune --gradient_checkpointing --find length", "It takes a smaller model, or a card with more"),
+    ):
+        assert estimate.what_saves(estimate.parse([*words, *flags.split()])[0]).startswith(left)
 
 
 def test_every_preset_is_a_model() -> None:

@@ -169,7 +169,7 @@ def check_command(line: str) -> None:
 
 def check_own_command(command: str, words: list[str]) -> None:
     assert command in COMMANDS
-    if words in (["--help"], ["--version"]):
+    if words in (["--help"], ["--help", "all"], ["--version"]):
         return
     if command == "merge":
         flags_given(words, MergeArguments)
