@@ -8,7 +8,7 @@
         --lora --tokentune --prefix_length 0.3
 
 The model, or with adapters the adapter alone, lands in `./models/<model>-<data>-lora-tokentune-0.3/`, with the
-tokenizer, `training_summary.json` and `training_curves.png`. `--help` lists every flag. Bad input ends with one
+tokenizer, `training_summary.json` and `training_curves.png`. `--help all` lists every flag. Bad input ends with one
 sentence and exit code 2, before any weight is read and before anything is written.
 """
 

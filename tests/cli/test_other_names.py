@@ -81,10 +81,10 @@ def test_keys_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert settings["learning_rate"] == 2e-3  # the command line overrides the file, by any name
     assert "note: --train_file is read as --dataset_name_or_path\n" in capsys.readouterr().err
     path.write_text("base_model: m\ntrain_file: a\nlr: 1e-3\nlearning_rate: 1e-3\n")
-    with pytest.raises(UserError, match="line 4: lr and learning_rate are the same flag. Leave one of them out"):
+    with pytest.raises(UserError, match=r"line 4: lr and learning_rate are the same flag. Leave one of them out"):
         parse_arguments(["--config", str(path)])
     path.write_text("base_model: m\ntrain_file: a\noutput_dir: out\n")
-    with pytest.raises(UserError, match="line 3: 'output_dir' is no flag of this command; .*--model_save_path"):
+    with pytest.raises(UserError, match=r"line 3: 'output_dir' is no flag of this command; .*--model_save_path"):
         parse_arguments(["--config", str(path)])
 
 

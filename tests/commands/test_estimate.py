@@ -464,7 +464,7 @@ def test_refused(words: str, message: str) -> None:
 def test_nothing_fits(config: Path) -> None:
     words = ["--model_name_or_path", str(config), "--find", "batch", "--memory", "0.9"]
     with pytest.raises(
-        UserError, match="not even sequences 1 fits.* Try --tokentune or --gradient_checkpointing or --l"
+        UserError, match=r"not even sequences 1 fits.* Try --tokentune or --gradient_checkpointing or --l"
     ):
         estimate.main(words)
     for flags, left in (
