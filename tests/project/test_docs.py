@@ -214,7 +214,9 @@ def test_commands_that_would_not_start_are_found(line: str) -> None:
 
 
 def test_flags_that_are_named_exist() -> None:
-    known = {option for command in COMMANDS for option in docs.parser_of(command)._option_string_actions}
+    parsers = [docs.parser_of(command) for command in COMMANDS]
+    known = {option for parser in parsers for option in parser._option_string_actions}
+    known |= {f"--{name}" for parser in parsers for name in parser.other_names}
     for page, text in TEXTS.items():
         prose = re.sub(r"```.*?```|<!-- generated.*?<!-- end -->", "", text, flags=re.DOTALL)
         assert set(re.findall(r"(?<![\w-])--[a-z]\w*", prose)) <= known | FLAGS_OF_SCRIPTS, name(page)
