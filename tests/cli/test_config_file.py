@@ -98,7 +98,7 @@ def test_the_command_line_overrides_the_file(words: str, name: str, value: objec
 REFUSED = [
     ("unknown key", "loar: 1", "line 3: 'loar' is no flag of this command; did you mean --lora?"),
     ("key of another world", "zzz: 1", "line 3: 'zzz' is no flag of this command; --help all lists all flags."),
-    ("a second file", "config: o.yaml", "line 3: 'config' is no flag of this command; did you mean --dataset_config?"),
+    ("a second file", "config: o.yaml", "line 3: 'config' is no flag of this command; --help all lists all flags."),
     ("twice", "lora: true\nlora: false", "line 4: lora occurs twice. Leave one of them out."),
     ("twice, spelt in two ways", "lora_r: 1\n--lora-r: 2", "line 4: lora_r occurs twice. Leave one of them out."),
     ("a word for a number", "lora_r: eight", "line 3: argument --lora_r: invalid int value: 'eight'..."),

@@ -59,7 +59,7 @@ SAME = {  # the flag: what others call it, with the same values
 # Names, and what to give instead, in parts: each is said where its flags are known.
 ANSWERS = [
     (
-        "output_dir output output_path out_dir save_path save_dir",
+        "output_dir output output_path output_folder out_dir save_path save_dir",
         "the run's folder is made in --model_save_path, and named after model, data and method",
         "--run_name gives it another name",
     ),
@@ -145,7 +145,7 @@ def what_instead(name: str, flags: Collection[str], other: Mapping[str, str]) ->
     answers = {known: said for names, *parts in ANSWERS if (said := _known(parts, flags)) for known in names.split()}
     if name in answers:
         return answers[name]
-    near = next(iter(get_close_matches(name, [*flags, *other, *answers], n=1)), None)
+    near = next(iter(get_close_matches(name, [*flags, *other, *answers], n=1, cutoff=0.7)), None)
     if near in answers and near not in flags:
         return f"if you mean --{near}: {answers[near]}"
     if near is None or near in NEVER_GUESSED:
