@@ -114,7 +114,7 @@ def default_of(action: argparse.Action) -> str:
 def names_elsewhere() -> str:
     """What other tools call the flags of all commands, and what is said of names that mean something else."""
     understood = [
-        [", ".join(f"`--{name}`" for name in names.split()), f"`--{flag}`"]
+        [", ".join(f"`--{name}`" for name in names.split()), f"`--{flag}`{_where(flag)}"]
         for table in (other_names.SECOND, other_names.FORMER, other_names.SAME)
         for flag, names in table.items()
     ]
@@ -122,6 +122,12 @@ def names_elsewhere() -> str:
         [", ".join(f"`--{name}`" for name in names.split()), "; ".join(parts)] for names, *parts in other_names.ANSWERS
     ]
     return "\n\n".join((markdown(["read as", "flag"], understood), markdown(["not read", "instead"], answered)))
+
+
+def _where(flag: str) -> str:
+    """The commands that have a flag which `finetune.py` lacks."""
+    having = [f"`{command}.py`" for command in start.COMMANDS if flag in parser_of(command).flags]
+    return "" if "`finetune.py`" in having else f" of {', '.join(having)}"
 
 
 # --------------------------------------------------------------------------------------------------------------- tree

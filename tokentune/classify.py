@@ -6,8 +6,8 @@
 
 The best checkpoint of each seed lands in `./models/<model>-<data>-<task>-tokentune-32/seed-1/` and so on, with the
 tokenizer, `training_summary.json` and `training_curves.png`; the scores' mean and deviation in
-`classification_summary.json` above them. `--help all` lists every flag. Bad input ends with one sentence and exit code 2,
-before any weight is read and before anything is written.
+`classification_summary.json` above them. `--help all` lists every flag. Bad input ends with one sentence and exit code
+2, before any weight is read and before anything is written.
 """
 
 import copy
