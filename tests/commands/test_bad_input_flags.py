@@ -252,7 +252,7 @@ def test_flags_that_are_missing(capsys: pytest.CaptureFixture, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("flag", "near"), [("--model_name_or_paht", "--model_name_or_path"), ("--model-name", "--model-name-or-path")]
+    ("flag", "near"), [("--model_name_or_paht", "--model_name_or_path"), ("--model-name-or", "--model_name_or_path")]
 )
 def test_a_needed_flag_that_is_misspelt(flag: str, near: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     """Not that the right one is missing."""
