@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations import integration_utils
+from transformers.training_args import OptimizerNames
 
 import tokentune
 from tokentune.cli.arguments import parse_arguments, parser_of
 from tokentune.cli.start import COMMANDS
 from tokentune.errors import UserError
+from tokentune.sampling import strategies
+from tokentune.sampling.meanings import NEEDS
+from tokentune.sampling.strategies import REGISTRY
+from tokentune.settings import machine
 from tokentune.settings.finetune import FinetuneArguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
@@ -337,6 +343,13 @@ def test_help_is_readable(columns: int, monkeypatch: pytest.MonkeyPatch) -> None
     assert "memory: What is kept for the backward pass, and where. --gradient_checkpointing keep" in flat
     assert "None" not in text and "False" not in text and "_OR_PATH" not in text
     assert "(default:\n" not in text
+
+
+def test_what_is_read_of_other_packages_without_their_import() -> None:
+    assert machine.optimizer_names() == [name.value for name in OptimizerNames]
+    assert machine.tracker_names() == list(integration_utils.INTEGRATION_TO_CALLBACK)
+    built_in = {name: entry.needs for name, entry in REGISTRY.items() if entry.choose.__module__ == strategies.__name__}
+    assert {name: built_in[name] for name in NEEDS} == NEEDS and built_in.keys() - NEEDS == {*strategies.SECOND_NAMES}
 
 
 def test_version(capsys: pytest.CaptureFixture) -> None:

@@ -50,6 +50,13 @@ def test_a_misspelt_flag_is_found_before_anything_heavy_is_imported(tmp_path: Pa
     assert "'learnin_rate' is no flag of this command; did you mean --learning_rate?\n" in done.stderr
 
 
+@pytest.mark.parametrize("wrong", ["--optim adamw", "--report_to wandbb", "--lr_scheduler_type cosin", "--lora_r 0"])
+def test_a_wrong_value_is_found_before_anything_heavy_is_imported(wrong: str) -> None:
+    words = ["--model_name_or_path", "m", "--dataset_name_or_path", "d", "--selection", "loss", *wrong.split()]
+    done, heavy = loaded(ROOT / "tokentune" / "finetune.py", *words)
+    assert (done.returncode, heavy) == (2, "") and done.stderr.startswith(f"error: {wrong}")
+
+
 def test_the_public_names_come_when_they_are_used() -> None:
     code = "import sys, tokentune; print('torch' in sys.modules, tokentune.apply_tokentune.__module__, *dir(tokentune))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -196,6 +196,6 @@ class DiagnoseArguments(FinetuneArguments):
 def needs_of(strategy: str) -> tuple[str, ...]:
     """The scores that a strategy needs; none where there is no such strategy, which its check will say."""
     try:
-        return machine.strategy_of(strategy).needs
+        return machine.needs_of(strategy)
     except UserError:
         return ()

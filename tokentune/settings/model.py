@@ -140,7 +140,7 @@ class SelectionArguments(Group):
             steps is None or self.tokentune,
             f"--diagnose_steps {steps} compares the selective gradient with the full one: add --tokentune",
         )
-        self._check_scores(machine.strategy_of(self.selection).needs)
+        self._check_scores(machine.needs_of(self.selection))
         require(
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
@@ -203,7 +203,7 @@ class SelectionArguments(Group):
     @property
     def scored(self) -> bool:
         """Whether the strategy needs scores, so that nothing can be drawn without the model."""
-        return bool(machine.strategy_of(self.selection).needs)
+        return bool(machine.needs_of(self.selection))
 
 
 @dataclass

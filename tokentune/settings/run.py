@@ -127,10 +127,10 @@ class OutputArguments(Group):
         for name in self.report_to:
             if name == "tensorboard" and find_spec(name):  # without the import of the Trainer, which takes seconds
                 continue
-            known, installed = machine.trackers()
+            known = machine.tracker_names()
             require(name in known, f"--report_to {name}: choose none, or from {', '.join(known)}")
             require(
-                name in installed,
+                name in machine.installed_trackers(),
                 f"--report_to {name}: the package is not installed; `pip install {name}`, or --report_to none",
             )
         if self.logging_dir is not None and "tensorboard" not in self.report_to:
