@@ -57,7 +57,7 @@ class OptimizationArguments(Group):
             self.lr_scheduler_type in SCHEDULES,
             f"--lr_scheduler_type {self.lr_scheduler_type}: choose from {', '.join(SCHEDULES)}",
         )
-        if self.optim != "adamw_torch":  # which is there: the import of all names takes seconds
+        if self.optim != "adamw_torch":
             names = machine.optimizer_names()
             require(
                 self.optim in names,
