@@ -99,6 +99,7 @@ ANSWERED = [
     ("finetune", "--val_size", "--eval_fraction"),
     ("finetune", "--torch_dtype", "--base_dtype"),
     ("finetune", "--cutof_len", "did you mean --max_length?"),
+    ("merge", "--model_name_or_path", "--base_model_name_or_path, and the adapter with --peft_model_path"),
 ]
 
 
@@ -113,7 +114,7 @@ def test_names_with_another_meaning(command: str, name: str, instead: str) -> No
     ("command", "words", "flag"),
     [
         ("merge", "--base_model b --adapter a --output o", "base_model_name_or_path peft_model_path output_dir"),
-        ("merge", "--model_name_or_path b --lora_path a --output_dir o", "base_model_name_or_path peft_model_path"),
+        ("merge", "--base_model_path b --lora_path a --output_dir o", "base_model_name_or_path peft_model_path"),
         ("estimate", "--model llama-3-8b --num_gpus 8", "model_name_or_path num_processes"),
         ("classify", "--model m --test_file t --max_train_samples 8", "test_dataset_name_or_path max_train_rows"),
         ("classify", "--model m --warmup_ratio 0.1", "warmup_steps"),
@@ -148,10 +149,8 @@ def test_every_name_leads_to_one_flag_or_an_answer() -> None:
     tables = (other_names.SECOND, other_names.FORMER, other_names.SAME)
     for table in tables:
         assert table.keys() <= set().union(*(parser.flags for parser in parsers))
-    for parser in parsers:
-        led = " ".join(names for table in tables for flag, names in table.items() if flag in parser.flags)
-        names = [name for name in led.split() if name not in parser.flags]
-        assert len(names) == len(set(names))
+    other = other_names.synonyms({"model_name_or_path", "base_model_name_or_path"})  # in whichever order
+    assert other["base_model"] == "base_model_name_or_path" and other["model"] == "model_name_or_path"
     for names, answer, *_ in other_names.ANSWERS:
         for name in names.split():
             said = [other_names.what_instead(name, parser.flags, parser.other_names) for parser in parsers]

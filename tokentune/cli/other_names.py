@@ -50,7 +50,7 @@ SAME = {  # the flag: what others call it, with the same values
     "resume_from_checkpoint": "resume",
     "num_processes": "num_gpus gpus",
     # of merge.py
-    "base_model_name_or_path": "base_model base_model_name base_model_path model model_name_or_path",
+    "base_model_name_or_path": "base_model base_model_name base_model_path",
     "peft_model_path": "adapter adapter_path adapter_name_or_path adapter_model_name peft_model lora_path "
     "lora_model_dir",
     "output_dir": "output output_path output_name out_dir export_dir save_path save_dir",
@@ -63,6 +63,7 @@ ANSWERS = [
         "the run's folder is made in --model_save_path, and named after model, data and method",
         "--run_name gives it another name",
     ),
+    ("model model_name_or_path", "give --base_model_name_or_path, and the adapter with --peft_model_path"),
     (
         "per_device_train_batch_size per_device_batch_size micro_batch_size batch_size train_batch_size",
         "give --global_batch_size, the sequences of one optimizer step over all devices: those of a device at a time x "
@@ -122,13 +123,13 @@ NEVER_GUESSED = ("overwrite_output_dir", "push_to_hub", "hub_public", "force")  
 
 
 def synonyms(flags: Collection[str]) -> dict[str, str]:
-    """Flags of a command by their other names."""
-    tables = (SECOND, FORMER, SAME)
+    """Flags of a command by their other names; where a table has a name twice, its later flag."""
     return {
         name: flag
-        for table in tables
-        for flag in table.keys() & flags
-        for name in table[flag].split()
+        for table in (SECOND, FORMER, SAME)
+        for flag, names in table.items()
+        if flag in flags
+        for name in names.split()
         if name not in flags
     }
 
