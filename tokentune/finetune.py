@@ -96,16 +96,15 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
         rows = pack(rows, arguments.data.max_length)
     with unsupported_models_refused():
         trainer = build_trainer(model, settings, rows, data.validation, tokenizer, arguments)
+        choose_micro_batch(trainer, arguments, config, start.checkpoint)
         if arguments.run.dry_run:
             said = {"train data": data.train_report, "validation data": data.validation_report}
             say_plan(trainer, data.table, said | {"selection": findings.gain}, arguments, config, run_folder)
             return
-        if arguments.run.auto_micro_batch:
-            choose_micro_batch(trainer, arguments, config, start.checkpoint)
         probe_memory(trainer, arguments, config)
     if trainer.is_world_process_zero():
         prepare_run_folder(run_folder, start)
-        write_config(arguments, run_folder, words, library_versions())
+        write_config(arguments, run_folder, words, library_versions(), trainer.auto_values)
     with unsupported_models_refused(), memory_watched(arguments, config, trainer):
         train_to_the_end(trainer, start)
 

@@ -4,14 +4,14 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from tokentune.errors import UserError
-from tokentune.settings.flags import REQUIRED, check_characters, default_of
+from tokentune.settings.flags import AUTO, REQUIRED, check_characters, default_of
 from tokentune.version import __version__
 
 UNBROKEN = "\0"  # a space in the help where no line may end
@@ -49,7 +49,8 @@ class Parser(argparse.ArgumentParser):
     def _add_flag(self, section: Any, field: Field, kind: Any, *, hidden: bool) -> None:
         choices, options = (), {"help": field.metadata["help"], **field.metadata.get("options", {})}
         if get_origin(kind) in (Union, UnionType):
-            (kind,) = (alternative for alternative in get_args(kind) if alternative is not NoneType)
+            kind, *words = (alternative for alternative in get_args(kind) if alternative is not NoneType)
+            kind = _number_or_auto(kind) if words else kind
         if get_origin(kind) is list:
             (kind,), options["nargs"] = get_args(kind), "+"
         if get_origin(kind) is Literal:
@@ -114,6 +115,20 @@ def _boolean(text: str) -> bool:
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
     return BOOLEANS[text.lower()]
+
+
+def _number_or_auto(kind: type) -> Callable[[str], Any]:
+    """What reads a flag of `int | Literal["auto"]`, or of float."""
+
+    def read(text: str) -> Any:
+        for reads in (int, kind):
+            try:
+                return AUTO if text == AUTO else reads(text)
+            except ValueError:
+                pass
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor a {'whole ' * (kind is int)}number")
+
+    return read
 
 
 def _metavar(action: argparse.Action) -> str:
