@@ -378,18 +378,18 @@ def test_checkpoints_lie_in_the_folder_and_none_repeats_the_result(
 
 def test_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    check_run_folder(run, overwrite=False)
+    check_run_folder(run, {"overwrite_output_dir": False})
     assert not run.exists()
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    check_run_folder(run, overwrite=False)
+    check_run_folder(run, {"overwrite_output_dir": False})
     (run / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="checkpoints of an unfinished run"):
-        check_run_folder(run, overwrite=False)
+        check_run_folder(run, {"overwrite_output_dir": False})
     (run / "training_summary.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"a finished run\.\n.*--overwrite_output_dir"):
-        check_run_folder(run, overwrite=False)
-    check_run_folder(run, overwrite=True)
+        check_run_folder(run, {"overwrite_output_dir": False})
+    check_run_folder(run, {"overwrite_output_dir": True})
     clear_run_folder(run)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
 

@@ -1,7 +1,6 @@
 """`--dry_run`: prepares the run, prints a short plan, and stops; it makes no folder and no log."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -25,7 +24,7 @@ def say_plan(
     data: Mapping[str, object],
     arguments: Arguments,
     config: PreTrainedConfig,
-    run_folder: Path,
+    output: Mapping[str, object],
 ) -> None:
     """Prints what the run would do.
 
@@ -34,6 +33,7 @@ def say_plan(
         rows: encoded, not packed; None if they are streamed.
         data: what is said of it, by the names of lines; None: nothing.
         config: of the base model.
+        output: as `data`, of what the run would write.
     """
     if not trainer.is_world_process_zero():
         return
@@ -45,7 +45,7 @@ def say_plan(
         lines["tokens"] = _tokens(rows, arguments)
         longest = int(row_lengths(trainer.train_dataset).max())
     lines["memory"] = _memory(trainer, longest, arguments, config)
-    lines["run folder"] = str(run_folder)
+    lines |= {name: str(said).replace("\n", " ") for name, said in output.items() if said is not None}
     width = max(map(len, lines)) + 2
     print("\n".join(f"{name:{width}}{text}" for name, text in lines.items()))
     print("dry run: nothing was trained, and no folder made (tokens may be kept for the run: --data_cache)")

@@ -5,6 +5,7 @@ Flags that only change the order of sums are named in a warning; where things ar
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 # Flags without effect on the weights: what a run writes and reports, and where.
 HARMLESS = {
-    *("model_save_path", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "logging_dir"),
-    *("report_to", "print_run_folder", "resume_from_checkpoint", "preview", "dry_run", "report_memory", "offline"),
-    *("memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "tokenize_workers", "data_cache"),
-    *("push_to_hub", "trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
+    *("model_save_path", "run_name", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps"),
+    *("logging_dir", "report_to", "print_run_folder", "resume_from_checkpoint", "preview", "dry_run", "report_memory"),
+    *("offline", "memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "tokenize_workers"),
+    *("data_cache", "push_to_hub", "trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
 }
 # The same numbers, summed in another order or rounded elsewhere; mostly what helps after running out of memory.
 ROUNDING = {
@@ -41,13 +42,24 @@ def check_same_run(flags: dict[str, Any], before: dict[str, Any], where: str) ->
     bound = STREAMED if now.get("streaming") and workers > 1 else set()
     other = [name for name in changed if name not in (HARMLESS | ROUNDING) - bound]
     if other:
-        listed = ", ".join(f"--{name} {_shown(now[name])} (there {_shown(changed[name])})" for name in other)
         raise UserError(
-            f"{where} was made with other flags, and going on with these would be another run:\n{listed}.\n"
-            "Give the same flags again, or start anew: another --model_save_path, or --overwrite_output_dir."
+            f"{where} was made with other flags, and going on with these would be another run:\n"
+            f"{_listed(other, now, before)}.\n"
+            "Give the same flags again, or start anew: --run_name NAME, or --overwrite_output_dir."
         )
     if rounding := [f"--{name}" for name in changed if name in ROUNDING]:
         logger.warning("%s: not as in %s; the result is the same up to rounding", ", ".join(rounding), where)
+
+
+def differences(flags: dict[str, Any], before: dict[str, Any]) -> str:
+    """The flags that are not as before, but for those without effect on the weights, with both values; or ""."""
+    now = json.loads(json.dumps(flags))
+    changed = [name for name in now if name not in HARMLESS and now[name] != before.get(name, now[name])]
+    return _listed(changed, now, before)
+
+
+def _listed(names: Iterable[str], now: dict[str, Any], before: dict[str, Any]) -> str:
+    return ", ".join(f"--{name} {_shown(now[name])} (there {_shown(before[name])})" for name in names)
 
 
 def _same(name: str, before: Any, now: Any) -> bool:
