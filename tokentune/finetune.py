@@ -104,8 +104,8 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
         choose_micro_batch(trainer, arguments, config, start.checkpoint)
         if arguments.run.dry_run:
             said = {"train data": data.train_report, "validation data": data.validation_report}
-            output = {"run folder": run_folder, "there already": there, "disk": space}
-            say_plan(trainer, data.table, said | {"selection": findings.gain}, arguments, config, output)
+            said |= {"selection": findings.gain, "disk": space, "there already": there}
+            say_plan(trainer, data.table, said, arguments, config, run_folder)
             return
         probe_memory(trainer, arguments, config)
     if trainer.is_world_process_zero():

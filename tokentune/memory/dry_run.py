@@ -1,6 +1,7 @@
 """`--dry_run`: prepares the run, prints a short plan, and stops; it makes no folder and no log."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -24,28 +25,27 @@ def say_plan(
     data: Mapping[str, object],
     arguments: Arguments,
     config: PreTrainedConfig,
-    output: Mapping[str, object],
+    run_folder: Path,
 ) -> None:
     """Prints what the run would do.
 
     Args:
         trainer: ready for `train()`.
         rows: encoded, not packed; None if they are streamed.
-        data: what is said of it, by the names of lines; None: nothing.
+        data: what is said of it, and of the disk, by the names of lines; None: nothing.
         config: of the base model.
-        output: as `data`, of what the run would write.
     """
     if not trainer.is_world_process_zero():
         return
     lines = {"model": _model(trainer)}
-    lines |= {name: str(said) for name, said in data.items() if said is not None}
+    lines |= {name: str(said).replace("\n", " ") for name, said in data.items() if said is not None}
     lines["steps"] = _steps(trainer)
     longest = arguments.data.max_length
     if rows is not None:
         lines["tokens"] = _tokens(rows, arguments)
         longest = int(row_lengths(trainer.train_dataset).max())
     lines["memory"] = _memory(trainer, longest, arguments, config)
-    lines |= {name: str(said).replace("\n", " ") for name, said in output.items() if said is not None}
+    lines["run folder"] = str(run_folder)
     width = max(map(len, lines)) + 2
     print("\n".join(f"{name:{width}}{text}" for name, text in lines.items()))
     print("dry run: nothing was trained, and no folder made (tokens may be kept for the run: --data_cache)")
