@@ -209,7 +209,7 @@ REFUSED = [
     ("--logging_steps 2.5", "'2.5' is neither auto nor a whole number"),
     *(
         (f"--run_name {name}", f"--run_name {name!r}: not a folder's name on every system")
-        for name in ("a/b", "a\\b", "..", ".hidden", "-x", "ends.", "caf\u00e9", "con:1", "x" * 101)
+        for name in ("a/b", "a\\b", "..", ".hidden", "_x", "ends.", "caf\u00e9", "con:1", "x" * 101)
     ),
     ("--run_name=", "--run_name '': not a folder's name"),
     ("--lr_scheduler_type stairs", "--lr_scheduler_type stairs: choose from cosine"),
