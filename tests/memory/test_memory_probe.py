@@ -414,7 +414,7 @@ def test_without_a_flag_a_bound_decides_on_a_cpu(
     trainer, arguments = build("--global_batch_size 12")
     assert choose_micro_batch(trainer, arguments, config) == 4
     assert trainer.args.gradient_accumulation_steps == 3
-    assert "micro-batch: 4 sequences, 3 micro-batches a step (looked at 12, 6, 3, 4)" in caplog.text
+    assert "auto: --gradient_accumulation_steps 3, 4 sequences in a micro-batch (looked at 12, 6, 3, 4)" in caplog.text
     monkeypatch.setattr(memory_probe, "generous_bytes", lambda model, shape: 10**18)
     monkeypatch.setattr(memory_probe, "_fits", lambda run, count: count <= 2)
     assert choose_micro_batch(*build("--global_batch_size 12"), config) == 2
@@ -447,7 +447,7 @@ def test_what_cannot_be_tried_is_one_micro_batch(
     trainer, arguments = build(f"--global_batch_size 6 {words}")
     assert choose_micro_batch(trainer, arguments, config) == 6
     assert trainer.args.gradient_accumulation_steps == 1
-    assert f"micro-batch: 6 sequences, 1 micro-batches a step ({reason})" in caplog.text
+    assert f"auto: --gradient_accumulation_steps 1, 6 sequences in a micro-batch ({reason})" in caplog.text
     if not words:
         with pytest.raises(UserError, match="--auto_micro_batch: a step of this model cannot be estimated"):
             choose_micro_batch(*build("--global_batch_size 6 --auto_micro_batch"), config)

@@ -58,7 +58,7 @@ def test_a_short_run_reaches_its_learning_rate(
 ) -> None:
     caplog.set_level(logging.INFO)
     trainer = make_trainer(f"--global_batch_size 2 --num_epochs 4 {AUTO}")
-    assert "auto, for 40 optimizer steps: --warmup_steps 1 --logging_steps 1" in caplog.text
+    assert "auto: --warmup_steps 1 --logging_steps 1 (optimizer steps: 40)" in caplog.text
     assert trainer.auto_values == {"gradient_accumulation_steps": 1, "warmup_steps": 1, "logging_steps": 1}
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]

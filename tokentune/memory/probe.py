@@ -129,9 +129,10 @@ def choose_micro_batch(
 
 
 def _taken(trainer: SelectiveTrainer, sequences: int, why: str) -> int:
-    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    trainer.set_micro_batch(sequences, rows // sequences)
-    logger.info("micro-batch: %d sequences, %d micro-batches a step (%s)", sequences, rows // sequences, why)
+    accumulation = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps // sequences
+    trainer.set_micro_batch(sequences, accumulation)
+    said = "auto: --gradient_accumulation_steps %d, %d sequences in a micro-batch (%s)"
+    logger.info(said, accumulation, sequences, why)
     return sequences
 
 

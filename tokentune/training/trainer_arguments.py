@@ -109,7 +109,7 @@ def settle_by_length(settings: TrainingArguments, arguments: Arguments, steps: i
         settings.logging_steps = max(1, min(MOST_BETWEEN_LINES, steps // LEAST_LINES))
         found.append(f"--logging_steps {settings.logging_steps}")
     if found:
-        logger.info("auto, for %d optimizer steps: %s", steps, " ".join(found))
+        logger.info("auto: %s (optimizer steps: %d)", " ".join(found), steps)
 
 
 @dataclass
