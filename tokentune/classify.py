@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     """Whatever can be refused is refused here: nothing has been written, no weight read."""
     head = HEADS[arguments.task.task_type]
-    check_run_folder(run_folder, overwrite=arguments.output.overwrite_output_dir)
+    check_run_folder(run_folder, arguments.settings())
     classification_settings(arguments, run_folder, "loss")
     name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
     config = load_config(name, head=head, trust_remote_code=trusted)

@@ -2,5 +2,6 @@
 
 CARD_NAME = "README.md"  # the model card
 RUN_CONFIG_NAME = "run.yaml"
+RUN_STATE_NAME = "run_state.json"  # in a checkpoint
 SUMMARY_NAME, CURVES_NAME = "training_summary.json", "training_curves.png"
 SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.jsonl"

@@ -47,6 +47,7 @@ from tokentune.reports.model_card import write_model_card
 from tokentune.reports.summary import build_summary, draw_curves, warn_without_gain, write_summary
 from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
+from tokentune.training.checkpoints.disk_space import disk_space
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
 from tokentune.training.checkpoints.run_folder import check_run_folder
 from tokentune.training.checkpoints.run_lock import locked
@@ -75,9 +76,9 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     started = time.perf_counter()
     # Whatever can be refused is refused here: nothing has been written, no weight read.
     check_push(arguments.run.push_to_hub, run_folder)
-    start = what_to_resume(arguments.settings(), run_folder)
-    overwrite = arguments.output.overwrite_output_dir
-    check_run_folder(run_folder, overwrite=overwrite, resuming=start.in_place, can_resume=True)
+    flags = arguments.settings()
+    start = what_to_resume(flags, run_folder)
+    there = check_run_folder(run_folder, flags, resuming=start.in_place)
     settings = build_training_arguments(arguments, run_folder)
     inputs = read_inputs(arguments)
     config, tokenizer = inputs.config, inputs.tokenizer
@@ -96,20 +97,23 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
         rows = pack(rows, arguments.data.max_length)
     with unsupported_models_refused():
         trainer = build_trainer(model, settings, rows, data.validation, tokenizer, arguments)
+        saved_dtype = saved_as(arguments, config, dtype)
+        space = disk_space(trainer, run_folder, saved_dtype, start)
+        if not arguments.run.dry_run:
+            space.check()
+        choose_micro_batch(trainer, arguments, config, start.checkpoint)
         if arguments.run.dry_run:
             said = {"train data": data.train_report, "validation data": data.validation_report}
-            say_plan(trainer, data.table, said | {"selection": findings.gain}, arguments, config, run_folder)
+            said |= {"selection": findings.gain, "disk": space, "there already": there}
+            say_plan(trainer, data.table, said, arguments, config, run_folder)
             return
-        if arguments.run.auto_micro_batch:
-            choose_micro_batch(trainer, arguments, config, start.checkpoint)
         probe_memory(trainer, arguments, config)
     if trainer.is_world_process_zero():
         prepare_run_folder(run_folder, start)
-        write_config(arguments, run_folder, words, library_versions())
+        write_config(arguments, run_folder, words, library_versions(), trainer.auto_values)
     with unsupported_models_refused(), memory_watched(arguments, config, trainer):
         train_to_the_end(trainer, start)
 
-    saved_dtype = saved_as(arguments, config, dtype)
     facts = save_result(trainer, run_folder, saved_dtype) | {"base_dtype": str(dtype).removeprefix("torch.")}
     if trainer.is_world_process_zero():
         summary = build_summary(trainer, arguments, data, facts, time.perf_counter() - started)

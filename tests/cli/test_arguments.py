@@ -36,18 +36,18 @@ DEFAULTS = {
     "fp16": False,
     "fp16_opt_level": "O1",
     "global_batch_size": 128,
-    "gradient_accumulation_steps": 1,
+    "gradient_accumulation_steps": "auto",
     "num_epochs": 1,
     "num_workers": 0,
     "learning_rate": 1.5e-4,
     "weight_decay": 0.01,
-    "warmup_steps": 3000,
+    "warmup_steps": "auto",
     "lr_scheduler_type": "cosine",
     "max_length": 1024,
     "add_eos_token": False,
     "save_steps": 50000,
     "save_total_limit": 10,
-    "logging_steps": 1000,
+    "logging_steps": "auto",
     "logging_dir": None,
     "model_parallel": False,
     "offline": False,
@@ -62,6 +62,7 @@ DEFAULTS = {
     "report_memory": False,
     "memory_snapshot": None,
     "model_save_path": "./models/",
+    "run_name": None,
     "base_dtype": "auto",
     "eval_dataset_name_or_path": None,
     "eval_steps": None,
@@ -171,6 +172,22 @@ def test_what_a_scoring_pass_comes_before(words: str, scoring_pass: bool) -> Non
     assert parse_arguments([*REQUIRED, *words.split()]).selection.scoring_pass is scoring_pass
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("auto", "auto"), ("100", 100), ("0.03", 0.03), ("0", 0), ("1e3", 1000), ("100.0", 100)],
+)
+def test_warmup_is_a_number_a_share_or_auto(words: str, value: float | str) -> None:
+    optimization = parse_arguments([*REQUIRED, "--warmup_steps", words]).optimization
+    assert optimization.warmup_steps == value
+    assert optimization.accumulation == 1 and optimization.micro_batch_size == 128  # until it is found
+
+
+def test_a_search_for_the_micro_batch_is_what_auto_means() -> None:
+    """Also in the run.yaml of a version whose default was 1."""
+    words = [*REQUIRED, "--auto_micro_batch", "--gradient_accumulation_steps", "1"]
+    assert parse_arguments(words).optimization.gradient_accumulation_steps == "auto"
+
+
 def test_qlora_implies_adapters() -> None:
     assert parse_arguments([*REQUIRED, "--qlora"]).adapters.lora
 
@@ -197,6 +214,15 @@ REFUSED = [
     ("--learning_rate 0", "--learning_rate 0"),
     ("--learning_rate nan", "--learning_rate nan"),
     ("--warmup_steps -5", "--warmup_steps -5"),
+    ("--warmup_steps 1.5", "--warmup_steps 1.5: give a number of steps, a share of all steps below 1, or auto"),
+    ("--warmup_steps nan", "--warmup_steps nan"),
+    ("--warmup_steps few", "'few' is neither auto nor a number"),
+    ("--logging_steps 2.5", "'2.5' is neither auto nor a whole number"),
+    *(
+        (f"--run_name {name}", f"--run_name {name!r}: not a folder's name on every system")
+        for name in ("a/b", "a\\b", "..", ".hidden", "_x", "ends.", "caf\u00e9", "con:1", "x" * 101)
+    ),
+    ("--run_name=", "--run_name '': not a folder's name"),
     ("--lr_scheduler_type stairs", "--lr_scheduler_type stairs: choose from cosine"),
     ("--optim adam_magic", "--optim adam_magic"),
     ("--report_to diary", "--report_to diary"),

@@ -120,13 +120,18 @@ def _short(text: str) -> str:
 
 
 def write_config(
-    arguments: Arguments, run_folder: Path, words: Sequence[str], versions: Mapping[str, str | None]
+    arguments: Arguments,
+    run_folder: Path,
+    words: Sequence[str],
+    versions: Mapping[str, str | None],
+    auto: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `run.yaml`: every flag with its value, which `--config` reads. No environment variable is in it.
 
     Args:
         words: the command line that was given, for the file's heading.
         versions: of the libraries, for the heading too.
+        auto: what flags given as `auto` came to, for the heading too; None: nothing is known.
     """
     heading = [
         f"Settings of a run of tokentune/{arguments.prog}; this reruns it, from the same folder:",
@@ -136,6 +141,8 @@ def write_config(
         f"    {shlex.join([arguments.prog, *words])}",
         "with " + ", ".join(f"{name} {number}" for name, number in versions.items() if number is not None),
     ]
+    if auto:
+        heading.append("auto came to " + " ".join(f"--{name} {value}" for name, value in auto.items()))
     parts = ["".join(f"# {_printable(line)}\n" for line in heading)]
     for name, group in asdict(arguments).items():
         settings = {flag: value for flag, value in group.items() if flag not in STARTING}

@@ -3,7 +3,7 @@
 import argparse
 import re
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from tokentune.cli.other_names import note, synonyms, what_instead
 from tokentune.errors import UserError
-from tokentune.settings.flags import REQUIRED, check_characters, default_of, require
+from tokentune.settings.flags import AUTO, REQUIRED, check_characters, default_of, require
 from tokentune.version import __version__
 
 UNBROKEN = "\0"  # a space in the help where no line may end
@@ -59,7 +59,8 @@ class Parser(argparse.ArgumentParser):
     def _add_flag(self, section: Any, field: Field, kind: Any) -> None:
         choices, options = (), {"help": field.metadata["help"], **field.metadata.get("options", {})}
         if get_origin(kind) in (Union, UnionType):
-            (kind,) = (alternative for alternative in get_args(kind) if alternative is not NoneType)
+            kind, *words = (alternative for alternative in get_args(kind) if alternative is not NoneType)
+            kind = _number_or_auto(kind) if words else kind
         if get_origin(kind) is list:
             (kind,), options["nargs"] = get_args(kind), "+"
         if get_origin(kind) is Literal:
@@ -160,6 +161,20 @@ def _boolean(text: str) -> bool:
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
     return BOOLEANS[text.lower()]
+
+
+def _number_or_auto(kind: type) -> Callable[[str], Any]:
+    """What reads a flag of `int | Literal["auto"]`, or of float."""
+
+    def read(text: str) -> Any:
+        for reads in (int, kind):
+            try:
+                return AUTO if text == AUTO else reads(text)
+            except ValueError:
+                pass
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor a {'whole ' * (kind is int)}number")
+
+    return read
 
 
 def _metavar(action: argparse.Action) -> str:

@@ -153,7 +153,7 @@ def measure(
             fill_states(optimizer, trained)
             live.claim(OPTIMIZER, states_of(optimizer))
             model.zero_grad()
-            if arguments.optimization.gradient_accumulation_steps > 1:  # those of earlier micro-batches
+            if arguments.optimization.accumulation > 1:  # those of earlier micro-batches
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
             live.claim(GRADIENTS, [parameter.grad for parameter in trained if parameter.grad is not None])

@@ -161,11 +161,12 @@ class EncoderOptimizationArguments(OptimizationArguments):
     """How the weights move."""
 
     global_batch_size: int = flag(32)
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches per optimizer step; a micro-batch holds global batch / accumulation / devices sequences"
+    )
     num_epochs: int = flag(3)
     learning_rate: float = flag(2e-5, "peak learning rate (with adapters, or from scratch: try 5e-4)")
-    warmup_steps: float = flag(
-        0.1, "optimizer steps over which the learning rate rises from 0 to its peak; below 1, a share of all steps"
-    )
+    warmup_steps: float | Literal["auto"] = flag(0.1)
     lr_scheduler_type: str = flag("linear")
     seeds: list[int] = flag(
         [],

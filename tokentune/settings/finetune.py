@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 from tokentune.processes import engine
 from tokentune.settings.data import DataArguments
 from tokentune.settings.engines import check_engine
-from tokentune.settings.flags import log_without_effect, require
+from tokentune.settings.flags import AUTO, log_without_effect, require
 from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
 
@@ -92,7 +92,7 @@ class FinetuneArguments(Arguments):
                 "--eval_fraction",
             )
         require(
-            not run.auto_micro_batch or self.optimization.gradient_accumulation_steps == 1,
+            not run.auto_micro_batch or self.optimization.gradient_accumulation_steps in (AUTO, 1),
             "--auto_micro_batch finds the accumulation itself: leave --gradient_accumulation_steps out",
         )
         require(
@@ -105,6 +105,8 @@ class FinetuneArguments(Arguments):
             "--auto_micro_batch cannot change the batches of --streaming, which are made as they are read: give "
             "--gradient_accumulation_steps",
         )
+        if run.auto_micro_batch:
+            self.optimization.gradient_accumulation_steps = AUTO
         self._check_packing()
         self._check_diagnosing()
         require(

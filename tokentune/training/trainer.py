@@ -36,6 +36,7 @@ from tokentune.data.step_work import units_of_rows
 from tokentune.errors import UserError
 from tokentune.sampling.schedule import Size
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.flags import AUTO
 from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import no_empty_folders
 from tokentune.training.diagnosing import GradientDiagnosis
@@ -48,7 +49,7 @@ from tokentune.training.nan_batch import FirstBadLoss, write_nan_batch
 from tokentune.training.offline import offline
 from tokentune.training.optimizers import in_backward
 from tokentune.training.trackers import prepare_trackers
-from tokentune.training.trainer_arguments import Extent
+from tokentune.training.trainer_arguments import Extent, settle_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ class SelectiveTrainer(Trainer):
         self.add_callback(Progress(self.figures.memory, epochs=not isinstance(train_rows, IterableDataset)))
         prepare_trackers(self.callback_handler.callbacks, arguments.output.logging_dir)
         steps = Extent.of(train_rows, settings).steps
+        settle_by_length(settings, arguments, steps)
         if settings.warmup_steps >= steps:
             logger.warning(
                 "--warmup_steps %d: this run has %d optimizer steps, so the learning rate never reaches its peak",
@@ -152,6 +154,12 @@ class SelectiveTrainer(Trainer):
             chosen = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = in_backward(*chosen, self.model)
         return super().create_optimizer(model)
+
+    @property
+    def auto_values(self) -> dict[str, int]:
+        """What the flags that were given as `auto` came to; a setting of the Trainer has its flag's name."""
+        names = ("gradient_accumulation_steps", "warmup_steps", "logging_steps")
+        return {name: getattr(self.args, name) for name in names if self.flags[name] == AUTO}
 
     def set_micro_batch(self, sequences: int, accumulation: int) -> None:
         """Splits each global batch into so many micro-batches of so many sequences. To be called before `train()`."""

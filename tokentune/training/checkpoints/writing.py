@@ -16,7 +16,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from tokentune.training.checkpoints.run_state import RUN_STATE_NAME, run_state
+from tokentune.file_names import RUN_STATE_NAME
+from tokentune.training.checkpoints.run_state import run_state
 from tokentune.training.checkpoints.saving import (
     StorageError,
     hidden,
