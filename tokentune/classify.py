@@ -13,7 +13,6 @@ tokenizer, `training_summary.json` and `training_curves.png`; the scores' mean a
 import copy
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +41,16 @@ from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
 from tokentune.models.pretrained import check_quantization, load_config
 from tokentune.models.tasks import HEADS
-from tokentune.reports.classification_summary import said, scores_over_seeds, seed_summary, write_predictions
+from tokentune.phases import phase, start_clock
+from tokentune.reports.classification_summary import (
+    best_folder,
+    said,
+    scores_over_seeds,
+    seed_summary,
+    write_predictions,
+)
 from tokentune.reports.model_card import write_model_card
+from tokentune.reports.next_steps import say_next_steps
 from tokentune.reports.summary import draw_curves, write_summary
 from tokentune.settings.classification import ClassificationArguments, TaskArguments
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
@@ -79,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if answered(arguments):
         return
     run_folder = run_folder_of(arguments)
+    start_clock()
     with interruptible(AGAIN), end_when_stuck(), locked(run_folder):
         plan = prepare(arguments, run_folder)
         summaries = [train(plan, seed) for seed in arguments.seeds]
@@ -86,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_config(arguments, run_folder, sys.argv[1:] if argv is None else argv, library_versions())
         write_summary(scores, run_folder, SCORES_NAME)  # last: it marks a finished run
         logger.info("%s; saved in %s", said(scores), run_folder)
+        say_next_steps(arguments, best_folder(scores), inputs=plan.data.inputs)
 
 
 def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
@@ -94,10 +103,12 @@ def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     check_run_folder(run_folder, arguments.settings())
     classification_settings(arguments, run_folder, "loss")
     name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
-    config = load_config(name, head=head, trust_remote_code=trusted)
-    check_quantization(config, name, qlora=arguments.adapters.qlora)
-    processing = load_processing(arguments, config)
-    data = load_data(arguments, config, processing)
+    with phase("read"):
+        config = load_config(name, head=head, trust_remote_code=trusted)
+        check_quantization(config, name, qlora=arguments.adapters.qlora)
+        processing = load_processing(arguments, config)
+    with phase("tokenize"):
+        data = load_data(arguments, config, processing)
     metric = chosen_metric(arguments.task, data)
     config = configured(config, data.labels, processing)
     skeleton = check_structure(arguments, config, head)
@@ -145,7 +156,6 @@ def say_pooling(skeleton: Any, name: str, task_type: str, processing: Any) -> No
 
 def train(plan: Plan, seed: int) -> dict[str, Any]:
     """One seed's training: the best checkpoint, its summary and predictions in their folder. Returns the summary."""
-    started = time.perf_counter()
     arguments = copy.deepcopy(plan.arguments)
     arguments.optimization.seed = seed
     several = len(arguments.seeds) > 1
@@ -153,28 +163,32 @@ def train(plan: Plan, seed: int) -> dict[str, Any]:
     settings = classification_settings(arguments, folder, plan.metric)
     dtype = base_dtype(arguments, plan.config)
     set_seed(seed)
-    model = prepare_model(
-        arguments,
-        dtype,
-        HEADS[arguments.task.task_type],
-        copy.deepcopy(plan.config),
-        from_scratch=arguments.model.from_scratch,
-    )
+    with phase("load"):
+        model = prepare_model(
+            arguments,
+            dtype,
+            HEADS[arguments.task.task_type],
+            copy.deepcopy(plan.config),
+            from_scratch=arguments.model.from_scratch,
+        )
     if settings.process_index == 0:
         clear_run_folder(folder if several and seed != arguments.seeds[0] else plan.run_folder)
     rows = SeededRows(plan.data.train.rows, seed)
     trainer = build_classification_trainer(
         model, settings, rows, plan.data.validation.rows, plan.processing, arguments, plan.data.labels
     )
-    with unsupported_models_refused(), memory_watched(arguments, plan.config, trainer, HEADS[arguments.task.task_type]):
+    head = HEADS[arguments.task.task_type]
+    with phase("train"), unsupported_models_refused(), memory_watched(arguments, plan.config, trainer, head):
         trainer.train()
 
     if plan.data.test is not None and trainer.is_world_process_zero():
-        write_predictions(predict(trainer, plan.data.test.rows, plan.data.labels), folder)
-    facts = save_result(trainer, folder, saved_as(arguments, plan.config, dtype))
+        with phase("evaluate"):
+            write_predictions(predict(trainer, plan.data.test.rows, plan.data.labels), folder)
+    with phase("save"):
+        facts = save_result(trainer, folder, saved_as(arguments, plan.config, dtype))
     facts["base_dtype"] = str(dtype).removeprefix("torch.")
     splits = {"train": plan.data.train, "validation": plan.data.validation, "test": plan.data.test}
-    summary = seed_summary(trainer, arguments, splits, facts, plan.metric, time.perf_counter() - started)
+    summary = seed_summary(trainer, arguments, splits, facts, plan.metric)
     if trainer.is_world_process_zero():
         draw_curves(summary, folder, loss_unit="squared error" if plan.data.labels.is_regression else "nats per label")
         write_model_card(summary, folder)

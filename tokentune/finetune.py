@@ -14,7 +14,6 @@ sentence and exit code 2, before any weight is read and before anything is writt
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,8 +41,10 @@ from tokentune.memory.dry_run import say_plan
 from tokentune.memory.probe import choose_micro_batch, probe_memory
 from tokentune.memory.report import memory_watched
 from tokentune.models.builder import base_dtype, check_structure, prepare_model, saved_as, unsupported_models_refused
+from tokentune.phases import phase, start_clock
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import write_model_card
+from tokentune.reports.next_steps import say_next_steps
 from tokentune.reports.summary import build_summary, draw_curves, warn_without_gain, write_summary
 from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
@@ -67,30 +68,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     if answered(arguments):
         return
     run_folder = run_folder_of(arguments)
+    start_clock()
     with interruptible(), end_when_stuck(), locked(run_folder) if not arguments.run.dry_run else nullcontext():
         fine_tune(arguments, run_folder, sys.argv[1:] if argv is None else argv)
 
 
 def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> None:
     """The run itself. `words`: the command line that it was asked for with."""
-    started = time.perf_counter()
     # Whatever can be refused is refused here: nothing has been written, no weight read.
     check_push(arguments.run.push_to_hub, run_folder)
     flags = arguments.settings()
     start = what_to_resume(flags, run_folder)
     there = check_run_folder(run_folder, flags, resuming=start.in_place)
     settings = build_training_arguments(arguments, run_folder)
-    inputs = read_inputs(arguments)
-    config, tokenizer = inputs.config, inputs.tokenizer
-    dtype = base_dtype(arguments, config)
-    skeleton = check_structure(arguments, config)
-    if arguments.data.packing:
-        check_separation(skeleton)
-    data = load_instruction_data(arguments, tokenizer, inputs.template)
-    findings = check_data(data, tokenizer, arguments, inputs.vocab_size)
+    with phase("read"):
+        inputs = read_inputs(arguments)
+        config, tokenizer = inputs.config, inputs.tokenizer
+        dtype = base_dtype(arguments, config)
+        skeleton = check_structure(arguments, config)
+        if arguments.data.packing:
+            check_separation(skeleton)
+    with phase("tokenize"):
+        data = load_instruction_data(arguments, tokenizer, inputs.template)
+        findings = check_data(data, tokenizer, arguments, inputs.vocab_size)
 
     set_seed(arguments.optimization.seed)
-    with memory_watched(arguments, config):
+    with phase("load"), memory_watched(arguments, config):
         model = prepare_model(arguments, dtype)
     rows = seeded_rows(data.train, arguments.optimization.seed)
     if arguments.data.packing:
@@ -101,22 +104,25 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
         space = disk_space(trainer, run_folder, saved_dtype, start)
         if not arguments.run.dry_run:
             space.check()
-        choose_micro_batch(trainer, arguments, config, start.checkpoint)
+        with phase("probe"):
+            choose_micro_batch(trainer, arguments, config, start.checkpoint)
+            if not arguments.run.dry_run:
+                probe_memory(trainer, arguments, config)
         if arguments.run.dry_run:
             said = {"train data": data.train_report, "validation data": data.validation_report}
             said |= {"selection": findings.gain, "disk": space, "there already": there}
             say_plan(trainer, data.table, said, arguments, config, run_folder)
             return
-        probe_memory(trainer, arguments, config)
     if trainer.is_world_process_zero():
         prepare_run_folder(run_folder, start)
         write_config(arguments, run_folder, words, library_versions(), trainer.auto_values)
-    with unsupported_models_refused(), memory_watched(arguments, config, trainer):
+    with phase("train"), unsupported_models_refused(), memory_watched(arguments, config, trainer):
         train_to_the_end(trainer, start)
 
-    facts = save_result(trainer, run_folder, saved_dtype) | {"base_dtype": str(dtype).removeprefix("torch.")}
+    with phase("save"):
+        facts = save_result(trainer, run_folder, saved_dtype) | {"base_dtype": str(dtype).removeprefix("torch.")}
     if trainer.is_world_process_zero():
-        summary = build_summary(trainer, arguments, data, facts, time.perf_counter() - started)
+        summary = build_summary(trainer, arguments, data, facts)
         draw_curves(summary, run_folder)
         write_model_card(summary, run_folder)
         write_summary(summary, run_folder)  # last: it marks a finished run
@@ -127,6 +133,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
         if arguments.run.push_to_hub is not None:
             address = push_folder(run_folder, arguments.run.push_to_hub, public=arguments.run.hub_public)
             logger.info("uploaded to %s", address)
+        say_next_steps(arguments, run_folder)
 
 
 if __name__ == "__main__":

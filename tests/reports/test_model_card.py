@@ -34,7 +34,7 @@ SUMMARY = {
     "data": {"train": {"rows": 1200, "tokens": 34567, "dropped_rows": 0}, "validation": None},
     "optimizer_steps": 17,
     "tokens": {"processed": 34567, "supervised": 2345, "selected": 10370, "selected_supervised": 703},
-    "loss": {"first": 3.25, "last": 2.125},
+    "loss": {"first": 3.25, "last": 2.125, "window": 10},
     "validation_loss": {"base": 3.5, "final": 2.25, "steps": []},
     "peak_memory_bytes": 3 * 2**30,
     "saved_for_backward_bytes": 2**29,
@@ -82,7 +82,7 @@ def test_text(tmp_path):
     for words in (
         "of every training sequence, 30 % of the tokens, drawn at random",
         "adapters of rank 8 on up_proj, down_proj",
-        "| training loss, first and last | 3.25, 2.125 |",
+        "| training loss, first and last, means of 10 steps | 3.25, 2.125 |",
         "| validation loss, before and after | 3.5, 2.25 |",
         "| peak memory | 3.00 GiB |",
         "| kept for the backward pass | 0.50 GiB |",
@@ -105,7 +105,25 @@ def test_text(tmp_path):
         ({"prefix_length": "16"}, "16 tokens, drawn at random"),
         ({"qlora": True}, "over a 4-bit base (QLoRA)"),
         ({"tokentune": False, "lora": False}, "Trained are all weights"),
-        ({"selection": "labelled"}, "(words with an entity's label first)"),
+        ({"prefix_length": "answers"}, "sequence, all tokens whose output has a loss kept"),
+        (
+            {"prefix_length": "answers+0.1"},
+            "whose output has a loss and 10 % of the other tokens, drawn at random each time it is seen, kept",
+        ),
+        (
+            {"prefix_length": "answers+0.1", "selection": "stratified"},
+            "10 % of the other tokens, evenly over it, drawn at random each time",
+        ),
+        ({"prefix_length": "answers+0.3:answers"}, "loss and 30 to 0 % of the other tokens, drawn at random"),
+        ({"prefix_length": "16:64"}, "sequence, 16 to 64 tokens, drawn at random"),
+        (
+            {"prefix_length": "16", "gradient_correction": 1.0},
+            "on average 16 tokens, each drawn on its own each time it is seen, kept",
+        ),
+        (
+            {"selection": "labelled", "task_type": "token"},
+            "words inside of entities first, then other words, then the rest; among equals drawn at random each time",
+        ),
         ({"prefix_length": "0.1:0.5"}, "10 to 50 % of the tokens, drawn at random"),
         (
             {"selection": "stratified"},
@@ -113,9 +131,9 @@ def test_text(tmp_path):
         ),
         (
             {"selection": "supervised"},
-            "those with a loss first, then others drawn at random each time it is",
+            "of the tokens, those with a loss first, then others; among equals drawn at random each time it is seen",
         ),
-        ({"selection": "supervised", "task_type": "text"}, "30 % of the tokens, drawn at random each time it is seen,"),
+        ({"task_type": "text"}, "drawn at random each time it is seen (a token that the head pools always), kept"),
         ({"selection": "contiguous"}, "in a window drawn at random each time it is seen (`--selection contiguous`)"),
         ({"selection": "loss"}, "drawn in proportion to scores of a first pass over all tokens (`--selection loss`)"),
         ({"selection": "loss", "selection_draw": "top"}, "those with the highest scores of a first pass"),

@@ -300,21 +300,42 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_is_a_bar_with_loss_and_memory(
+def test_progress_on_a_terminal_is_one_bar_with_what_is_told_above_it(
     make_trainer: Callable[..., SelectiveTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
-    trainer = make_trainer("--global_batch_size 4", eval_rows=make_rows(2))
+    """Step, time to go, loss, learning rate, speed, memory; a message in between does not tear it."""
+    terminal, logger = Terminal(), logging.getLogger("tokentune")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    logger.handlers = [logging.StreamHandler()]
+    trainer = make_trainer(
+        "--global_batch_size 4 --save_steps 2 --learning_rate 1e-3 --lr_scheduler_type constant", eval_rows=make_rows(2)
+    )
+    trainer.add_callback(Saying(logger))
     trainer.train()
-    text = terminal.getvalue()
-    last = text.split("\r")[-1]
-    assert "5/5" in last
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert f"loss={losses[-1]:.4f}" in last and f"validation={trainer.figures.validation_losses[-1][1]:.4f}" in last
-    assert "allocated=" in last and "reserved=" in last and "peak=" in last and "iB" in last
-    assert "{" not in text
+    lines = terminal.getvalue().split("\n")
+    entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    bar = lines[-2].split("\r")[-1]
+    assert re.fullmatch(
+        r"step 5/5 \|\S+\| loss (\S+), lr 1.0e-03, \d+ tok/s, \d+\.\d\d GiB \(peak \d+\.\d\d\) *", bar
+    ), bar
+    assert f"loss {entry['loss']:.4f}" in bar
+    assert re.search(r"step 3/5 \|\S+ *\| ETA 00:0\d, loss ", terminal.getvalue())
+    above = [line.split("\r")[-1] for line in lines[:-2]]
+    said = [line for line in above if "validation loss" in line]
+    assert [line.split("  ")[0] for line in said] == ["step 0/5", "step 5/5"]
+    assert above.count("a message") == 1 and len(logger.handlers) == 1
+    assert "Writing" not in terminal.getvalue()  # transformers' bar, of each checkpoint
+
+
+class Saying(TrainerCallback):
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+
+    def on_save(self, args: object, state: object, *rest: object, **more: object) -> None:
+        if state.global_step == 2:
+            self.logger.warning("a message")
 
 
 def test_progress_elsewhere_is_one_line_per_log_entry(
@@ -325,6 +346,18 @@ def test_progress_elsewhere_is_one_line_per_log_entry(
     assert [line.split()[1] for line in lines] == ["0/5", "1/5", "2/5", "4/5", "5/5", "5/5"]
     assert all("loss" in line for line in lines)
     assert "memory GiB: resident" in lines[1]
+    assert ["  ETA 00:0" in line for line in lines] == [False, True, True, True, False, False]
+
+
+def test_the_bar_ends_before_an_error_is_told(
+    make_trainer: Callable[..., SelectiveTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    trainer = make_trainer("--global_batch_size 4 --learning_rate 1e30 --max_grad_norm 0 --num_epochs 4")
+    with pytest.raises(UserError, match="nan or infinite"):
+        trainer.train()
+    assert terminal.getvalue().endswith("\n")
 
 
 def test_progress_is_quiet_in_other_processes(capsys: pytest.CaptureFixture) -> None:

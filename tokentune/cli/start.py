@@ -41,13 +41,20 @@ def start(name: str, words: Sequence[str] | None = None, prog: str | None = None
     Raises:
         SystemExit: 0 after what was answered, 2 after flags that are refused, or without the packages.
     """
-    # Other packages' words on their own internals, which a user can do nothing about.
+    quieten_packages(name)
+    run_command(lambda: _answer(name, sys.argv[1:] if words is None else words, prog))
+
+
+def quieten_packages(name: str) -> None:
+    """Other packages' words on their own internals, which a user can do nothing about, and their bars in files."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
     if name in ("estimate", "diagnose"):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run_command(lambda: _answer(name, sys.argv[1:] if words is None else words, prog))
+    if not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the hub's
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def _answer(name: str, words: Sequence[str], prog: str | None) -> None:

@@ -36,7 +36,6 @@ def seed_summary(
     splits: dict[str, Encoded | None],
     model_facts: dict[str, Any],
     metric: str,
-    wall_seconds: float,
 ) -> dict[str, Any]:
     """The content of a seed's `training_summary.json`.
 
@@ -54,7 +53,7 @@ def seed_summary(
     reports = {name: split and split.report for name, split in splits.items()}
     trained = counts["selected_supervised"]
     tokens = {name: counts[name] for name in ("processed", "selected")} | {"labels": labels, "selected_labels": trained}
-    return run_facts(trainer, arguments, model_facts, reports, tokens, wall_seconds) | {
+    return run_facts(trainer, arguments, model_facts, reports, tokens) | {
         "share_of_labels_trained": trained / labels if labels else None,
         "evaluations": evaluations,
         "metric": metric,
@@ -117,6 +116,12 @@ def scores_over_seeds(
         "device": device_facts(),
         "versions": library_versions(),
     }
+
+
+def best_folder(scores: dict[str, Any]) -> Path:
+    """Of the seed with the best score."""
+    best = min if scores["metric"] in LOWER_IS_BETTER else max
+    return Path(best(scores["seeds"], key=lambda seed: seed["score"])["folder"])
 
 
 def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> None:

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import seed_worker
 
@@ -34,10 +35,11 @@ from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.data.collators import ClassificationCollator
 from tokentune.data.step_work import units_of_rows
 from tokentune.errors import UserError
+from tokentune.phases import phase
 from tokentune.sampling.schedule import Size
 from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import AUTO
-from tokentune.training.callbacks import Progress
+from tokentune.training.callbacks import Progress, without_bars
 from tokentune.training.checkpoints.run_folder import no_empty_folders
 from tokentune.training.diagnosing import GradientDiagnosis
 from tokentune.training.distributed.engines import as_often_as_others, even_sampler
@@ -72,6 +74,7 @@ class SelectiveTrainer(Trainer):
         data_digest: of the training rows, kept in checkpoints; None: not known.
         units: what each row costs (R, 2), which --group_by_length groups by; None: rows come in random order.
         last_checkpoint: the newest one; None: there is none yet.
+        progress: what the user sees of the steps.
         bad_loss: the first micro-batch whose loss was not finite.
     """
 
@@ -127,7 +130,8 @@ class SelectiveTrainer(Trainer):
         self.figures = RunFigures(model, settings.device)
         self.bad_loss = FirstBadLoss(settings.device)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(self.figures.memory, epochs=not isinstance(train_rows, IterableDataset)))
+        self.progress = Progress(self.figures.memory, epochs=not isinstance(train_rows, IterableDataset))
+        self.add_callback(self.progress)
         prepare_trackers(self.callback_handler.callbacks, arguments.output.logging_dir)
         steps = Extent.of(train_rows, settings).steps
         settle_by_length(settings, arguments, steps)
@@ -146,7 +150,8 @@ class SelectiveTrainer(Trainer):
         """
         if self.args.should_save:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        with closing(self.progress), without_bars():
+            TrainingLoop(self).run(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; with `optim_in_backward` one per parameter."""
@@ -272,10 +277,12 @@ class SelectiveTrainer(Trainer):
             self.optimizer.eval()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's save; a model whose loss was not finite is not saved."""
+        """The Trainer's save, without the pickle of its settings; a model whose loss was not finite is not saved."""
         self.check_finite()
         with offline():
             super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     @property
     def saved_step(self) -> int:
@@ -283,6 +290,7 @@ class SelectiveTrainer(Trainer):
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         return self.state.best_global_step if best else self.state.global_step
 
+    @phase("evaluate")
     def evaluate(self) -> dict[str, float]:
         """The figures of `self.evaluation` over all rows, by the full forward pass without a selection.
 

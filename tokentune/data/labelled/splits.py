@@ -5,6 +5,7 @@ load_processing -> load_data -> configured
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class ClassificationData:
     validation: Encoded
     test: Encoded | None
     labels: Labels
+    inputs: Sequence[str]  # names of the columns that are classified by: of a pair two
 
 
 def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig) -> Any:
@@ -94,7 +96,7 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
     predicted = None if test is None else encoded(test, None)
     if task_type != "image":  # rows of one length in a batch need less padding, and no score depends on the order
         evaluated.rows.sort(key=lambda row: len(row["input_ids"]))
-    return ClassificationData(learnt, evaluated, predicted, labels)
+    return ClassificationData(learnt, evaluated, predicted, labels, columns.inputs)
 
 
 def encode_image_rows(

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from tokentune.file_names import RUN_STATE_NAME
+from tokentune.phases import phase
 from tokentune.training.checkpoints.run_state import run_state
 from tokentune.training.checkpoints.saving import (
     StorageError,
@@ -32,6 +33,7 @@ from tokentune.training.checkpoints.saving import (
 logger = logging.getLogger(__name__)
 
 
+@phase("save")
 def write_checkpoint(trainer: Trainer, loop_state: dict[str, Any], evaluation_pending: bool) -> bool:
     """Writes the checkpoint of this step; returns whether it could be written. Every process has to call it."""
     trainer.store_flos()
