@@ -389,6 +389,11 @@ SENTENCES = [
         ["--selection_reference_model", "x"],
         "--selection_reference_model is for --selection excess_loss: leave it out, or take that one",
     ),
+    (
+        "kernels without masks",
+        ["--attn_implementation", "flash_attention_2"],
+        "--attn_implementation flash_attention_2 with --tokentune: the positions of selected tokens have gaps...",
+    ),
     ("figure", ["--figure", "{data}"], "--figure {data} is a file: give a folder"),
 ]
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
 from tokentune.settings.flags import Group, flag, require
-from tokentune.settings.model import ModelArguments
+from tokentune.settings.model import RUN_WITHOUT_DATA, ModelArguments
 from tokentune.settings.presets import PRESETS
 from tokentune.settings.run import OutputArguments
 
@@ -22,6 +22,11 @@ class EstimatedModelArguments(ModelArguments):
         require(
             self.model_name_or_path != "",
             f"--model_name_or_path is missing: a preset ({', '.join(PRESETS)}), a hub id or a folder",
+        )
+        require(
+            self.attn_implementation in (None, *RUN_WITHOUT_DATA),
+            f"--attn_implementation {self.attn_implementation}: its kernels run on real tensors alone, and an estimate "
+            "has none: leave it out, or take sdpa or eager",
         )
         fp16, self.fp16 = self.fp16, False  # which needs no GPU to be estimated
         super().__post_init__()
