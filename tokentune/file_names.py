@@ -2,5 +2,6 @@
 
 CARD_NAME = "README.md"  # the model card
 RUN_CONFIG_NAME = "run.yaml"
+BASE_FINGERPRINT_NAME = "base_fingerprint.json"  # beside an adapter: of the weights that it was trained on
 SUMMARY_NAME, CURVES_NAME = "training_summary.json", "training_curves.png"
 SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.jsonl"

@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokentune.errors import UserError
-from tokentune.file_names import CURVES_NAME, PREDICTIONS_NAME, SCORES_NAME, SUMMARY_NAME
+from tokentune.file_names import BASE_FINGERPRINT_NAME, CURVES_NAME, PREDICTIONS_NAME, SCORES_NAME, SUMMARY_NAME
 from tokentune.settings.model import AdapterArguments, SelectionArguments
 from tokentune.sources import DATA_SUFFIXES, is_local_path
 
 # What --overwrite_output_dir replaces: everything that a run leaves in its folder.
 RUN_FILES = (
     *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),
-    *("adapter_model.*", "adapter_config.json", "model*.safetensors*"),
+    *("adapter_model.*", "adapter_config.json", BASE_FINGERPRINT_NAME, "model*.safetensors*"),
     *(".checkpoint-*", "broken-checkpoint-*", ".result.partial", "nan_batch*.json"),
 )
 
