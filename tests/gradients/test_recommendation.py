@@ -23,16 +23,19 @@ def recommended(*results: dict, failing: Sequence[tuple[dict, str]] = ()) -> dic
 
 def test_the_recommendation_gets_the_most_out_of_the_time() -> None:
     few, some = result("random", 0.1, 0.8, 0.3), result("supervised", 0.3, 1.2, 0.9)
-    found = recommended(few, some, result("random", 1.0, 2.0, 1.0, saved_ratio=1.0))
+    found = recommended(few, some, result("random", 1.0, 0.5, 1.0, saved_ratio=1.0))  # all tokens
     assert (found["strategy"], found["correction"], found["proportion"]) == ("supervised", 0.0, 0.3)
     assert (found["time_ratio"], found["saved_ratio"], found["pays_in_time"]) == (0.6, 0.4, True)
     assert found["message"] == (
         "--selection supervised --prefix_length 0.3: a step takes 0.60 of the time of full training and 40% of the "
-        "bytes for its backward pass (measured here); a row counts as 0.90 rows, 1.50 times as much for the time"
+        "bytes for its backward pass (measured here), and its gradient is as precise as one over 90% of the rows: 1.50 "
+        "times as much for the time"
     )
     found = recommended(few, some, failing=[(some, "direction")])
     assert (found["strategy"], found["proportion"], found["pays_in_time"]) == ("random", 0.1, False)
-    assert found["message"].startswith("full training where it fits, which gets the most out of its time; else --sel")
+    assert found["message"].startswith(
+        "full training, where it fits into memory: it gets the most out of the time; else --"
+    )
     assert recommended(few, some, failing=[(some, "memory")])["strategy"] == "supervised"  # the time is what it is
     answers = result("supervised", "answers+0.1", 1.0, 0.9, correction=1.0)
     words = "--selection supervised --prefix_length answers+0.1 --gradient_correction 1: a step takes"

@@ -27,41 +27,27 @@ def recommend(full: Mapping[str, Any], results: Sequence[Mapping[str, Any]], war
     if not sound:
         return _none("so few rows do not tell how noisy a gradient is: take more --rows")
     costs = [(result["seconds"] / full["seconds"], result["saved_ratio"], result) for result in sound]
-    costs = [cost for cost in costs if min(cost[:2]) <= 1 - LEAST_SAVING]
+    costs = [cost for cost in costs if min(cost[:2]) <= 1 - LEAST_SAVING and cost[2]["proportion"] != 1]
     if not costs:
         return _none("no selection that was compared saves time or bytes: train on all tokens, or compare smaller ones")
-    seconds, saved, best = max(costs, key=lambda cost: cost[2]["whole"]["effective_batch"] / cost[0])
-    effective = best["whole"]["effective_batch"]
-    worth = effective / seconds
-    flags = _flags(_setting(best))
-    measured = (
-        f"{seconds:.2f} of the time of full training and {saved:.0%} of the bytes for its backward pass (measured "
-        f"here); a row counts as {effective:.2f} rows"
+    time, saved, best = max(costs, key=lambda cost: cost[2]["whole"]["effective_batch"] / cost[0])
+    effective, setting = best["whole"]["effective_batch"], _setting(best)
+    pays = effective >= time
+    correction = f" --gradient_correction {setting.correction:g}" if setting.correction else ""
+    message = (
+        f"--selection {setting.strategy} --prefix_length {named(setting.proportion)}{correction}: a step takes "
+        f"{time:.2f} of the time of full training and {saved:.0%} of the bytes for its backward pass (measured here), "
+        f"and its gradient is as precise as one over {effective:.0%} of the rows: {effective / time:.2f} times as much "
+        "for the time"
     )
-    if worth >= 1:
-        message = f"{flags}: a step takes {measured}, {worth:.2f} times as much for the time"
-    else:
-        message = (
-            f"full training where it fits, which gets the most out of its time; else {flags}: a step takes {measured}, "
-            f"{worth:.2f} of as much for the time"
-        )
-    costs = {"time_ratio": seconds, "saved_ratio": saved, "effective_batch": effective}
-    return _setting(best)._asdict() | costs | {"pays_in_time": worth >= 1, "message": message}
+    if not pays:
+        message = f"full training, where it fits into memory: it gets the most out of the time; else {message}"
+    cost = {"time_ratio": time, "saved_ratio": saved, "effective_batch": effective, "pays_in_time": pays}
+    return setting._asdict() | cost | {"message": message}
 
 
 def _setting(place: Mapping[str, Any]) -> Setting:
     return Setting(*(place[name] for name in Setting._fields))
-
-
-def _flags(setting: Setting) -> str:
-    """As finetune.py takes them."""
-    correction = f" --gradient_correction {setting.correction:g}" if setting.correction else ""
-    return f"--selection {setting.strategy} --prefix_length {_text(setting)}{correction}"
-
-
-def _text(setting: Setting) -> str:
-    """A proportion; 1 without a point would be a number of tokens."""
-    return "1.0" if setting.proportion == 1 else named(setting.proportion)
 
 
 def _none(reason: str) -> dict[str, Any]:

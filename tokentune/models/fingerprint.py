@@ -14,6 +14,7 @@ Cost: at most 64 KiB to read per tensor, whatever its size.
 
 import hashlib
 import json
+import math
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,7 +78,7 @@ class Fingerprint:
                 f"it has {other.numbers:,} numbers in {other.tensors:,} tensors, not {self.numbers:,} in "
                 f"{self.tensors:,}"
             )
-        return "its weights have the same shapes and other values"
+        return "it has as many weights of the same type, with other values"
 
 
 class _Stored(NamedTuple):
@@ -177,16 +178,13 @@ def _held(name: str, tensor: Tensor) -> _Stored:
 
 
 def _fingerprint(tensors: Iterable[_Stored]) -> Fingerprint:
-    found: dict[bytes, _Stored] = {}
+    found: dict[bytes, tuple[str, int]] = {}  # type and numbers of each
     for stored in tensors:
         if not stored.name.endswith(COMPUTED):
-            found[_digest(stored)] = stored
-    return Fingerprint(
-        digest=hashlib.blake2b(b"".join(sorted(found)), digest_size=16).hexdigest(),
-        tensors=len(found),
-        numbers=sum(torch.Size(stored.shape).numel() for stored in found.values()),
-        dtypes=dict(Counter(stored.dtype for stored in found.values())),
-    )
+            found[_digest(stored)] = stored.dtype, math.prod(stored.shape)
+    dtypes = Counter(dtype for dtype, _ in found.values())
+    digest = hashlib.blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()
+    return Fingerprint(digest, len(found), sum(numbers for _, numbers in found.values()), dict(dtypes))
 
 
 def _digest(stored: _Stored) -> bytes:
