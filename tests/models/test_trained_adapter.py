@@ -102,9 +102,7 @@ def test_another_base_of_the_same_shape_is_refused(tiny_llama_dir, tmp_path, cap
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.01  # as another adapter, merged, would change it
     save_file(weights, sibling / "model.safetensors", metadata={"format": "pt"})
     adapter = with_fingerprint(make_adapter(base, tmp_path / "trained"), base)
-    words = (
-        "sibling is not the base that .* was trained on .*base.: it has as many weights of the same type, with other"
-    )
+    words = "sibling is not the base that .* was trained on .*base.: it has as many weights of the same type"
     refused(sibling, adapter, tmp_path / "out", words, tmp_path)
     refused(sibling, adapter, tmp_path / "out", "Give that base; --force merges all the same.$", tmp_path)
     merge(str(sibling), str(adapter), str(tmp_path / "out"), force=True)
@@ -113,13 +111,8 @@ def test_another_base_of_the_same_shape_is_refused(tiny_llama_dir, tmp_path, cap
     torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(sibling, adapter), rtol=0, atol=1e-5)
     # the name does not help: the base's own folder may have been trained further
     shutil.copy(sibling / "model.safetensors", base / "model.safetensors")
-    refused(
-        base,
-        adapter,
-        tmp_path / "new",
-        "base is not the base that the adapter was trained on: it has as many weights",
-        tmp_path,
-    )
+    words = "base is not the base that the adapter was trained on: it has as many"
+    refused(base, adapter, tmp_path / "new", words, tmp_path)
 
 
 def test_a_base_saved_again_is_the_same_in_its_type_alone(tiny_llama_dir, tmp_path, capsys):
