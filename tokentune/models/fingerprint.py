@@ -75,7 +75,7 @@ class Fingerprint:
             return f"its weights are of type {theirs}, not {mine}"
         if (self.tensors, self.numbers) != (other.tensors, other.numbers):
             return (
-                f"it has {other.numbers:,} numbers in {other.tensors:,} tensors, not {self.numbers:,} in "
+                f"it has {other.numbers:,} numbers in {other.tensors:,} different tensors, not {self.numbers:,} in "
                 f"{self.tensors:,}"
             )
         return "it has as many weights of the same type, with other values"
@@ -148,6 +148,8 @@ def _in_safetensors(path: Path) -> Iterator[_Stored]:
     """The tensors of a file: 8 bytes with the header's length, the header (JSON), the tensors' bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path}: no header")
         header, first = json.loads(file.read(length)), 8 + length
         for name, entry in header.items():
             if name == "__metadata__":

@@ -153,7 +153,6 @@ def _judge_rows(
         findings.warnings.append(
             f"{idle:,} of {count:,} {name} rows have no supervised token: they cost time and teach nothing"
         )
-    _judge_answers(findings, statistics, name)
     doubled = np.flatnonzero(statistics.doubled_bos)
     if len(doubled) > DOUBLED * count or (len(doubled) and learnt.any()):
         (findings.refusals if len(doubled) > DOUBLED * count else findings.warnings).append(
@@ -162,6 +161,7 @@ def _judge_rows(
         )
     if learnt.any() and name == "training":
         findings.warnings += _endless(statistics, learnt, tokenizer, arguments)
+    _judge_answers(findings, statistics, name)
 
 
 def _judge_answers(findings: Findings, statistics: RowStatistics, name: str) -> None:
