@@ -242,8 +242,8 @@ def test_qlora_adapter_goes_into_either_base(four_bit, tmp_path, dtype, capsys):
     for figures in measured.values():
         assert figures["dequantized"] < rounding < 0.03 < figures["16bit"]
     printed = capsys.readouterr().out
-    assert printed.count("verdict on QLoRA: merged into the base's own weights (the default)") == 1
-    assert printed.count("verdict on QLoRA: merged into the 4-bit weights that it was trained on, as 16-bit") == 1
+    assert printed.count("verdict on QLoRA: merged by --qlora_base 16bit (the default) into the base's own") == 1
+    assert printed.count("verdict on QLoRA: merged by --qlora_base dequantized into the 4-bit weights") == 1
     assert printed.count("--qlora_base dequantized is closer to what was trained than what was saved") == 1
 
 

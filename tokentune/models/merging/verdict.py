@@ -49,13 +49,16 @@ def qlora_verdict(qlora: dict[str, Any], flag: str) -> str:
         flag: the one that chooses the base.
     """
     measured = qlora["from_training"]
-    (other,) = measured.keys() - {saved := qlora["base"]}
-    away = {kind: f"{100 * difference['relative_rms']:.2g} %" for kind, difference in measured.items()}
-    into = {
-        "16bit": "the base's own weights (the default), not rounded to 4 bits as those that it was trained on",
-        "dequantized": "the 4-bit weights that it was trained on, as 16-bit numbers, so that it behaves as in training",
+    saved = qlora["base"]
+    (other,) = measured.keys() - {saved}
+    away = {kind: f"{100 * difference['relative_rms']:.2g} % away" for kind, difference in measured.items()}
+    base = {
+        "16bit": "the base's own weights, which have no rounding to 4 bits, but which the adapter was not trained on",
+        "dequantized": "the 4-bit weights that the adapter was trained on, as 16-bit numbers",
     }
-    said = f"merged into {into[saved]}: {away[saved]} from what was trained; {flag} {other}: {away[other]}."
+    default = " (the default)" if saved == "16bit" else ""
+    said = f"merged by {flag} {saved}{default} into {base[saved]}: {away[saved]} from what was trained. "
+    said += f"{flag} {other} takes {base[other]}: {away[other]}."
     if measured[other]["rms"] < measured[saved]["rms"]:
         said += f" {flag} {other} is closer to what was trained than what was saved: compare both on validation data."
     return said
