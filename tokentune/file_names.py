@@ -3,5 +3,6 @@
 CARD_NAME = "README.md"  # the model card
 RUN_CONFIG_NAME = "run.yaml"
 RUN_STATE_NAME = "run_state.json"  # in a checkpoint
+BASE_FINGERPRINT_NAME = "base_fingerprint.json"  # beside an adapter: of the weights that it was trained on
 SUMMARY_NAME, CURVES_NAME = "training_summary.json", "training_curves.png"
 SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.jsonl"

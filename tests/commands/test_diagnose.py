@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from tokentune import apply_tokentune, diagnose
 from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.gradients import progress
 from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
 from tokentune.gradients.figures import by_part, by_proportion
 from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient, without_dropout
@@ -237,11 +238,12 @@ def test_the_report_is_complete_and_the_same_under_the_seed(
     command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = ("--proportions", 0.2, 1.0, "--selections", "random", "--corrections", 0, 1)
-    words += ("--figure", tmp_path / "figures")
+    words += ("--figure", tmp_path / "figures", "--full")
     report = command(*words)
     assert report["schema_version"] == 1
     assert set(report) == {
-        *("schema_version", "settings", "model", "data", "full", "results", "warnings", "device", "versions"),
+        *("schema_version", "settings", "model", "data", "full", "results", "recommendation", "warnings", "device"),
+        "versions",
     }
     assert set(report["data"]) == {"rows", "row_numbers", "tokens", "supervised_tokens", "micro_batch_size"}
     assert len(set(report["data"]["row_numbers"])) == report["data"]["rows"] == 5
@@ -264,10 +266,13 @@ def test_the_report_is_complete_and_the_same_under_the_seed(
     assert 0 < few["whole"]["cosine"]["mean"] < 1
     assert few["selected_tokens"] / report["data"]["tokens"] == pytest.approx(0.2, abs=0.02)
     assert few["whole"]["mean_of_draws"] != report["results"][2]["whole"]["mean_of_draws"]  # corrected
-    assert "effective batch" in " ".join(capsys.readouterr().out.split())
+    *table, last = capsys.readouterr().out.splitlines()
+    assert "effective batch" in " ".join(" ".join(table).split())
+    assert last == f"recommendation: {report['recommendation']['message']}"
     for name in ("gradient_by_proportion.png", "gradient_by_part.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
     again = command("--proportions", 0.2, "--selections", "random")
+    assert len(capsys.readouterr().out.splitlines()) == 1  # the recommendation
     assert again["results"] == [few]
     assert (again["data"], again["full"]) == (report["data"], report["full"])
     assert command("--proportions", 0.2, "--selections", "random", "--seed", 7)["results"][0]["whole"] != few["whole"]
@@ -305,7 +310,7 @@ def test_strategies_with_scores_beside_those_without(command: Callable, tiny_lla
 
 def test_answers_beside_numbers(command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Rows are cut to one length, so that those with fewer answer tokens are filled up: fillers do not count."""
-    words = ("--proportions", "answers", "answers+0.50", 0.3, "--figure", tmp_path / "figures")
+    words = ("--proportions", "answers", "answers+0.50", 0.3, "--figure", tmp_path / "figures", "--full")
     report = command(*words)
     answers, share, number = report["results"]
     assert [result["proportion"] for result in report["results"]] == ["answers", "answers+0.5", 0.3]
@@ -389,6 +394,11 @@ SENTENCES = [
         ["--selection_reference_model", "x"],
         "--selection_reference_model is for --selection excess_loss: leave it out, or take that one",
     ),
+    (
+        "kernels without masks",
+        ["--attn_implementation", "flash_attention_2"],
+        "--attn_implementation flash_attention_2 with --tokentune: the positions of selected tokens have gaps...",
+    ),
     ("figure", ["--figure", "{data}"], "--figure {data} is a file: give a folder"),
 ]
 
@@ -437,3 +447,17 @@ def test_failure_signs(changes: dict, signs: list[str]) -> None:
     if signs == ["direction"]:
         assert "--corrections 1" in found[0]["message"]
         assert "--gradient_correction" not in failure_signs(result | {"correction": 1.0}, data)[0]["message"]
+
+
+def test_every_batch_is_counted(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Noted(progress.Progress):
+        def __init__(self, batches: int) -> None:
+            super().__init__(batches)
+            made.append(self)
+
+    monkeypatch.setattr(diagnose, "Progress", Noted)
+    command("--proportions", 0.2, 0.5)
+    (bar,) = made
+    assert bar.done == bar.batches == 1 + 3 + 5 + 2 * 3 * 3  # 5 rows, 3 batches of 2, 2 settings of 3 draws

@@ -451,6 +451,8 @@ REFUSED = [
     ("llama-3-8b --json /no/such/folder/x.json", "there is no such folder"),
     ("llama-3-8b --prefix_lenght 0.3", "did you mean --prefix_length"),
     ("llama-3-8b --device tpu", "--device"),
+    ("llama-3-8b --attn_implementation flex_attention", "flex_attention: its kernels run on real tensors alone"),
+    ("llama-3-8b --attn_implementation flash_attention_2 --lora", "run on real tensors alone"),
 ]
 
 

@@ -10,6 +10,7 @@ from bad_input import contents
 
 from tokentune import finetune
 from tokentune.errors import UserError
+from tokentune.settings import machine
 from tokentune.training.checkpoints import disk_space
 
 SHORT = "--global_batch_size 4 --gradient_accumulation_steps 2 --warmup_steps 0 --max_length 96 --learning_rate 5e-3"
@@ -107,3 +108,12 @@ def test_packed_rows_and_streams(command: list[str], capsys: pytest.CaptureFixtu
     assert numbers(steps)[0] < 4  # sixteen rows, in fewer ones
     assert re.search(r"a step of 2 x 2\d\d tokens", packed)
     assert "steps       3 of 4 rows" in streamed and "a step of 2 x 256 tokens" in streamed
+
+
+def test_kernels_that_cannot_be_estimated_are_told_in_words(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "has_accelerator", lambda: True)  # as on a machine where flex_attention can train
+    finetune.main([*command, "--attn_implementation", "flex_attention", "--dry_run"])
+    told = "memory      not estimated: the kernels of --attn_implementation flex_attention run on real tensors alone"
+    assert told in capsys.readouterr().out

@@ -57,6 +57,7 @@ class DiagnosisArguments(Group):
     output: str = flag(
         "diagnosis.json", "JSON file to write, over an older one too", metavar="FILE", filled="a JSON file"
     )
+    full: bool = flag(False, "print every figure of every setting, as a table")
     figure: str | None = flag(
         None, "folder to draw the results in, as two PNG files", metavar="FOLDER", filled="a folder"
     )

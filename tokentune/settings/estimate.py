@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
 from tokentune.settings.flags import REQUIRED, Group, flag, require
-from tokentune.settings.model import ModelArguments
+from tokentune.settings.model import RUN_WITHOUT_DATA, ModelArguments
 from tokentune.settings.presets import PRESETS
 from tokentune.settings.run import OutputArguments
 
@@ -21,6 +21,11 @@ class EstimatedModelArguments(ModelArguments):
     )
 
     def __post_init__(self) -> None:
+        require(
+            self.attn_implementation in (None, *RUN_WITHOUT_DATA),
+            f"--attn_implementation {self.attn_implementation}: its kernels run on real tensors alone, and an estimate "
+            "has none: leave it out, or take sdpa or eager",
+        )
         fp16, self.fp16 = self.fp16, False  # which needs no GPU to be estimated
         super().__post_init__()
         self.fp16 = fp16

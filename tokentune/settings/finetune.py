@@ -50,6 +50,9 @@ class Arguments:
             f"--optim {self.optimization.optim} projects gradients of whole weight matrices to a low rank, which those "
             "of adapters have already: leave --lora and --qlora out, or take another --optim",
         )
+        if self.selection.tokentune:
+            gaps = "the positions of selected tokens have gaps, so that attention needs a mask"
+            self.model.require_masks("--tokentune", gaps)
         check_engine(self.prog, self.settings())
         if not self.selection.tokentune:
             log_without_effect(self.memory, ("checkpoint_rest", "offload_kv"), "--tokentune")
@@ -136,7 +139,10 @@ class FinetuneArguments(Arguments):
     def _check_packing(self) -> None:
         """A packed row draws for each of its documents, which only the one who packs them can tell apart."""
         selection = self.selection
-        if not (self.data.packing and selection.tokentune):
+        if not self.data.packing:
+            return
+        self.model.require_masks("--packing", "the documents of a row are kept apart by a mask")
+        if not selection.tokentune:
             return
         require(
             not selection.scored,

@@ -37,6 +37,13 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+def masked_kernels() -> tuple[str, ...]:
+    """The attention kernels that take a mask."""
+    from tokentune.core.attention.kernels import IMPLEMENTATIONS
+
+    return IMPLEMENTATIONS
+
+
 def gpu_lacks_bfloat16() -> bool:
     """Whether there is a GPU without bfloat16 of its own, which it could only emulate."""
     import torch

@@ -12,6 +12,8 @@ from tokentune.settings.flags import REQUIRED, Group, flag, log_without_effect, 
 
 logger = logging.getLogger(__name__)
 
+RUN_WITHOUT_DATA = ("sdpa", "eager")  # attention kernels; others are compiled code, which asks for real tensors
+
 
 @dataclass
 class ModelArguments(Group):
@@ -57,6 +59,10 @@ class ModelArguments(Group):
             "--fp16 needs a GPU (its loss scaling does not run on the CPU): use --bf16, or neither",
         )
         require(
+            self.attn_implementation != "flex_attention" or machine.has_accelerator(),
+            "--attn_implementation flex_attention needs a GPU (it has no backward pass on the CPU): use sdpa",
+        )
+        require(
             not (self.bf16 and machine.gpu_lacks_bfloat16()),
             "--bf16: this GPU cannot compute in bfloat16 (it takes Ampere or newer): use --fp16, or neither",
         )
@@ -72,6 +78,19 @@ class ModelArguments(Group):
             logger.warning("--fp16_opt_level %s does nothing: mixed precision is torch's autocast", self.fp16_opt_level)
         if self.model_parallel and machine.gpu_count() < 2:
             logger.warning("--model_parallel changes nothing here: it takes two GPUs, %d visible", machine.gpu_count())
+
+    def require_masks(self, flag: str, reason: str) -> None:
+        """Refuses, UserError, attention kernels without the masks that `flag` needs, whether or not they are installed.
+
+        Args:
+            reason: what the masks are for: how the message goes on.
+        """
+        kernels = self.attn_implementation
+        require(
+            kernels is None or kernels in machine.masked_kernels(),
+            f"--attn_implementation {kernels} with {flag}: {reason}, which only sdpa, eager and, on a GPU, "
+            "flex_attention take. Use one of these, or leave it out.",
+        )
 
 
 @dataclass

@@ -53,6 +53,8 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
                     trainer.processing_class.save_pretrained(folder)
             else:
                 trainer.save_model(str(folder))
+            if trainer.base_fingerprint is not None:
+                trainer.base_fingerprint.save(folder)
     except StorageError as error:
         last = trainer.last_checkpoint
         cure = f"Make room, and go on from {last}: the same command with --resume_from_checkpoint."

@@ -35,6 +35,7 @@ from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.data.collators import ClassificationCollator
 from tokentune.data.step_work import units_of_rows
 from tokentune.errors import UserError
+from tokentune.models.fingerprint import fingerprint_of_checkpoint
 from tokentune.phases import phase
 from tokentune.sampling.schedule import Size
 from tokentune.settings.finetune import Arguments
@@ -71,6 +72,7 @@ class SelectiveTrainer(Trainer):
         optim_in_backward: whether each weight is updated within the backward pass.
         flags: {flag: value} of the run, kept in its checkpoints.
         use_cache: of the model's config, where the Trainer switches it off; None: the config has none.
+        base_fingerprint: of the weight files that adapters are trained on; None: not known, or no adapters.
         data_digest: of the training rows, kept in checkpoints; None: not known.
         units: what each row costs (R, 2), which --group_by_length groups by; None: rows come in random order.
         last_checkpoint: the newest one; None: there is none yet.
@@ -121,6 +123,11 @@ class SelectiveTrainer(Trainer):
         self.diagnosis = GradientDiagnosis(selection.diagnose_steps) if selection.diagnose_steps is not None else None
         self.optim_in_backward = arguments.optimization.optim_in_backward
         self.flags = arguments.settings()
+        base, self.base_fingerprint = arguments.model, None
+        if arguments.adapters.lora and not getattr(base, "from_scratch", False) and settings.should_save:
+            self.base_fingerprint = fingerprint_of_checkpoint(
+                base.model_name_or_path, allow_pickle=base.allow_pickle, local_files_only=True
+            )
         self.data_digest: str | None = None
         self.units: np.ndarray | None = None
         if settings.train_sampling_strategy == "group_by_length":

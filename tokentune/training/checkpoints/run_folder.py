@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tokentune.errors import UserError
-from tokentune.file_names import CURVES_NAME, PREDICTIONS_NAME, RUN_STATE_NAME, SCORES_NAME, SUMMARY_NAME
+from tokentune.file_names import (
+    BASE_FINGERPRINT_NAME,
+    CURVES_NAME,
+    PREDICTIONS_NAME,
+    RUN_STATE_NAME,
+    SCORES_NAME,
+    SUMMARY_NAME,
+)
 from tokentune.settings.model import AdapterArguments, SelectionArguments
 from tokentune.sources import DATA_SUFFIXES, is_local_path
 from tokentune.training.checkpoints.same_run import differences
@@ -19,7 +26,7 @@ from tokentune.training.checkpoints.saving import checkpoints_of
 # What --overwrite_output_dir replaces: everything that a run leaves in its folder.
 RUN_FILES = (
     *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),
-    *("adapter_model.*", "adapter_config.json", "model*.safetensors*"),
+    *("adapter_model.*", "adapter_config.json", BASE_FINGERPRINT_NAME, "model*.safetensors*"),
     *(".checkpoint-*", "broken-checkpoint-*", ".result.partial", "nan_batch*.json"),
 )
 

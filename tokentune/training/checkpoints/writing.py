@@ -86,6 +86,8 @@ def _write_run_state(trainer: Trainer, state: dict[str, Any], folder: Path) -> N
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
+    if trainer.base_fingerprint is not None:
+        trainer.base_fingerprint.save(folder)
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     write_whole(folder / RUN_STATE_NAME, json.dumps(state, indent=1) + "\n")
 
