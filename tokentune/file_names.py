@@ -4,3 +4,11 @@ CARD_NAME = "README.md"  # the model card
 RUN_CONFIG_NAME = "run.yaml"
 SUMMARY_NAME, CURVES_NAME = "training_summary.json", "training_curves.png"
 SCORES_NAME, PREDICTIONS_NAME = "classification_summary.json", "predictions.jsonl"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+)  # any of them
+CHAT_TEMPLATE_NAME = "chat_template.jinja"

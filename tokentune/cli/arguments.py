@@ -38,8 +38,8 @@ def parser_of(command: type, prog: str | None = None) -> Parser:
     groups = [group.type for group in fields(command)]
     shown = getattr(command, "shown", None)
     hidden = [group._argument_group_name for group in groups if shown and group._argument_group_name != shown]
-    epilog = getattr(command, "epilog", None)
-    return Parser(groups, hidden=hidden, prog=prog or command.prog, description=command.description, epilog=epilog)
+    options = {"description": command.description, "epilog": getattr(command, "epilog", None)}
+    return Parser(groups, hidden=hidden, words=getattr(command, "words", ()), prog=prog or command.prog, **options)
 
 
 def flags_given(words: Sequence[str] | None, command: type, prog: str | None = None) -> dict[str, Any]:
