@@ -142,6 +142,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "flags_diagnose_shared": lambda: shared_flags("diagnose", "finetune"),
     "flags_estimate": lambda: flags("estimate"),
     "flags_merge": lambda: flags("merge"),
+    "flags_chat": lambda: flags("chat"),
     "tree": tree,
 }
 

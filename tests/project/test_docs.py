@@ -19,6 +19,7 @@ import docs
 from tokentune import estimate
 from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.sampling.sampler import select_positions
+from tokentune.settings.chat import ChatArguments
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
 from tokentune.settings.merge import MergeArguments
@@ -26,7 +27,7 @@ from tokentune.settings.merge import MergeArguments
 ROOT = docs.ROOT
 README, *PAGES = docs.PAGES
 TEXTS = {page: page.read_text(encoding="utf-8") for page in docs.PAGES}
-COMMANDS = ("finetune", "classify", "diagnose", "estimate", "merge")
+COMMANDS = ("finetune", "classify", "diagnose", "estimate", "merge", "chat")
 SET_UP = (
     "python3 -m venv .venv && source .venv/bin/activate",
     "pip install -r requirements.txt",
@@ -171,8 +172,8 @@ def check_own_command(command: str, words: list[str]) -> None:
     assert command in COMMANDS
     if words in (["--help"], ["--version"]):
         return
-    if command == "merge":
-        flags_given(words, MergeArguments)
+    if command in ("merge", "chat"):
+        flags_given(words, {"merge": MergeArguments, "chat": ChatArguments}[command])
     elif command == "estimate":
         estimate.parse(words)
     elif "--config" in words:  # a file that is not here: the flags beside it
