@@ -1,4 +1,4 @@
-"""Talking to a trained model: it says what it learnt, in the prompt that it was trained with; nothing else is printed."""
+"""Talking to a trained model: it says what it learnt, in the prompt that it was trained with, and nothing else."""
 
 import io
 import json

@@ -7,7 +7,6 @@ import pytest
 from chat_tokenizers import (
     CHATML,
     LLAMA_3,
-    MARKERS,
     MISTRAL,
     STYLES,
     TOOLS,
@@ -17,14 +16,10 @@ from chat_tokenizers import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from tokentune.data.chat.template_files import NAMED, load_chat_template
-from tokentune.data.chat.templates import ChatEncoder, end_of_answer, stop_at_end
+from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.formats.conversations import Conversation, openai_conversation
-from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate
 from tokentune.errors import UserError
-from tokentune.settings.data import DataArguments
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -366,118 +361,6 @@ def test_several_templates_without_a_default() -> None:
     tokenizer.chat_template = {"rag": CHATML, "tool_use": LLAMA_3}
     with pytest.raises(UserError, match=r"cannot be used: .*no default"):
         ChatEncoder(tokenizer)(conversation(CHAT), "row 1")
-
-
-def test_template_files(tmp_path: Path) -> None:
-    file = tmp_path / "chat.jinja"
-    for content, part in (
-        (None, "cannot be read: No such file"),
-        (b"\xff{{ messages }}", "not UTF-8"),
-        (b"Hello", "never mentions `messages`"),
-        (b"{% for m in messages %}\n{% endif %}", "line 2: not valid Jinja"),
-    ):
-        if content is not None:
-            file.write_bytes(content)
-        with pytest.raises(UserError) as error:
-            load_chat_template(str(file), chat_tokenizer(None))
-        assert part in str(error.value) and str(file) in str(error.value)
-    file.write_text(MISTRAL)
-    assert load_chat_template(str(file), chat_tokenizer(None)) == MISTRAL
-
-
-# ---- named templates -------------------------------------------------------------------------------------------------
-
-GEMMAS = ["<start_of_turn>", "<end_of_turn>"]
-
-
-def named_tokenizer(name: str, **options: object) -> PreTrainedTokenizerFast:
-    tokenizer = chat_tokenizer(None, **options)
-    tokenizer.add_special_tokens({"additional_special_tokens": [*MARKERS, *GEMMAS]})
-    tokenizer.chat_template = load_chat_template(name, tokenizer)
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "messages"),
-    [
-        *(("llama-3", "llama3", messages) for messages in (CHAT, CHAT[1:])),
-        *(("qwen", "qwen2_5", messages) for messages in (CHAT, CHAT[1:])),
-        ("gemma", "gemma", CHAT[1:]),
-        ("gemma", "gemma3", CHAT),
-        ("chatml", "qwen2_5", CHAT),
-    ],
-)
-def test_named_templates_write_what_the_models_own_do(name: str, file: str, messages: list[dict]) -> None:
-    own = Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / f"{file}.jinja"
-    tokenizer = named_tokenizer(name)
-    for count in range(1, len(messages) + 1):
-        if messages[count - 1]["role"] == "system":  # nobody has asked yet, which most refuse
-            continue
-        for prompt in (True, False):
-            options = {"tokenize": False, "add_generation_prompt": prompt}
-            text = tokenizer.apply_chat_template(messages[:count], **options)
-            expected = tokenizer.apply_chat_template(messages[:count], chat_template=own.read_text(), **options)
-            assert text == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [  # Mistral's format as it is documented for 0.3; Alpaca's, and after it an answer with its end
-        ("mistral", "<s>[INST] Be brief.\n\nHello?[/INST] Hi. You ok?</s>[INST] ok yes[/INST]"),
-        (
-            "alpaca",
-            "<s>Be brief.\n\n### Instruction:\nHello?\n\n### Response:\nHi. You ok?</s>\n\n"
-            "### Instruction:\nok yes\n\n### Response:\n",
-        ),
-    ],
-)
-def test_named_templates_without_a_copy_at_hand(name: str, text: str) -> None:
-    tokenizer = named_tokenizer(name)
-    assert tokenizer.apply_chat_template(CHAT[:4], tokenize=False, add_generation_prompt=True) == text
-
-
-def test_the_alpaca_template_begins_as_instructions_do() -> None:
-    prompt = PromptTemplate.load(DEFAULT_TEMPLATE).prompt("Hello?", None)
-    for adds_bos in (True, False):
-        tokenizer = named_tokenizer("alpaca", adds_bos=adds_bos)
-        ids = tokenizer.apply_chat_template(CHAT[1:2], add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert ids == tokenizer(prompt)["input_ids"] and (ids[0] == tokenizer.bos_token_id) == adds_bos
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_answers_are_learnt_in_named_templates(name: str) -> None:
-    tokenizer = named_tokenizer(name)
-    row = ChatEncoder(tokenizer)(conversation(CHAT), "row 1")
-    end = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama-3": "<|eot_id|>", "gemma": "<end_of_turn>"}
-    end = end.get(name, tokenizer.eos_token)
-    texts = learnt_texts(tokenizer, row.ids, row.labels)
-    assert [text.removesuffix(end).strip() for text in texts] == ["Hi. You ok?", "yes ok."]
-    assert all(text.endswith(end) for text in texts) and end_of_answer(tokenizer) == end
-    generation = GenerationConfig(eos_token_id=2)
-    stop_at_end(generation, tokenizer)
-    assert generation.eos_token_id == (2 if end == "</s>" else [2, tokenizer.convert_tokens_to_ids(end)])
-
-
-def test_named_templates_take_turns_alone() -> None:
-    for name in ("gemma", "mistral"):
-        with pytest.raises(UserError, match="take turns"):
-            ChatEncoder(named_tokenizer(name))(conversation([CHAT[1], *CHAT[1:3]]), "row 1")
-
-
-def test_names_that_do_not_serve() -> None:
-    plain = chat_tokenizer(None)
-    with pytest.raises(UserError, match=r"cannot be read.* the names alpaca, chatml, gemma, llama-3, mistral, qwen"):
-        load_chat_template("chatlm", plain)
-    with pytest.raises(UserError, match=r"no token <start_of_turn>, .*: alpaca, chatml, llama-3, mistral, qwen"):
-        load_chat_template("gemma", plain)
-    plain.eos_token = None
-    with pytest.raises(UserError, match=r"no token for the end .*: chatml, llama-3, qwen or a Jinja file"):
-        load_chat_template("mistral", plain)
-
-
-def test_the_help_lists_the_names() -> None:
-    help = DataArguments.__dataclass_fields__["chat_template"].metadata["help"]
-    assert f": {', '.join(NAMED)}, or a Jinja file" in help
 
 
 # ---- templates of any kind -------------------------------------------------------------------------------------------

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pandas
 import pytest
-from chat_tokenizers import CHATML, TOOLS, chat_tokenizer, without_marks
+from chat_tokenizers import CHATML, TOOLS, chat_tokenizer
 from datasets import Dataset
-from instruction_rows import ALPACA, CHAT, PLAIN, SHAREGPT, TEMPLATE, answers, arguments, load, refused, write
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from instruction_rows import ALPACA, CHAT, SHAREGPT, TEMPLATE, answers, arguments, load, refused, write
+from transformers import AutoTokenizer
 
 from tokentune.data.formats import json_files, records
 from tokentune.data.formats.data_formats import Answer
 from tokentune.data.instruction_data import mixture_counts, mixture_rows
-from tokentune.data.prompts import PromptTemplate
 from tokentune.data.record_encoding import held_out
 from tokentune.errors import UserError
 from tokentune.finetune import main
@@ -123,73 +122,6 @@ def test_a_conversation_without_a_chat_template(tmp_path: Path) -> None:
     data = load(name, words=f"--chat_template {file}", tokenizer=plain)
     assert answers(data) == [["ok<|im_end|>"]]
     assert data.chat_template == CHATML and plain.chat_template is None  # the run's folder is given it
-
-
-# Braces, quotes and backslashes that mean something to Jinja or JSON; characters of several bytes.
-ODD = PromptTemplate("{{ {instruction} }} \"\\\\n\\t' {input}\\n😀:", "{% raw %}{instruction}' \\\\ {input} é\\n:", ":")
-
-
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("template", [PLAIN, TEMPLATE, ODD])
-def test_the_saved_chat_template_writes_the_prompt_that_was_trained_with(
-    template: PromptTemplate, adds_bos: bool, tmp_path: Path
-) -> None:
-    tokenizer = chat_tokenizer(None, adds_bos=adds_bos)
-    check_saved_prompt(tokenizer, template, tmp_path)
-
-
-def test_so_it_does_where_a_space_is_put_before_texts(shared: Path, tmp_path: Path) -> None:
-    for template in (TEMPLATE, ODD, PLAIN):
-        check_saved_prompt(AutoTokenizer.from_pretrained(shared / "models" / "llama-tiny"), template, tmp_path)
-
-
-def check_saved_prompt(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, folder: Path) -> None:
-    rows = [
-        {"instruction": "Say {input}.", "input": "", "output": "zyx"},
-        {"instruction": "Add {%", "input": "1 {{", "output": "zyx"},
-    ]
-    data = load(write(folder / "a.jsonl", rows), tokenizer=tokenizer, template=template, words="--add_eos_token")
-    tokenizer.chat_template = data.chat_template
-    asked = [
-        [{"role": "user", "content": "Say {input}."}],
-        [{"role": "system", "content": "Add {%"}, {"role": "user", "content": "1 {{"}],
-    ]
-    for row, messages in zip(data.train, asked, strict=True):
-        answered = [*messages, {"role": "assistant", "content": "zyx"}]
-        assert tokenizer.apply_chat_template(answered, return_dict=True)["input_ids"] == row["input_ids"]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert row["input_ids"][: len(prompt)] == prompt and row["labels"][len(prompt) - 1] == -100
-
-
-def test_what_is_saved_of_other_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Prompts that the rows bring along; texts without prompts; a template of the base's own; chats beside others."""
-    prompts = write(tmp_path / "p.jsonl", [{"prompt": "<q>Hi", "completion": "ok"}])
-    texts = write(tmp_path / "t.jsonl", [{"text": "Once."}])
-    chats, alpaca = write(tmp_path / "c.jsonl", [{"messages": CHAT}]), write(tmp_path / "a.jsonl", ALPACA[:2])
-    plain, asked = chat_tokenizer(None), [{"role": "user", "content": "<q>Hi"}]
-    plain.chat_template = load(prompts, tokenizer=plain).chat_template
-    assert plain.apply_chat_template(asked, tokenize=False) == "<s><q>Hi"
-    assert load(texts, tokenizer=chat_tokenizer(None)).chat_template is None
-    assert load(texts).chat_template == load(chats).chat_template == load(chats, alpaca).chat_template == CHATML
-    with caplog.at_level(logging.INFO):
-        saved = load(alpaca).chat_template
-    assert saved["base"] == CHATML and "message.content" in saved["default"] and "as 'base'" in caplog.text
-    again = chat_tokenizer(None)
-    again.chat_template = saved
-    again.save_pretrained(tmp_path / "saved")
-    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert again.chat_template == saved
-    assert again.apply_chat_template(asked, tokenize=False) == "<s><q>Hi|"
-    assert load(alpaca, tokenizer=again).chat_template == saved  # trained again from there
-    assert load(chats, words="--chat_template alpaca").chat_template["base"] == CHATML
-
-
-def test_system_messages_stay_in_the_user_s_when_the_model_is_asked(tmp_path: Path) -> None:
-    chat, tokenizer = [{"role": "system", "content": "Be brief."}, *CHAT], chat_tokenizer(without_marks(CHATML))
-    data = load(write(tmp_path / "a.jsonl", [{"messages": chat}]), words="--system_in_user", tokenizer=tokenizer)
-    tokenizer.chat_template = data.chat_template["default"]
-    assert tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] == data.train[0]["input_ids"]
-    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False) == "<|im_start|>user\nHi<|im_end|>\n"
 
 
 def test_a_chat_template_without_a_conversation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
