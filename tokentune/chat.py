@@ -83,7 +83,8 @@ class Chat:
         stop_at_end(model.generation_config, tokenizer)
         ends = model.generation_config.eos_token_id
         self.ends = {ends} if isinstance(ends, int) else {*(ends or ())}
-        self.stop = end_of_answer(tokenizer) if tokenizer.chat_template else ""
+        end = end_of_answer(tokenizer)
+        self.stop = end if len(tokenizer(end, add_special_tokens=False)["input_ids"]) > 1 else ""
         self.options = {"max_new_tokens": settings.max_new_tokens, "num_beams": 1}
         if settings.temperature > 0:
             self.options |= {"do_sample": True, "temperature": settings.temperature}

@@ -196,5 +196,6 @@ def test_a_template_s_refusal_is_one_sentence(base: Path, tmp_path: Path) -> Non
     chat = Chat(model, tokenizer, ChattingArguments("x", system="s"))
     with pytest.raises(UserError, match="does not take this conversation: no system here"):
         chat.answer("x")
-    tokenizer.chat_template = without_marks(CHATML)
-    assert Chat(model, tokenizer, ChattingArguments("x")).stop == "<|im_end|>"
+    for end, stop in (("<|im_end|>", ""), ("<end>", "<end>")):  # the first is a token
+        tokenizer.chat_template = without_marks(CHATML).replace("<|im_end|>", end)
+        assert Chat(model, tokenizer, ChattingArguments("x")).stop == stop

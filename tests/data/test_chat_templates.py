@@ -4,16 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import (
-    CHATML,
-    LLAMA_3,
-    MISTRAL,
-    STYLES,
-    TOOLS,
-    chat_tokenizer,
-    learnt_texts,
-    without_marks,
-)
+from chat_tokenizers import CHATML, LLAMA_3, MISTRAL, STYLES, TOOLS, chat_tokenizer, learnt_texts, without_marks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

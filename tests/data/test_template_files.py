@@ -140,7 +140,7 @@ def test_the_help_lists_the_names() -> None:
     assert f": {', '.join(NAMED)}, or a Jinja file" in help
 
 
-# ---- what is saved ----------------------------------------------------------------------------------------------------
+# ---- what is saved ---------------------------------------------------------------------------------------------------
 
 # Braces, quotes and backslashes that mean something to Jinja or JSON; characters of several bytes.
 ODD = PromptTemplate("{{ {instruction} }} \"\\\\n\\t' {input}\\n😀:", "{% raw %}{instruction}' \\\\ {input} é\\n:", ":")
