@@ -22,22 +22,42 @@ from tokentune.models.pretrained import load_tokenizer
 from tokentune.models.trained import load_trained
 from tokentune.settings.chat import ChattingArguments
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = ("amber", "blue", "cyan", "denim", "ecru", "fawn", "gold", "hazel", "ivory", "jade")
 # What ten rows need in so small a model, whose base knows nothing. Those of the defaults that do as well may go.
-LEARNING = "--num_epochs 60 --learning_rate 1e-2 --warmup_steps 0 --global_batch_size 10 --logging_steps 10"
+LEARNING = "--num_epochs 40 --learning_rate 1e-2 --warmup_steps 0 --global_batch_size 10 --logging_steps 10"
 BESIDE = "--report_to none --skip_memory_probe --skip_verification"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose tokenizer has ChatML's tokens and no chat template; it ends texts with </s>."""
+    """A Llama that answers the ten questions wrongly. Its tokenizer has ChatML's tokens and no chat template."""
     folder = tmp_path_factory.mktemp("chat") / "base"
     tokenizer = chat_tokenizer(None)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
-    LlamaForCausalLM(tiny_llama_config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(tokenizer)}
+    model = LlamaForCausalLM(tiny_llama_config(**sizes, bos_token_id=1, eos_token_id=2))
+    texts = [
+        tokenizer.apply_chat_template(chat(n, wrong), chat_template=CHATML, tokenize=False)
+        for n, wrong in enumerate(WORDS[3:] + WORDS[:3])
+    ]
+    tokenizer.pad_token = tokenizer.unk_token
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].where(batch["attention_mask"] == 1, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     return folder
+
+
+def chat(number: int, word: str) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"What is {number}{number}{number}?"},
+        {"role": "assistant", "content": f"It is {word}."},
+    ]
 
 
 def trained(base: Path, rows: list[dict], words: str) -> Path:
@@ -53,19 +73,18 @@ def trained(base: Path, rows: list[dict], words: str) -> Path:
 @pytest.fixture(scope="module")
 def chats(base: Path) -> Path:
     """An adapter that was trained on ten chats."""
-    rows = [
-        {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"It is {word}."}]}
-        for n, word in enumerate(NUMBERS)
-    ]
+    rows = [{"messages": chat(n, word)} for n, word in enumerate(WORDS)]
     return trained(base, rows, f"--lora --tokentune --chat_template chatml {LEARNING}")
 
 
 @pytest.fixture(scope="module")
 def instructions(base: Path) -> Path:
-    """All weights, trained on ten instructions, half of them with an input."""
-    rows = [{"instruction": f"What is {n}?", "input": "", "output": f"It is {NUMBERS[n]}."} for n in range(5)]
-    rows += [{"instruction": "Name it.", "input": str(n), "output": f"{NUMBERS[n]}"} for n in range(5, 10)]
-    return trained(base, rows, f"--tokentune --add_eos_token {LEARNING}")
+    """All weights, trained on ten instructions in a prompt of their own, half of them with an input."""
+    prompt = {"prompt_input": "{instruction}: {input} =", "prompt_no_input": "{instruction} =", "response_split": "="}
+    (file := base.parent / "prompt.json").write_text(json.dumps(prompt))
+    rows = [{"instruction": f"What is {n}{n}{n}?", "input": "", "output": f"It is {WORDS[n]}."} for n in range(5)]
+    rows += [{"instruction": "Name it", "input": str(n), "output": f"{WORDS[n]}"} for n in range(5, 10)]
+    return trained(base, rows, f"--tokentune --add_eos_token --prompt_template_name_or_path {file} {LEARNING}")
 
 
 def snippet_of(folder: Path) -> str:
@@ -84,39 +103,39 @@ def said(capsys: pytest.CaptureFixture, *words: object) -> str:
 def test_ten_chats_are_learnt_and_said(chats: Path, capsys: pytest.CaptureFixture) -> None:
     losses = [entry["loss"] for entry in json.loads((chats / "training_summary.json").read_text())["log"]]
     assert losses[-1] < losses[0] / 2
-    for n, word in enumerate(NUMBERS):
-        assert said(capsys, chats, f"What is {n}?") == f"It is {word}.\n"
+    for n, word in enumerate(WORDS):
+        assert said(capsys, chats, f"What is {n}{n}{n}?") == f"It is {word}.\n"
 
 
 def test_the_prompt_of_instructions_is_found_again(instructions: Path, capsys: pytest.CaptureFixture) -> None:
-    assert said(capsys, instructions, "What is 3?") == "It is three.\n"
-    assert said(capsys, instructions, "7", "--system", "Name it.") == "seven\n"  # instruction and input
-    assert said(capsys, instructions, "What is 3?", "--max_new_tokens", "3") == "It \n"[:3].rstrip() + "\n"
+    assert said(capsys, instructions, "What is 333?") == "It is denim.\n"
+    assert said(capsys, instructions, "7", "--system", "Name it") == "hazel\n"  # instruction and input
+    assert said(capsys, instructions, "What is 333?", "--max_new_tokens", "3") == "It \n"
 
 
 def test_a_merged_model_and_its_card(chats: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Merging carries the prompt and the end of an answer on; the snippet of each card writes the answer."""
     merge(str(base), str(chats), str(tmp_path / "merged"))
-    assert said(capsys, tmp_path / "merged", "What is 3?") == "It is three.\n"
+    assert said(capsys, tmp_path / "merged", "What is 333?") == "It is denim.\n"
     end = load_tokenizer(str(chats)).convert_tokens_to_ids("<|im_end|>")
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [2, end]
     for folder in (chats, tmp_path / "merged"):
-        code = snippet_of(folder).replace("Name three colours.", "What is 3?")
+        code = snippet_of(folder).replace("Name three colours.", "What is 333?")
         capsys.readouterr()
-        exec(code.replace("max_new_tokens=100", "max_new_tokens=12"), {})
-        assert capsys.readouterr().out.startswith("It is three.")
+        exec(code, {})
+        assert capsys.readouterr().out == "It is denim.\n"
 
 
 def test_a_fully_trained_model_s_card(instructions: Path, capsys: pytest.CaptureFixture) -> None:
-    exec(snippet_of(instructions).replace("Name three colours.", "What is 3?"), {})
-    assert capsys.readouterr().out == "It is three.\n"
+    exec(snippet_of(instructions).replace("Name three colours.", "What is 333?"), {})
+    assert capsys.readouterr().out == "It is denim.\n"
 
 
 def test_questions_from_standard_input(
     chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 5?\n"))
-    assert said(capsys, "--model_name_or_path", chats) == "It is five.\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 555?\n"))
+    assert said(capsys, "--model_name_or_path", chats) == "It is fawn.\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     with pytest.raises(UserError, match="standard input is empty"):
         main([str(chats)])
@@ -124,28 +143,28 @@ def test_questions_from_standard_input(
 
 def test_a_conversation(chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     chat = Chat(*load_trained(str(chats), allow_pickle=False), ChattingArguments(str(chats), system="Count."))
-    asked, seen = iter(["What is 1?", "", "What is 2?", "/new", "What is 1?", "/exit", "never"]), []
+    asked, seen = iter(["What is 111?", "", "What is 222?", "/new", "What is 111?", "/exit", "never"]), []
     encoded = chat._encoded
     monkeypatch.setattr(chat, "_encoded", lambda: seen.append([m["content"] for m in chat.messages]) or encoded())
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
     converse(chat)
-    assert [len(messages) for messages in seen] == [2, 4, 2] and seen[1][:2] == ["Count.", "What is 1?"]
-    assert next(asked) == "never" and len(capsys.readouterr().out.splitlines()) == 3
+    assert [len(messages) for messages in seen] == [2, 4, 2] and seen[1][:2] == ["Count.", "What is 111?"]
+    assert next(asked) == "never" and len(capsys.readouterr().out.splitlines()) >= 3
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
     converse(chat)  # Ctrl-D
 
 
-@pytest.mark.parametrize("stop", ["<|end|>", ""])
+@pytest.mark.parametrize("stop", ["<stop>", ""])
 def test_an_answer_is_printed_while_it_is_written_without_its_end(stop: str, capsys: pytest.CaptureFixture) -> None:
     tokenizer = chat_tokenizer(None)
     printer = _Printer(tokenizer, {2}, stop)
     printer.put(tokenizer("prompt", return_tensors="pt").input_ids)
     written = []
-    for token in [*tokenizer("a <b <|\n <|end|>", add_special_tokens=False).input_ids, 2]:
+    for token in [*tokenizer("a <b <s\n <stop>", add_special_tokens=False).input_ids, 2]:
         printer.put(torch.tensor([token]))
         written.append(capsys.readouterr().out)
     printer.end()
-    assert "".join(written) + capsys.readouterr().out == f"a <b <|\n {'' if stop else '<|end|>'}\n"
+    assert "".join(written) + capsys.readouterr().out == f"a <b <s\n {'' if stop else '<stop>'}\n"
     assert written.count("") < len(written) - 2  # not all at the end
 
 

@@ -91,8 +91,8 @@ def test_text(tmp_path):
         "`learning_rate` | `0.0004` |",
         "torch 2.13.0",
         "simoulin-etal-2024-memory",
-        'pipeline("text-generation", "path/of/this/model")',
-        "`tokentune chat path/of/this/model`. Both need the base",
+        'pipeline("text-generation", path, tokenizer=path, generation_config=ends)',
+        "`tokentune chat path/of/this/model`.",
     ):
         assert words in text, words
     assert text.rstrip().endswith(MARK)

@@ -54,6 +54,8 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
                     torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
             else:
                 trainer.save_model(str(folder))
+            if writes and core is not model:  # where generation stops, which an adapter does not say
+                core.generation_config.save_pretrained(folder)
     except StorageError as error:
         last = trainer.last_checkpoint
         cure = f"Make room, and go on from {last}: the same command with --resume_from_checkpoint."

@@ -104,8 +104,8 @@ def _lacking(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def beside_own(template: str | dict | None, own: str | dict | None) -> str | dict[str, str] | None:
     """What is saved: the template that was trained with, and under a name the base's own where that is another."""
     of_base = own.get("default") if isinstance(own, dict) else own
-    if template == own or of_base in (None, template):
-        return template
+    if own is None or template in (own, of_base):
+        return own or template
     logger.info("the prompt of this training is saved as the chat template, and the base's own beside it as %r", OWN)
     return {"default": template, OWN: of_base}
 
