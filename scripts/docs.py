@@ -163,6 +163,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "flags_estimate": lambda: flags("estimate", beside="finetune"),
     "flags_merge": lambda: flags("merge"),
     "names_elsewhere": names_elsewhere,
+    "flags_chat": lambda: flags("chat"),
     "tree": tree,
 }
 

@@ -31,6 +31,8 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
 from tokentune.cli.preview import read_inputs
+from tokentune.core.layers import inner_model
+from tokentune.data.chat.templates import stop_at_end
 from tokentune.data.inspection.checks import check_data
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.packing import pack
@@ -91,10 +93,12 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     with phase("tokenize"):
         data = load_instruction_data(arguments, tokenizer, inputs.template)
         findings = check_data(data, tokenizer, arguments, inputs.vocab_size)
+    tokenizer.chat_template = data.chat_template
 
     set_seed(arguments.optimization.seed)
     with phase("load"), memory_watched(arguments, config):
         model = prepare_model(arguments, dtype)
+    stop_at_end(inner_model(model).generation_config, tokenizer)
     rows = seeded_rows(data.train, arguments.optimization.seed)
     if arguments.data.packing:
         rows = pack(rows, arguments.data.max_length)

@@ -48,11 +48,14 @@ if __name__ == "__main__":
     start("merge")  # before the imports below, which take seconds
 
 import torch
+from transformers import GenerationConfig
 
 from tokentune.card_file import own_card
 from tokentune.cli.arguments import arguments_of, flags_given
 from tokentune.cli.command import log_to_stderr, run_command
+from tokentune.data.chat.templates import stop_at_end
 from tokentune.errors import UserError
+from tokentune.file_names import TOKENIZER_FILES
 from tokentune.models.merging.folding import (
     BaseKind,
     Plan,
@@ -66,13 +69,12 @@ from tokentune.models.merging.merge_result import SUMMARY, check_output_folder, 
 from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, OUTPUT_FLAG, QLORA_FLAG, Adapter
 from tokentune.models.merging.verdict import verdict_of
 from tokentune.models.pretrained import load_base_model, load_tokenizer
-from tokentune.models.tasks import IMAGE
+from tokentune.models.tasks import CAUSAL_LM, IMAGE
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import model_name, write_merged_card
 from tokentune.settings.flags import require
 from tokentune.settings.merge import MergeArguments
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # Relative to the logits' standard deviation. A float32 fold is exact up to rounding (measured: 5e-6): more is a defect.
 LARGEST_FLOAT32_DIFFERENCE = 1e-3
 
@@ -128,6 +130,10 @@ def merge(
         reference, trained, others = fold_all(plan, kinds, partial, max_shard_size=max_shard_size)
         with write_errors_refused():
             processing.save_pretrained(partial)
+            if plan.head is CAUSAL_LM:
+                generation = GenerationConfig.from_pretrained(partial)
+                stop_at_end(generation, processing)
+                generation.save_pretrained(partial)
         options = {"dtype": plan.dtype, "quantize_4bit": False, "trust_remote_code": trust_remote_code}
         merged = load_base_model(str(partial), flag=OUTPUT_FLAG, head=plan.head, **options).to(plan.place)
         same = logit_difference(reference.in_dtype, plan.logits(merged, in_float32=False))

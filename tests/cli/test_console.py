@@ -78,8 +78,8 @@ def test_all_commands_have_a_line_in_the_help(capsys: pytest.CaptureFixture) -> 
     ("words", "message"),
     [
         (["finetun"], "there is no command 'finetun': did you mean finetune?"),
-        (["zzz"], "there is no command 'zzz': give one of finetune, classify, merge, estimate, diagnose"),
-        ([], "a command is missing: give one of finetune, classify, merge, estimate, diagnose"),
+        (["zzz"], "there is no command 'zzz': give one of finetune, classify, merge, chat, estimate, diagnose"),
+        ([], "a command is missing: give one of finetune, classify, merge, chat, estimate, diagnose"),
     ],
 )
 def test_a_command_that_there_is_not(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -91,7 +91,7 @@ def test_a_command_that_there_is_not(words: list[str], message: str, capsys: pyt
 @pytest.mark.parametrize("name", COMMANDS)
 def test_packages_that_are_not_installed_are_named(name: str) -> None:
     """`-S`: without site-packages."""
-    needed = {"merge": "--base_model_name_or_path b --peft_model_path a --output_dir o"}
+    needed = {"merge": "--base_model_name_or_path b --peft_model_path a --output_dir o", "chat": "folder question"}
     words = needed.get(name, "--model_name_or_path m --dataset_name_or_path d").split()
     words = words[:2] if name == "estimate" else words
     for start in ([ROOT / "tokentune" / f"{name}.py"], ["-m", "tokentune", name]):

@@ -91,7 +91,8 @@ def test_text(tmp_path):
         "`learning_rate` | `0.0004` |",
         "torch 2.13.0",
         "simoulin-etal-2024-memory",
-        'PeftModel.from_pretrained(base, "path/of/this/adapter")',
+        'pipeline("text-generation", path, tokenizer=path, generation_config=ends)',
+        "`tokentune chat path/of/this/model`.",
     ):
         assert words in text, words
     assert text.rstrip().endswith(MARK)
@@ -180,6 +181,7 @@ def test_classifiers(tmp_path):
     card = written(changed(task_type="token") | best, tmp_path)
     assert card.data.pipeline_tag == "token-classification"
     assert (card.data.eval_results[0].metric_type, card.data.eval_results[0].metric_value) == ("accuracy", 0.9)
+    assert 'PeftModel.from_pretrained(base, "path/of/this/adapter")' in card.text
     assert "AutoModelForTokenClassification" in card.text
 
 

@@ -39,7 +39,8 @@ def parser_of(command: type, prog: str | None = None) -> Parser:
     """The parser of a command's flags."""
     groups = [group.type for group in fields(command)]
     common, epilog = getattr(command, "common", "").split(), getattr(command, "epilog", None)
-    return Parser(groups, common=common, prog=prog or command.prog, description=command.description, epilog=epilog)
+    options = {"common": common, "epilog": epilog, "words": getattr(command, "words", ())}
+    return Parser(groups, prog=prog or command.prog, description=command.description, **options)
 
 
 def flags_given(words: Sequence[str] | None, command: type, prog: str | None = None) -> dict[str, Any]:

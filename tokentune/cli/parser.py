@@ -23,10 +23,17 @@ _UNSET = object()
 class Parser(argparse.ArgumentParser):
     """The flags of a command. Errors are `UserError`s in argparse's words."""
 
-    def __init__(self, groups: Sequence[type], *, common: Collection[str] = (), **settings: Any) -> None:
-        """`common`: what `--help` lists, flags and titles of groups; `--help all` lists all, and so does no entry."""
+    def __init__(
+        self, groups: Sequence[type], *, common: Collection[str] = (), words: Sequence[str] = (), **settings: Any
+    ) -> None:
+        """
+        Args:
+            common: what `--help` lists, flags and titles of groups; `--help all` lists all, and so does no entry.
+            words: flags whose values may stand by themselves, in this order.
+        """
         super().__init__(allow_abbrev=False, add_help=False, formatter_class=_HelpFormatter, **settings)
         self.needed: list[argparse.Action] = []
+        self.words = words
         self.fixed: set[str] = set()  # flags of other commands, which have no meaning here: a file may give them
         self.common = set(common)
         self.notes: list[str] = []  # on other names of flags that were read
@@ -50,8 +57,10 @@ class Parser(argparse.ArgumentParser):
             help="YAML file of flags and their values (learning_rate: 4e-4), such as the run.yaml in a run's folder; "
             "flags given beside it override it (--bf16 false); paths in it are relative to the current folder",
         )
-        needed = "".join(f" {action.option_strings[0]} {action.metavar}" for action in self.needed)
-        self.usage = f"{self.prog}{needed} [flags]"
+        flags = {action.dest: action for action in self._actions}
+        alone = [flags[word].metavar if flags[word] in self.needed else f"[{flags[word].metavar}]" for word in words]
+        needed = [f"{action.option_strings[0]} {action.metavar}" for action in self.needed if action.dest not in words]
+        self.usage = " ".join([self.prog, *alone, *needed, "[flags]"])
         if self.common:
             self.common |= {"help", "version", "config"}
             self.epilog = " ".join(filter(None, (self.epilog, f"--help all lists all {len(self._actions)} flags.")))
@@ -88,6 +97,9 @@ class Parser(argparse.ArgumentParser):
         unset = argparse.Namespace(**{action.dest: _UNSET for action in self._actions})
         unset.config = None
         parsed, unknown = self.parse_known_args(words, unset)
+        for name in self.words:
+            if unknown and getattr(parsed, name) is _UNSET:
+                setattr(parsed, name, unknown.pop(0))
         for word in unknown:
             hint = f": did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else f" ({ALL_LISTED})"
             raise UserError(f"unexpected argument {word!r}, which belongs to no flag{hint}")
@@ -100,7 +112,8 @@ class Parser(argparse.ArgumentParser):
         """
         own, names, whole = [], {}, False
         for word in words:
-            check_characters(word, "the command line")
+            if not self.words:  # where a text may be given, which may have several lines
+                check_characters(word, "the command line")
             typed, equals, value = word.partition("=")
             if typed.startswith("--"):
                 name = typed[2:].replace("-", "_")
@@ -132,8 +145,9 @@ class Parser(argparse.ArgumentParser):
 
     def check_needed(self, given: dict[str, Any]) -> None:
         """Refuses, UserError, flags without those that are required."""
-        if missing := [action.option_strings[0] for action in self.needed if action.dest not in given]:
-            self.error(f"the following arguments are required: {', '.join(missing)}")
+        if missing := [action for action in self.needed if action.dest not in given]:
+            names = (action.metavar if action.dest in self.words else action.option_strings[0] for action in missing)
+            self.error(f"the following arguments are required: {', '.join(names)}")
 
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage first and bury the sentence, and repeats a value of any length.

@@ -11,6 +11,7 @@ from typing import Any
 from tokentune.cli.arguments import arguments_of, flags_given, parse_arguments, parser_of
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.errors import UserError
+from tokentune.settings.chat import ChatArguments
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
 from tokentune.settings.estimate import EstimateArguments
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Any] = {
     "finetune": FinetuneArguments,
     "classify": ClassificationArguments,
     "merge": MergeArguments,
+    "chat": ChatArguments,
     "estimate": EstimateArguments,
     "diagnose": DiagnoseArguments,
 }
@@ -50,7 +52,7 @@ def quieten_packages(name: str) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
-    if name in ("estimate", "diagnose"):
+    if name in ("chat", "estimate", "diagnose"):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the hub's

@@ -65,17 +65,17 @@ class Adapter:
         return f"init_lora_weights={start}" if start in _BASE_FOUND_AGAIN else None
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """An adapter's settings, and its weights checked.
+def read_adapter(folder: Path, flag: str = ADAPTER_FLAG) -> Adapter:
+    """An adapter's settings, and its weights checked. `flag`: that the folder comes from, for messages.
 
     Raises:
         UserError: no such folder, no adapter in it, damaged files, not LoRA, never trained, or NaN in it.
     """
-    where = f"{ADAPTER_FLAG} {folder}:"
+    where = f"{flag} {folder}:"
     require(folder.is_dir(), f"{where} no such folder.")
     require(
         (folder / "adapter_config.json").is_file(),
-        f"{where} no adapter_config.json in this folder, so it holds no adapter.{_newest_checkpoint(folder)}",
+        f"{where} no adapter_config.json in this folder, so it holds no adapter.{newest_checkpoint(folder)}",
     )
     require(
         any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")),
@@ -98,9 +98,9 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, shapes, **_training_record(folder))
 
 
-def _newest_checkpoint(folder: Path) -> str:
-    """Where the adapter may be instead: a run that has not ended leaves checkpoints only."""
-    steps = [path for path in folder.glob("checkpoint-*") if (path / "adapter_config.json").is_file()]
+def newest_checkpoint(folder: Path, file: str = "adapter_config.json") -> str:
+    """Where the adapter may be instead: a run that has not ended leaves checkpoints only. `file`: one of it."""
+    steps = [path for path in folder.glob("checkpoint-*") if (path / file).is_file()]
     steps.sort(key=lambda path: int(digits) if (digits := path.name.removeprefix("checkpoint-")).isdigit() else -1)
     return f" Its newest checkpoint is {steps[-1]}." if steps else ""
 
