@@ -304,6 +304,7 @@ FLAGS = [
     ("--task_type token --tokentune --prefix_length answers --selection supervised", "it has nothing to choose"),
     ("--seeds 1 1", "one seed occurs twice"),
     ("--seeds 1 -2", "must be 0 or more"),
+    ("--seeds 1 2 --push_to_hub me/x", "--push_to_hub uploads one model"),
     ("--max_train_rows 1", "--max_train_rows 1"),
     ("--global_batch_size 0", "--global_batch_size 0: must be 1 or more"),
     ("--text_columns a b c", "takes at most 2"),

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tokentune.settings.finetune import Arguments, FinetuneArguments
+from tokentune.settings.classification import ClassificationArguments
+from tokentune.settings.finetune import Arguments
 from tokentune.settings.glue import HUB_ID
 from tokentune.training.checkpoints.run_folder import run_folder_name
 
@@ -11,9 +12,11 @@ def answered(arguments: Arguments) -> bool:
     """Prints what was asked for. Returns whether it was: training is then not wanted."""
     if arguments.output.print_run_folder:
         print(run_folder_of(arguments))
-    elif isinstance(arguments, FinetuneArguments) and arguments.run.preview is not None:
-        from tokentune.cli.preview import preview  # the data's libraries take a second
-
+    elif arguments.run.preview is not None:
+        if isinstance(arguments, ClassificationArguments):  # each with libraries of its own, which take seconds
+            from tokentune.cli.labelled import preview
+        else:
+            from tokentune.cli.preview import preview
         preview(arguments)
     else:
         return False

@@ -30,6 +30,12 @@ PACKAGES = (  # without which no command starts
     *("torch", "transformers", "numpy", "accelerate", "datasets", "huggingface_hub", "jinja2", "peft", "psutil"),
     *("pyarrow", "safetensors", "tqdm", "yaml"),
 )
+PACKAGES_OF = {  # some are imported at a run's end
+    "finetune": ("rich", "matplotlib"),
+    "classify": ("rich", "matplotlib", "PIL", "sklearn", "scipy", "seqeval"),
+    "estimate": ("rich", "bitsandbytes"),
+    "diagnose": ("rich", "matplotlib"),
+}
 
 
 def start(name: str, words: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -63,7 +69,8 @@ def _answer(name: str, words: Sequence[str], prog: str | None) -> None:
     """Refuses, UserError, mistaken flags, and a Python that lacks what the commands import; SystemExit: answered."""
     command = COMMANDS[name]
     parser_of(command, prog).read(words)
-    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+    needed = (*PACKAGES, *PACKAGES_OF.get(name, ()))
+    if missing := [package for package in needed if find_spec(package) is None]:
         raise UserError(
             f"{sys.executable} lacks {', '.join(missing)}. Activate the environment that has the requirements, or "
             "install them, in the project's folder: pip install '.[train]'"

@@ -14,7 +14,7 @@ from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import REQUIRED, Group, default_of, flag, require
 from tokentune.settings.glue import HUB_ID, TASKS, GlueTask
 from tokentune.settings.model import AdapterArguments, ModelArguments, SelectionArguments
-from tokentune.settings.run import OptimizationArguments, OutputArguments
+from tokentune.settings.run import OptimizationArguments, OutputArguments, WatchedRunArguments
 
 logger = logging.getLogger(__name__)
 _CAUSAL_ALONE = (
@@ -109,7 +109,9 @@ class LabelledRowsArguments(RowsArguments):
     )
     eval_steps: int | None = flag(None, "optimizer steps between evaluations; by default one after each epoch")
     test_dataset_name_or_path: str | None = flag(
-        None, "data, with or without labels, whose predictions by the best checkpoint are written to predictions.jsonl"
+        None,
+        "data whose predictions by the best checkpoint are written to predictions.jsonl; where it has labels, "
+        "they get a score",
     )
     test_dataset_split: str | None = flag(None, "as --dataset_split, of the test data")
     test_dataset_config: str | None = flag(None, "as --dataset_config, of the test data")
@@ -189,6 +191,13 @@ class BestOutputArguments(OutputArguments):
 
 
 @dataclass
+class EncoderRunArguments(WatchedRunArguments):
+    """How a run begins, is watched and ends."""
+
+    early_stopping_patience: int | None = flag(None, "stop after so many evaluations in a row without a better score")
+
+
+@dataclass
 class ClassificationArguments(Arguments):
     """A whole command line of `classify.py`."""
 
@@ -206,6 +215,7 @@ class ClassificationArguments(Arguments):
     adapters: EncoderAdapterArguments
     optimization: EncoderOptimizationArguments
     output: BestOutputArguments
+    run: EncoderRunArguments
     task: TaskArguments
 
     def __post_init__(self) -> None:
@@ -236,6 +246,10 @@ class ClassificationArguments(Arguments):
         require(
             not self.model.use_liger_kernel,
             "--use_liger_kernel: Liger has kernels for causal language models, none for encoders; leave it out",
+        )
+        require(
+            self.run.push_to_hub is None or len(self.seeds) == 1,
+            "--push_to_hub uploads one model, and --seeds trains several: give one of them with --seed",
         )
 
     @property

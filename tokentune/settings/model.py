@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Literal
 
 from tokentune.errors import UserError
@@ -282,6 +283,10 @@ class AdapterArguments(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lora = self.lora or self.qlora
+        require(
+            not self.qlora or find_spec("bitsandbytes") is not None,
+            "--qlora: the package is not installed; `pip install bitsandbytes`",
+        )
         require(self.lora_alpha > 0, f"--lora_alpha {self.lora_alpha}: must be above 0, or the adapters do nothing")
         require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
         if not self.lora:

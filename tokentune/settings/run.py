@@ -168,7 +168,7 @@ class OutputArguments(Group):
 
 
 @dataclass
-class RunArguments(Group):
+class WatchedRunArguments(Group):
     """How a run begins, is watched and ends."""
 
     _argument_group_name = "run"
@@ -181,23 +181,9 @@ class RunArguments(Group):
         least=1,
     )
     dry_run: bool = flag(False, "do everything but the training steps: read, check, build, and say what would be done")
-    resume_from_checkpoint: str | None = flag(
-        None,
-        "go on where a checkpoint was written: its folder, or last (also where nothing is given) for "
-        "the newest good one of the run's folder, from the beginning where there is none yet",
-        nargs="?",
-        const="last",
-    )
     early_stopping_patience: int | None = flag(
         None, "stop after so many evaluations in a row without a lower validation loss", least=1
     )
-    load_best_model_at_end: bool = flag(
-        False, "save the weights with the lowest validation loss, not the last ones; every evaluation may save"
-    )
-    auto_micro_batch: bool = flag(
-        False, "find the largest micro-batch that fits, by trying; the global batch, and so the result, stays"
-    )
-    skip_memory_probe: bool = flag(False, "do not try the longest batch before training")
     push_to_hub: str | None = flag(
         None,
         "afterwards, upload the run's folder without its checkpoints to the hub, into a private "
@@ -211,6 +197,26 @@ class RunArguments(Group):
         super().__post_init__()
         if self.push_to_hub is None:
             log_without_effect(self, ("hub_public",), "--push_to_hub")
+
+
+@dataclass
+class RunArguments(WatchedRunArguments):
+    """How a run begins, is watched and ends."""
+
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "go on where a checkpoint was written: its folder, or last (also where nothing is given) for "
+        "the newest good one of the run's folder, from the beginning where there is none yet",
+        nargs="?",
+        const="last",
+    )
+    load_best_model_at_end: bool = flag(
+        False, "save the weights with the lowest validation loss, not the last ones; every evaluation may save"
+    )
+    auto_micro_batch: bool = flag(
+        False, "find the largest micro-batch that fits, by trying; the global batch, and so the result, stays"
+    )
+    skip_memory_probe: bool = flag(False, "do not try the longest batch before training")
 
 
 # How a run was started, not what it does: whoever reruns it says anew whether to replace, go on, look, or upload.

@@ -131,8 +131,7 @@ class SelectiveTrainer(Trainer):
         self.data_digest: str | None = None
         self.units: np.ndarray | None = None
         if settings.train_sampling_strategy == "group_by_length":
-            causal = not isinstance(collator, ClassificationCollator)
-            self.units = units_of_rows(train_rows, selection, lora=arguments.adapters.lora, causal=causal)
+            self.units = units_of_rows(train_rows, selection, lora=arguments.adapters.lora, causal=self.causal)
         self.last_checkpoint: Path | None = None
         self.figures = RunFigures(model, settings.device)
         self.bad_loss = FirstBadLoss(settings.device)
@@ -290,6 +289,11 @@ class SelectiveTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model predicts the next token, and not a class or a number."""
+        return not isinstance(self.data_collator, ClassificationCollator)
 
     @property
     def saved_step(self) -> int:

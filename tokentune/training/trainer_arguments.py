@@ -36,7 +36,7 @@ def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: 
         UserError: an optimizer whose package or options are missing, a precision that the device cannot do.
     """
     optimization, output, data = arguments.optimization, arguments.output, arguments.data
-    run = getattr(arguments, "run", None)  # `finetune.py`'s
+    run = getattr(arguments, "run", None)  # an estimate has none
     try:
         settings: Any = dict(
             output_dir=str(run_folder),
@@ -85,9 +85,10 @@ def build_training_arguments(arguments: Arguments, run_folder: Path, **changes: 
                 "dispatch_batches": False if getattr(data, "streaming", False) else None,
             },
         )
-        if run is not None and (run.early_stopping_patience or run.load_best_model_at_end):
+        best = getattr(run, "load_best_model_at_end", False)
+        if best or getattr(run, "early_stopping_patience", None):
             settings |= {"metric_for_best_model": "loss", "greater_is_better": False}
-            if run.load_best_model_at_end:
+            if best:
                 settings |= {"load_best_model_at_end": True, "save_strategy": "best"}
         settings = TrainingArguments(**(settings | changes))
     except (ValueError, ImportError) as error:  # what is left after the flags' own checks: precision and devices

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Image as ImageFeature
 from transformers import PreTrainedConfig
 
-from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words
+from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words, true_labels
 from tokentune.data.labelled.images import ImageRows, load_image_processor, open_image
 from tokentune.data.labelled.labels import Labels, find_labels, find_token_labels
 from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, require_columns, some_rows
@@ -37,6 +37,11 @@ class ClassificationData:
     test: Encoded | None
     labels: Labels
     inputs: Sequence[str]  # names of the columns that are classified by: of a pair two
+
+    @property
+    def splits(self) -> dict[str, Encoded | None]:
+        """Those above, by name; None: no test data."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig) -> Any:
@@ -87,15 +92,22 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
         options = {"processing": processing, "channels": getattr(config, "num_channels", 3)}
     encode = {"text": encode_texts, "token": encode_words, "image": encode_image_rows}[task_type]
 
-    def encoded(split: Split, labels: Labels | None) -> Encoded:
-        wanted = columns.inputs if labels is None else (*columns.inputs, columns.label)
+    def encoded(split: Split, *, to_predict: bool = False) -> Encoded:
+        wanted = columns.inputs if to_predict else (*columns.inputs, columns.label)
         require_columns(split.rows, wanted, split.where, ", which the training data has")
-        rows = encode(split, columns, labels, **options)
+        known = labels.of(split.rows.features.get(columns.label))
+        rows = encode(split, columns, None if to_predict else known, **options)
+        if to_predict:
+            rows.truth = true_labels(split, columns, known, of_words=task_type == "token")
+            rows.report.labels = len(rows.truth or ())
+            if rows.truth and task_type == "token":
+                lost = rows.report.cut_labels + rows.report.unwritten_labels
+                rows.report.labels = sum(map(len, rows.truth)) - lost
         logger.info("%s: %s", split.where, rows.report)
         return rows
 
-    learnt, evaluated = encoded(some_rows(train, arguments.data.max_train_rows), labels), encoded(validation, labels)
-    predicted = None if test is None else encoded(test, None)
+    learnt, evaluated = encoded(some_rows(train, arguments.data.max_train_rows)), encoded(validation)
+    predicted = None if test is None else encoded(test, to_predict=True)
     if task_type != "image":  # rows of one length in a batch need less padding, and no score depends on the order
         evaluated.rows.sort(key=lambda row: len(row["input_ids"]))
     for split, rows in ((train, learnt), (validation, evaluated)):
