@@ -345,6 +345,9 @@ def test_help_lists_what_most_runs_need_and_where_the_rest_is(name: str) -> None
         assert text.endswith(f"\n--help all lists all {len(everything)} flags.\n") and len(short) >= 12
     else:
         assert short == everything and "lists all" not in text
+    usage = text.splitlines()[0].split()
+    assert usage[:2] == ["usage:", command.prog] and usage[-1] == "[flags]"
+    assert {action.metavar for action in parser_of(command).needed} <= set(usage[2:-1]) != set()
     groups = re.split(r"^(?=[a-z ]+:$)", text, flags=re.MULTILINE)[1:]
     assert groups and all(listed(group) for group in groups)
 

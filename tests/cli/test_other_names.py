@@ -46,7 +46,7 @@ def test_required_flags_by_other_names(capsys: pytest.CaptureFixture) -> None:
     for _ in range(2):
         arguments = parse_arguments(["--model", "owner/model", "--dataset", "a", "b", "--selected_tokens", "16"])
     assert arguments.model.model_name_or_path == "owner/model" and arguments.data.dataset_name_or_path == ["a", "b"]
-    notes = "note: --model is read as --model_name_or_path\nnote: --dataset is read as --dataset_name_or_path\n"
+    notes = "note: --model is read as --model_name_or_path; --dataset is read as --dataset_name_or_path\n"
     assert capsys.readouterr().err == notes  # once
 
 
@@ -79,7 +79,7 @@ def test_keys_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     settings = parse_arguments(["--config", str(path), "--learning_rate", "2e-3"]).settings()
     assert settings["dataset_name_or_path"] == ["a", "b"] and settings["num_epochs"] == 3
     assert settings["learning_rate"] == 2e-3  # the command line overrides the file, by any name
-    assert "note: --train_file is read as --dataset_name_or_path\n" in capsys.readouterr().err
+    assert "; --train_file is read as --dataset_name_or_path; " in capsys.readouterr().err
     path.write_text("base_model: m\ntrain_file: a\nlr: 1e-3\nlearning_rate: 1e-3\n")
     with pytest.raises(UserError, match=r"line 4: lr and learning_rate are the same flag. Leave one of them out"):
         parse_arguments(["--config", str(path)])
@@ -129,7 +129,7 @@ def test_the_former_name_of_selections(capsys: pytest.CaptureFixture) -> None:
     _say_once.cache_clear()
     given = flags_given(["--model", "m", "--dataset", "d", "--strategies", "random", "loss"], COMMANDS["diagnose"])
     assert given["selections"] == ["random", "loss"]
-    assert "note: --strategies is called --selections now\n" in capsys.readouterr().err
+    assert "; --strategies is called --selections now\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

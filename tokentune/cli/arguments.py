@@ -59,8 +59,8 @@ def flags_given(words: Sequence[str] | None, command: type, prog: str | None = N
 
         given = read_config(files[0], parser) | given
     parser.check_needed(given)
-    for said in parser.notes:
-        _say_once(said)
+    if parser.notes:
+        _say_once("; ".join(parser.notes))
     return given
 
 

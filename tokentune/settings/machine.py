@@ -60,14 +60,14 @@ def has_liger() -> bool:
 
 def optimizer_names() -> list[str]:
     """What the Trainer's `optim` may be."""
-    source = _source("training_args.py")
+    source = _source("training_args")
     (names,) = (node for node in source if isinstance(node, ast.ClassDef) and node.name == "OptimizerNames")
     return [ast.literal_eval(line.value) for line in names.body if isinstance(line, ast.Assign)]
 
 
 def tracker_names() -> list[str]:
     """Where the Trainer can report to."""
-    tables = (node for node in _source("integrations/integration_utils.py") if isinstance(node, ast.Assign))
+    tables = (node for node in _source("integrations.integration_utils") if isinstance(node, ast.Assign))
     (table,) = (node.value for node in tables if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
     return [ast.literal_eval(key) for key in table.keys]
 
@@ -79,10 +79,10 @@ def installed_trackers() -> list[str]:
     return integration_utils.get_available_reporting_integrations()
 
 
-def _source(file: str) -> list[ast.stmt]:
-    """The statements of a file of transformers, read and not run: its import would take seconds."""
-    folder = Path(find_spec("transformers").origin).parent
-    return ast.parse((folder / file).read_text(encoding="utf-8")).body
+def _source(module: str) -> list[ast.stmt]:
+    """The statements of a module of transformers, read and not run: its import would take seconds."""
+    path = Path(find_spec("transformers").origin).parent.joinpath(*module.split(".")).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8")).body
 
 
 def why_not_independent(strategy: str, size: "Size | Schedule") -> str | None:
