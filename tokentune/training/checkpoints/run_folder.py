@@ -16,8 +16,8 @@ from tokentune.sources import DATA_SUFFIXES, is_local_path
 RUN_FILES = (
     *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),
     *("adapter_model.*", "adapter_config.json", "model*.safetensors*"),
-    *("chat_template.jinja", "additional_chat_templates"),
     *(".checkpoint-*", "broken-checkpoint-*", ".result.partial", "nan_batch*.json"),
+    *("chat_template.jinja", "additional_chat_templates"),
 )
 
 
