@@ -27,8 +27,8 @@ from tokentune.training.checkpoints.saving import checkpoints_of
 RUN_FILES = (
     *(SUMMARY_NAME, CURVES_NAME, SCORES_NAME, PREDICTIONS_NAME, "seed-*", "checkpoint-*"),
     *("adapter_model.*", "adapter_config.json", BASE_FINGERPRINT_NAME, "model*.safetensors*"),
-    *("chat_template.jinja", "additional_chat_templates"),
     *(".checkpoint-*", "broken-checkpoint-*", ".result.partial", "nan_batch*.json"),
+    *("chat_template.jinja", "additional_chat_templates"),
 )
 
 
