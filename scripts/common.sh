@@ -240,7 +240,7 @@ finetune() {
     case " $* " in
         *" --help "* | *" -h "*)
             LAUNCHER=("$PYTHON" -u)
-            llama_2_on_platypus --help
+            llama_2_on_platypus "$@"
             exit
             ;;
     esac
@@ -278,7 +278,7 @@ classify() {
     find_python torch transformers peft accelerate datasets sklearn
     case " $* " in
         *" --help "* | *" -h "*)
-            classification --help
+            classification "$@"
             exit
             ;;
     esac

@@ -6,8 +6,8 @@
 
 The best checkpoint of each seed lands in `./models/<model>-<data>-<task>-tokentune-32/seed-1/` and so on, with the
 tokenizer, `training_summary.json` and `training_curves.png`; the scores' mean and deviation in
-`classification_summary.json` above them. `--help` lists every flag. Bad input ends with one sentence and exit code 2,
-before any weight is read and before anything is written.
+`classification_summary.json` above them. `--help all` lists every flag. Bad input ends with one sentence and exit code
+2, before any weight is read and before anything is written.
 """
 
 import copy
@@ -109,17 +109,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_config(arguments, run_folder, sys.argv[1:] if argv is None else argv, library_versions())
         write_summary(scores, run_folder, SCORES_NAME)  # last: it marks a finished run
         logger.info("%s; saved in %s", said(scores), run_folder)
-        say_next_steps(arguments, best_folder(scores), inputs=plan.inputs.data.inputs)
         if run.push_to_hub is not None and PartialState().is_main_process:
             logger.info("uploaded to %s", push_folder(run_folder, run.push_to_hub, public=run.hub_public))
+        say_next_steps(arguments, best_folder(scores), inputs=plan.inputs.data.inputs)
 
 
 def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     """Whatever can be refused is refused here: nothing has been written, no weight read."""
     check_push(arguments.run.push_to_hub, run_folder)
-    check_run_folder(run_folder, overwrite=arguments.output.overwrite_output_dir)
+    check_run_folder(run_folder, arguments.settings())
     classification_settings(arguments, run_folder, "loss")
-    inputs = read_labelled(arguments)
+    with phase("read"):
+        inputs = read_labelled(arguments)
     return Plan(arguments, inputs, chosen_metric(arguments.task, inputs.data), run_folder)
 
 
@@ -173,7 +174,8 @@ def train(run: Plan, seed: int) -> dict[str, Any]:
     with phase("train"), unsupported_models_refused(), memory_watched(arguments, config, trainer, plan.head):
         trainer.train()
 
-    test = predicted(trainer, plan) if data.test is not None and first else None
+    with phase("evaluate"):
+        test = predicted(trainer, plan) if data.test is not None and first else None
     dtype = base_dtype(arguments, config)
     with phase("save"):
         facts = save_result(trainer, folder, saved_as(arguments, config, dtype))
@@ -190,8 +192,7 @@ def train(run: Plan, seed: int) -> dict[str, Any]:
 def predicted(trainer: SelectiveTrainer, plan: Plan) -> dict[str, Any] | None:
     """Writes the predictions of the test data; returns their score, None where the data has no labels."""
     test, labels, task_type = plan.inputs.data.test, plan.inputs.data.labels, plan.arguments.task.task_type
-    with phase("evaluate"):
-        predictions = list(predict(trainer, test.rows, labels))
+    predictions = list(predict(trainer, test.rows, labels))
     write_predictions(predictions, plan.run_folder)
     if test.truth is None:
         return None

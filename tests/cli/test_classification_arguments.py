@@ -17,6 +17,7 @@ REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "ow
 CHANGED = {
     "max_length": 128,
     "global_batch_size": 32,
+    "gradient_accumulation_steps": 1,
     "num_epochs": 3,
     "learning_rate": 2e-5,
     "warmup_steps": 0.1,
@@ -100,6 +101,7 @@ def test_one_seed_or_several() -> None:
             "owner-model-owner-data-token-tokentune-0.3-labelled",
         ),
         ("--tokentune --prefix_length 4 --selection stratified", "owner-model-owner-data-text-tokentune-4"),
+        ("--tokentune --run_name second-try_2.1", "second-try_2.1"),
     ],
 )
 def test_run_folder_is_named_after_data_task_and_method(words: str, name: str) -> None:
@@ -115,7 +117,7 @@ def test_a_glue_task_needs_no_data_set() -> None:
 
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--help"], ClassificationArguments)
+        parse_arguments(["--help", "all"], ClassificationArguments)
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: classify.py")

@@ -228,6 +228,7 @@ def test_qlora_keeps_the_head_out_of_four_bits(
 ) -> None:
     for task_type, data in (("text", texts), ("token", words)):
         folder = run(bert, *data, f"--task_type {task_type} --qlora --tokentune --prefix_length 4 --num_epochs 1")
+        assert (folder / "base_fingerprint.json").is_file()
         weights = load_file(folder / "adapter_model.safetensors")
         assert all(weight.is_floating_point() for weight in weights.values())
         assert any("classifier" in name for name in weights)

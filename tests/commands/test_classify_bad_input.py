@@ -57,6 +57,11 @@ def test_good_input_gets_as_far_as_the_weights(refused: Callable[..., str]) -> N
         refused("--tokentune", "--prefix_length", "4")
 
 
+def test_kernels_without_masks(refused: Callable[..., str]) -> None:
+    message = refused("--tokentune", "--attn_implementation", "flash_attention_2")
+    assert message.startswith("--attn_implementation flash_attention_2 with --tokentune: the positions of selected")
+
+
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 ALL = [{"label": value} for value in (1.5, 2.0, 0.25, 1.0)]

@@ -1,5 +1,6 @@
 """Labelled rows: which data is read, which columns are taken, words aligned to sub-words, what is cut."""
 
+import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -9,15 +10,16 @@ import pyarrow.parquet
 import pytest
 from classification_models import tiny_tokenizer, write_images, write_lines
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import ByT5Tokenizer, ViTConfig
+from transformers import BertConfig, ByT5Tokenizer, ViTConfig
 
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats import records
 from tokentune.data.labelled import encoding as classification_encoding
-from tokentune.data.labelled.encoding import encode_texts, encode_words, true_labels
+from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words, true_labels
+from tokentune.data.labelled.images import ImageRows
 from tokentune.data.labelled.labels import Labels, find_labels, find_token_labels
 from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, some_rows
-from tokentune.data.labelled.splits import load_data
+from tokentune.data.labelled.splits import load_data, warn_of_one_label
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.glue import TASKS
@@ -331,3 +333,25 @@ def test_values_are_looked_at_as_texts() -> None:
     split = split_of([{"text": 3, "label": 0}], text=Value("int64"), label=Value("int64"))
     with pytest.raises(UserError, match="row 1: 'text' is 3, not text"):
         encode_texts(split, Columns(("text",), "label"), None, tokenizer=tiny_tokenizer(), max_length=10)
+
+
+@pytest.mark.parametrize("kind", ["text", "token"])
+def test_rows_of_one_label_are_told(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The training data has two; validation data that is sorted by its labels has one."""
+    name, value = ("text", "a b") if kind == "text" else ("tokens", ["a", "b"])
+    rows = [{name: value, "label": label if kind == "text" else ["O", label]} for label in ("O", "X", "O")]
+    train, validation = (write_lines(tmp_path / f"{n}.jsonl", rows[::n]) for n in (1, 2))
+    names = f"--dataset_name_or_path {train} --eval_dataset_name_or_path {validation} --max_length 16"
+    with caplog.at_level(logging.WARNING, logger="tokentune"):
+        load_data(arguments(f"{names} --task_type {kind}"), BertConfig(), tiny_tokenizer())
+    count = {"text": 2, "token": 4}[kind]
+    told = f"--eval_dataset_name_or_path {validation}: all {count} labels are the same: they tell nothing from another"
+    assert [record.getMessage() for record in caplog.records if "the same" in record.getMessage()] == [told]
+
+
+@pytest.mark.parametrize(("numbers", "told"), [([3, 3], True), ([3], False), ([0, 3], False), ([0.5, 0.5], True)])
+def test_images_of_one_label_are_told(numbers: list[float], told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    rows = ImageRows([None] * len(numbers), numbers, None, 1, "data")
+    with caplog.at_level(logging.WARNING, logger="tokentune"):
+        warn_of_one_label(Encoded(rows, RowReport(labels=len(numbers))), "data")
+    assert ("labels are the same" in caplog.text) == told

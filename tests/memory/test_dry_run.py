@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bad_input import contents
@@ -10,6 +11,8 @@ from classification_models import save_tiny_bert, save_tiny_vit, write_images, w
 
 from tokentune import classify, finetune
 from tokentune.errors import UserError
+from tokentune.settings import machine
+from tokentune.training.checkpoints import disk_space
 
 SHORT = "--global_batch_size 4 --gradient_accumulation_steps 2 --warmup_steps 0 --max_length 96 --learning_rate 5e-3"
 
@@ -72,12 +75,24 @@ def test_says_what_the_run_then_does(
     assert "at the peak of a step of 2 x " in told["memory"]
 
 
-def test_is_refused_as_the_run_would_be(command: list[str], tmp_path: Path) -> None:
+def test_says_what_the_run_would_be_refused_for(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "models" / "tiny-llama-tiny_alpaca"
     folder.mkdir(parents=True)
     (folder / "training_summary.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="already holds a finished run"):
-        finetune.main([*command, "--dry_run"])
+    finetune.main([*command, "--dry_run"])
+    told = capsys.readouterr().out
+    assert re.search(r"there already +\S+ already holds a finished run. Give this one a name of its own", told)
+    assert re.search(r"disk +a result of about [\d.]+ MiB; [\d.]+ .iB are free\n", told)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    finetune.main([*command, "--dry_run", "--run_name", "another"])
+    told = capsys.readouterr().out
+    assert "there already" not in told and f"run folder  {folder.with_name('another')}\n" in told
+    assert re.search(r"0\.0 MiB are free: the trained model could not be saved: it takes about ", told)
+    with pytest.raises(UserError, match="could not be saved"):
+        finetune.main([*command, "--run_name", "another"])
+    assert not folder.with_name("another").exists()
 
 
 def test_a_run_to_be_replaced_stays(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -99,6 +114,15 @@ def test_packed_rows_and_streams(command: list[str], capsys: pytest.CaptureFixtu
     assert numbers(steps)[0] < 4  # sixteen rows, in fewer ones
     assert re.search(r"a step of 2 x 2\d\d tokens", packed)
     assert "steps       3 of 4 rows" in streamed and "a step of 2 x 256 tokens" in streamed
+
+
+def test_kernels_that_cannot_be_estimated_are_told_in_words(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "has_accelerator", lambda: True)  # as on a machine where flex_attention can train
+    finetune.main([*command, "--attn_implementation", "flex_attention", "--dry_run"])
+    told = "memory      not estimated: the kernels of --attn_implementation flex_attention run on real tensors alone"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

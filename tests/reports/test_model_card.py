@@ -91,7 +91,8 @@ def test_text(tmp_path):
         "`learning_rate` | `0.0004` |",
         "torch 2.13.0",
         "simoulin-etal-2024-memory",
-        'PeftModel.from_pretrained(base, "path/of/this/adapter")',
+        'pipeline("text-generation", path, tokenizer=path, generation_config=ends)',
+        "`tokentune chat path/of/this/model`.",
     ):
         assert words in text, words
     assert text.rstrip().endswith(MARK)
@@ -186,6 +187,7 @@ def test_classifiers(tmp_path):
         (result.metric_type, result.metric_value, result.dataset_split, result.dataset_name)
         for result in card.data.eval_results
     ] == [("accuracy", 0.9, "validation", "owner/rows + more.jsonl"), ("f1", 0.8, "test", "test.jsonl")]
+    assert 'PeftModel.from_pretrained(base, "path/of/this/adapter")' in card.text
     assert "AutoModelForTokenClassification" in card.text
     for row in ("| validation loss | 0.25 |", "| validation accuracy | 0.9 |", "| test f1 | 0.8 |"):
         assert f"\n{row}\n" in card.text

@@ -24,7 +24,9 @@ def answered(arguments: Arguments) -> bool:
 
 
 def run_folder_of(arguments: Arguments) -> Path:
-    """`<model_save_path>/<model>-<data>[-<task>][-lora][-qlora][-tokentune-<selected>][-<labelled or supervised>]`."""
+    """`--run_name` in `--model_save_path`; by default it is called
+    `<model>-<data>[-<task>][-lora][-qlora][-tokentune-<selected>][-<labelled or supervised>]`.
+    """
     selection, task = arguments.selection, getattr(arguments, "task", None)
     name = run_folder_name(
         arguments.model.model_name_or_path,
@@ -35,4 +37,4 @@ def run_folder_of(arguments: Arguments) -> Path:
     )
     if task is not None and selection.tokentune and selection.selection in ("labelled", "supervised"):
         name += f"-{selection.selection}"  # compared with a random draw of as many tokens, beside it
-    return Path(arguments.output.model_save_path).expanduser() / name
+    return Path(arguments.output.model_save_path).expanduser() / (arguments.output.run_name or name)

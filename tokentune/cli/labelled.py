@@ -14,7 +14,6 @@ from tokentune.errors import UserError
 from tokentune.models.builder import check_structure
 from tokentune.models.pretrained import check_quantization, load_config
 from tokentune.models.tasks import HEADS
-from tokentune.phases import phase
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.training.classification import training_collator
 
@@ -35,12 +34,10 @@ def read_labelled(arguments: ClassificationArguments) -> LabelledInputs:
     be read, there are no weights, or the structure cannot be served."""
     name, trusted = arguments.model.model_name_or_path, arguments.model.trust_remote_code
     head = HEADS[arguments.task.task_type]
-    with phase("read"):
-        config = load_config(name, head=head, trust_remote_code=trusted)
-        check_quantization(config, name, qlora=arguments.adapters.qlora)
-        processing = load_processing(arguments, config)
-    with phase("tokenize"):
-        data = load_data(arguments, config, processing)
+    config = load_config(name, head=head, trust_remote_code=trusted)
+    check_quantization(config, name, qlora=arguments.adapters.qlora)
+    processing = load_processing(arguments, config)
+    data = load_data(arguments, config, processing)
     config = configured(config, data.labels, processing)
     skeleton = check_structure(arguments, config, head)
     if arguments.selection.tokentune:

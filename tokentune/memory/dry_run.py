@@ -35,13 +35,13 @@ def say_plan(
     Args:
         trainer: ready for `train()`.
         rows: encoded, not packed, or images; None if they are streamed.
-        data: what is said of it, by the names of lines; None: nothing.
+        data: what is said of it, and of the disk, by the names of lines; None: nothing.
         config: of the base model.
     """
     if not trainer.is_world_process_zero():
         return
     lines = {"model": _model(trainer)}
-    lines |= {name: str(said) for name, said in data.items() if said is not None}
+    lines |= {name: str(said).replace("\n", " ") for name, said in data.items() if said is not None}
     lines["steps"] = _steps(trainer)
     longest = arguments.data.max_length
     if rows is not None:

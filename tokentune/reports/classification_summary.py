@@ -122,15 +122,15 @@ def scores_over_seeds(
     }
 
 
-def _over_seeds(scores: list[float]) -> dict[str, float | None]:
-    deviation = statistics.stdev(scores) if len(scores) > 1 else None
-    return {"mean": statistics.fmean(scores), "standard_deviation": deviation}
-
-
 def best_folder(scores: dict[str, Any]) -> Path:
     """Of the seed with the best score."""
     best = min if scores["metric"] in LOWER_IS_BETTER else max
     return Path(best(scores["seeds"], key=lambda seed: seed["score"])["folder"])
+
+
+def _over_seeds(scores: list[float]) -> dict[str, float | None]:
+    deviation = statistics.stdev(scores) if len(scores) > 1 else None
+    return {"mean": statistics.fmean(scores), "standard_deviation": deviation}
 
 
 def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tokentune.card_file import MARK, own_card
 from tokentune.core.saved_tensors.saved_bytes import gib
-from tokentune.file_names import CARD_NAME
+from tokentune.file_names import CARD_NAME, CHAT_TEMPLATE_NAME
 from tokentune.models.tasks import CAUSAL_LM, HEADS
 from tokentune.sampling.strategies import REGISTRY
 from tokentune.settings.run import STARTING
@@ -97,6 +97,7 @@ def _write(path: Path, name: str, summary: Summary | None, merged: Summary | Non
         base=base,
         data_names=datasets,
         auto_class=HEADS.get((merged or settings).get("task_type"), CAUSAL_LM).auto_class.__name__,
+        chats=(path.parent / CHAT_TEMPLATE_NAME).is_file(),
         scored=strategy is not None and strategy.needs,
         # those that say what was done, not how the run was started
         flags={flag: value for flag, value in flags.items() if value not in (None, [], "") and flag not in STARTING},

@@ -65,6 +65,7 @@ def run_facts(
         "run_folder": trainer.args.output_dir,
         "seed": arguments.optimization.seed,
         "settings": arguments.settings(),
+        "auto": trainer.auto_values,
         "model": model_facts,
         "data": {name: None if report is None else asdict(report) for name, report in reports.items()},
         "optimizer_steps": trainer.state.global_step,

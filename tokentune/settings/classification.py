@@ -163,11 +163,12 @@ class EncoderOptimizationArguments(OptimizationArguments):
     """How the weights move."""
 
     global_batch_size: int = flag(32)
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches per optimizer step; a micro-batch holds global batch / accumulation / devices sequences"
+    )
     num_epochs: int = flag(3)
     learning_rate: float = flag(2e-5, "peak learning rate (with adapters, or from scratch: try 5e-4)")
-    warmup_steps: float = flag(
-        0.1, "optimizer steps over which the learning rate rises from 0 to its peak; below 1, a share of all steps"
-    )
+    warmup_steps: float | Literal["auto"] = flag(0.1)
     lr_scheduler_type: str = flag("linear")
     seeds: list[int] = flag(
         [],
@@ -202,6 +203,12 @@ class ClassificationArguments(Arguments):
 
     prog: ClassVar[str] = "classify.py"
     description: ClassVar[str] = "Fine-tune an encoder to classify texts, words or images."
+    common: ClassVar[str] = (
+        "model_name_or_path bf16 dataset_name_or_path max_length eval_dataset_name_or_path eval_steps "
+        "test_dataset_name_or_path tokentune prefix_length selection gradient_checkpointing lora lora_r lora_alpha "
+        "global_batch_size gradient_accumulation_steps num_epochs learning_rate warmup_steps seeds model_save_path "
+        "run_name overwrite_output_dir logging_steps preview dry_run task"
+    )
     model: EncoderArguments
     data: LabelledRowsArguments
     selection: LabelledSelectionArguments

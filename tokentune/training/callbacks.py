@@ -52,8 +52,11 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and sys.stdout.isatty():
             steps = {"initial": state.global_step, "total": state.max_steps}
-            self.bar = tqdm(**steps, bar_format=_BAR, dynamic_ncols=True, file=sys.stdout)
-            self._of_the_bar.callback(self.bar.close)
+            bar = tqdm(**steps, bar_format=_BAR, dynamic_ncols=True, file=sys.stdout)
+            self._of_the_bar.callback(bar.close)
+            if min(bar.ncols or 1, bar.nrows or 1) < 1:
+                return self.close()  # a terminal without a size (some containers'), where tqdm shows nothing
+            self.bar = bar
             loggers = [logging.getLogger(name) for name in ("tokentune", "transformers")]
             self._of_the_bar.enter_context(logging_redirect_tqdm(loggers))  # messages go above the bar
 

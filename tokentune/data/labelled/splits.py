@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Image as ImageFeature
 from transformers import PreTrainedConfig
 
@@ -19,6 +20,7 @@ from tokentune.data.labelled.rows import Columns, Split, find_columns, read_spli
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.pretrained import check_weights, load_tokenizer
+from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.sources import listed
 
@@ -108,7 +110,20 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
     predicted = None if test is None else encoded(test, to_predict=True)
     if task_type != "image":  # rows of one length in a batch need less padding, and no score depends on the order
         evaluated.rows.sort(key=lambda row: len(row["input_ids"]))
+    for split, rows in ((train, learnt), (validation, evaluated)):
+        warn_of_one_label(rows, split.where)
     return ClassificationData(learnt, evaluated, predicted, labels, columns.inputs)
+
+
+def warn_of_one_label(rows: Encoded, where: str) -> None:
+    """Of rows that all have one label: those that --max_train_rows, --bad_rows or --max_length left, or a validation
+    file that is sorted by its labels. (A training file of one label is refused.)"""
+    if isinstance(rows.rows, ImageRows):
+        found = np.unique(rows.rows.numbers)
+    else:
+        found = np.unique(np.concatenate([np.atleast_1d(row["labels"]) for row in rows.rows] or [np.zeros(0)]))
+    if len(found[found != IGNORED_LABEL]) == 1 and rows.report.labels > 1:
+        logger.warning("%s: all %d labels are the same: they tell nothing from another", where, rows.report.labels)
 
 
 def encode_image_rows(
