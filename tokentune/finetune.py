@@ -86,6 +86,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     if arguments.data.packing:
         check_separation(skeleton)
     data = load_instruction_data(arguments, tokenizer, inputs.template)
+    arguments.set_invocation(data.invocation)
     findings = check_data(data, tokenizer, arguments, inputs.vocab_size)
 
     set_seed(arguments.optimization.seed)
