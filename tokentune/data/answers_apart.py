@@ -1,11 +1,10 @@
-"""Rows for adapters that act on answers alone (`--lora_on answers`): one answer each, behind the tokens that invoke them.
+"""Rows for adapters that act on answers alone (`--lora_on answers`): one answer each, behind what invokes them.
 
-peft looks for the last occurrence of these tokens in a row, the invocation, and adapters act from there on (activated
-LoRA, arXiv 2504.12397). They are a chat template's generation prompt, or where it has none what it writes between a
-question and its answer; of a prompt template the line after which the answer begins, and what follows it.
+peft looks for the last occurrence of certain tokens in a row, the invocation, and adapters act from there on (activated
+LoRA, arXiv 2504.12397). Here they are a chat template's generation prompt, or where it has none what it writes between
+a question and its answer; of a prompt template the line after which the answer begins, and what follows it.
 
-A conversation with several answers makes as many rows, each of them up to its answer's end: the answers before belong to
-its prompt.
+A conversation with several answers makes as many rows, each up to its answer's end: those before belong to its prompt.
 """
 
 from collections.abc import Iterator
@@ -43,12 +42,14 @@ def chat_invocation(encoder: ChatEncoder) -> tuple[int, ...]:
     without, prompt = ("" if part is None else part[0] for part in parts)
     added = prompt[len(without) :] if prompt.startswith(without) else ""
     added = REASONING_OPENED.sub("", added)
-    end, question = spans[0].start, text.rindex(asked, 0, spans[0].start) + len(asked)
-    start = text.rfind(added, question, end) if added.strip() else question
-    require(start >= 0, f"{_FLAG}: the chat template does not write its generation prompt before answers. {_CURE}.")
-    return _tokens_within(
-        tokenizer, text, start, end, "the chat template writes nothing that tells where answers begin"
+    end = spans[0].start
+    start, question = (text.rfind(words, 0, end) for words in (added, asked))
+    start = start if added.strip() else question + len(asked)
+    require(
+        start > question >= 0,
+        f"{_FLAG}: the chat template does not write its generation prompt between a question and its answer. {_CURE}.",
     )
+    return _tokens_within(tokenizer, text, start, end, "the chat template writes nothing in front of answers")
 
 
 def template_invocation(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -60,8 +61,8 @@ def template_invocation(template: PromptTemplate, tokenizer: PreTrainedTokenizer
     prompt, mark = template.prompt("Hi", None), template.response_split
     start = prompt.rfind(mark) if mark.strip() else -1
     require(start >= 0, f"{_FLAG}: the prompt template has no response_split in front of the answer. {_CURE}.")
-    why = "the prompt template has nothing that tells where answers begin"
-    return _tokens_within(tokenizer, f"{prompt}Yes", start, len(prompt), why)
+    why_not = "the prompt template writes nothing in front of answers"
+    return _tokens_within(tokenizer, f"{prompt}Yes", start, len(prompt), why_not)
 
 
 def _tokens_within(
@@ -99,15 +100,9 @@ class AnswersApart:
         for begin, end in self._answers(row):
             before = [place for place in places if place + length <= begin]
             if not before or not self._is_reasoning(ids[before[-1] + length : begin]):
-                raise UserError(
-                    f"{where}: its answer does not begin behind {self._shown()}, from which adapters would act on "
-                    f"({_FLAG}). {_CURE}, or leave such rows out (--bad_rows skip)."
-                )
+                raise self._unfit(where, "does not begin behind")
             if any(before[-1] < place <= end - length for place in places):
-                raise UserError(
-                    f"{where}: its answer holds {self._shown()}, from which adapters would act on ({_FLAG}). {_CURE}, or "
-                    "leave such rows out (--bad_rows skip)."
-                )
+                raise self._unfit(where, "holds")
             labels = [IGNORED_LABEL] * begin + row.labels[begin:end]
             rows.append(TokenRow(ids[:end], labels))
         return rows or [row]
@@ -131,5 +126,8 @@ class AnswersApart:
         text = self.tokenizer.decode(ids).strip() if ids else ""
         return any(pattern.fullmatch(text) for pattern in (REASONING_OPENED, EMPTY_REASONING))
 
-    def _shown(self) -> str:
-        return repr(self.tokenizer.decode(self.invocation))
+    def _unfit(self, where: str, what: str) -> UserError:
+        return UserError(
+            f"{where}: its answer {what} {self.tokenizer.decode(self.invocation)!r}, from where adapters act "
+            f"({_FLAG}). {_CURE}, or leave such rows out (--bad_rows skip)."
+        )

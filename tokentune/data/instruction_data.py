@@ -20,7 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.answers_apart import AnswersApart
 from tokentune.data.chat.templates import load_chat_template
-from tokentune.data.encoding import END_LOST, TOKENS, EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
+from tokentune.data.encoding import (
+    END_LOST,
+    TOKENS,
+    EncodingReport,
+    LengthLimit,
+    Notes,
+    TableOfRows,
+    TokenRow,
+    count_supervised,
+)
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
 from tokentune.data.formats.record_files import chunks
@@ -164,8 +173,8 @@ class _Loader:
     def _invoke_by(self, invocation: tuple[int, ...], where: str) -> None:
         require(
             self.invocation in (None, invocation),
-            f"{where}: its answers begin behind other tokens than those of other data sets, and adapters can be told of "
-            "one kind (--lora_on answers). Bring them into one format, or take --lora_on all.",
+            f"{where}: its answers begin behind other tokens than those of other data sets (--lora_on answers). Bring "
+            "them into one format, or take --lora_on all.",
         )
         self.invocation = invocation
 
@@ -201,7 +210,7 @@ class _Loader:
             if not bar.disable:
                 bar.reset(source.count())
             for chunk in ordered_map(encode, records, worker_count(self.data.tokenize_workers)):
-                if self.answers_apart and apart is None:
+                if self.answers_apart and apart is None and any(isinstance(row, TokenRow) for _, _, row in chunk.rows):
                     apart = AnswersApart(encode.invocation(conversations=chunk.conversations), self.tokenizer)
                 for where, side, row in chunk.rows:
                     with bad.catch(where):

@@ -16,6 +16,7 @@ from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.models.adapters import add_adapters, say_adapters
+from tokentune.models.constant_prompts import check_constant_prompts
 from tokentune.models.pretrained import (
     NO_WEIGHTS,
     check_quantization,
@@ -169,7 +170,10 @@ def adapt_and_patch(
             target_modules=adapters.lora_target_modules,
             quantized=adapters.qlora,
             head=head,
+            invocation=adapters.invocation,
         )
+        if adapters.invocation is not None:
+            check_constant_prompts(model, arguments.data.max_length)
     if arguments.selection.tokentune:
         make_selective(model, arguments, reference)
     elif arguments.memory.chunked_loss == "on":

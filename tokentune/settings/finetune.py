@@ -132,7 +132,7 @@ class FinetuneArguments(Arguments):
         selection, data = self.selection, self.data
         require(
             not selection.tokentune or (selection.schedule is None and selection.selected == Answers()),
-            f"--lora_on answers with --prefix_length {selection.prefix_length}: adapters act on all of an answer, and on "
+            f"--lora_on answers with --prefix_length {selection.prefix_length}: adapters act on all of an answer and "
             "nothing else; take --prefix_length answers, or --lora_on all",
         )
         require(
@@ -152,7 +152,7 @@ class FinetuneArguments(Arguments):
             require(not getattr(data, name), f"--{name} with --lora_on answers: {why}; leave one of them out")
 
     def set_invocation(self, invocation: tuple[int, ...] | None) -> None:
-        """The tokens from which adapters act on, with `--lora_on answers`: the data tells them. All behind is selected."""
+        """With `--lora_on answers`, the tokens in front of an answer: from there adapters act, and all is selected."""
         if invocation is not None:
             self.adapters.invocation = invocation
         if invocation is not None and isinstance(self.selection.selected, Answers):

@@ -261,8 +261,8 @@ class AdapterArguments(Group):
     )
     lora_on: Literal["all", "answers"] = flag(
         "all",
-        "the tokens that adapters act on: all; or each answer with its generation prompt, while the prompt runs through "
-        "the base's weights (peft's activated LoRA): with --tokentune --prefix_length answers the gradient is exact",
+        "the tokens that adapters act on: all; or each answer with its generation prompt, behind a prompt that runs "
+        "through the base alone (peft's activated LoRA): with --prefix_length answers the gradient is exact then",
     )
 
     def __post_init__(self) -> None:
