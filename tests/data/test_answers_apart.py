@@ -129,7 +129,7 @@ def test_instructions(tmp_path: Path) -> None:
 
 def test_texts_without_a_template_are_refused(tmp_path: Path) -> None:
     for row in ({"prompt": "a", "completion": "b"}, {"text": "a"}):
-        with pytest.raises(UserError, match="nothing tells where answers begin.*--lora_on all"):
+        with pytest.raises(UserError, match=r"nothing tells where answers begin.*--lora_on all"):
             load(write(tmp_path / "a.jsonl", [row]), words=ON_ANSWERS, template=TEMPLATE)
 
 
