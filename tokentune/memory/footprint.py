@@ -129,7 +129,7 @@ def measure(
     """
     if arguments.selection.takes_answers and answer_share is None:
         raise unknown_answers(arguments)
-    if not arguments.selection.tokentune:  # peft's own activated LoRA keeps no more than LoRA, and cannot run here
+    if not arguments.selection.tokentune:  # LoRA stands for peft's activated one, whose shapes depend on token ids
         arguments = arguments.changed(invocation=None)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
