@@ -13,7 +13,7 @@ from families import MOE, ROUTED, Family
 from family_check import Float64, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
 from tokentune.core.checkpointing import CHECKPOINT_REST
@@ -189,18 +189,32 @@ def test_rows_without_an_invocation_run_through_the_base() -> None:
     assert not any(gradient.any() for name, gradient in found.items() if name != "loss")
 
 
-def test_in_bfloat16_beside_float32_adapters() -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast", "4 bits"])
+def test_precisions(precision: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(tiny_llama_config()).bfloat16()
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=ATTENTION, alora_invocation_tokens=[50, 51])).train()
+    base = LlamaForCausalLM(tiny_llama_config(hidden_size=64, intermediate_size=64))
+    if precision == "4 bits":
+        base.save_pretrained(tmp_path)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    elif precision == "bfloat16":
+        base.bfloat16()
+    settings = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "alora_invocation_tokens": [50, 51]}
+    model, batch = get_peft_model(base, LoraConfig(r=4, **settings)).train(), batch_of()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    batch = batch_of()
-    with torch.no_grad():
-        expected = model(**batch).loss.item()
-    apply_tokentune(model, chunked_loss=False)
-    assert model(**batch, **chosen(selected(batch))).loss.item() == pytest.approx(expected, rel=1e-2)
+
+    def of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            loss = model(**inputs).loss
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+
+    expected = of(batch)
+    apply_tokentune(model)
+    assert_same(of(batch | chosen(selected(batch))), expected, tolerance=1e-4 if precision == "4 bits" else 0.1)
 
 
 def test_modules_that_get_tokens_without_their_rows_are_refused() -> None:
