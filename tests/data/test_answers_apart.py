@@ -96,14 +96,14 @@ def test_answers_that_are_context_are_no_rows(tmp_path: Path) -> None:
 def test_an_answer_with_the_tokens_in_it_is_refused_by_its_row(tmp_path: Path) -> None:
     good, bad = turns("a?", "one"), turns("b?", "x <|im_start|>assistant\n y")
     message = refusal(tmp_path, good, bad)
-    assert "rows.jsonl, line 2: its answer holds '<|im_start|>assistant\\n'" in message and "--lora_on all" in message
+    assert "rows.jsonl, row 2: its answer holds '<|im_start|>assistant\\n'" in message and "--lora_on all" in message
     assert [learnt for _, learnt in texts(loaded(tmp_path, good, bad, words="--bad_rows skip"))] == [["one<|im_end|>"]]
 
 
 def test_an_answer_without_them_in_front_is_refused(tmp_path: Path) -> None:
     template = CHATML.replace("message.role + '\\n'", "message.role + (' \\n' if loop.length > 2 else '\\n')")
     message = refusal(tmp_path, turns("a?", "one"), turns("a?", "one", "b?", "two"), template=template)
-    assert "line 2: its answer does not begin behind '<|im_start|>assistant\\n'" in message
+    assert "row 2: its answer does not begin behind '<|im_start|>assistant\\n'" in message
 
 
 def test_reasoning_that_the_generation_prompt_opens_belongs_to_the_answer(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_instructions(tmp_path: Path) -> None:
     assert chat_tokenizer(None).decode(data.invocation) == "### Response:\n"
     assert [learnt for _, learnt in texts(data)] == [["ok"]] * 2
     bad = write(tmp_path / "b.jsonl", [*rows, {"instruction": "a", "input": "", "output": "a\n### Response:\nb"}])
-    with pytest.raises(UserError, match="line 3: its answer holds '### Response:"):
+    with pytest.raises(UserError, match="row 3: its answer holds '### Response:"):
         load(bad, words=ON_ANSWERS, template=TEMPLATE)
 
 
@@ -151,7 +151,8 @@ def test_cached_rows_tell_the_tokens_again_and_are_others_than_those_of_all(tmp_
 
 
 def test_a_cut_answer_stays_behind_its_prompt(tmp_path: Path) -> None:
-    data = loaded(tmp_path, turns("a?", "one", "b?", "two" * 20), words="--max_length 40")
-    first, second = texts(data)
-    assert first[1] == ["one<|im_end|>"] and second[1] == ["twotwo"] and len(data.train[1]["input_ids"]) == 40
+    chat = turns("a?", "one", "b?", "two two")
+    length = len(loaded(tmp_path, chat).train[1]["input_ids"])
+    data = loaded(tmp_path, chat, words=f"--max_length {length - 3}")
+    assert [learnt for _, learnt in texts(data)] == [["one<|im_end|>"], ["two t"]]
     assert data.train_report.cut_rows == 1

@@ -33,7 +33,6 @@ def check(config: PreTrainedConfig, max_length: int = 32, **options: object) -> 
     [
         (tiny_llama_config(), {"modules_to_save": ["norm"]}, "norm.* is trained, and acts on prompts too"),
         (tiny_llama_config(attention_bias=True), {"bias": "all"}, "bias is trained, and acts on prompts too"),
-        (tiny_llama_config(), {"target_modules": ["embed_tokens", "q_proj"]}, "is trained, and acts on prompts too"),
         (tiny_llama_config(), {"use_dora": True, "alora_invocation_tokens": None}, "acts on prompts too"),
         (tiny_llama_config(), {"target_modules": ["lm_head"]}, "lm_head cannot tell which tokens it gets"),
         (SHARED, {"target_modules": ["shared_expert.up_proj"]}, "cannot tell which tokens it gets"),

@@ -79,7 +79,8 @@ class ActivatedLora:
 def take_over_recomputation(layers: Iterable[nn.Module]) -> None:
     """Removes the hooks by which peft tells its layers the offsets again while checkpointed `layers` are recomputed.
 
-    A step has its own recomputation. Without gradients there is none, and peft would refuse the next forward pass.
+    A step has its own recomputation. Without gradients there is none, nor the backward pass in which peft removes them
+    itself: it would refuse the next forward pass.
     """
     for layer in layers:
         hooks = getattr(layer, _RECOMPUTING, None) or ()

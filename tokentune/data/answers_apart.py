@@ -75,8 +75,11 @@ def _tokens_within(
     )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
-    places = zip(ids, trimmed_offsets(tokenizer, text, ids, encoded["offset_mapping"]), strict=True)
-    found = tuple(token for token, (first, last) in places if start <= first < last <= end)
+    offsets = [*trimmed_offsets(tokenizer, text, ids, encoded["offset_mapping"])]
+    inside = [n for n, (first, last) in enumerate(offsets) if start <= first and last <= end]
+    while inside and len({*offsets[inside[-1]]}) == 1:  # of white space alone, perhaps the answer's
+        inside.pop()
+    found = tuple(ids[n] for n in inside)
     require(bool(found) and bool(text[start:end].strip()), f"{_FLAG}: {why_not}. {_CURE}.")
     return found
 

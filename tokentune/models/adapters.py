@@ -122,7 +122,10 @@ def add_adapters(
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:  # of some of an expert's fused weights without the others, for one
-        raise UserError(f"--lora_target_modules {' '.join(target_modules)}: peft refuses this: {error}") from error
+        alone = "" if invocation is None else ". With --lora_on answers take linear layers alone, outside of experts"
+        raise UserError(
+            f"--lora_target_modules {' '.join(target_modules)}: peft refuses this: {error}{alone}"
+        ) from error
     _set_dropout(adapted, dropout)
     return adapted
 

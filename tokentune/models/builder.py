@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tokentune.api import apply_tokentune
+from tokentune.core.activated_lora import take_over_recomputation
 from tokentune.core.compat.fsdp import made_whole
-from tokentune.core.layers import inner_model
+from tokentune.core.layers import inner_model, transformer_layers
 from tokentune.core.loss import take_loss_in_chunks
 from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import ScoringOptions
@@ -186,6 +188,8 @@ def adapt_and_patch(
         take_loss_in_chunks(core)
     if arguments.memory.gradient_checkpointing:
         enable_checkpointing(model)
+        if adapters.invocation is not None:
+            model.register_forward_hook(_without_recomputation)
     return model
 
 
@@ -282,6 +286,12 @@ def enable_checkpointing(model: nn.Module) -> None:
     if hasattr(core, "_require_grads_hook"):
         # Gradients of the embeddings' output, which transformers asks for on behalf of reentrant checkpointing.
         core.disable_input_require_grads()
+
+
+def _without_recomputation(model: nn.Module, *_: Any) -> None:
+    """After a forward pass without gradients, as of a validation."""
+    if not torch.is_grad_enabled():
+        take_over_recomputation(transformer_layers(inner_model(model)).layers)
 
 
 @contextmanager

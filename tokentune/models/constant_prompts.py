@@ -40,7 +40,8 @@ def _reasons(model: "PeftModel", max_length: int) -> Iterator[str]:
         if module is head or _holds_experts(model, name):
             yield f"an adapter on {name} cannot tell which tokens it gets; leave it out of --lora_target_modules"
     for name, value in vars(config).items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+        of_base = ("drop" in name or "jitter" in name) and not name.startswith(("summary", "classifier"))
+        if of_base and isinstance(value, float) and value > 0:
             yield f"{name} {value} in the base's configuration leaves chance in what prompts are; set it to 0 there"
     if getattr(config, "output_router_logits", False):
         yield "`output_router_logits` in the base's configuration adds a loss over all tokens; set it to false there"

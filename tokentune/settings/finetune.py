@@ -140,11 +140,6 @@ class FinetuneArguments(Arguments):
             "--lora_on answers: its gradient is that of all tokens, so that there is nothing to compare. Leave "
             "--diagnose_steps out, or take --lora_on all",
         )
-        require(
-            selection.tokentune or not self.memory.gradient_checkpointing,
-            "--lora_on answers with --gradient_checkpointing: peft forgets where adapters act before it recomputes the "
-            "first layer; add --tokentune --prefix_length answers, which recomputes the answers alone",
-        )
         for name, why in (
             ("packing", "peft looks for one answer in each row"),
             ("streaming", "each answer becomes a row, and a stream does not know how many there are"),
