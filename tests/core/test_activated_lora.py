@@ -14,11 +14,13 @@ from families import MOE, ROUTED, Family
 from family_check import Float64, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from tokentune import UnsupportedModelError, apply_tokentune, remove_tokentune
 from tokentune.core.checkpointing import CHECKPOINT_REST
 from tokentune.core.scoring_pass import ScoringOptions
+from tokentune.models.builder import enable_checkpointing
 from tokentune.sampling.sampler import Selection, select_tokens, target_mask
 from tokentune.sampling.schedule import Answers
 
@@ -244,3 +246,13 @@ def test_a_saved_adapter_answers_as_the_trained_one(tmp_path: Path) -> None:
             cache = served.get_base_model()(prompt[:, :9], use_cache=True).past_key_values
         assert torch.equal(served.generate(**inputs, past_key_values=cache, **options), text)
         assert not torch.equal(base.generate(**inputs, **options), text)
+
+
+def test_peft_s_own_recomputation_needs_gradients_of_the_inputs() -> None:
+    models, batch = [adapted(recomputed=True) for _ in range(2)], batch_of()
+    expected = gradients_of(models[0], batch)
+    enable_checkpointing(models[0], inputs_with_gradients=True)
+    assert_same(gradients_of(models[0], batch), expected)
+    enable_checkpointing(models[1])
+    with pytest.raises(CheckpointError):
+        gradients_of(models[1], batch)

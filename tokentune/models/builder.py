@@ -187,8 +187,10 @@ def adapt_and_patch(
             raise UserError(f"--chunked_loss on: {error}") from error
         take_loss_in_chunks(core)
     if arguments.memory.gradient_checkpointing:
-        enable_checkpointing(model)
-        if adapters.invocation is not None:
+        activated = adapters.invocation is not None
+        # peft forgets where adapters act in a layer whose input has no gradient.
+        enable_checkpointing(model, inputs_with_gradients=activated and not arguments.selection.tokentune)
+        if activated:
             model.register_forward_hook(_without_recomputation)
     return model
 
@@ -275,15 +277,21 @@ def load_reference(arguments: Arguments, dtype: torch.dtype) -> PreTrainedModel:
     return reference.requires_grad_(False).eval()
 
 
-def enable_checkpointing(model: nn.Module) -> None:
-    """Turns gradient checkpointing on; UserError where the model has none."""
+def enable_checkpointing(model: nn.Module, *, inputs_with_gradients: bool = False) -> None:
+    """Turns gradient checkpointing on; UserError where the model has none.
+
+    Args:
+        inputs_with_gradients: of the first layer too.
+    """
     core = inner_model(model)
     try:
         enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
         enable()  # (the second name is that of transformers below 5.23)
     except ValueError as error:
         raise UserError(f"--gradient_checkpointing: {type(core).__name__} does not support it") from error
-    if hasattr(core, "_require_grads_hook"):
+    if inputs_with_gradients:
+        core.enable_input_require_grads()
+    elif hasattr(core, "_require_grads_hook"):
         # Gradients of the embeddings' output, which transformers asks for on behalf of reentrant checkpointing.
         core.disable_input_require_grads()
 
