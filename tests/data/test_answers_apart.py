@@ -127,7 +127,17 @@ def test_instructions(tmp_path: Path) -> None:
         load(bad, words=ON_ANSWERS, template=TEMPLATE)
 
 
-def test_texts_without_a_template_are_refused(tmp_path: Path) -> None:
+def test_texts_begin_behind_a_line_of_all_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Tools: {n}\nCall:", "completion": " ok"} for n in range(3)]
+    data = load(write(tmp_path / "a.jsonl", rows), words=ON_ANSWERS)
+    assert chat_tokenizer(None).decode(data.invocation) == "Call:"
+    assert [learnt for _, learnt in texts(data)] == [[" ok"]] * 3
+    other = write(tmp_path / "b.jsonl", [*rows, {"prompt": "Tools\nSay:", "completion": " ok"}])
+    with pytest.raises(UserError, match="row 4: its answer does not begin behind 'Call:'"):
+        load(other, words=ON_ANSWERS)
+
+
+def test_texts_without_one_are_refused(tmp_path: Path) -> None:
     for row in ({"prompt": "a", "completion": "b"}, {"text": "a"}):
         with pytest.raises(UserError, match=r"nothing tells where answers begin.*--lora_on all"):
             load(write(tmp_path / "a.jsonl", [row]), words=ON_ANSWERS, template=TEMPLATE)

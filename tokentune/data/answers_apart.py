@@ -2,7 +2,8 @@
 
 peft looks for the last occurrence of certain tokens in a row, the invocation, and adapters act from there on (activated
 LoRA, arXiv 2504.12397). Here they are a chat template's generation prompt, or where it has none what it writes between
-a question and its answer; of a prompt template the line after which the answer begins, and what follows it.
+a question and its answer; of a prompt template the line after which the answer begins, and what follows it; of other
+texts their prompts' last line, if it is the same in all rows.
 
 A conversation with several answers makes as many rows, each up to its answer's end: those before belong to its prompt.
 """
@@ -44,7 +45,10 @@ def chat_invocation(encoder: ChatEncoder) -> tuple[int, ...]:
     added = REASONING_OPENED.sub("", added)
     end = spans[0].start
     start, question = (text.rfind(words, 0, end) for words in (added, asked))
-    start = start if added.strip() else question + len(asked)
+    if added.strip():
+        end = start + len(added)  # without the reasoning that a prompt may open, and an answer without any may not have
+    else:
+        start = question + len(asked)
     require(
         start > question >= 0,
         f"{_FLAG}: the chat template does not write its generation prompt between a question and its answer. {_CURE}.",
@@ -63,6 +67,25 @@ def template_invocation(template: PromptTemplate, tokenizer: PreTrainedTokenizer
     require(start >= 0, f"{_FLAG}: the prompt template has no response_split in front of the answer. {_CURE}.")
     why_not = "the prompt template writes nothing in front of answers"
     return _tokens_within(tokenizer, f"{prompt}Yes", start, len(prompt), why_not)
+
+
+def text_invocation(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of the last line of a row's prompt, which has to be that of all rows ("Answer:").
+
+    Raises:
+        UserError: the prompt has no line before it.
+    """
+    end = next((n for n, label in enumerate(row.labels) if label != IGNORED_LABEL), 0)
+    visible = False
+    for start in range(end - 1, -1, -1):
+        piece = tokenizer.decode([row.ids[start]])
+        if visible and "\n" in piece:
+            return tuple(row.ids[start + 1 : end])
+        visible |= bool(piece.strip())
+    raise UserError(
+        f"{_FLAG}: nothing tells where answers begin in these texts: their prompts would have to end with a line of "
+        f"their own, the same in all rows. {_CURE}, or data of instructions or conversations."
+    )
 
 
 def _tokens_within(

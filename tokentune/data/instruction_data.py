@@ -210,8 +210,10 @@ class _Loader:
             if not bar.disable:
                 bar.reset(source.count())
             for chunk in ordered_map(encode, records, worker_count(self.data.tokenize_workers)):
-                if self.answers_apart and apart is None and any(isinstance(row, TokenRow) for _, _, row in chunk.rows):
-                    apart = AnswersApart(encode.invocation(conversations=chunk.conversations), self.tokenizer)
+                good = [row for _, _, row in chunk.rows if isinstance(row, TokenRow)]
+                if self.answers_apart and apart is None and good:
+                    invocation = encode.invocation(good[0], conversations=chunk.conversations)
+                    apart = AnswersApart(invocation, self.tokenizer)
                 for where, side, row in chunk.rows:
                     with bad.catch(where):
                         if isinstance(row, UserError):

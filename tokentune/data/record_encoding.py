@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.answers_apart import chat_invocation, template_invocation
+from tokentune.data.answers_apart import chat_invocation, template_invocation, text_invocation
 from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.encoding import Notes, TokenRow
 from tokentune.data.formats.data_formats import FORMATS, SOURCE_COLUMN, Answer, DataFormat, Item
@@ -104,20 +104,20 @@ class RecordEncoder:
             self._chat.notes = Notes()
         return [found[n] for n in range(len(items))]
 
-    def invocation(self, *, conversations: bool) -> tuple[int, ...]:
+    def invocation(self, row: TokenRow, *, conversations: bool) -> tuple[int, ...]:
         """The tokens in front of each answer, of conversations or of texts (`data/answers_apart.py`).
+
+        Args:
+            row: one of them.
 
         Raises:
             UserError: there are none.
         """
         if conversations:
             return chat_invocation(self._chat)
-        if self.data_format is not FORMATS["alpaca"]:
-            raise UserError(
-                "--lora_on answers: nothing tells where answers begin in texts without a prompt template. Take "
-                "--lora_on all, or data of instructions or conversations."
-            )
-        return template_invocation(self.template, self.tokenizer)
+        if self.data_format is FORMATS["alpaca"]:
+            return template_invocation(self.template, self.tokenizer)
+        return text_invocation(row, self.tokenizer)
 
     @cached_property
     def _chat(self) -> ChatEncoder:
