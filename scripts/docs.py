@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "figures"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import result_tables
-from result_tables import markdown
+from tables import markdown
 
 from tokentune.cli import arguments, start
 

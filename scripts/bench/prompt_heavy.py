@@ -7,10 +7,11 @@
 Tasks (`prompts/tasks.py`) of a pretrained model (`--model`, such as SmolLM2-135M-Instruct) and of a tiny one
 (`--tiny`); arms (`prompts/arms.py`) are flags of finetune.py. For each task: one calibration, in which the arms take
 turns on the same batches (time and bytes of a step; the machine should have nothing else to do); three learning rates
-for each arm at its shortest length, chosen by training rows held out; then runs of all lengths, seed 0 of every arm
-first. A run begins with the untrained model and has a schedule of its own. Arms with full training's gradients (loss in
-chunks, checkpointing, micro-batches) have one run, as a check, and full training's losses. The result is written after
-every run; a run that it holds is not repeated. `--plan` says what is missing and how long it takes.
+for each arm at its shortest length, and more while the best is the highest or the lowest, chosen by training rows held
+out; then runs of all lengths, seed 0 of every arm first. A run begins with the untrained model and has a schedule of
+its own. Arms with full training's gradients (loss in chunks, checkpointing, micro-batches) have one run, as a check,
+and full training's losses. The result is written after every run; a run that it holds is not repeated. `--plan` says
+what is missing and how long it takes.
 
 The JSON holds
     tasks         {task: settings, rows, tokens_per_row, answer_share, base: the untrained model's losses}

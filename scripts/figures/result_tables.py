@@ -1,37 +1,17 @@
-"""The tables of README and docs that are made from committed results, one function each.
+"""The tables of README and docs that are made from committed results, by name; one function each, here or beside it.
 
 Not a command: `scripts/docs.py` puts them in.
 """
 
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
+import estimate_tables
 import prompt_tables
 import quality_tables
+import step_tables
 from quality_tables import BYTES_IN_MIB
-
-RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
-BYTES_IN_GIB = 2**30
-STEP_ANSWERS = "step_answers_cpu.json"  # of the suite `answers`
-METHOD_NAMES = {
-    "full": "plain training",
-    "full_chunked": "plain, loss in chunks",
-    "checkpointing": "plain, gradient checkpointing",
-    "checkpointing_chunked": "plain, gradient checkpointing, loss in chunks",
-    "sequence_chunks": "plain, sequence in chunks of 512 tokens",
-    "tokentune": "**TokenTune, 30 % of the tokens**",
-    "tokentune_checkpointing": "**TokenTune, 30 %, checkpointing**",
-    "tokentune_segments": "**TokenTune, 30 %, lowest memory**",
-    "tokentune_offload": "**TokenTune, 30 %, checkpointing, offloaded**",
-}
-# What estimate.py calls its rows with a chunked loss.
-ESTIMATED_IN_CHUNKS = {
-    "plain, chunked loss": "full_chunked",
-    "gradient checkpointing + chunked loss": "checkpointing_chunked",
-}
-WEIGHTS = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}
+from tables import WEIGHTS, markdown, read
 
 TASK_NAMES = {
     "sst2": "SST-2, accuracy",
@@ -41,188 +21,6 @@ TASK_NAMES = {
     "wnut17": "WNUT-17, entity F1",
     "digits": "digits, accuracy",
 }
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def read(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def step_rows(suite: str, *, file: str = "step_cpu.json", **chosen: object) -> list[dict]:
-    """Rows of a suite of scripts/bench/step.py with these settings, without those that ran out of memory."""
-    rows = [row for row in read(file)["rows"] if row["suite"] == suite and "error" not in row]
-    return [row for row in rows if all(row[key] == value for key, value in chosen.items())]
-
-
-def times(row: dict, base: str) -> str:
-    """0.45 (0.44 to 0.46): the time's ratio with its interval; 1 for the base itself."""
-    if row["method"] == base:
-        return "1"
-    low, middle, high = row[f"time_ratio_to_{base}"]
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def step_table(**chosen: object) -> str:
-    rows = []
-    for row in step_rows("table", key_value_heads=4, dtype="float32", **chosen):
-        saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row['bytes_ratio_to_full']:.2f}"
-        seconds = f"{statistics.median(row['seconds']):.2f} s"
-        rows.append([WEIGHTS[row["train"]], METHOD_NAMES[row["method"]], saved, ratio, seconds, times(row, "full")])
-    return markdown(["trained", "method", "kept for backward", "of plain", "step", "of plain (95 % interval)"], rows)
-
-
-def lowest_table() -> str:
-    """24 layers, against gradient checkpointing."""
-    header = ["trained", "key-value heads", "method", *columns_against("checkpointing")]
-    rows = []
-    for row in step_rows("lowest"):
-        if row["seconds"]:
-            own = [WEIGHTS[row["train"]], heads_of(row), METHOD_NAMES[row["method"]]]
-            rows.append([*own, *figures_against("checkpointing", row)])
-    return markdown(header, rows)
-
-
-def answers_table() -> str:
-    """Long prompts: all tokens of the answers selected, 5 % of a row."""
-    base = "checkpointing_chunked"
-    header = ["layers", "trained", "key-value heads", "method", *columns_against(base)]
-    rows = []
-    for row in step_rows("answers", file=STEP_ANSWERS):
-        name = METHOD_NAMES[row["method"]].replace("30 % of the tokens", "the answers").replace("30 %", "the answers")
-        rows.append([str(row["layers"]), WEIGHTS[row["train"]], heads_of(row), name, *figures_against(base, row)])
-    return markdown(header, rows)
-
-
-def answers_short_table() -> str:
-    """The same at 6 layers: TokenTune below ordinary training with the loss in chunks, and both with checkpointing."""
-    pairs = {
-        "full_chunked": ("tokentune", ""),
-        "checkpointing_chunked": ("tokentune_checkpointing", ", checkpointing"),
-    }
-    rows = []
-    for train in ("full", "lora"):
-        found = {row["method"]: row for row in step_rows("answers", file=STEP_ANSWERS, layers=6, train=train)}
-        for base, (method, addition) in pairs.items():
-            for row, name in ((found[base], "plain, loss in chunks"), (found[method], "**TokenTune, the answers**")):
-                ratios = ["", ""] if row is found[base] else [f"{row[f'bytes_ratio_to_{base}']:.2f}", times(row, base)]
-                saved, seconds = (
-                    f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB",
-                    f"{statistics.median(row['seconds']):.2f} s",
-                )
-                rows.append([WEIGHTS[train], name + addition, saved, ratios[0], seconds, ratios[1]])
-    above = "of the row above"
-    return markdown(["trained", "method", "kept for backward", above, "step", f"{above} (95 % interval)"], rows)
-
-
-def columns_against(base: str) -> list[str]:
-    name = {"checkpointing": "checkpointing", "checkpointing_chunked": "checkpointing, loss in chunks"}[base]
-    return ["kept for backward", f"of {name}", "step", "time, of the same (95 % interval)"]
-
-
-def figures_against(base: str, row: dict) -> list[str]:
-    """A measured step beside another method's."""
-    saved, ratio = f"{row['saved_bytes'] / BYTES_IN_MIB:.0f} MiB", f"{row[f'bytes_ratio_to_{base}']:.2f}"
-    return [saved, ratio, f"{statistics.median(row['seconds']):.2f} s", times(row, base)]
-
-
-def heads_of(row: dict) -> str:
-    return f"{row['key_value_heads']} of {row['heads']}"
-
-
-def growth_table() -> str:
-    """Exponents of growth with the sequence and with layers, per method."""
-    names = {"saved_bytes": "kept", "step_peak_bytes": "peak", "seconds": "time"}
-    suites = {"length": "sequence", "depth": "layers"}
-    found = [fit for fit in read("step_cpu.json")["growth"] if fit["suite"] in suites]
-    fits = {(fit["method"], fit["suite"], fit["quantity"]): fit["exponent"] for fit in found}
-    columns = [(suite, quantity) for suite in suites for quantity in names]
-    methods = dict.fromkeys(method for method, *_ in fits)
-    rows = [[METHOD_NAMES[m], *(f"{fits[m, *column]:.2f}" for column in columns)] for m in methods]
-    return markdown(["grows with", *(f"{suites[suite]}: {names[quantity]}" for suite, quantity in columns)], rows)
-
-
-def qlora_table() -> str:
-    """Where a QLoRA step's time goes."""
-    rows = []
-    for row in step_rows("qlora"):
-        split = row["dequantisation"]
-        share = split["dequantisation_seconds"] / split["step_seconds"]
-        seconds = f"{statistics.median(row['seconds']):.2f} s"
-        rows.append([row["dtype"], METHOD_NAMES[row["method"]], seconds, times(row, "full"), f"{share:.0%}"])
-    return markdown(["computed in", "method", "step", "of plain (95 % interval)", "dequantisation"], rows)
-
-
-def bounds_table() -> str:
-    """What the method is held to, beside what was measured."""
-    rows = []
-    for entry in read("step_cpu.json")["bounds"]:
-        about = f"{WEIGHTS[entry['train']]}, {entry['key_value_heads']} key-value heads, {entry['dtype']}"
-        measured = f"{entry['measured']:.3f}"
-        if "interval" in entry:
-            measured += " ({:.3f} to {:.3f})".format(*entry["interval"])
-        rows.append([entry["what"], about, f"{entry['bound']:.2f}", measured, "yes" if entry["holds"] else "**no**"])
-    return markdown(["ratio", "of", "at most", "measured", "holds"], rows)
-
-
-def estimate_table() -> str:
-    """Estimated peaks, and the smallest card that holds them, of two models side by side."""
-    names = {"llama_2_7b": "Llama-2-7B", "llama_3_8b": "Llama-3-8B"}
-    reports = [read(f"estimate_{name}.json") for name in names]
-    models = [{(row["weights"], row["method"]): row for row in report["rows"]} for report in reports]
-    rows = []
-    for weights, method in models[0]:
-        name = METHOD_NAMES.get(ESTIMATED_IN_CHUNKS.get(method), method)
-        row = [weights, f"**{name}**" if name.startswith("TokenTune") else name]
-        for model in models:
-            found = model[weights, method]
-            card = f"{found['fits_gb'][0]} GB" if found["fits_gb"] else "none"
-            kept, peak = (f"{found['bytes'][key] / BYTES_IN_GIB:.1f} GiB" for key in ("activations", "peak"))
-            row += [kept, peak, card]
-        rows.append(row)
-    columns = [f"{name}: {what}" for name in names.values() for what in ("kept for backward", "peak", "smallest card")]
-    return markdown(["trained", "method", *columns], rows)
-
-
-def estimate_baselines_table() -> str:
-    """Peaks with checkpointing: the logits of all tokens at once; the loss in chunks; 30 % of the tokens selected."""
-    files = {2048: "estimate_llama_3_8b.json", 8192: "estimate_llama_3_8b_8192.json"}
-    methods = {
-        "gradient checkpointing": "all logits at once",
-        "gradient checkpointing + chunked loss": "all tokens, the loss in chunks",
-        "TokenTune + checkpointing": "**TokenTune, 30 %**",
-    }
-    rows = [
-        [weights, f"{length:,}", *(peak_of(file, weights, method) for method in methods)]
-        for weights in ("LoRA", "QLoRA")
-        for length, file in files.items()
-    ]
-    return markdown(["trained", "tokens", *methods.values()], rows)
-
-
-def peak_of(file: str, weights: str, method: str) -> str:
-    row = next(row for row in read(file)["rows"] if (row["weights"], row["method"]) == (weights, method))
-    return f"{row['bytes']['peak'] / BYTES_IN_GIB:.1f} GiB"
-
-
-def sharded_table() -> str:
-    """Estimated peaks and traffic of large models on one GPU and on several."""
-    report = read("estimate_sharded.json")["rows"]
-    counts = sorted({row["processes"] for row in report})
-    names = {"llama-3-8b": "8B", "llama-3-70b": "70B"}
-    found = {(row["model"], row["weights"], row["method"], row["processes"]): row["bytes"] for row in report}
-    rows = []
-    for model, weights, method in dict.fromkeys(key[:3] for key in found):
-        row = [names[model], weights, f"**{method}**" if method.startswith("TokenTune") else method]
-        for count in counts:
-            figures = found[model, weights, method, count]
-            sent = f", {figures['sent'] / BYTES_IN_GIB:.0f} GiB sent" if count > 1 else ""
-            row.append(f"{figures['peak'] / BYTES_IN_GIB:.1f} GiB{sent}")
-        rows.append(row)
-    shares = [f"{count} GPUs, FSDP" if count > 1 else "1 GPU" for count in counts]
-    return markdown(["model", "trained", "method", *shares], rows)
 
 
 def instruction_tuning_table() -> str:
@@ -326,17 +124,17 @@ def padding_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "step": step_table,
-    "step_lora": lambda: step_table(train="lora"),
-    "lowest": lowest_table,
-    "answers": answers_table,
-    "answers_short": answers_short_table,
-    "growth": growth_table,
-    "qlora": qlora_table,
-    "bounds": bounds_table,
-    "estimate": estimate_table,
-    "estimate_baselines": estimate_baselines_table,
-    "sharded": sharded_table,
+    "step": step_tables.step_table,
+    "step_lora": lambda: step_tables.short_table("table", "30 %", trains=("lora",), key_value_heads=4, dtype="float32"),
+    "lowest": step_tables.lowest_table,
+    "answers": step_tables.answers_table,
+    "answers_short": lambda: step_tables.short_table("answers", "the answers", layers=6),
+    "growth": step_tables.growth_table,
+    "qlora": step_tables.qlora_table,
+    "bounds": step_tables.bounds_table,
+    "estimate": estimate_tables.estimate_table,
+    "estimate_baselines": estimate_tables.estimate_baselines_table,
+    "sharded": estimate_tables.sharded_table,
     "instruction_tuning": instruction_tuning_table,
     "merging": merging_table,
     "padding": padding_table,

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluation import order, read_scores, run_names
-from result_tables import markdown
+from tables import markdown
 
 from tokentune.core.saved_tensors.saved_bytes import gib
 from tokentune.errors import UserError

@@ -324,7 +324,7 @@ def test_largest_asks_few_times() -> None:
 
 # --- from a prediction ------------------------------------------------------------------------------------------------
 
-DEEP = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 4096}
+DEEP = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "max_position_embeddings": 4096}
 MODES = {
     "LoRA": "--lora",
     "QLoRA": "--qlora --tokentune --prefix_length 0.3",
@@ -334,11 +334,11 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_longest_sequence_is_that_of_a_search_through_all(mode: str, tmp_path: Path) -> None:
+def test_the_longest_sequence_is_that_of_a_search_through_its_neighbours(mode: str, tmp_path: Path) -> None:
     config, path = tiny_llama_config(**DEEP, architectures=["LlamaForCausalLM"]), tmp_path / "deep.json"
     config.to_json_file(path)
     arguments = arguments_of(f"{MODES[mode]} --skip_verification --bf16")
-    peaks = {length: measure(config, arguments, (1, length)).peak for length in range(128, 1025, 128)}
+    peaks = {length: measure(config, arguments, (1, length)).peak for length in range(512, 897, 128)}
     between = (peaks[640] + peaks[768]) / 2
     words = (*MODES[mode].split(), "--bf16", "--find", "length", "--memory")
     memory = (between * (1 + FRAGMENTATION) + estimate_table.RESERVE_BYTES) / 1e9
@@ -370,7 +370,7 @@ def test_few_layers_predict_all_where_these_are_alike() -> None:
     segments = arguments.changed(checkpoint_rest="segments")
     assert "segments" in why_not_predictable(config, segments, CAUSAL_LM)
     dense_first = Qwen3MoeConfig(**DEEP | EXPERTS, mlp_only_layers=[0], num_attention_heads=4, num_key_value_heads=4)
-    kinds = ["sliding_attention", "full_attention"] * 4
+    kinds = ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"]
     mixed = Qwen3Config(**DEEP, layer_types=kinds, num_attention_heads=4, num_key_value_heads=4)
     for differing in (dense_first, mixed):
         assert why_not_predictable(differing, arguments, CAUSAL_LM) == "the layers differ"

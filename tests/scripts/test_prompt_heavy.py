@@ -195,7 +195,7 @@ def run(arm: str, steps: int, seed: int, *losses: float, rate: float = 0.1, held
 def report() -> dict:
     """Full training: 2.0 and 1.0 after 10 and 40 steps; `answers` 2.5, 1.5 and 0.5 after 20, 80 and 320, a quarter of
     the time each."""
-    task = {"rates": [0.1, 0.2], "lengths": [10, 40], "base": {"validation": found(3.0, 3.0)}}
+    task = {"rates": [0.1, 0.2], "most_rates": 2, "lengths": [10, 40], "base": {"validation": found(3.0, 3.0)}}
     calibration = {
         "task": "tools-lora",
         "seconds": {"full": [4.0, 8.0, 4.0], "answers": [1.0, 2.0, 1.0], "full-chunked": [2.0, 4.0, 2.0]},
@@ -248,6 +248,21 @@ def test_an_arm_whose_runs_are_too_short(report: dict) -> None:
 def test_nothing_is_said_before_rates_are_chosen(report: dict) -> None:
     report["runs"] = [run for run in report["runs"] if run["rate"] == 0.1]
     assert compare(report) == []
+
+
+def test_rates_go_on_beyond_the_best_while_it_is_at_an_end(report: dict) -> None:
+    def tried(*losses: float) -> list[float]:
+        rates = (0.1, 0.2, 0.4, 0.8)
+        pairs = zip(rates, losses, strict=False)
+        report["runs"] = [run("full", 10, 0, 9.0, rate=rate, held_out=loss) for rate, loss in pairs]
+        return comparison.rates_to_try(report, "tools-lora", "full")
+
+    report["tasks"]["tools-lora"]["most_rates"] = 4
+    assert tried(2.0) == [0.1, 0.2]  # not all of the first ones are known
+    assert tried(2.0, 1.0) == [0.1, 0.2, 0.4] and tried(2.0, 1.0, 1.5) == [0.1, 0.2, 0.4]
+    assert tried(1.0, 2.0) == [0.05, 0.1, 0.2]
+    assert tried(4.0, 3.0, 2.0, 1.0) == [0.1, 0.2, 0.4, 0.8]  # no more than that
+    assert comparison.chosen_rate(report, "tools-lora", "full") == 0.8
 
 
 def test_intervals_are_those_of_the_rows_and_the_seeds(report: dict) -> None:

@@ -38,13 +38,31 @@ def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> fl
 def chosen_rate(report: Row, task: str, arm: str) -> float | None:
     """The peak learning rate with the lowest loss on training rows held out; None: some were not tried yet.
 
-    Of the shortest runs of seed 0; an arm with full training's gradients takes over full training's.
+    An arm with full training's gradients takes over full training's.
     """
-    entry, arm = report["tasks"][task], ARMS[arm].same_as or arm
-    steps = entry["lengths"][0] * ARMS[arm].longer
-    tried = [run for run in runs_of(report, task, arm) if (run["seed"], run["steps"]) == (0, steps)]
-    losses = {run["rate"]: loss_of(run["held_out"]) for run in tried}
-    return min(entry["rates"], key=losses.__getitem__) if set(entry["rates"]) <= set(losses) else None
+    losses = losses_by_rate(report, task, arm)
+    rates = rates_to_try(report, task, arm)
+    return min(rates, key=losses.__getitem__) if set(rates) <= set(losses) else None
+
+
+def rates_to_try(report: Row, task: str, arm: str) -> list[float]:
+    """The task's peak learning rates, and as long as the highest or the lowest is the best, one beyond it."""
+    entry, losses = report["tasks"][task], losses_by_rate(report, task, arm)
+    rates = sorted(entry["rates"])
+    while len(rates) < entry["most_rates"] and set(rates) <= set(losses):
+        best = min(rates, key=losses.__getitem__)
+        if best not in (rates[0], rates[-1]):
+            break
+        rates = [*rates, 2 * best] if best == rates[-1] else [best / 2, *rates]
+    return rates
+
+
+def losses_by_rate(report: Row, task: str, arm: str) -> dict[float, float]:
+    """On training rows held out, of the shortest runs of seed 0."""
+    arm = ARMS[arm].same_as or arm
+    shortest = report["tasks"][task]["lengths"][0] * ARMS[arm].longer
+    tried = [run for run in runs_of(report, task, arm) if (run["seed"], run["steps"]) == (0, shortest)]
+    return {run["rate"]: loss_of(run["held_out"]) for run in tried}
 
 
 def runs_of(report: Row, task: str, arm: str) -> list[Row]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prompts.arms import ARMS, FULL
-from prompts.comparison import chosen_rate, step_ratios
+from prompts.comparison import chosen_rate, rates_to_try, step_ratios
 from prompts.tasks import Task
 from prompts.training import Run
 
@@ -27,7 +27,7 @@ def wanted(report: dict[str, Any], name: str, task: Task, arms: list[str], seed:
     calibrated = [arm for arm in arms if arm in step_ratios(report, name)]
     own = [arm for arm in calibrated if ARMS[arm].same_as is None]
     for arm in own:
-        for rate in task.rates:
+        for rate in rates_to_try(report, name, arm):
             yield Run(name, arm, ARMS[arm].lengths(task)[0], 0, rate)
     for at in range(len(task.lengths)):
         for arm in sorted(own, key=lambda arm: arm == FULL):  # an interrupted measurement has no goal that nobody tried

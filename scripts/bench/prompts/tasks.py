@@ -95,7 +95,8 @@ class Task:
         trained: "lora" (rank 16, all linear layers) or "full".
         batch: rows of an optimizer step.
         max_length: tokens; longer rows are left out.
-        rates: peak learning rates that each arm tries.
+        rates: peak learning rates that each arm tries, ascending.
+        most_rates: as many at most, with those that it tries beyond a best one that is the highest or the lowest.
         lengths: optimizer steps of full training, ascending; selective arms take twice as many.
         evaluated: rows, of validation data, of training data held out, of other data.
     """
@@ -108,11 +109,12 @@ class Task:
     rates: tuple[float, ...]
     lengths: tuple[int, ...]
     evaluated: dict[str, int]
+    most_rates: int = 7
 
     def small(self) -> "Task":
         """To try the script out."""
         few = {name: 4 for name in self.evaluated}
-        return replace(self, batch=4, rates=self.rates[:2], lengths=(1, 2), evaluated=few)
+        return replace(self, batch=4, rates=self.rates[:2], most_rates=2, lengths=(1, 2), evaluated=few)
 
 
 SHAPES = {

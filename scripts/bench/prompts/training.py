@@ -182,6 +182,7 @@ def described(place: Place) -> dict[str, Any]:
         "batch": place.task.batch,
         "max_length": place.task.max_length,
         "rates": list(place.task.rates),
+        "most_rates": place.task.most_rates,
         "lengths": list(place.task.lengths),
         "rows": {name: len(part) for name, part in place.rows.items()},
         "tokens_per_row": tokens / len(rows),
