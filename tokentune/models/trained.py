@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentune.file_names import TOKENIZER_FILES
@@ -66,7 +67,11 @@ def _load_adapter(
     four_bit = bool(adapter.qlora) and _quantizes(place)
     options = {"dtype": dtype, "quantize_4bit": four_bit, "device_map": {"": str(place)} if four_bit else None}
     model = load_base_model(base, flag=BASE_FLAG, **options, **trust)
-    attach_adapter(model if four_bit else model.to(place), adapter)
+    model = model if four_bit else model.to(place)
+    if getattr(adapter.config, "alora_invocation_tokens", None):
+        model = PeftModel.from_pretrained(model, folder)  # which tells the layers where an answer begins
+    else:
+        attach_adapter(model, adapter)
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     source, flag = (str(folder), MODEL_FLAG) if own else (base, BASE_FLAG)
     return model.eval(), load_tokenizer(source, flag=flag, **trusted)
