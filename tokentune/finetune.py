@@ -92,6 +92,7 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
             check_separation(skeleton)
     with phase("tokenize"):
         data = load_instruction_data(arguments, tokenizer, inputs.template)
+        arguments.set_invocation(data.invocation)
         findings = check_data(data, tokenizer, arguments, inputs.vocab_size)
     tokenizer.chat_template = data.chat_template
 

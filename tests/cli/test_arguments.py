@@ -32,6 +32,7 @@ DEFAULTS = {
     "lora_alpha": 16,
     "lora_dropout": 0.05,
     "lora_target_modules": ["gate_proj", "down_proj", "up_proj"],
+    "lora_on": "all",
     "bf16": False,
     "fp16": False,
     "fp16_opt_level": "O1",

@@ -19,6 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tokentune.data.answers_apart import AnswersApart
 from tokentune.data.chat.template_files import (
     AS_IT_IS,
     SYSTEM_IN_USER,
@@ -26,7 +27,16 @@ from tokentune.data.chat.template_files import (
     load_chat_template,
     prompt_as_chat_template,
 )
-from tokentune.data.encoding import END_LOST, TOKENS, EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
+from tokentune.data.encoding import (
+    END_LOST,
+    TOKENS,
+    EncodingReport,
+    LengthLimit,
+    Notes,
+    TableOfRows,
+    TokenRow,
+    count_supervised,
+)
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
 from tokentune.data.formats.record_files import chunks
@@ -39,6 +49,7 @@ from tokentune.errors import UserError
 from tokentune.processes import process_count
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
+from tokentune.settings.flags import require
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +79,7 @@ class InstructionData:
     validation_report: EncodingReport | None
     sources: list[SourceReport] = field(default_factory=list)
     chat_template: str | dict[str, str] | None = None  # writes the prompt that was trained with; saved with the model
+    invocation: tuple[int, ...] | None = None  # in front of each answer, with `--lora_on answers`
 
     @property
     def table(self) -> Dataset | None:
@@ -91,7 +103,8 @@ def load_instruction_data(
     tokenizer = copy.deepcopy(tokenizer)  # a stream reads with it when the caller's has the template that is saved
     if data.chat_template is not None:
         tokenizer.chat_template = load_chat_template(data.chat_template, tokenizer)
-    loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run)
+    apart = arguments.adapters.invocation is not None
+    loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run, answers_apart=apart)
     held = None  # opened first: what cannot be found is told before anything is tokenized
     if data.eval_dataset_name_or_path is not None:
         asked = {"split": data.eval_dataset_split, "config": data.eval_dataset_config}
@@ -119,8 +132,8 @@ def load_instruction_data(
         logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
     if data.chat_template is not None and not loader.conversations:
         logger.warning("--chat_template has no effect: the data holds no conversation. It is saved all the same")
-    chat_template = beside_own(loader.chat_template(), own)
-    return InstructionData(train, validation, train_report, validation_report, sources, chat_template)
+    template_kept, invocation = beside_own(loader.chat_template(), own), loader.invocation
+    return InstructionData(train, validation, train_report, validation_report, sources, template_kept, invocation)
 
 
 class _Part(NamedTuple):
@@ -133,13 +146,18 @@ class _Part(NamedTuple):
 
 @dataclass
 class _Loader:
-    """Opens and encodes the data sets of one command line. `keep`: tokens may be written into the cache."""
+    """Opens and encodes the data sets of one command line.
+
+    `keep`: tokens may be written into the cache. `answers_apart`: each answer is a row (`data/answers_apart.py`).
+    """
 
     data: DataArguments
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
     keep: bool
+    answers_apart: bool = False
     conversations: bool = False  # whether one was found
+    invocation: tuple[int, ...] | None = None  # with `answers_apart`, in front of each answer
     formats: set[str] = field(default_factory=set)
 
     def chat_template(self) -> str | dict[str, str] | None:
@@ -153,7 +171,8 @@ class _Loader:
     def load(self, source: RecordSource, fraction: float | None) -> _Part:
         """A data set, encoded: all of it as "train", or with a fraction of it apart as "validation"."""
         folder = cache_folder(self.data.data_cache)
-        key = "" if folder is None else cache_key(source, self.data, self.tokenizer, self.template, fraction)
+        depends_on = source, self.data, self.tokenizer, self.template, fraction
+        key = "" if folder is None else cache_key(*depends_on, answers_apart=self.answers_apart)
         entry = cached(folder, key, lambda target: self._encode(source, fraction, target), source.where, keep=self.keep)
         facts, rows = entry.facts, len(entry.tables["train"])
         reports = {side: EncodingReport(**counts) for side, counts in facts["reports"].items()}
@@ -163,11 +182,21 @@ class _Loader:
         self.formats.add(facts["format"])
         Notes(facts["notes"]).log(logger)
         BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
+        if self.answers_apart:
+            self._invoke_by(tuple(facts["invocation"]), source.where)
         read = f"{facts['read']:,} rows{source.read_from} read"
         told = f"{reports['train']}{facts['passed_over']}"
         logger.info("%s: %s; %s, %s", source.where, read, facts["format"], told)
         lost = left_out, facts["bad"]["count"]
         return _Part(entry.tables, reports, SourceReport(source.flag, source.name, facts["format"], rows, rows, *lost))
+
+    def _invoke_by(self, invocation: tuple[int, ...], where: str) -> None:
+        require(
+            self.invocation in (None, invocation),
+            f"{where}: its answers begin behind other tokens than those of other data sets (--lora_on answers). Bring "
+            "them into one format, or take --lora_on all.",
+        )
+        self.invocation = invocation
 
     def open_stream(self, number: int) -> StreamedSource:
         """The data set of this number, to be read while training."""
@@ -196,17 +225,23 @@ class _Loader:
         columns = dict.fromkeys(source.columns()[0])
         if (unread := encode.data_format.unread(columns)) is not None:
             notes.add(logging.WARNING, unread, source.where)
+        apart = None
         records = chunks(source.rows(encode.data_format.columns), CHUNK)
         with killed_workers_told(), tqdm(desc="Tokenizing", unit=" rows", disable=None) as bar:
             if not bar.disable:
                 bar.reset(source.count())
             for chunk in ordered_map(encode, records, worker_count(self.data.tokenize_workers)):
+                good = [row for _, _, row in chunk.rows if isinstance(row, TokenRow)]
+                if self.answers_apart and apart is None and good:
+                    invocation = encode.invocation(good[0], conversations=chunk.conversations)
+                    apart = AnswersApart(invocation, self.tokenizer)
                 for where, side, row in chunk.rows:
                     with bad.catch(where):
                         if isinstance(row, UserError):
                             raise row
-                        if (cut := limits[side](row)) is not None:
-                            tables[side].add(cut)
+                        for part in [row] if apart is None else apart(row, where):
+                            if (cut := limits[side](part)) is not None:
+                                tables[side].add(cut)
                 bar.update(len(chunk.rows) + chunk.left_out)
                 read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
                 conversations |= chunk.conversations
@@ -224,6 +259,7 @@ class _Loader:
             "reports": {side: vars(limit.report) for side, limit in limits.items()},
             "bad": {"count": bad.count, "first": bad.first},
             "notes": notes.found,
+            "invocation": None if apart is None else apart.invocation,
         }
         return Entry({side: table.finish() for side, table in tables.items()}, facts)
 

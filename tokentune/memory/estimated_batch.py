@@ -41,6 +41,9 @@ def batch_without_data(
         elif selection.tokentune:
             count = count_of_row(selection, length, answer_share)
             positions = torch.arange(count, device=device) * length // count
+            if arguments.adapters.invocation is not None:  # adapters act on the selected tokens, the last ones
+                positions = torch.arange(length - count, length, device=device)
+                batch["alora_offsets"] = [count] * rows
             batch["selected_positions"] = positions.expand(rows, -1).clone()
             if corrects:
                 known = torch.full((rows, count), count / length, device=device)

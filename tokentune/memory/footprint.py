@@ -135,6 +135,8 @@ def measure(
     """
     if arguments.selection.takes_answers and answer_share is None:
         raise unknown_answers(arguments)
+    if not arguments.selection.tokentune:  # LoRA stands for peft's activated one, whose shapes depend on token ids
+        arguments = arguments.changed(invocation=None)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
     if engine == "fsdp" and arguments.selection.tokentune and arguments.memory.checkpoint_rest == "auto":

@@ -4,11 +4,18 @@ import logging
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentune.file_names import TOKENIZER_FILES
 from tokentune.models.merging.folding import choose_device
-from tokentune.models.merging.trained_adapter import BASE_FLAG, attach_adapter, newest_checkpoint, read_adapter
+from tokentune.models.merging.trained_adapter import (
+    BASE_FLAG,
+    attach_adapter,
+    check_base,
+    newest_checkpoint,
+    read_adapter,
+)
 from tokentune.models.merging.trained_shapes import head_of
 from tokentune.models.pretrained import MODEL_FLAG, checkpoint_dtype, load_base_model, load_config, load_tokenizer
 from tokentune.models.tasks import CAUSAL_LM
@@ -54,12 +61,17 @@ def _load_adapter(
     base = base or adapter.config.base_model_name_or_path
     require(bool(base), f"{MODEL_FLAG} {folder}: does not name the base of this adapter. Give it: {BASE_FLAG}.")
     check_model_folder(base, BASE_FLAG)
+    check_base(adapter, base, allow_pickle=trust["allow_pickle"])
     trusted = {"trust_remote_code": trust["trust_remote_code"]}
     dtype = adapter.base_dtype or checkpoint_dtype(load_config(base, flag=BASE_FLAG, **trusted))
     four_bit = bool(adapter.qlora) and _quantizes(place)
     options = {"dtype": dtype, "quantize_4bit": four_bit, "device_map": {"": str(place)} if four_bit else None}
     model = load_base_model(base, flag=BASE_FLAG, **options, **trust)
-    attach_adapter(model if four_bit else model.to(place), adapter)
+    model = model if four_bit else model.to(place)
+    if getattr(adapter.config, "alora_invocation_tokens", None):
+        model = PeftModel.from_pretrained(model, folder)  # which tells the layers where an answer begins
+    else:
+        attach_adapter(model, adapter)
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     source, flag = (str(folder), MODEL_FLAG) if own else (base, BASE_FLAG)
     return model.eval(), load_tokenizer(source, flag=flag, **trusted)

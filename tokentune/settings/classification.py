@@ -157,6 +157,10 @@ class EncoderAdapterArguments(AdapterArguments):
 
     lora_target_modules: list[str] = flag(["all-linear"])
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.lora_on == "all", "--lora_on answers is for finetune.py: an encoder has no answers")
+
 
 @dataclass
 class EncoderOptimizationArguments(OptimizationArguments):

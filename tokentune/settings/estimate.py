@@ -58,7 +58,9 @@ class EstimationArguments(Group):
     find: Literal["proportion", "batch", "length"] | None = flag(None, "the largest that fits --memory")
     memory: float | None = flag(None, "of the card, as it is sold (24: 24 x 10^9 bytes)", metavar="GB")
     answer_share: float | None = flag(
-        None, "for --prefix_length answers without data: the answers' share of a row's tokens, such as 0.05"
+        None,
+        "for --prefix_length answers without data: the answers' share of a row's tokens, such as 0.05; with --lora_on "
+        "answers their generation prompts count too",
     )
     only: bool = flag(False, "only the mode that the flags choose, no table of all")
     num_processes: int = flag(1, "GPUs that share the training", least=1)

@@ -10,10 +10,11 @@ them (`settings/classification.py`). `--config` reads flags from a file first (`
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from tokentune.processes import engine
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.data import DataArguments
 from tokentune.settings.engines import check_engine
 from tokentune.settings.flags import AUTO, log_without_effect, require
@@ -112,6 +113,8 @@ class FinetuneArguments(Arguments):
             self.optimization.gradient_accumulation_steps = AUTO
         self._check_packing()
         self._check_diagnosing()
+        if self.adapters.invocation is not None:
+            self._check_lora_on_answers()
         require(
             not data.streaming or self.optimization.max_steps is not None,
             "--streaming cannot know how many rows there are: add --max_steps",
@@ -135,6 +138,32 @@ class FinetuneArguments(Arguments):
             f"{flag} compares gradients within one process, and {engine()} adds them up over several: try it without "
             "the launcher, on fewer rows",
         )
+
+    def _check_lora_on_answers(self) -> None:
+        """Where all that adapters act on is selected, and nothing else, the gradient is that of all tokens."""
+        selection, data = self.selection, self.data
+        require(
+            not selection.tokentune or (selection.schedule is None and selection.selected == Answers()),
+            f"--lora_on answers with --prefix_length {selection.prefix_length}: adapters act on all of an answer and "
+            "nothing else; take --prefix_length answers, or --lora_on all",
+        )
+        require(
+            selection.diagnose_steps is None and self.prog != "diagnose.py",
+            "--lora_on answers: its gradient is that of all tokens, so that there is nothing to compare. Leave "
+            "--diagnose_steps out, or take --lora_on all",
+        )
+        for name, why in (
+            ("packing", "peft looks for one answer in each row"),
+            ("streaming", "each answer becomes a row, and a stream does not know how many there are"),
+        ):
+            require(not getattr(data, name), f"--{name} with --lora_on answers: {why}; leave one of them out")
+
+    def set_invocation(self, invocation: tuple[int, ...] | None) -> None:
+        """With `--lora_on answers`, the tokens in front of an answer: from there adapters act, and all is selected."""
+        if invocation is not None:
+            self.adapters.invocation = invocation
+        if invocation is not None and isinstance(self.selection.selected, Answers):
+            self.selection.selected = replace(self.selection.selected, invocation=invocation)
 
     def _check_packing(self) -> None:
         """A packed row draws for each of its documents, which only the one who packs them can tell apart."""

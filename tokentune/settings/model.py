@@ -279,6 +279,11 @@ class AdapterArguments(Group):
     lora_target_modules: list[str] = flag(
         ["gate_proj", "down_proj", "up_proj"], "names of the linear layers that get adapters, or all-linear"
     )
+    lora_on: Literal["all", "answers"] = flag(
+        "all",
+        "the tokens that adapters act on: all; or each answer with its generation prompt, behind a prompt that runs "
+        "through the base alone (peft's activated LoRA): with --prefix_length answers the gradient is exact then",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -287,8 +292,10 @@ class AdapterArguments(Group):
             not self.qlora or find_spec("bitsandbytes") is not None,
             "--qlora: the package is not installed; `pip install bitsandbytes`",
         )
+        # The tokens in front of an answer: the data tells which, and until then one stands for them.
+        self.invocation = (0,) if self.lora and self.lora_on == "answers" else None
         require(self.lora_alpha > 0, f"--lora_alpha {self.lora_alpha}: must be above 0, or the adapters do nothing")
         require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
         if not self.lora:
-            flags = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+            flags = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_on")
             log_without_effect(self, flags, "--lora or --qlora")

@@ -30,7 +30,12 @@ from tokentune.sources import first_line
 BASE_FLAG, ADAPTER_FLAG = "--base_model_name_or_path", "--peft_model_path"
 OUTPUT_FLAG, QLORA_FLAG, FORCE_FLAG = "--output_dir", "--qlora_base", "--force"
 # What a folded weight could not stand for: the adapter acts on some tokens only, on pooled inputs, or is routed.
-_NOT_LINEAR = ("alora_invocation_tokens", "use_qalora", "arrow_config")
+_NOT_LINEAR = {
+    "alora_invocation_tokens": " It acts on answers, whose prompts run through the base as it is.\nServe it beside its "
+    "base (peft's PeftModel.from_pretrained), or train with --lora_on all.",
+    "use_qalora": "",
+    "arrow_config": "",
+}
 # Initial values (peft's init_lora_weights) that leave the base's weights as they are, and those that subtract something
 # from them which the same decomposition of the same weights finds again. PiSSA's fast variant is random, and LoRA-GA,
 # CorDA and LoftQ depend on data or a quantization that the file does not hold.
@@ -112,10 +117,10 @@ def _check_kind(settings: dict[str, Any], where: str) -> None:
         kind == "LORA",
         f"{where} holds a {kind} adapter; only LoRA adapters are merged (DoRA and rsLoRA are of that kind).",
     )
-    for name in _NOT_LINEAR:
+    for name, cure in _NOT_LINEAR.items():
         require(
             not settings.get(name),
-            f"{where} its {name} makes the adapter more than a change of weights: it cannot be merged.",
+            f"{where} its {name} makes the adapter more than a change of weights: it cannot be merged.{cure}",
         )
     require(
         not settings.get("layer_replication"),
@@ -202,8 +207,10 @@ def check_architecture(adapter: Adapter, base: str, base_config: PreTrainedConfi
         )
 
 
-def check_base(adapter: Adapter, base: str, *, allow_pickle: bool, force: bool) -> bool | None:
+def check_base(adapter: Adapter, base: str, *, allow_pickle: bool, force: bool | None = None) -> bool | None:
     """Compares the base's weights with those that the adapter was trained on, by the record in its folder.
+
+    `force`: None for a command that has no such flag.
 
     Returns:
         Whether they are the same (False: only by `force`, with a warning); None: there is no record of them, or it is
@@ -227,7 +234,8 @@ def check_base(adapter: Adapter, base: str, *, allow_pickle: bool, force: bool) 
     said = f"{BASE_FLAG} {base} is not the base that the adapter was trained on{named}: {difference}"
     retyped = found.dtypes.keys() != adapter.base.dtypes.keys()
     when = ", which is right if it is the same model saved in another type" if retyped else ""
-    require(force, f"{said}.\nGive that base; {FORCE_FLAG} merges all the same{when}.")
+    forced = "" if force is None else f"; {FORCE_FLAG} merges all the same{when}"
+    require(bool(force), f"{said}.\nGive that base{forced}.")
     print(f"warning: {said}; merged all the same ({FORCE_FLAG})", file=sys.stderr)
     return False
 

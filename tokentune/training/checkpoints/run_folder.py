@@ -53,7 +53,7 @@ def run_folder_name(
 
     parts = [short(model), "+".join(short(name) for name in ([dataset] if isinstance(dataset, str) else dataset))]
     parts += [task] if task is not None else []
-    parts += ["lora"] if adapters.lora else []
+    parts += [f"lora{'-on-answers' * (adapters.lora_on == 'answers')}"] if adapters.lora else []
     parts += ["qlora"] if adapters.qlora else []
     parts += [f"tokentune-{selection.schedule or selection.selected}"] if selection.tokentune else []
     return "-".join(parts)
