@@ -1,4 +1,4 @@
-"""The small generated world of the quick start: its facts, its five skills, and text about them.
+"""The small generated world of the quick start: its facts, its six skills, and text about them.
 
 Look at it: `python scripts/quickstart/skills.py` prints some of the base's text, and one question of each skill.
 
@@ -29,6 +29,7 @@ COUNTRIES = 80
 LARGEST_TERM = 12  # sums of two numbers from 1 to this
 LARGEST_NUMBER = 30  # numbers to put in order
 LIST_LENGTH = 3  # words or numbers in a list
+PASSAGE_LENGTH = 6  # facts in a passage
 
 # What stands between a heading and its result. The variety keeps the base from learning one rigid layout: what it
 # knows can then be reached from a layout that it has never seen, the prompt's.
@@ -80,8 +81,8 @@ def make_world(seed: int) -> World:
 
 def random_note(rng: random.Random, world: World) -> str:
     """A note on any of the skills. Facts and sums come more often: they are learnt by heart, one by one."""
-    skill = rng.choices(list(SKILLS.values()), [4 if name in ("capital", "sum") else 3 for name in SKILLS])[0]
-    return skill.note(rng, world)
+    weights = {"capital": 4, "sum": 4, "words": 3, "find": 3, "numbers": 3}  # passages ask for the facts of `capital`
+    return SKILLS[rng.choices(list(weights), list(weights.values()))[0]].note(rng, world)
 
 
 def under_heading(rng: random.Random, heading: str, result: str) -> str:
@@ -197,12 +198,25 @@ def numbers_question(rng: random.Random, world: World, subject: str | None) -> Q
     return Question(wording, " ".join(numbers), answer, answer)
 
 
+# --- passage: a fact again, which a passage tells among others. The prompt is ninety times as long as the answer.
+
+
+def passage_question(rng: random.Random, world: World, country: str | None) -> Question:
+    country = country or rng.choice(list(world.capitals))
+    others = rng.sample([other for other in world.capitals if other != country], PASSAGE_LENGTH - 1)
+    told = rng.sample([country, *others], PASSAGE_LENGTH)
+    passage = " ".join(f"{world.capitals[name]} is the capital of {name}." for name in told)
+    wording = rng.choice(["What is the capital of {} in the passage?", "Read the passage and name the capital of {}."])
+    return Question(wording.format(country), passage, world.capitals[country], country)
+
+
 SKILLS: dict[str, Skill] = {
     "capital": Skill(capital_note, capital_question, lambda world: list(world.capitals)),
     "sum": Skill(sum_note, sum_question, sum_subjects),
     "words": Skill(words_note, words_question),
     "find": Skill(find_note, find_question),
     "numbers": Skill(numbers_note, numbers_question),
+    "passage": Skill(capital_note, passage_question, lambda world: list(world.capitals)),
 }
 
 

@@ -18,6 +18,7 @@ import tokentune.core.patching
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.finetune import main
+from tokentune.models.fingerprint import fingerprint_of_checkpoint
 from tokentune.models.pretrained import load_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,13 @@ def test_folder_is_named_after_the_run_and_holds_the_adapter_alone(lora_run: tup
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_adapters_keep_the_fingerprint_of_their_base(lora_run: tuple[Path, list[dict]], tiny_llama_dir: Path) -> None:
+    folder, _ = lora_run
+    expected = fingerprint_of_checkpoint(str(tiny_llama_dir)).as_dict()
+    for place in (folder, folder / "checkpoint-5"):
+        assert json.loads((place / "base_fingerprint.json").read_text(encoding="utf-8")) == expected
+
+
 def test_saved_adapter_gives_the_final_validation_loss(lora_run: tuple[Path, list[dict]], tiny_llama_dir: Path) -> None:
     folder, rows = lora_run
     losses = read_summary(folder)["validation_loss"]
@@ -106,13 +114,21 @@ def test_summary_tells_the_run(lora_run: tuple[Path, list[dict]], tiny_llama_dir
     assert summary["data"]["validation"]["rows"] == len(rows) == 16
 
     assert [entry["step"] for entry in summary["log"]] == list(range(1, 9))
-    assert summary["loss"] == {"first": summary["log"][0]["loss"], "last": summary["log"][-1]["loss"]}
+    losses = [entry["loss"] for entry in summary["log"]]
+    assert summary["loss"] == pytest.approx({"first": sum(losses[:4]) / 4, "last": sum(losses[4:]) / 4, "window": 4})
+    smoothed = [entry.pop("loss_smoothed") for entry in summary["log"]]
+    assert smoothed[:3] == [None] * 3
+    assert (smoothed[3], smoothed[7]) == (summary["loss"]["first"], summary["loss"]["last"])
     assert all(value is not None for entry in summary["log"] for value in entry.values())
     assert all(isinstance(entry["memory_peak_bytes"], int) for entry in summary["log"])
     assert summary["peak_memory_bytes"] >= max(entry["memory_allocated_bytes"] for entry in summary["log"])
     assert summary["saved_for_backward_bytes"] > 0
     assert summary["tokens_per_second"] == pytest.approx(tokens["processed"] / summary["training_seconds"])
     assert summary["training_seconds"] < summary["wall_seconds"]
+    phases = summary["phases"]
+    assert list(phases) == ["read", "tokenize", "load", "probe", "train", "evaluate", "save"]
+    assert min(phases.values()) > 0 and sum(phases.values()) < summary["wall_seconds"]
+    assert not [*folder.rglob("training_args.bin")]  # a pickle, also of the checkpoint-5
     assert summary["model"]["class"] == "LlamaForCausalLM" and summary["model"]["saved_dtype"] == "float32"
     assert 0 < summary["model"]["trainable_parameters"] < summary["model"]["parameters"]
     assert summary["versions"]["torch"] == torch.__version__
@@ -224,7 +240,10 @@ runpy.run_path({str(PROJECT / "tokentune" / "finetune.py")!r}, run_name="__main_
 
 
 def test_command_runs_from_any_folder(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
-    """As users run it: a file, in a process of its own, elsewhere; lines of progress, and no bar in a pipe."""
+    """As users run it: a file, in a process of its own, elsewhere; lines of progress, and no bar in a pipe.
+
+    The log has only what a user can act on, and ends with what to type next.
+    """
     command = [sys.executable, "-u", str(PROJECT / "tokentune" / "finetune.py")]
     names = ["--model_name_or_path", str(tiny_llama_dir), "--dataset_name_or_path", str(alpaca_file)]
     ended = subprocess.run(
@@ -240,7 +259,13 @@ def test_command_runs_from_any_folder(tiny_llama_dir: Path, alpaca_file: Path, t
     assert (tmp_path / "models" / "tiny-llama-tiny_alpaca-lora-tokentune-100" / "training_summary.json").is_file()
     lines = ended.stdout.strip().splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"step {step}/4" for step in range(1, 5)]
-    assert "Traceback" not in ended.stderr
+    assert not {"\r", "\x1b"} & {*ended.stdout, *ended.stderr}
+    said = ended.stderr.splitlines()
+    assert [line.split()[2] for line in said if line.startswith("INFO: time: ")] == [
+        *("read", "tokenize", "load", "probe", "train", "save")
+    ]
+    assert said[-1].startswith(f"INFO: to talk to it: python {PROJECT}/tokentune/chat.py models/")
+    assert all(line.startswith(("INFO: ", "WARNING: ", "[transformers] The tokenizer has new PAD")) for line in said)
 
 
 def test_real_model_learns_real_data(shared: Path, tmp_path: Path) -> None:

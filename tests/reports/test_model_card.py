@@ -34,7 +34,7 @@ SUMMARY = {
     "data": {"train": {"rows": 1200, "tokens": 34567, "dropped_rows": 0}, "validation": None},
     "optimizer_steps": 17,
     "tokens": {"processed": 34567, "supervised": 2345, "selected": 10370, "selected_supervised": 703},
-    "loss": {"first": 3.25, "last": 2.125},
+    "loss": {"first": 3.25, "last": 2.125, "window": 10},
     "validation_loss": {"base": 3.5, "final": 2.25, "steps": []},
     "peak_memory_bytes": 3 * 2**30,
     "saved_for_backward_bytes": 2**29,
@@ -82,7 +82,7 @@ def test_text(tmp_path):
     for words in (
         "of every training sequence, 30 % of the tokens, drawn at random",
         "adapters of rank 8 on up_proj, down_proj",
-        "| training loss, first and last | 3.25, 2.125 |",
+        "| training loss, first and last, means of 10 steps | 3.25, 2.125 |",
         "| validation loss, before and after | 3.5, 2.25 |",
         "| peak memory | 3.00 GiB |",
         "| kept for the backward pass | 0.50 GiB |",
@@ -91,7 +91,8 @@ def test_text(tmp_path):
         "`learning_rate` | `0.0004` |",
         "torch 2.13.0",
         "simoulin-etal-2024-memory",
-        'PeftModel.from_pretrained(base, "path/of/this/adapter")',
+        'pipeline("text-generation", path, tokenizer=path, generation_config=ends)',
+        "`tokentune chat path/of/this/model`.",
     ):
         assert words in text, words
     assert text.rstrip().endswith(MARK)
@@ -105,7 +106,25 @@ def test_text(tmp_path):
         ({"prefix_length": "16"}, "16 tokens, drawn at random"),
         ({"qlora": True}, "over a 4-bit base (QLoRA)"),
         ({"tokentune": False, "lora": False}, "Trained are all weights"),
-        ({"selection": "labelled"}, "(words with an entity's label first)"),
+        ({"prefix_length": "answers"}, "sequence, all tokens whose output has a loss kept"),
+        (
+            {"prefix_length": "answers+0.1"},
+            "whose output has a loss and 10 % of the other tokens, drawn at random each time it is seen, kept",
+        ),
+        (
+            {"prefix_length": "answers+0.1", "selection": "stratified"},
+            "10 % of the other tokens, evenly over it, drawn at random each time",
+        ),
+        ({"prefix_length": "answers+0.3:answers"}, "loss and 30 to 0 % of the other tokens, drawn at random"),
+        ({"prefix_length": "16:64"}, "sequence, 16 to 64 tokens, drawn at random"),
+        (
+            {"prefix_length": "16", "gradient_correction": 1.0},
+            "on average 16 tokens, each drawn on its own each time it is seen, kept",
+        ),
+        (
+            {"selection": "labelled", "task_type": "token"},
+            "words inside of entities first, then other words, then the rest; among equals drawn at random each time",
+        ),
         ({"prefix_length": "0.1:0.5"}, "10 to 50 % of the tokens, drawn at random"),
         (
             {"selection": "stratified"},
@@ -113,9 +132,9 @@ def test_text(tmp_path):
         ),
         (
             {"selection": "supervised"},
-            "those with a loss first, then others drawn at random each time it is",
+            "of the tokens, those with a loss first, then others; among equals drawn at random each time it is seen",
         ),
-        ({"selection": "supervised", "task_type": "text"}, "30 % of the tokens, drawn at random each time it is seen,"),
+        ({"task_type": "text"}, "drawn at random each time it is seen (a token that the head pools always), kept"),
         ({"selection": "contiguous"}, "in a window drawn at random each time it is seen (`--selection contiguous`)"),
         ({"selection": "loss"}, "drawn in proportion to scores of a first pass over all tokens (`--selection loss`)"),
         ({"selection": "loss", "selection_draw": "top"}, "those with the highest scores of a first pass"),
@@ -159,10 +178,20 @@ def test_nothing_is_made_up(tmp_path):
 
 def test_classifiers(tmp_path):
     best = {"best": {"score": 0.9, "step": 3, "metrics": {}}, "metric": "accuracy"}
-    card = written(changed(task_type="token") | best, tmp_path)
+    best["validation_loss"] = {"base": None, "final": 0.25, "steps": []}  # not evaluated before training
+    best["test"] = {"metric": "f1", "score": 0.8, "metrics": {}}
+    settings = {"task_type": "token", "test_dataset_name_or_path": "/home/me/test.jsonl"}
+    card = written(changed(**settings) | best, tmp_path)
     assert card.data.pipeline_tag == "token-classification"
-    assert (card.data.eval_results[0].metric_type, card.data.eval_results[0].metric_value) == ("accuracy", 0.9)
+    assert [
+        (result.metric_type, result.metric_value, result.dataset_split, result.dataset_name)
+        for result in card.data.eval_results
+    ] == [("accuracy", 0.9, "validation", "owner/rows + more.jsonl"), ("f1", 0.8, "test", "test.jsonl")]
+    assert 'PeftModel.from_pretrained(base, "path/of/this/adapter")' in card.text
     assert "AutoModelForTokenClassification" in card.text
+    for row in ("| validation loss | 0.25 |", "| validation accuracy | 0.9 |", "| test f1 | 0.8 |"):
+        assert f"\n{row}\n" in card.text
+    assert "before and after" not in card.text
 
 
 def test_a_card_of_the_users_own_stays(tmp_path):

@@ -30,7 +30,40 @@ from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.result import save_result
 from tokentune.training.trainer import SelectiveTrainer
-from tokentune.training.trainer_arguments import Extent, build_training_arguments
+from tokentune.training.trainer_arguments import Extent, build_training_arguments, settle_by_length
+
+# ---- what `auto` comes to --------------------------------------------------------------------------------------------
+
+AUTO = "--warmup_steps auto --logging_steps auto"
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "logging"),
+    [(1, 0, 1), (33, 0, 1), (34, 1, 1), (68, 2, 1), (250, 7, 5), (20_000, 600, 400), (10**6, 3000, 1000)],
+)
+def test_warmup_and_log_lines_follow_the_length_of_a_run(steps: int, warmup: int, logging: int, tmp_path: Path) -> None:
+    """Of a stream, the length is --max_steps."""
+    arguments = arguments_for(tmp_path, tmp_path, f"{AUTO} --streaming --max_steps {steps}")
+    settings = build_training_arguments(arguments, tmp_path / "run")
+    settle_by_length(settings, arguments, Extent.of(iter([]), settings).steps)
+    assert (settings.warmup_steps, settings.logging_steps) == (warmup, logging)
+    given = arguments_for(tmp_path, tmp_path, "--warmup_steps 0.1 --logging_steps 7")
+    settings = build_training_arguments(given, tmp_path / "run")
+    settle_by_length(settings, given, steps)
+    assert (settings.warmup_steps, settings.logging_steps) == (0.1, 7)
+
+
+def test_a_short_run_reaches_its_learning_rate(
+    make_trainer: Callable[..., SelectiveTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = make_trainer(f"--global_batch_size 2 --num_epochs 4 {AUTO}")
+    assert "auto: --warmup_steps 1 --logging_steps 1 (optimizer steps: 40)" in caplog.text
+    assert trainer.auto_values == {"gradient_accumulation_steps": 1, "warmup_steps": 1, "logging_steps": 1}
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(rates) == 40 and rates[0] == 0 and max(rates) == trainer.args.learning_rate
+
 
 # ---- the update does not depend on how a global batch is cut ---------------------------------------------------------
 
@@ -267,21 +300,42 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_is_a_bar_with_loss_and_memory(
+def test_progress_on_a_terminal_is_one_bar_with_what_is_told_above_it(
     make_trainer: Callable[..., SelectiveTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
-    trainer = make_trainer("--global_batch_size 4", eval_rows=make_rows(2))
+    """Step, time to go, loss, learning rate, speed, memory; a message in between does not tear it."""
+    terminal, logger = Terminal(), logging.getLogger("tokentune")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    logger.handlers = [logging.StreamHandler()]
+    trainer = make_trainer(
+        "--global_batch_size 4 --save_steps 2 --learning_rate 1e-3 --lr_scheduler_type constant", eval_rows=make_rows(2)
+    )
+    trainer.add_callback(Saying(logger))
     trainer.train()
-    text = terminal.getvalue()
-    last = text.split("\r")[-1]
-    assert "5/5" in last
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert f"loss={losses[-1]:.4f}" in last and f"validation={trainer.figures.validation_losses[-1][1]:.4f}" in last
-    assert "allocated=" in last and "reserved=" in last and "peak=" in last and "iB" in last
-    assert "{" not in text
+    lines = terminal.getvalue().split("\n")
+    entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    bar = lines[-2].split("\r")[-1]
+    assert re.fullmatch(
+        r"step 5/5 \|\S+\| loss (\S+), lr 1.0e-03, \d+ tok/s, \d+\.\d\d GiB \(peak \d+\.\d\d\) *", bar
+    ), bar
+    assert f"loss {entry['loss']:.4f}" in bar
+    assert re.search(r"step 3/5 \|\S+ *\| ETA 00:0\d, loss ", terminal.getvalue())
+    above = [line.split("\r")[-1] for line in lines[:-2]]
+    said = [line for line in above if "validation loss" in line]
+    assert [line.split("  ")[0] for line in said] == ["step 0/5", "step 5/5"]
+    assert above.count("a message") == 1 and len(logger.handlers) == 1
+    assert "Writing" not in terminal.getvalue()  # transformers' bar, of each checkpoint
+
+
+class Saying(TrainerCallback):
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+
+    def on_save(self, args: object, state: object, *rest: object, **more: object) -> None:
+        if state.global_step == 2:
+            self.logger.warning("a message")
 
 
 def test_progress_elsewhere_is_one_line_per_log_entry(
@@ -292,6 +346,18 @@ def test_progress_elsewhere_is_one_line_per_log_entry(
     assert [line.split()[1] for line in lines] == ["0/5", "1/5", "2/5", "4/5", "5/5", "5/5"]
     assert all("loss" in line for line in lines)
     assert "memory GiB: resident" in lines[1]
+    assert ["  ETA 00:0" in line for line in lines] == [False, True, True, True, False, False]
+
+
+def test_the_bar_ends_before_an_error_is_told(
+    make_trainer: Callable[..., SelectiveTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    trainer = make_trainer("--global_batch_size 4 --learning_rate 1e30 --max_grad_norm 0 --num_epochs 4")
+    with pytest.raises(UserError, match="nan or infinite"):
+        trainer.train()
+    assert terminal.getvalue().endswith("\n")
 
 
 def test_progress_is_quiet_in_other_processes(capsys: pytest.CaptureFixture) -> None:
@@ -378,18 +444,36 @@ def test_checkpoints_lie_in_the_folder_and_none_repeats_the_result(
 
 def test_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    check_run_folder(run, overwrite=False)
+    check_run_folder(run, {"overwrite_output_dir": False})
     assert not run.exists()
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    check_run_folder(run, overwrite=False)
+    check_run_folder(run, {"overwrite_output_dir": False})
     (run / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="checkpoints of an unfinished run"):
-        check_run_folder(run, overwrite=False)
+        check_run_folder(run, {"overwrite_output_dir": False})
     (run / "training_summary.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"a finished run\.\n.*--overwrite_output_dir"):
-        check_run_folder(run, overwrite=False)
-    check_run_folder(run, overwrite=True)
+        check_run_folder(run, {"overwrite_output_dir": False})
+    check_run_folder(run, {"overwrite_output_dir": True})
+    before = {"seed": 1, "learning_rate": 0.1, "save_steps": 5, "dataset_name_or_path": ["a/train.jsonl"]}
+    (run / "training_summary.json").write_text(json.dumps({"settings": before}))
+    now = {
+        "seed": 1,
+        "learning_rate": 0.2,
+        "save_steps": 9,
+        "dataset_name_or_path": ["b/train.jsonl"],
+        "run_name": None,
+    }
+    now |= {"overwrite_output_dir": False, "dry_run": True}
+    told = check_run_folder(run, now)
+    assert told == (
+        f"{run} already holds a finished run.\n"
+        "Not as there: --learning_rate 0.2 (there 0.1), --dataset_name_or_path b/train.jsonl (there a/train.jsonl).\n"
+        "Give this one a name of its own with --run_name, or --overwrite_output_dir to replace the other."
+    )
+    with pytest.raises(UserError, match="Not as there"):
+        check_run_folder(run, now | {"dry_run": False})
     clear_run_folder(run)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
 

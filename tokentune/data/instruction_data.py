@@ -6,6 +6,7 @@ Main path: `load_instruction_data` opens each data set (`data/formats/records.py
 (`streaming_rows.py`).
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +20,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tokentune.data.answers_apart import AnswersApart
-from tokentune.data.chat.templates import load_chat_template
+from tokentune.data.chat.template_files import (
+    AS_IT_IS,
+    SYSTEM_IN_USER,
+    beside_own,
+    load_chat_template,
+    prompt_as_chat_template,
+)
 from tokentune.data.encoding import (
     END_LOST,
     TOKENS,
@@ -71,6 +78,7 @@ class InstructionData:
     train_report: EncodingReport | None  # of an epoch's rows; None: streamed
     validation_report: EncodingReport | None
     sources: list[SourceReport] = field(default_factory=list)
+    chat_template: str | dict[str, str] | None = None  # writes the prompt that was trained with; saved with the model
     invocation: tuple[int, ...] | None = None  # in front of each answer, with `--lora_on answers`
 
     @property
@@ -85,15 +93,16 @@ def load_instruction_data(
     """Reads, encodes and splits the data; shows progress on a terminal.
 
     Args:
-        tokenizer: is given `--chat_template`, and so saves it with the model.
+        tokenizer: with the chat template of conversations, where `--chat_template` names no other.
         template: around instructions.
 
     Raises:
         UserError: data that cannot be found, read, recognised or learnt from; a conversation without a chat template.
     """
-    data = arguments.data
+    data, own = arguments.data, tokenizer.chat_template
+    tokenizer = copy.deepcopy(tokenizer)  # a stream reads with it when the caller's has the template that is saved
     if data.chat_template is not None:
-        tokenizer.chat_template = load_chat_template(data.chat_template)
+        tokenizer.chat_template = load_chat_template(data.chat_template, tokenizer)
     apart = arguments.adapters.invocation is not None
     loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run, answers_apart=apart)
     held = None  # opened first: what cannot be found is told before anything is tokenized
@@ -123,7 +132,9 @@ def load_instruction_data(
         logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
     if data.chat_template is not None and not loader.conversations:
         logger.warning("--chat_template has no effect: the data holds no conversation. It is saved all the same")
-    return InstructionData(train, validation, train_report, validation_report, sources, loader.invocation)
+    chat_template = beside_own(loader.chat_template(), own)
+    reports = train_report, validation_report
+    return InstructionData(train, validation, *reports, sources, chat_template, loader.invocation)
 
 
 class _Part(NamedTuple):
@@ -148,6 +159,15 @@ class _Loader:
     answers_apart: bool = False
     conversations: bool = False  # whether one was found
     invocation: tuple[int, ...] | None = None  # with `answers_apart`, in front of each answer
+    formats: set[str] = field(default_factory=set)
+
+    def chat_template(self) -> str | dict[str, str] | None:
+        """What writes the prompt that is trained with; for texts without prompts the tokenizer's own."""
+        if self.conversations and self.data.system_in_user:
+            return SYSTEM_IN_USER + self.tokenizer.get_chat_template()
+        if self.conversations or self.data.chat_template is not None or self.formats <= {"text"}:
+            return self.tokenizer.chat_template
+        return prompt_as_chat_template(self.template if "alpaca" in self.formats else AS_IT_IS, self.tokenizer)
 
     def load(self, source: RecordSource, fraction: float | None) -> _Part:
         """A data set, encoded: all of it as "train", or with a fraction of it apart as "validation"."""
@@ -160,6 +180,7 @@ class _Loader:
         if left_out := facts["left_out"]:
             logger.warning("%s: %d rows left out, data_source %s", source.name, left_out, " or ".join(DROPPED_SOURCES))
         self.conversations |= facts["conversations"]
+        self.formats.add(facts["format"])
         Notes(facts["notes"]).log(logger)
         BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
         if self.answers_apart:
@@ -183,6 +204,7 @@ class _Loader:
         name, chosen = self.data.dataset_name_or_path[number], self.data.chosen(number)
         source = open_source(name, flag=TRAIN_FLAG, streaming=True, **chosen)
         kind = recognised(source, self.data.data_format, whole=False)
+        self.formats.add(kind)
         encoder = RecordEncoder(self.tokenizer, FORMATS[kind], self.template, self.data)
         if (unread := encoder.data_format.unread(source.columns()[0])) is not None:
             logger.warning("%s: %s", source.where, unread)

@@ -28,7 +28,7 @@ def batch_without_data(
         ids = torch.ones(rows, length, dtype=torch.int64, device=device)
         batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
         if core.main_input_name == "pixel_values":
-            raise NotImplementedError("images")
+            raise UserError("steps on images cannot be run without data")
         if core.can_generate():
             batch["num_items_in_batch"] = rows * (length - 1)
         else:

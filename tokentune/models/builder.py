@@ -202,7 +202,7 @@ def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrained
     if selection.scoring_pass:
         _check_look(arguments, model)
         if selection.scored:  # the model itself draws, by the scores
-            options |= {"prefix_length": selection.selected, "strategy": selection.selection}
+            options |= {"prefix_length": selection.selected, "selection": selection.selection}
         reference = reference_of(model) if reference is None else reference
         options["scoring_pass"] = ScoringOptions(selection.selection_draw, selection.selection_layers, reference)
     # ZeRO-3 gathers the head's weights in each of its calls, on all processes, whose numbers of chunks differ.

@@ -14,6 +14,7 @@ from tokentune.core.saved_tensors.saved_bytes import BYTES_IN_GIB
 from tokentune.data.instruction_data import InstructionData
 from tokentune.environment import device_facts, library_versions
 from tokentune.file_names import CURVES_NAME, SUMMARY_NAME
+from tokentune.phases import times
 from tokentune.settings.finetune import Arguments
 from tokentune.training.checkpoints.saving import write_whole
 from tokentune.training.diagnosing import COSINE, RELATIVE_ERROR
@@ -29,7 +30,6 @@ def build_summary(
     arguments: Arguments,
     data: InstructionData,
     model_facts: dict[str, Any],
-    wall_seconds: float,
 ) -> dict[str, Any]:
     """The content of `training_summary.json`.
 
@@ -37,14 +37,13 @@ def build_summary(
         trainer: after `train()`.
         data: the training and validation data.
         model_facts: `class`, `parameters`, `trainable_parameters`, `base_dtype`, `saved_dtype`.
-        wall_seconds: since the command started.
     """
     of_an_epoch, epochs = data.train_report, trainer.state.epoch
     known = of_an_epoch is not None and epochs == int(epochs)
     supervised = of_an_epoch.supervised_tokens * int(epochs) if known else None
     reports = {"train": data.train_report, "validation": data.validation_report}
     tokens = {"processed": 0, "supervised": supervised} | trainer.figures.tokens
-    facts = run_facts(trainer, arguments, model_facts, reports, tokens, wall_seconds)
+    facts = run_facts(trainer, arguments, model_facts, reports, tokens)
     return facts | {"sources": [asdict(source) for source in data.sources]}
 
 
@@ -54,10 +53,11 @@ def run_facts(
     model_facts: dict[str, Any],
     reports: dict[str, Any],
     tokens: dict[str, Any],
-    wall_seconds: float,
 ) -> dict[str, Any]:
     """The part of the summary that all commands share. `reports`: by split; None: no such data."""
-    entries = [_log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
+    window = window_of(trainer.state.global_step)
+    entries = _log(trainer.state.log_history, window)
+    smoothed = [entry["loss_smoothed"] for entry in entries if entry["loss_smoothed"] is not None]
     seconds = trainer.figures.training_seconds
     return {
         "schema_version": SCHEMA_VERSION,
@@ -65,6 +65,7 @@ def run_facts(
         "run_folder": trainer.args.output_dir,
         "seed": arguments.optimization.seed,
         "settings": arguments.settings(),
+        "auto": trainer.auto_values,
         "model": model_facts,
         "data": {name: None if report is None else asdict(report) for name, report in reports.items()},
         "optimizer_steps": trainer.state.global_step,
@@ -72,13 +73,13 @@ def run_facts(
         "saved_step": trainer.saved_step,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "tokens": tokens,
-        "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]},
+        "loss": {"first": smoothed[0], "last": smoothed[-1], "window": window},
         "validation_loss": _validation(trainer.figures.validation_losses, trainer.saved_step),
         "peak_memory_bytes": entries[-1]["memory_peak_bytes"],
         "saved_for_backward_bytes": trainer.figures.saved_for_backward_bytes,
         "tokens_per_second": tokens["processed"] / seconds,
         "training_seconds": seconds,
-        "wall_seconds": wall_seconds,
+        **times(),
         "log": entries,
         "device": device_facts(),
         "versions": library_versions(),
@@ -88,11 +89,20 @@ def run_facts(
 def warn_without_gain(summary: dict[str, Any]) -> None:
     """Warns if the saved weights are no better on the validation data than the model before training."""
     losses = summary["validation_loss"]
-    if losses is not None and losses["final"] >= losses["base"]:
+    if losses is not None and losses["base"] is not None and losses["final"] >= losses["base"]:
         logger.warning(
             "the validation loss did not fall: %.4f before training, %.4f of what is saved (step %d)",
             *(losses["base"], losses["final"], summary["saved_step"]),
         )
+
+
+def _log(history: list[dict[str, float]], window: int) -> list[dict[str, Any]]:
+    entries = [_log_entry(entry) for entry in history if "loss" in entry]
+    for name in ("loss", "loss_all_tokens"):
+        if name in entries[0]:
+            for entry, mean in zip(entries, smooth(entries, name, window), strict=True):
+                entry[f"{name}_smoothed"] = mean
+    return entries
 
 
 def _log_entry(entry: dict[str, float]) -> dict[str, float]:
@@ -104,12 +114,33 @@ def _log_entry(entry: dict[str, float]) -> dict[str, float]:
     return kept | {f"memory_{kind}_bytes": int(entry[f"memory_{kind}_gib"] * BYTES_IN_GIB) for kind in kinds}
 
 
+def window_of(steps: int) -> int:
+    """Over how many steps of a run a loss is averaged: a tenth of them; at least 10, but at most half of them."""
+    return max(steps // 10, min(10, steps // 2), 1)
+
+
+def smooth(entries: list[dict[str, Any]], name: str, window: int) -> list[float | None]:
+    """At each log entry the mean of a figure over the last `window` steps; None where there were not so many yet.
+
+    An entry is itself a mean, over the steps since the one before it. Whole entries are taken, so it may be more steps.
+    """
+    ends, sums, means, first = [0], [0.0], [], 0
+    for entry in entries:
+        sums.append(sums[-1] + entry[name] * (entry["step"] - ends[-1]))
+        ends.append(entry["step"])
+        while ends[-1] - ends[first + 1] >= window:
+            first += 1
+        steps = ends[-1] - ends[first]
+        means.append((sums[-1] - sums[first]) / steps if steps >= window else None)
+    return means
+
+
 def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, Any] | None:
     if not losses:
         return None
     steps = [{"step": step, "loss": loss} for step, loss in losses]
     final = dict(losses).get(saved_step, losses[-1][1])
-    return {"base": losses[0][1], "final": final, "best": min(steps, key=lambda at: at["loss"]), "steps": steps}
+    return {"base": dict(losses).get(0), "final": final, "best": min(steps, key=lambda at: at["loss"]), "steps": steps}
 
 
 def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:
@@ -136,18 +167,23 @@ def draw_curves(summary: dict[str, Any], run_folder: Path, *, loss_unit: str = "
     figure, panels = pyplot.subplots(rows, 2, figsize=(11, 3.75 * rows), sharex=True)
     loss, rate, memory, norm, *compared = panels.flat
 
-    def draw(axes: Any, name: str, style: str = "-", unit: float | None = None, **options: Any) -> None:
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        steps, values = zip(*points, strict=True)
-        values = values if unit is None else [value / unit for value in values]
-        axes.plot(steps, values, style, marker="o" if len(points) <= 30 else None, markersize=3, **options)
+    def draw(axes: Any, name: str, style: str = "-", unit: float = 1.0, **options: Any) -> None:
+        points = [(entry["step"], entry[name] / unit) for entry in log if entry.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), style, marker="o" if len(points) <= 30 else None, markersize=3, **options)
 
-    draw(loss, "loss", label="training")
-    if "loss_all_tokens" in log[0]:
-        draw(loss, "loss_all_tokens", label="training, all supervised tokens")
+    mean = f", mean of {summary['loss']['window']} steps"
+    for name, label, color in (
+        ("loss", "training", "tab:blue"),
+        ("loss_all_tokens", "training, all supervised tokens", "tab:cyan"),
+    ):
+        if name in log[0]:
+            draw(loss, name, color=color, alpha=0.3)
+            draw(loss, f"{name}_smoothed", color=color, label=label + mean)
     if summary["validation_loss"] is not None:
         points = [(point["step"], point["loss"]) for point in summary["validation_loss"]["steps"]]
-        loss.plot(*zip(*points, strict=True), marker="s", markersize=5, label="validation (all tokens)")
+        loss.plot(
+            *zip(*points, strict=True), marker="s", markersize=5, color="tab:orange", label="validation (all tokens)"
+        )
     draw(rate, "learning_rate", color="tab:green")
     # On the CPU reserved and allocated memory are the same number: the resident memory.
     kinds = {"peak": "-", "allocated": "--"} if on_cpu else {"peak": "-", "reserved": "--", "allocated": ":"}

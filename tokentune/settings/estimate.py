@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
-from tokentune.settings.flags import Group, flag, require
-from tokentune.settings.model import ModelArguments
+from tokentune.settings.flags import REQUIRED, Group, flag, require
+from tokentune.settings.model import RUN_WITHOUT_DATA, ModelArguments
 from tokentune.settings.presets import PRESETS
 from tokentune.settings.run import OutputArguments
 
@@ -16,12 +16,15 @@ from tokentune.settings.run import OutputArguments
 class EstimatedModelArguments(ModelArguments):
     """Which model, and how its weights would be held."""
 
-    model_name_or_path: str = flag("", "a preset, a hub id, a folder or a config.json")
+    model_name_or_path: str = flag(
+        REQUIRED, f"a preset ({', '.join(PRESETS)}), a hub id, a folder or a config.json", filled="a preset or a hub id"
+    )
 
     def __post_init__(self) -> None:
         require(
-            self.model_name_or_path != "",
-            f"--model_name_or_path is missing: a preset ({', '.join(PRESETS)}), a hub id or a folder",
+            self.attn_implementation in (None, *RUN_WITHOUT_DATA),
+            f"--attn_implementation {self.attn_implementation}: its kernels run on real tensors alone, and an estimate "
+            "has none: leave it out, or take sdpa or eager",
         )
         fp16, self.fp16 = self.fp16, False  # which needs no GPU to be estimated
         super().__post_init__()
@@ -93,10 +96,10 @@ class EstimateArguments(FinetuneArguments):
 
     prog: ClassVar[str] = "estimate.py"
     description: ClassVar[str] = "Estimate what a fine-tuning run needs in memory."
-    epilog: ClassVar[str] = (
-        f"--model_name_or_path takes a hub id, a folder, a config.json or a preset: {', '.join(PRESETS)}."
+    common: ClassVar[str] = (
+        "model_name_or_path bf16 max_length tokentune prefix_length gradient_checkpointing chunked_loss lora qlora "
+        "optim global_batch_size gradient_accumulation_steps estimate"
     )
-    shown: ClassVar[str] = "estimate"  # the group that the help lists
     model: EstimatedModelArguments
     data: EstimatedDataArguments
     output: UnusedOutputArguments

@@ -17,7 +17,7 @@ from tokentune.processes import engine
 from tokentune.sampling.schedule import Answers
 from tokentune.settings.data import DataArguments
 from tokentune.settings.engines import check_engine
-from tokentune.settings.flags import log_without_effect, require
+from tokentune.settings.flags import AUTO, log_without_effect, require
 from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
 
@@ -51,6 +51,9 @@ class Arguments:
             f"--optim {self.optimization.optim} projects gradients of whole weight matrices to a low rank, which those "
             "of adapters have already: leave --lora and --qlora out, or take another --optim",
         )
+        if self.selection.tokentune:
+            gaps = "the positions of selected tokens have gaps, so that attention needs a mask"
+            self.model.require_masks("--tokentune", gaps)
         check_engine(self.prog, self.settings())
         if not self.selection.tokentune:
             log_without_effect(self.memory, ("checkpoint_rest", "offload_kv"), "--tokentune")
@@ -73,6 +76,13 @@ class FinetuneArguments(Arguments):
 
     prog: ClassVar[str] = "finetune.py"
     description: ClassVar[str] = "Fine-tune a causal language model."
+    common: ClassVar[str] = (  # what most runs need, which `--help` lists
+        "model_name_or_path bf16 dataset_name_or_path max_length chat_template add_eos_token packing eval_fraction "
+        "eval_dataset_name_or_path eval_steps tokentune prefix_length selection gradient_checkpointing lora qlora "
+        "lora_r lora_alpha lora_target_modules global_batch_size gradient_accumulation_steps num_epochs max_steps "
+        "learning_rate warmup_steps model_save_path run_name overwrite_output_dir save_steps logging_steps preview "
+        "dry_run resume_from_checkpoint"
+    )
     run: RunArguments
 
     def __post_init__(self) -> None:
@@ -86,7 +96,7 @@ class FinetuneArguments(Arguments):
                 "--eval_fraction",
             )
         require(
-            not run.auto_micro_batch or self.optimization.gradient_accumulation_steps == 1,
+            not run.auto_micro_batch or self.optimization.gradient_accumulation_steps in (AUTO, 1),
             "--auto_micro_batch finds the accumulation itself: leave --gradient_accumulation_steps out",
         )
         require(
@@ -99,6 +109,8 @@ class FinetuneArguments(Arguments):
             "--auto_micro_batch cannot change the batches of --streaming, which are made as they are read: give "
             "--gradient_accumulation_steps",
         )
+        if run.auto_micro_batch:
+            self.optimization.gradient_accumulation_steps = AUTO
         self._check_packing()
         self._check_diagnosing()
         if self.adapters.invocation is not None:
@@ -156,7 +168,10 @@ class FinetuneArguments(Arguments):
     def _check_packing(self) -> None:
         """A packed row draws for each of its documents, which only the one who packs them can tell apart."""
         selection = self.selection
-        if not (self.data.packing and selection.tokentune):
+        if not self.data.packing:
+            return
+        self.model.require_masks("--packing", "the documents of a row are kept apart by a mask")
+        if not selection.tokentune:
             return
         require(
             not selection.scored,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from tokentune.core.compat.fsdp import is_split, own_class, own_part, size_of, whole_state, whole_tensor
 from tokentune.errors import UserError
 from tokentune.models.saved_types import hold_in, kept_in_float32
+from tokentune.training.callbacks import without_bars
 from tokentune.training.checkpoints.saving import StorageError, written_into
 from tokentune.training.trainer import SelectiveTrainer
 
@@ -45,15 +45,19 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
         core.config.use_cache = trainer.use_cache  # off in training; saved off, it would slow every generation down
     writes = trainer.args.should_save
     try:
-        with written_into(run_folder, writes=writes) as folder:
+        with written_into(run_folder, writes=writes) as folder, without_bars():
+            generation = getattr(core, "generation_config", None)
+            if writes and core is not model and generation is not None:  # where it stops, which an adapter does not say
+                generation.save_pretrained(folder)
             if is_split(model):
                 trainer.check_finite()
                 save_split_model(model, folder, dtype, kept, writes=writes)
                 if writes:
                     trainer.processing_class.save_pretrained(folder)
-                    torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
             else:
                 trainer.save_model(str(folder))
+            if trainer.base_fingerprint is not None:
+                trainer.base_fingerprint.save(folder)
     except StorageError as error:
         last = trainer.last_checkpoint
         cure = f"Make room, and go on from {last}: the same command with --resume_from_checkpoint."
