@@ -107,6 +107,16 @@ def test_ten_chats_are_learnt_and_said(chats: Path, capsys: pytest.CaptureFixtur
         assert said(capsys, chats, f"What is {n}{n}{n}?") == f"It is {word}.\n"
 
 
+def test_adapters_on_answers_alone(base: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"messages": chat(n, word)} for n, word in enumerate(WORDS)]
+    words = f"--lora --lora_on answers --lora_r 16 --lora_target_modules all-linear --chat_template chatml {LEARNING}"
+    folder = trained(base, rows, f"{words} --tokentune --prefix_length answers")
+    for n, word in enumerate(WORDS):
+        assert said(capsys, folder, f"What is {n}{n}{n}?") == f"It is {word}.\n"
+    exec(compile(snippet_of(folder).replace("Name three colours.", "What is 333?"), "card", "exec"), {})
+    assert capsys.readouterr().out == "It is denim.\n"
+
+
 def test_the_prompt_of_instructions_is_found_again(instructions: Path, capsys: pytest.CaptureFixture) -> None:
     assert said(capsys, instructions, "What is 333?") == "It is denim.\n"
     assert said(capsys, instructions, "7", "--system", "Name it") == "hazel\n"  # instruction and input

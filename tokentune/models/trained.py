@@ -4,12 +4,12 @@ import logging
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentune.file_names import TOKENIZER_FILES
 from tokentune.models.merging.folding import choose_device
 from tokentune.models.merging.trained_adapter import (
+    ACTIVATED,
     BASE_FLAG,
     attach_adapter,
     check_base,
@@ -56,7 +56,7 @@ def load_trained(
 def _load_adapter(
     folder: Path, base: str | None, place: torch.device, trust: dict[str, bool]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    adapter = read_adapter(folder, MODEL_FLAG)
+    adapter = read_adapter(folder, MODEL_FLAG, to_merge=False)
     require(head_of(adapter) is CAUSAL_LM, f"{MODEL_FLAG} {folder}: a classifier's adapter, which writes no answers.")
     base = base or adapter.config.base_model_name_or_path
     require(bool(base), f"{MODEL_FLAG} {folder}: does not name the base of this adapter. Give it: {BASE_FLAG}.")
@@ -67,11 +67,9 @@ def _load_adapter(
     four_bit = bool(adapter.qlora) and _quantizes(place)
     options = {"dtype": dtype, "quantize_4bit": four_bit, "device_map": {"": str(place)} if four_bit else None}
     model = load_base_model(base, flag=BASE_FLAG, **options, **trust)
-    model = model if four_bit else model.to(place)
-    if getattr(adapter.config, "alora_invocation_tokens", None):
-        model = PeftModel.from_pretrained(model, folder)  # which tells the layers where an answer begins
-    else:
-        attach_adapter(model, adapter)
+    adapted = attach_adapter(model if four_bit else model.to(place), adapter)
+    if getattr(adapter.config, ACTIVATED, None):  # only peft's wrapper tells its layers where the adapter acts
+        model = adapted
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     source, flag = (str(folder), MODEL_FLAG) if own else (base, BASE_FLAG)
     return model.eval(), load_tokenizer(source, flag=flag, **trusted)

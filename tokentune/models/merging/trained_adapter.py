@@ -30,8 +30,9 @@ from tokentune.sources import first_line
 BASE_FLAG, ADAPTER_FLAG = "--base_model_name_or_path", "--peft_model_path"
 OUTPUT_FLAG, QLORA_FLAG, FORCE_FLAG = "--output_dir", "--qlora_base", "--force"
 # What a folded weight could not stand for: the adapter acts on some tokens only, on pooled inputs, or is routed.
+ACTIVATED = "alora_invocation_tokens"
 _NOT_LINEAR = {
-    "alora_invocation_tokens": " It acts on answers, whose prompts run through the base as it is.\nServe it beside its "
+    ACTIVATED: " It acts on answers, whose prompts run through the base as it is.\nServe it beside its "
     "base (peft's PeftModel.from_pretrained), or train with --lora_on all.",
     "use_qalora": "",
     "arrow_config": "",
@@ -70,8 +71,12 @@ class Adapter:
         return f"init_lora_weights={start}" if start in _BASE_FOUND_AGAIN else None
 
 
-def read_adapter(folder: Path, flag: str = ADAPTER_FLAG) -> Adapter:
-    """An adapter's settings, and its weights checked. `flag`: that the folder comes from, for messages.
+def read_adapter(folder: Path, flag: str = ADAPTER_FLAG, *, to_merge: bool = True) -> Adapter:
+    """An adapter's settings, and its weights checked.
+
+    Args:
+        flag: that the folder comes from, for messages.
+        to_merge: False: it is used beside its base, and may act on some tokens only.
 
     Raises:
         UserError: no such folder, no adapter in it, damaged files, not LoRA, never trained, or NaN in it.
@@ -88,7 +93,7 @@ def read_adapter(folder: Path, flag: str = ADAPTER_FLAG) -> Adapter:
     )
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        _check_kind(settings, where)
+        _check_kind(settings if to_merge else settings | {ACTIVATED: None}, where)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where} cannot be read: adapter_config.json: {first_line(error)}") from error
     try:
@@ -247,7 +252,8 @@ def attach_adapter(base: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
     """
     misfit = f"{ADAPTER_FLAG} {adapter.folder}: does not belong to this base ({type(base).__name__}, {BASE_FLAG})"
     try:
-        model = peft.PeftModel(base, copy.deepcopy(adapter.config))
+        wrapper = peft.PeftModelForCausalLM if getattr(adapter.config, ACTIVATED, None) else peft.PeftModel
+        model = wrapper(base, copy.deepcopy(adapter.config))
         result = model.load_adapter(str(adapter.folder), "default")
     except (ValueError, KeyError, RuntimeError) as error:
         # torch lists every mismatch on a line of its own, below a general one
