@@ -15,7 +15,6 @@
 set -euo pipefail
 
 PROJECT_ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-INSTALL_HINT="cd '$PROJECT_ROOT' && python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt"
 
 say() { printf '== %s\n' "$*" >&2; }  # progress on stderr: stdout belongs to the commands
 
@@ -66,13 +65,23 @@ active_pythons() {
     [[ -z ${CONDA_PREFIX:-} ]] || printf '%s\n' "$CONDA_PREFIX/bin/python"
 }
 
+# install_hint MODULE ...: how to install the requirements that these modules are among.
+install_hint() {
+    local file=requirements.txt
+    case " $* " in
+        *" pytest "*) file=tests/requirements.txt ;;
+        *" lm_eval "*) file=scripts/eval/requirements.txt ;;
+    esac
+    printf '%s' "cd '$PROJECT_ROOT' && python3 -m venv .venv && .venv/bin/python -m pip install -r $file"
+}
+
 # find_python MODULE ...: sets PYTHON to the first of $PYTHON, the active environment's, .venv's and python3 that has
 # the modules. Training must not install packages behind the user's back: where none has them, it says how to install.
 find_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
         has_modules "$PYTHON" "$@" || die "PYTHON=$PYTHON is not a Python 3.11 or newer that has all of: $*" \
-            "leave PYTHON out, or install them: $INSTALL_HINT"
+            "leave PYTHON out, or install them: $(install_hint "$@")"
         return
     fi
     while IFS= read -r candidate; do
@@ -81,24 +90,37 @@ find_python() {
             return
         fi
     done < <(active_pythons && printf '%s\n' "$PROJECT_ROOT/.venv/bin/python" python3)
-    die "found no Python 3.11 or newer that has all of: $*" "install them: $INSTALL_HINT"
+    die "found no Python 3.11 or newer that has all of: $*" "install them: $(install_hint "$@")"
 }
 
-# ensure_venv [MODULE ...]: sets PYTHON to one with all that the commands need (and MODULE ...): $PYTHON where given,
-# the active environment's where it has the packages, else that of .venv, which is created where it is missing and
-# filled where it does not hold this requirements.txt yet. OWN_VENV and REQUIREMENTS: that environment alone, and its file.
+# all_requirements FILE: its lines, with those of the files that it names with -r.
+all_requirements() {
+    local line
+    while IFS= read -r line || [[ -n $line ]]; do
+        case $line in
+            "" | "#"*) ;;
+            "-r "*) all_requirements "$(dirname "$1")/${line#-r }" ;;
+            *) printf '%s\n' "$line" ;;
+        esac
+    done <"$1"
+}
+
+# ensure_venv FILE MODULE ...: sets PYTHON to one with all that the commands need, and MODULE ..., of the requirements in
+# FILE: $PYTHON where given, the active environment's where it has the modules, else that of .venv, which is created
+# where it is missing and filled where it lacks a line of FILE. OWN_VENV: that environment alone.
 ensure_venv() {
-    local venv=${OWN_VENV:-$PROJECT_ROOT/.venv} requirements=${REQUIREMENTS:-$PROJECT_ROOT/requirements.txt} candidate
-    local stamp=$venv/requirements.installed.txt  # a copy of what was installed, written after success only
+    local requirements=$1 venv=${OWN_VENV:-$PROJECT_ROOT/.venv} candidate missing=all
+    local stamp=$venv/requirements.installed.txt  # the lines that were installed, written after success only
+    shift
     set -- torch transformers peft accelerate datasets bitsandbytes sentencepiece google.protobuf matplotlib rich \
-        tensorboard lm_eval "$@"
+        tensorboard "$@"
     if [[ -n ${PYTHON:-} && -z ${OWN_VENV:-} ]]; then
         find_python "$@"
         return
     fi
     while IFS= read -r candidate; do
         if [[ $candidate != "$venv/bin/python" ]] && has_modules "$candidate" "$@"; then
-            say "using the active environment: $candidate (its own package versions, not those of requirements.txt)"
+            say "using the active environment: $candidate (its own package versions, not those of the project)"
             PYTHON=$candidate
             return
         fi
@@ -112,14 +134,16 @@ ensure_venv() {
     fi
     # Without pip: an interrupted `python3 -m venv`, or one made by uv.
     has_modules "$PYTHON" pip || "$PYTHON" -m ensurepip --upgrade >/dev/null
-    if ! cmp -s "$requirements" "$stamp"; then
-        say "installing $(basename "$requirements") into $venv (several minutes the first time)"
+    [[ ! -e $stamp ]] || missing=$(all_requirements "$requirements" | grep -vxF -f "$stamp" || true)
+    if [[ -n $missing ]]; then
+        say "installing ${requirements#"$PROJECT_ROOT"/} into $venv (several minutes the first time)"
+        rm -f "$stamp"
         # Of pip's hundreds of lines, show the large downloads and the long last step; its errors come on stderr.
         # shellcheck disable=SC2046  # cpu_torch_index prints two words or none
         "$PYTHON" -m pip install --progress-bar off --requirement "$requirements" $(cpu_torch_index) |
             awk '/Downloading .*\(([0-9][0-9][0-9.]* MB|[0-9.]+ GB)\)/ { print; fflush() }
                  /^Installing collected packages/ { print "  Unpacking"; fflush() }' >&2
-        cp "$requirements" "$stamp"
+        all_requirements "$requirements" >"$stamp"
         say "installed"
     fi
 }
@@ -216,7 +240,7 @@ finetune() {
     case " $* " in
         *" --help "* | *" -h "*)
             LAUNCHER=("$PYTHON" -u)
-            llama_2_on_platypus --help
+            llama_2_on_platypus "$@"
             exit
             ;;
     esac
@@ -254,7 +278,7 @@ classify() {
     find_python torch transformers peft accelerate datasets sklearn
     case " $* " in
         *" --help "* | *" -h "*)
-            classification --help
+            classification "$@"
             exit
             ;;
     esac

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import result_tables
 from tables import markdown
 
-from tokentune.cli import arguments, start
+from tokentune.cli import arguments, other_names, start
+from tokentune.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tokentune"
@@ -53,18 +54,23 @@ def filled(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- flags
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
+def parser_of(command: str) -> Parser:
     """The parser whose help `python tokentune/COMMAND.py --help` prints."""
     return arguments.parser_of(start.COMMANDS[command])
 
 
 def flags(command: str, beside: str | None = None) -> str:
-    """A command's flags; with `beside`, only those that this other command lacks, or has with another meaning."""
+    """A command's flags; with `beside`, only those that this other command lacks, or has with another meaning.
+
+    Those that `--help` lists are bold, where it lists not all.
+    """
+    common = {f"`--{name}`" for name in parser_of(command).common}
     known = {tuple(row) for _, rows in flag_groups(beside) for row in rows} if beside else set()
     groups = [(title, [row for row in rows if tuple(row) not in known]) for title, rows in flag_groups(command)]
     groups = [(title, rows) for title, rows in groups if rows]
     shown = []
     for title, rows in groups:
+        rows = [[f"**{name}**" if name in common else name, *rest] for name, *rest in rows]
         shown += [[f"**{title}**", "", ""], *rows] if len(groups) > 1 else rows
     return markdown(["flag", "default", "meaning"], shown)
 
@@ -79,11 +85,7 @@ def flag_groups(command: str) -> Iterator[tuple[str, list[list[str]]]]:
     """Title and rows of each group of flags; those that every command has (--help, --version, --config) come last."""
     groups = parser_of(command)._action_groups
     for group in sorted(groups, key=lambda group: group.title == "options"):
-        actions = [
-            action
-            for action in group._group_actions
-            if "--help" not in action.option_strings and action.help != argparse.SUPPRESS
-        ]
+        actions = [action for action in group._group_actions if "--help" not in action.option_strings]
         if actions:
             yield "general" if group.title == "options" else group.title, [flag_row(action) for action in actions]
 
@@ -93,8 +95,7 @@ def flag_row(action: argparse.Action) -> list[str]:
     choices = [str(choice) for choice in action.choices or () if not isinstance(choice, bool)]
     if not all(re.search(rf"\b{re.escape(choice)}\b", meaning) for choice in choices):
         meaning += f"; one of {', '.join(choices)}"
-    name = next(name for name in action.option_strings if name.startswith("--"))
-    return [f"`{name}`", default_of(action), meaning.replace("|", "\\|")]
+    return [f"`{action.option_strings[-1]}`", default_of(action), meaning.replace("|", "\\|")]
 
 
 def default_of(action: argparse.Action) -> str:
@@ -108,6 +109,25 @@ def default_of(action: argparse.Action) -> str:
     if isinstance(default, list):
         return " ".join(map(str, default))
     return Path(default).name if str(default).endswith(".json") else str(default)
+
+
+def names_elsewhere() -> str:
+    """What other tools call the flags of all commands, and what is said of names that mean something else."""
+    understood = [
+        [", ".join(f"`--{name}`" for name in names.split()), f"`--{flag}`{_where(flag)}"]
+        for table in (other_names.SECOND, other_names.FORMER, other_names.SAME)
+        for flag, names in table.items()
+    ]
+    answered = [
+        [", ".join(f"`--{name}`" for name in names.split()), "; ".join(parts)] for names, *parts in other_names.ANSWERS
+    ]
+    return "\n\n".join((markdown(["read as", "flag"], understood), markdown(["not read", "instead"], answered)))
+
+
+def _where(flag: str) -> str:
+    """The commands that have a flag which `finetune.py` lacks."""
+    having = [f"`{command}.py`" for command in start.COMMANDS if flag in parser_of(command).flags]
+    return "" if "`finetune.py`" in having else f" of {', '.join(having)}"
 
 
 # --------------------------------------------------------------------------------------------------------------- tree
@@ -140,8 +160,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "flags_classify": lambda: flags("classify", beside="finetune"),
     "flags_diagnose": lambda: flags("diagnose", beside="finetune"),
     "flags_diagnose_shared": lambda: shared_flags("diagnose", "finetune"),
-    "flags_estimate": lambda: flags("estimate"),
+    "flags_estimate": lambda: flags("estimate", beside="finetune"),
     "flags_merge": lambda: flags("merge"),
+    "names_elsewhere": names_elsewhere,
+    "flags_chat": lambda: flags("chat"),
     "tree": tree,
 }
 

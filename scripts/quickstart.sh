@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The whole job on the CPU, in some minutes, on a model and data that the repository makes itself:
 #     bash scripts/quickstart.sh [--fresh] [--seed N]
-# base model -> data -> LoRA + TokenTune at 0.3 -> merge -> lm-eval of base and merged model -> table and picture.
+# base model -> data -> LoRA -> LoRA + TokenTune -> merge -> lm-eval of all three -> memory and time -> tables and picture.
+# Prompts are ten to eighty times as long as answers: TokenTune selects all tokens that predict an answer, and 30 % of the
+# others (--prefix_length answers+0.3). By the answers alone this base, which never saw a prompt, learns less in the time.
 #     --fresh     start over; without it, finished steps of an earlier call are skipped
 #     --seed N    another world, other questions, another base (default 0)
 # Writes into quickstart/ below the project, or into QUICKSTART_DIR. OMP_NUM_THREADS: cores to use (default: up to four).
@@ -10,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 CODE=$PROJECT_ROOT/scripts/quickstart
 DIR=$(in_project "${QUICKSTART_DIR:-quickstart}")
-STEPS=8
+STEPS=10
 SEED=0
 FRESH=no
 while [[ $# -gt 0 ]]; do
@@ -54,21 +56,23 @@ make_data() {
     "$PYTHON" "$CODE/make_data.py" --output_dir "$DIR/data" --seed "$SEED"
 }
 
+# finetune_quickstart FLAGS ...: LoRA on the instruction set, and what FLAGS add, into a folder below models/.
 finetune_quickstart() {
-    rm -rf "$DIR/models"
     "$PYTHON" -u "$PROJECT_ROOT/tokentune/finetune.py" \
         --model_name_or_path "$DIR/base" \
         --dataset_name_or_path "$DIR/data/train.jsonl" \
         --model_save_path "$DIR/models" \
-        --tokentune --prefix_length 0.3 \
         --lora --lora_r 16 --lora_alpha 32 --lora_dropout 0 --lora_target_modules all-linear \
         --global_batch_size 32 \
         --num_epochs 1 \
         --learning_rate 3e-3 \
         --warmup_steps 20 \
         --max_length 96 \
+        --group_by_length \
         --add_eos_token \
-        --logging_steps 20
+        --logging_steps 20 \
+        --overwrite_output_dir \
+        "$@"
 }
 
 merge_quickstart() {
@@ -77,7 +81,7 @@ merge_quickstart() {
         --base_model_name_or_path "$DIR/base" --peft_model_path "$RUN" --output_dir "$RUN/merged"
 }
 
-# evaluate NAME MODEL: lm-eval's results and all answers in evaluation/NAME.
+# evaluate NAME MODEL: lm-eval's results and all answers in evaluation/NAME. MODEL: a folder, or one and its adapter's.
 evaluate() {
     rm -rf "$DIR/evaluation/$1"
     (
@@ -101,7 +105,7 @@ measure() {
 
 report() { "$PYTHON" "$CODE/report.py" --folder "$DIR"; }
 
-ensure_venv
+ensure_venv "$PROJECT_ROOT/scripts/eval/requirements.txt" lm_eval
 
 # Everything is local, and too small to gain from a GPU or from many cores.
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
@@ -112,23 +116,27 @@ export HF_DATASETS_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
 # steps twenty times slower; on an idle machine this costs nothing. (GNU's OpenMP, PyTorch's on Linux, reads it.)
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}
 
-RUN=$DIR/models/base-train-lora-tokentune-0.3
+RUN=$DIR/models/base-train-lora-tokentune-answers+0.3
 mkdir -p "$DIR"
-if [[ $FRESH == yes || $(cat "$DIR/.seed" 2>/dev/null || echo "$SEED") != "$SEED" ]]; then
+MADE_WITH="seed $SEED, $STEPS steps" # another version of this script may have left the folder
+if [[ -e $DIR/.done && ($FRESH == yes || $(cat "$DIR/.made_with" 2>/dev/null) != "$MADE_WITH") ]]; then
     say "starting over in $DIR"
     rm -rf "$DIR"/{.done,.cache,base,data,models,evaluation,measurements.json,report.json,report.png}
 fi
 mkdir -p "$DIR/.done"
-echo "$SEED" >"$DIR/.seed"
+echo "$MADE_WITH" >"$DIR/.made_with"
 
 SECONDS=0
 step base "base model: tokenizer, small Llama, pre-training on generated notes" make_base
 step data "data: instruction set and held-out questions" make_data
 step before "lm-eval of the base" evaluate base "$DIR/base"
-step finetune "fine-tuning: LoRA + TokenTune, 30 % of the tokens selected" finetune_quickstart
+step lora "fine-tuning: LoRA alone, gradients for all tokens" finetune_quickstart
+step finetune "fine-tuning: LoRA + TokenTune, gradients for the answers and 30 % of the prompts" finetune_quickstart \
+    --tokentune --prefix_length answers+0.3
 step merge "merge: base + adapter -> full checkpoint" merge_quickstart
+step plain "lm-eval of LoRA alone" evaluate lora "$DIR/base,peft=$DIR/models/base-train-lora"
 step after "lm-eval of the merged model" evaluate merged "$RUN/merged"
-step measure "memory and time of a step: full, TokenTune, TokenTune + LoRA" measure
+step measure "memory and time of a step: all weights and LoRA, each plain and with TokenTune" measure
 step report "table and picture" report
 say "all done in $SECONDS s with $OMP_NUM_THREADS threads; everything is in $DIR"
 say "  picture:        $DIR/report.png"

@@ -5,16 +5,18 @@
 #     bash scripts/test.sh --transformers 5.24.0                 # first: with that version, in an environment of its own
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$PROJECT_ROOT"
+requirements=$PROJECT_ROOT/tests/requirements.txt
 
 if [[ ${1:-} == --transformers ]]; then
     [[ ${2:-} =~ ^[0-9]+(\.[0-9]+)+$ ]] || die "--transformers needs a version, such as 5.24.0"
     OWN_VENV=$PROJECT_ROOT/.venv-transformers-$2
-    REQUIREMENTS=$(mktemp)
-    trap 'rm -f "$REQUIREMENTS"' EXIT
-    sed "s/^transformers==.*/transformers==$2/" requirements.txt >"$REQUIREMENTS"
+    changed=$(mktemp)
+    trap 'rm -f "$changed"' EXIT
+    all_requirements "$requirements" | sed "s/^transformers==.*/transformers==$2/" >"$changed"
+    requirements=$changed
     shift 2
 fi
-ensure_venv pytest xdist hypothesis ruff importlinter
+ensure_venv "$requirements" lm_eval pytest xdist hypothesis ruff importlinter
 
 say "ruff check"
 "$PYTHON" -m ruff check .

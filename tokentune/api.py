@@ -30,13 +30,14 @@ def apply_tokentune(
     model: Model,
     prefix_length: Size | str | None = None,
     *,
-    strategy: str = "supervised",
+    selection: str = "supervised",
     verify: bool = True,
     checkpoint_rest: str = "auto",
     offload_kv: bool = False,
     chunked_loss: bool | None = None,
     scoring_pass: ScoringOptions | None = None,
     gradient_correction: float = 0.0,
+    strategy: str | None = None,
     look: ScoringOptions | None = None,
 ) -> Model:
     """Patch this instance, a transformers model or a peft model around one, and return it.
@@ -63,7 +64,7 @@ def apply_tokentune(
             the model is on an accelerator, the host waits for each draw of this kind). When given, the model draws the
             selection itself whenever it is in training mode and called with labels; with the uniform numbers
             `selection_draws` (B, S), where these are given.
-        strategy: how it draws, a name that `sampling.resolver.find_strategy` accepts.
+        selection: which tokens, by what `--selection` takes: the name of a strategy, or "file.py:function".
         verify: first compare a tiny random copy with the definition of the method (`verify/verification.py`), and
             refuse adapters of kinds that were never compared (`core/compat/adapters.py`). Without it a model that
             cannot be served may be trained wrongly, without an error.
@@ -81,7 +82,7 @@ def apply_tokentune(
             the method as published; 1 is exact in expectation, and varies more from draw to draw. The model then draws
             each token independently of the others, so that the number of selected tokens is random: by "random", or
             beside all targets ("answers+0.1").
-        look: the old name of `scoring_pass`, for one release.
+        strategy, look: the old names of `selection` and `scoring_pass`, for one release.
 
     Forward hooks of others on a layer itself, before or after, see and may change all of its rows, (B, S, D), as in the
     original model. That costs copies of the rows, and the unselected tokens' pass through all of the last layer. Where
@@ -92,6 +93,9 @@ def apply_tokentune(
         UnsupportedModelError: the model cannot be served exactly; the message names the part and the reason.
         ValueError: a value that an argument cannot have, or not beside another one.
     """
+    if strategy is not None:
+        warnings.warn("apply_tokentune(strategy=...) is now selection=...", DeprecationWarning, stacklevel=2)
+        selection = strategy
     if look is not None:
         warnings.warn("apply_tokentune(look=...) is now scoring_pass=...", DeprecationWarning, stacklevel=2)
         scoring_pass = look if scoring_pass is None else scoring_pass
@@ -102,9 +106,9 @@ def apply_tokentune(
     require_correctable(gradient_correction, transformer_layers(owner))
     prefix_length = _size_of(prefix_length)
     if isinstance(prefix_length, Answers):
-        _check_answers(strategy, scoring_pass)
+        _check_answers(selection, scoring_pass)
     draws = gradient_correction > 0 and prefix_length is not None
-    if draws and (reason := why_not_independent(strategy, prefix_length)):
+    if draws and (reason := why_not_independent(selection, prefix_length)):
         raise ValueError(f"gradient_correction: {reason}")
     before = settings_of(owner)
     if before is not None:
@@ -118,7 +122,7 @@ def apply_tokentune(
         profile = verified_profile(owner) if verify else _assumed_profile(owner)
     if verify and gradient_correction > 0.0 and (before is None or before.gradient_correction == 0.0):
         verify_correction(owner, profile)
-    needs = find_strategy(strategy).needs
+    needs = find_strategy(selection).needs
     if scoring_pass is None and needs and prefix_length is not None:
         scoring_pass = ScoringOptions()
     for asked, what in ((chunked_loss, "chunked_loss"), (scoring_pass is not None, "a scoring pass")):
@@ -133,7 +137,7 @@ def apply_tokentune(
         profile,
         transformer_layers(owner),
         prefix_length,
-        strategy,
+        selection,
         checkpoint_rest,
         offload_kv,
         chunked_loss,
@@ -153,9 +157,9 @@ def _size_of(prefix_length: Size | str | None) -> Size | None:
     return size
 
 
-def _check_answers(strategy: str, scoring_pass: ScoringOptions | None) -> None:
+def _check_answers(selection: str, scoring_pass: ScoringOptions | None) -> None:
     """Raises ValueError for what does not go with a selection of all targets."""
-    require_drawing_beside_answers(strategy)
+    require_drawing_beside_answers(selection)
     if scoring_pass is not None:
         raise ValueError("a scoring pass counts the loss over all targets, which all have their loss with answers")
 

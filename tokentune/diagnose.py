@@ -1,19 +1,19 @@
 """Command: how good the selective gradient is, for a model and its data, before anything is trained.
 
     python ./tokentune/diagnose.py --model_name_or_path ./models/my-model --dataset_name_or_path data.jsonl \
-        --proportions 0.1 0.3 0.5 --strategies random --corrections 0 1
+        --proportions 0.1 0.3 0.5 --selections random --corrections 0 1
 
 Takes the gradient of a few rows over all tokens, then many draws of the selective one over the same rows, for every
 proportion, strategy and correction that is asked for, and compares them: cosine and error of one draw and of the mean
-over draws, bias, variance, the effective batch size, bytes; by layer and by kind of module. Prints a table, warns where
-the method is known to fail, and writes `diagnosis.json` (schema in `gradients/report.py`); `--figure` draws it. The
-flags are those of `finetune.py` that a gradient depends on, and those of `settings/diagnose.py`. Adapters
-are as training would begin with them, where half of their factors are zero.
+over draws, bias, variance, the effective batch size, bytes; by layer and by kind of module. Warns where the method is
+known to fail, writes `diagnosis.json` (schema in `gradients/report.py`), and ends in one recommendation. A table with
+`--full`, pictures with `--figure`. The flags are those of `finetune.py` that a gradient depends on, and those of
+`settings/diagnose.py`. Adapters are as training would begin with them, where half of their factors are zero.
 """
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ import json
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from tokentune.cli.arguments import flags_given, parse_arguments
@@ -52,6 +51,7 @@ from tokentune.gradients.measuring import (
     without_dropout,
 )
 from tokentune.gradients.parts import parts_of
+from tokentune.gradients.progress import Progress
 from tokentune.gradients.report import build_report, print_table, say_warnings
 from tokentune.models.builder import (
     base_dtype,
@@ -99,12 +99,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     output = Path(arguments.diagnosis.output).expanduser()
     write_whole(output, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    print_table(report)
+    if arguments.diagnosis.full:
+        print_table(report)
     say_warnings(report["warnings"])
-    logger.info("written: %s", output)
+    logger.info("written: %s%s", output, "" if arguments.diagnosis.full else " (--full prints it as a table, too)")
     if arguments.diagnosis.figure is not None:
         for path in draw_figures(report, Path(arguments.diagnosis.figure).expanduser()):
             logger.info("written: %s", path)
+    print(f"recommendation: {report['recommendation']['message']}")
 
 
 def say_what_has_no_effect(words: Sequence[str] | None) -> None:
@@ -184,28 +186,24 @@ def compare(
     """Takes all gradients. Returns the report's `full`, `results` and the counts in its `data`."""
     asked, collator = arguments.diagnosis, CausalCollator(pad_token_id=tokenizer.pad_token_id)
     batches = [for_all_tokens(batch) for batch in micro_batches(rows, collator, asked.micro_batch_size)]
-    options = {"items": supervised_items(batches), "bf16": arguments.model.bf16}
     settings = arguments.compared
-    passes = asked.rows + 1 + asked.draws * len(settings)
-    with tqdm(total=passes, desc="Gradients", unit=" gradients", disable=None) as progress:
+    with Progress(1 + len(batches) * (1 + asked.draws * len(settings)) + asked.rows) as progress:
+        options = {"items": supervised_items(batches), "bf16": arguments.model.bf16, "after_batch": progress.tick}
+        take_gradient(model, batches[:1], **options)  # what a first pass does once is not to count as its time
         full = take_gradient(model, batches, **options)
-        progress.update()
         between_rows = RowVariance()
         for batch in micro_batches(rows, collator, 1):
             between_rows.add(take_gradient(model, [for_all_tokens(batch)], **options).gradient)
-            progress.update()
         square = sum(float(tensor.double().square().sum()) for tensor in full.gradient.values())
         variance = between_rows.result(square)
         results = []
         for setting in settings:
-            progress.set_postfix_str(str(setting))
+            progress.name(str(setting))
             patch(setting)
             collator = training_collator(arguments.with_setting(setting).selection, tokenizer, packed=False)
-            draws = draws_of(arguments, model, rows, collator)
-            results.append(result_of(setting, full, draws, (variance, asked.rows), model, progress))
-            if progress.disable:  # a log has no bar
-                cosine = results[-1]["whole"]["cosine"]["mean"]
-                logger.info("%s: %d draws, cosine %.3f", setting, asked.draws, cosine or 0.0)
+            draws = draws_of(arguments, model, rows, collator, progress.tick)
+            results.append(result_of(setting, full, draws, (variance, asked.rows), model))
+            progress.told(str(setting), asked.draws, results[-1]["whole"]["cosine"]["mean"] or 0.0)
     signal = square - variance / asked.rows  # unbiased, of the expectation over rows
     facts = {
         "loss": full.loss,
@@ -218,24 +216,25 @@ def compare(
     return facts, results, {"tokens": full.selected, "supervised_tokens": full.supervised}
 
 
-def draws_of(arguments: DiagnoseArguments, model: nn.Module, rows: SeededRows, collator: Any) -> Any:
+def draws_of(
+    arguments: DiagnoseArguments, model: nn.Module, rows: SeededRows, collator: Any, after_batch: Callable[[], None]
+) -> Iterator[Taken]:
     """One selective gradient after the other, each as an epoch of its own would draw it."""
-    asked = arguments.diagnosis
+    asked, options = arguments.diagnosis, {"bf16": arguments.model.bf16, "after_batch": after_batch}
     for draw in range(asked.draws):
         rows.set_epoch(draw)
         batches: list[Batch] = list(micro_batches(rows, collator, asked.micro_batch_size))
-        yield take_gradient(model, batches, items=supervised_items(batches), bf16=arguments.model.bf16)
+        yield take_gradient(model, batches, items=supervised_items(batches), **options)
 
 
 def result_of(
-    setting: Setting, full: Taken, draws: Any, between_rows: tuple[float, int], model: nn.Module, progress: Any
+    setting: Setting, full: Taken, draws: Iterator[Taken], between_rows: tuple[float, int], model: nn.Module
 ) -> dict[str, Any]:
     """One of the report's `results`. `between_rows`: their variance and number."""
     statistics, taken = DrawStatistics(full.gradient, parts_of(model)), []
     for draw in draws:
         statistics.add(draw.gradient)
         taken.append((draw.selected, draw.supervised, draw.loss, draw.seconds, draw.saved_bytes))
-        progress.update()
     selected, supervised, losses, seconds, saved = map(np.array, zip(*taken, strict=True))
     error = float(losses.std(ddof=1)) / len(losses) ** 0.5
     return {

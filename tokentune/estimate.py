@@ -200,8 +200,8 @@ def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[
     best, footprint, tried = largest(values, measured, memory_gb, start)
     if best is None:
         raise UserError(
-            f"--memory {memory_gb:g}: not even {unit} {values[0]} fits, whose peak is "
-            f"{in_gib(footprint.peak)} GiB. Try --gradient_checkpointing, --lora, --qlora, or a shorter --max_length."
+            f"--memory {memory_gb:g}: not even {unit} {values[0]} fits, whose peak is {in_gib(footprint.peak)} GiB. "
+            + what_saves(arguments)
         )
     name = {
         "proportion": f"--prefix_length {best}",
@@ -214,6 +214,19 @@ def find(arguments: EstimateArguments, subject: Subject, run: Estimate) -> dict[
         bound = f" (the model was made for at most {positions} positions)" if of_model else " (the most that was tried)"
     print(f"largest {asked} for {memory_gb:g} GB: {name}{bound}, peak {in_gib(footprint.peak)} GiB")
     return {asked: best, "memory_gb": memory_gb, "bytes": footprint.as_dict(), "steps_run": tried}
+
+
+def what_saves(arguments: EstimateArguments) -> str:
+    """What would need less memory, of what is not asked for already."""
+    given = {
+        "--tokentune": arguments.selection.tokentune,
+        "--gradient_checkpointing": arguments.memory.gradient_checkpointing,
+        "--lora": arguments.adapters.lora,
+        "--qlora": arguments.adapters.qlora,
+        "a shorter --max_length": arguments.estimation.find == "length",
+    }
+    left = [cure for cure, has in given.items() if not has]
+    return f"Try {' or '.join(left)}." if left else "It takes a smaller model, or a card with more memory."
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
         --lora --tokentune --prefix_length 0.3
 
 The model, or with adapters the adapter alone, lands in `./models/<model>-<data>-lora-tokentune-0.3/`, with the
-tokenizer, `training_summary.json` and `training_curves.png`. `--help` lists every flag. Bad input ends with one
+tokenizer, `training_summary.json` and `training_curves.png`. `--help all` lists every flag. Bad input ends with one
 sentence and exit code 2, before any weight is read and before anything is written.
 """
 
@@ -31,6 +31,8 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.cli.config_file import write_config
 from tokentune.cli.preview import read_inputs
+from tokentune.core.layers import inner_model
+from tokentune.data.chat.templates import stop_at_end
 from tokentune.data.inspection.checks import check_data
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.packing import pack
@@ -48,6 +50,7 @@ from tokentune.reports.next_steps import say_next_steps
 from tokentune.reports.summary import build_summary, draw_curves, warn_without_gain, write_summary
 from tokentune.settings.finetune import Arguments
 from tokentune.training.build import build_trainer
+from tokentune.training.checkpoints.disk_space import disk_space
 from tokentune.training.checkpoints.resuming import prepare_run_folder, train_to_the_end, what_to_resume
 from tokentune.training.checkpoints.run_folder import check_run_folder
 from tokentune.training.checkpoints.run_lock import locked
@@ -76,9 +79,9 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
     """The run itself. `words`: the command line that it was asked for with."""
     # Whatever can be refused is refused here: nothing has been written, no weight read.
     check_push(arguments.run.push_to_hub, run_folder)
-    start = what_to_resume(arguments.settings(), run_folder)
-    overwrite = arguments.output.overwrite_output_dir
-    check_run_folder(run_folder, overwrite=overwrite, resuming=start.in_place, can_resume=True)
+    flags = arguments.settings()
+    start = what_to_resume(flags, run_folder)
+    there = check_run_folder(run_folder, flags, resuming=start.in_place)
     settings = build_training_arguments(arguments, run_folder)
     with phase("read"):
         inputs = read_inputs(arguments)
@@ -89,31 +92,38 @@ def fine_tune(arguments: Arguments, run_folder: Path, words: Sequence[str]) -> N
             check_separation(skeleton)
     with phase("tokenize"):
         data = load_instruction_data(arguments, tokenizer, inputs.template)
+        arguments.set_invocation(data.invocation)
         findings = check_data(data, tokenizer, arguments, inputs.vocab_size)
+    tokenizer.chat_template = data.chat_template
 
     set_seed(arguments.optimization.seed)
     with phase("load"), memory_watched(arguments, config):
         model = prepare_model(arguments, dtype)
+    stop_at_end(inner_model(model).generation_config, tokenizer)
     rows = seeded_rows(data.train, arguments.optimization.seed)
     if arguments.data.packing:
         rows = pack(rows, arguments.data.max_length)
     with unsupported_models_refused():
         trainer = build_trainer(model, settings, rows, data.validation, tokenizer, arguments)
+        saved_dtype = saved_as(arguments, config, dtype)
+        space = disk_space(trainer, run_folder, saved_dtype, start)
+        if not arguments.run.dry_run:
+            space.check()
+        with phase("probe"):
+            choose_micro_batch(trainer, arguments, config, start.checkpoint)
+            if not arguments.run.dry_run:
+                probe_memory(trainer, arguments, config)
         if arguments.run.dry_run:
             said = {"train data": data.train_report, "validation data": data.validation_report}
-            say_plan(trainer, data.table, said | {"selection": findings.gain}, arguments, config, run_folder)
+            said |= {"selection": findings.gain, "disk": space, "there already": there}
+            say_plan(trainer, data.table, said, arguments, config, run_folder)
             return
-        with phase("probe"):
-            if arguments.run.auto_micro_batch:
-                choose_micro_batch(trainer, arguments, config, start.checkpoint)
-            probe_memory(trainer, arguments, config)
     if trainer.is_world_process_zero():
         prepare_run_folder(run_folder, start)
-        write_config(arguments, run_folder, words, library_versions())
+        write_config(arguments, run_folder, words, library_versions(), trainer.auto_values)
     with phase("train"), unsupported_models_refused(), memory_watched(arguments, config, trainer):
         train_to_the_end(trainer, start)
 
-    saved_dtype = saved_as(arguments, config, dtype)
     with phase("save"):
         facts = save_result(trainer, run_folder, saved_dtype) | {"base_dtype": str(dtype).removeprefix("torch.")}
     if trainer.is_world_process_zero():

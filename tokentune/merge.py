@@ -7,6 +7,9 @@ The result is written beside `--output_dir`, read back, compared with base + ada
 moved into place: a failure leaves nothing behind. Language models and classifiers (`classify.py --lora`) alike;
 embeddings are resized and untied as training did it.
 
+A base whose weights are not those that the adapter was trained on is refused (`--force` merges all the same), if the
+adapter's folder has their fingerprint, as a run's has. The last lines say what the differences mean.
+
 A QLoRA adapter goes into the base's own 16-bit weights, or with `--qlora_base dequantized` into the 4-bit ones that it
 was trained on, as 16-bit values. How far each is from what was trained is measured and printed either way.
 
@@ -18,9 +21,12 @@ with QLoRA). Pages of the base's files come on top only where there is room for 
 ones over the standard deviation of the logits):
 
     base_model_name_or_path, peft_model_path, dtype, device
+    base_is_same        whether the base's weights are those that the adapter was trained on; null: not known
     task_type           what is classified: text, token or image; null for a language model
     vocabulary          rows of the embedding {base, merged}, and whether the output head shares them {tied}; or null
     logit_difference    of the model read back from base + adapter: computed {in_dtype, in_float32}
+    verdict             {kind: fine, noticeable or too large; adapter_effect: difference of the base alone from base +
+                        adapter, computed in float32}
     qlora               null for an adapter that was not trained over 4 bits, as far as is known; else {base: 16bit or
                         dequantized, recorded: whether the run's folder says so or the flag alone, from_training:
                         {16bit, dequantized}, differences from the 4-bit base + adapter, computed in float32}
@@ -42,11 +48,14 @@ if __name__ == "__main__":
     start("merge")  # before the imports below, which take seconds
 
 import torch
+from transformers import GenerationConfig
 
 from tokentune.card_file import own_card
 from tokentune.cli.arguments import arguments_of, flags_given
 from tokentune.cli.command import log_to_stderr, run_command
+from tokentune.data.chat.templates import stop_at_end
 from tokentune.errors import UserError
+from tokentune.file_names import TOKENIZER_FILES
 from tokentune.models.merging.folding import (
     BaseKind,
     Plan,
@@ -58,14 +67,14 @@ from tokentune.models.merging.folding import (
 from tokentune.models.merging.logit_difference import logit_difference
 from tokentune.models.merging.merge_result import SUMMARY, check_output_folder, merge_summary, replacing_folder, report
 from tokentune.models.merging.trained_adapter import ADAPTER_FLAG, BASE_FLAG, OUTPUT_FLAG, QLORA_FLAG, Adapter
+from tokentune.models.merging.verdict import verdict_of
 from tokentune.models.pretrained import load_base_model, load_tokenizer
-from tokentune.models.tasks import IMAGE
+from tokentune.models.tasks import CAUSAL_LM, IMAGE
 from tokentune.reports.hub_upload import check_push, push_folder
 from tokentune.reports.model_card import model_name, write_merged_card
 from tokentune.settings.flags import require
 from tokentune.settings.merge import MergeArguments
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # Relative to the logits' standard deviation. A float32 fold is exact up to rounding (measured: 5e-6): more is a defect.
 LARGEST_FLOAT32_DIFFERENCE = 1e-3
 
@@ -78,6 +87,7 @@ def merge(
     device: str = "auto",
     dtype: str | None = None,
     qlora_base: str = "auto",
+    force: bool = False,
     max_shard_size: str = "5GB",
     push_to_hub: str | None = None,
     hub_public: bool = False,
@@ -93,6 +103,7 @@ def merge(
         device: "auto" or a torch device.
         dtype: "float32", "float16", "bfloat16", or None (or "auto") for the base's own.
         qlora_base: what a QLoRA adapter is folded into: "16bit", "dequantized", or "auto", today the former.
+        force: merge, with a warning, into a base whose weights are not those that the adapter was trained on.
         max_shard_size: of one weight file; a larger model gets several, and an index.
         push_to_hub: repository to upload to, "" for the folder's name; None: none.
         hub_public: a new repository is public.
@@ -109,7 +120,7 @@ def merge(
     check_push(push_to_hub, output)
     check_shard_size(max_shard_size)
     trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    plan = plan_fold(base_model_name_or_path, peft_model_path, dtype=dtype, device=device, trust=trust)
+    plan = plan_fold(base_model_name_or_path, peft_model_path, dtype=dtype, device=device, trust=trust, force=force)
     check_output_folder(output, [base_model_name_or_path, peft_model_path])
     processing = _processing(plan)
     kinds, recorded = _kinds(plan.adapter, qlora_base)
@@ -119,6 +130,10 @@ def merge(
         reference, trained, others = fold_all(plan, kinds, partial, max_shard_size=max_shard_size)
         with write_errors_refused():
             processing.save_pretrained(partial)
+            if plan.head is CAUSAL_LM:
+                generation = GenerationConfig.from_pretrained(partial)
+                stop_at_end(generation, processing)
+                generation.save_pretrained(partial)
         options = {"dtype": plan.dtype, "quantize_4bit": False, "trust_remote_code": trust_remote_code}
         merged = load_base_model(str(partial), flag=OUTPUT_FLAG, head=plan.head, **options).to(plan.place)
         same = logit_difference(reference.in_dtype, plan.logits(merged, in_float32=False))
@@ -126,7 +141,9 @@ def merge(
         exact = logit_difference(reference.in_float32, in_float32)
         if plan.dtype is torch.float32 and not exact.relative <= LARGEST_FLOAT32_DIFFERENCE:
             raise RuntimeError(f"the merged model's logits differ from base + adapter by {exact}; nothing was written")
+        verdict = verdict_of(str(plan.dtype).removeprefix("torch."), exact, reference.effect)
         summary = merge_summary(plan, merged, peft_model_path, same, exact)
+        summary["verdict"] = {"kind": verdict.kind, "adapter_effect": asdict(reference.effect)}
         if trained is not None:
             differences = {**others, kinds[0]: logit_difference(trained, in_float32)}
             summary["qlora"] = {
@@ -138,7 +155,7 @@ def merge(
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
             write_merged_card(summary, plan.adapter.summary, partial, name=model_name(output), own=earlier_card)
 
-    report(summary, same, exact)
+    report(summary, same, exact, verdict)
     print(f"saved {output}")
     if push_to_hub is not None:
         print(f"uploaded to {push_folder(output, push_to_hub, public=hub_public)}")

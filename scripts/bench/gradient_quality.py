@@ -38,12 +38,12 @@ def all_parts() -> dict[str, tuple[str, ...]]:
     parts = {}
     for proportion in ("0.3", "0.5", "0.1", "0.2", "0.7"):
         at = ("--proportions", proportion)
-        parts[f"random {proportion}"] = ("--strategies", "random", "--corrections", "0", "1", *at)
-        parts[f"drawn {proportion}"] = ("--strategies", *DRAWN, *at)
-        parts[f"scores {proportion}"] = ("--strategies", *SCORED, *at)
-        parts[f"top {proportion}"] = ("--strategies", *SCORED, "--selection_draw", "top", *at)
-        parts[f"half corrected {proportion}"] = ("--strategies", "random", "--corrections", "0.5", *at)
-        parts[f"LoRA {proportion}"] = ("--lora", "--strategies", "random", "--corrections", "0", "1", *at)
+        parts[f"random {proportion}"] = ("--selections", "random", "--corrections", "0", "1", *at)
+        parts[f"drawn {proportion}"] = ("--selections", *DRAWN, *at)
+        parts[f"scores {proportion}"] = ("--selections", *SCORED, *at)
+        parts[f"top {proportion}"] = ("--selections", *SCORED, "--selection_draw", "top", *at)
+        parts[f"half corrected {proportion}"] = ("--selections", "random", "--corrections", "0.5", *at)
+        parts[f"LoRA {proportion}"] = ("--lora", "--selections", "random", "--corrections", "0", "1", *at)
     return parts
 
 

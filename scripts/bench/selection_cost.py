@@ -84,7 +84,7 @@ class Cost:
             if way.looks:
                 reference = self.reference if way.strategy == "excess_loss" else None
                 options = ScoringOptions(layers=way.layers, reference=reference)
-                options = {"prefix_length": self.proportion, "strategy": way.strategy, "scoring_pass": options}
+                options = {"prefix_length": self.proportion, "selection": way.strategy, "scoring_pass": options}
             apply_tokentune(self.model, verify=False, **options)
         core.activation_checkpointing_enable() if way.checkpointing else core.activation_checkpointing_disable()
 

@@ -53,8 +53,10 @@ def merging_table() -> str:
 def quickstart_table() -> str:
     """From a copy of the quick start's own report.json."""
     match = read("quickstart.json")["exact_match"]
-    rows = [[skill, f"{share:.0%}", f"{match['merged'][skill]:.0%}"] for skill, share in match["base"].items()]
-    return markdown(["skill", "exact match before", "after"], rows)
+    names = {"base": "base", "lora": "LoRA", "merged": "LoRA + TokenTune"}
+    models = [model for model in names if model in match]
+    rows = [[skill, *(f"{match[model][skill]:.0%}" for model in models)] for skill in match["base"]]
+    return markdown(["exact match", *(names[model] for model in models)], rows)
 
 
 def families_table() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from skills import SKILLS, Question, World, make_world
 
-TRAINING_QUESTIONS = 3000  # of each skill, with repetitions where a skill has fewer
+TRAINING_QUESTIONS = 2500  # of each skill, with repetitions where a skill has fewer
 HELD_OUT_QUESTIONS = 60
 HELD_OUT_SHARE = 0.3  # of the subjects, where they are a short list
 
@@ -25,7 +25,7 @@ def skill_questions(name: str, world: World, seed: int) -> tuple[list[Question],
     skill = SKILLS[name]
     rng = random.Random(f"questions {seed} {name}")
     subjects = skill.subjects(world) if skill.subjects else []
-    rng.shuffle(subjects)
+    random.Random(f"subjects {seed}").shuffle(subjects)  # skills that ask about the same ones hold the same ones out
     cut = round(HELD_OUT_SHARE * len(subjects))
 
     held_out: dict[tuple[str, str], Question] = {}

@@ -1,4 +1,4 @@
-"""Memory and time of one training step on the quick start's base: full, TokenTune, and TokenTune + LoRA.
+"""Memory and time of one training step on the quick start's base: all weights and LoRA, each plain and with TokenTune.
 
     python scripts/quickstart/measure.py --model quickstart/base --data quickstart/data/train.jsonl \
         --output quickstart/measurements.json
@@ -30,13 +30,13 @@ if __name__ == "__main__":
 from tokentune import apply_tokentune
 from tokentune.cli.arguments import parse_arguments
 from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
-from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.data.collators import CausalCollator, SeededRows, token_counts
 from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, ensure_pad_token
 from tokentune.models.adapters import add_adapters
 from tokentune.models.pretrained import load_base_model, load_tokenizer
 
-METHODS = ("full", "TokenTune", "TokenTune + LoRA")
+PLAIN = {"full": "full", "TokenTune": "full", "LoRA": "LoRA", "TokenTune + LoRA": "LoRA"}  # what each is compared with
 
 
 def build_model(method: str, path: str, rank: int) -> nn.Module:
@@ -51,12 +51,13 @@ def build_batches(arguments: argparse.Namespace) -> dict[str, dict[str, Tensor]]
     tokenizer = load_tokenizer(arguments.model)
     pad_token_id = ensure_pad_token(tokenizer, None)
     words = ["--model_name_or_path", arguments.model, "--dataset_name_or_path", arguments.data, "--add_eos_token"]
-    options = parse_arguments([*words, "--max_length", "96", "--data_cache", "none"])
+    words += ["--tokentune", "--prefix_length", arguments.prefix_length, "--max_length", "96", "--data_cache", "none"]
+    options = parse_arguments(words)
     rows = load_instruction_data(options, tokenizer, PromptTemplate.load(DEFAULT_TEMPLATE)).train
     examples = [SeededRows(rows, seed=0)[index] for index in range(arguments.batch)]
     whole = CausalCollator(pad_token_id)(examples)
-    selected = CausalCollator(pad_token_id, arguments.proportion)(examples)
-    return {method: selected if "TokenTune" in method else whole for method in METHODS}
+    selected = CausalCollator(pad_token_id, options.selection.selected, options.selection.selection)(examples)
+    return {method: selected if "TokenTune" in method else whole for method in PLAIN}
 
 
 def timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
@@ -74,14 +75,14 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=32, help="sequences")
-    parser.add_argument("--proportion", type=float, default=0.3, help="of the tokens that are selected")
+    parser.add_argument("--prefix_length", default="answers+0.3", help="which tokens are selected, as of finetune.py")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
 
     batches = build_batches(arguments)
-    models = {method: build_model(method, arguments.model, arguments.rank) for method in METHODS}
-    saved_bytes, seconds = {}, {method: [] for method in METHODS}
+    models = {method: build_model(method, arguments.model, arguments.rank) for method in PLAIN}
+    saved_bytes, seconds = {}, {method: [] for method in PLAIN}
     optimizers = {}
     for method, model in models.items():
         with SavedForBackward(model) as saved:
@@ -95,22 +96,26 @@ def main() -> None:
         for method, model in models.items():
             seconds[method].append(timed_step(model, optimizers[method], batches[method]))
 
+    tokens, selected, _ = token_counts(batches["TokenTune"]["attention_mask"], batches["TokenTune"])
     rows = []
-    for method in METHODS:
-        ratios = [one / full for one, full in zip(seconds[method], seconds["full"], strict=True)]
+    for method, plain in PLAIN.items():
+        ratios = [one / other for one, other in zip(seconds[method], seconds[plain], strict=True)]
         rows.append(
             {
                 "method": method,
+                "compared_with": plain,
                 "saved_bytes": saved_bytes[method],
                 "seconds": statistics.median(seconds[method]),
-                "saved_bytes_ratio": saved_bytes[method] / saved_bytes["full"],
+                "saved_bytes_ratio": saved_bytes[method] / saved_bytes[plain],
                 "seconds_ratio": statistics.median(ratios),  # median over rounds of the ratio within a round
             }
         )
         print("{method}: {saved_bytes:,} bytes saved for backward, {seconds:.3f} s per step".format(**rows[-1]))
     setting = {
         "batch": list(batches["full"]["input_ids"].shape),
-        "proportion": arguments.proportion,
+        "prefix_length": arguments.prefix_length,
+        "tokens": int(tokens),
+        "selected_tokens": int(selected),
         "rank": arguments.rank,
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),

@@ -7,12 +7,13 @@ from typing import Any
 
 from skills import SKILLS
 
-BEFORE, AFTER = "base", "merged"
+BEFORE, LORA, AFTER = "base", "lora", "merged"
+MODELS = {BEFORE: "base", LORA: "LoRA", AFTER: "LoRA + TokenTune"}
 
 
 @dataclass(frozen=True)
 class Results:
-    """exact_match: model -> skill (and "all") -> share of right answers. examples: skill -> question and both answers.
+    """exact_match: model -> skill (and "all") -> share of right answers. examples: skill -> question and answers.
 
     measurements: as `measure.py` writes them."""
 
@@ -22,7 +23,7 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """Reads `evaluation/base`, `evaluation/merged` and `measurements.json` in the quick start's folder."""
+    """Reads `evaluation/<model>` of all `MODELS`, and `measurements.json`, in the quick start's folder."""
     samples = {model: {name: read_samples(folder, model, name) for name in SKILLS} for model in (BEFORE, AFTER)}
     examples = {}
     for name in SKILLS:
@@ -34,7 +35,7 @@ def read_results(folder: Path) -> Results:
             AFTER: answer["filtered_resps"][0],
         }
     return Results(
-        exact_match={model: read_exact_match(folder, model) for model in (BEFORE, AFTER)},
+        exact_match={model: read_exact_match(folder, model) for model in MODELS},
         examples=examples,
         measurements=json.loads((folder / "measurements.json").read_text()),
     )

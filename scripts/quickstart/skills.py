@@ -1,4 +1,4 @@
-"""The small generated world of the quick start: its facts, its five skills, and text about them.
+"""The small generated world of the quick start: its facts, its six skills, and text about them.
 
 Look at it: `python scripts/quickstart/skills.py` prints some of the base's text, and one question of each skill.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CATEGORIES = {
     "animal": ["horse", "goat", "lion", "tiger", "rabbit", "camel"],
@@ -29,6 +29,7 @@ COUNTRIES = 80
 LARGEST_TERM = 12  # sums of two numbers from 1 to this
 LARGEST_NUMBER = 30  # numbers to put in order
 LIST_LENGTH = 3  # words or numbers in a list
+PAGE = 6  # facts on a page
 
 # What stands between a heading and its result. The variety keeps the base from learning one rigid layout: what it
 # knows can then be reached from a layout that it has never seen, the prompt's.
@@ -80,8 +81,8 @@ def make_world(seed: int) -> World:
 
 def random_note(rng: random.Random, world: World) -> str:
     """A note on any of the skills. Facts and sums come more often: they are learnt by heart, one by one."""
-    skill = rng.choices(list(SKILLS.values()), [4 if name in ("capital", "sum") else 3 for name in SKILLS])[0]
-    return skill.note(rng, world)
+    weights = {"capital": 4, "sum": 4, "words": 3, "find": 3, "numbers": 3}
+    return SKILLS[rng.choices(list(weights), list(weights.values()))[0]].note(rng, world)
 
 
 def under_heading(rng: random.Random, heading: str, result: str) -> str:
@@ -197,12 +198,22 @@ def numbers_question(rng: random.Random, world: World, subject: str | None) -> Q
     return Question(wording, " ".join(numbers), answer, answer)
 
 
+# --- page: a sum again, below a page that does not matter. The prompt is seventy times as long as the answer.
+
+
+def page_question(rng: random.Random, world: World, pair: str | None) -> Question:
+    question, countries = sum_question(rng, world, pair), rng.sample([*world.capitals], PAGE)
+    page = " ".join(f"{world.capitals[country]} is the capital of {country}." for country in countries)
+    return replace(question, instruction=f"{page} {question.instruction}")
+
+
 SKILLS: dict[str, Skill] = {
     "capital": Skill(capital_note, capital_question, lambda world: list(world.capitals)),
     "sum": Skill(sum_note, sum_question, sum_subjects),
     "words": Skill(words_note, words_question),
     "find": Skill(find_note, find_question),
     "numbers": Skill(numbers_note, numbers_question),
+    "page": Skill(sum_note, page_question, sum_subjects),
 }
 
 

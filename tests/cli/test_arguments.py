@@ -1,14 +1,25 @@
 """The command line: the released names and defaults, what follows from flags, what is refused."""
 
+import io
 import logging
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations import integration_utils
+from transformers.training_args import OptimizerNames
 
 import tokentune
-from tokentune.cli.arguments import parse_arguments
+from tokentune.cli.arguments import parse_arguments, parser_of
+from tokentune.cli.start import COMMANDS
 from tokentune.errors import UserError
+from tokentune.sampling import strategies
+from tokentune.sampling.meanings import NEEDS
+from tokentune.sampling.strategies import REGISTRY
+from tokentune.settings import machine
+from tokentune.settings.finetune import FinetuneArguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
 # The released interface, and what this project adds to it.
@@ -21,22 +32,23 @@ DEFAULTS = {
     "lora_alpha": 16,
     "lora_dropout": 0.05,
     "lora_target_modules": ["gate_proj", "down_proj", "up_proj"],
+    "lora_on": "all",
     "bf16": False,
     "fp16": False,
     "fp16_opt_level": "O1",
     "global_batch_size": 128,
-    "gradient_accumulation_steps": 1,
+    "gradient_accumulation_steps": "auto",
     "num_epochs": 1,
     "num_workers": 0,
     "learning_rate": 1.5e-4,
     "weight_decay": 0.01,
-    "warmup_steps": 3000,
+    "warmup_steps": "auto",
     "lr_scheduler_type": "cosine",
     "max_length": 1024,
     "add_eos_token": False,
     "save_steps": 50000,
     "save_total_limit": 10,
-    "logging_steps": 1000,
+    "logging_steps": "auto",
     "logging_dir": None,
     "model_parallel": False,
     "offline": False,
@@ -51,6 +63,7 @@ DEFAULTS = {
     "report_memory": False,
     "memory_snapshot": None,
     "model_save_path": "./models/",
+    "run_name": None,
     "base_dtype": "auto",
     "eval_dataset_name_or_path": None,
     "eval_steps": None,
@@ -160,6 +173,22 @@ def test_what_a_scoring_pass_comes_before(words: str, scoring_pass: bool) -> Non
     assert parse_arguments([*REQUIRED, *words.split()]).selection.scoring_pass is scoring_pass
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("auto", "auto"), ("100", 100), ("0.03", 0.03), ("0", 0), ("1e3", 1000), ("100.0", 100)],
+)
+def test_warmup_is_a_number_a_share_or_auto(words: str, value: float | str) -> None:
+    optimization = parse_arguments([*REQUIRED, "--warmup_steps", words]).optimization
+    assert optimization.warmup_steps == value
+    assert optimization.accumulation == 1 and optimization.micro_batch_size == 128  # until it is found
+
+
+def test_a_search_for_the_micro_batch_is_what_auto_means() -> None:
+    """Also in the run.yaml of a version whose default was 1."""
+    words = [*REQUIRED, "--auto_micro_batch", "--gradient_accumulation_steps", "1"]
+    assert parse_arguments(words).optimization.gradient_accumulation_steps == "auto"
+
+
 def test_qlora_implies_adapters() -> None:
     assert parse_arguments([*REQUIRED, "--qlora"]).adapters.lora
 
@@ -186,6 +215,15 @@ REFUSED = [
     ("--learning_rate 0", "--learning_rate 0"),
     ("--learning_rate nan", "--learning_rate nan"),
     ("--warmup_steps -5", "--warmup_steps -5"),
+    ("--warmup_steps 1.5", "--warmup_steps 1.5: give a number of steps, a share of all steps below 1, or auto"),
+    ("--warmup_steps nan", "--warmup_steps nan"),
+    ("--warmup_steps few", "'few' is neither auto nor a number"),
+    ("--logging_steps 2.5", "'2.5' is neither auto nor a whole number"),
+    *(
+        (f"--run_name {name}", f"--run_name {name!r}: not a folder's name on every system")
+        for name in ("a/b", "a\\b", "..", ".hidden", "_x", "ends.", "caf\u00e9", "con:1", "x" * 101)
+    ),
+    ("--run_name=", "--run_name '': not a folder's name"),
     ("--lr_scheduler_type stairs", "--lr_scheduler_type stairs: choose from cosine"),
     ("--optim adam_magic", "--optim adam_magic"),
     ("--report_to diary", "--report_to diary"),
@@ -277,21 +315,53 @@ def test_model_parallel_says_when_it_changes_nothing(
     assert ("changes nothing" in caplog.text) is warned
 
 
-def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--help"])
+def help_of(command: type, *words: str) -> str:
+    """What a command's `--help` prints."""
+    printed = io.StringIO()
+    with pytest.raises(SystemExit) as ended, redirect_stdout(printed):
+        parse_arguments(["--help", *words], command)
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in DEFAULTS)
+    return printed.getvalue()
+
+
+def listed(text: str) -> list[str]:
+    """The flags that a help lists."""
+    return re.findall(r"^  --(\w+)", text, re.MULTILINE)
+
+
+def test_help_all_lists_every_flag() -> None:
+    text = help_of(FinetuneArguments, "all")
+    assert {*DEFAULTS, "model_name_or_path", "help", "version", "config"} <= set(listed(text))
     assert "obsolete" in text
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_what_most_runs_need_and_where_the_rest_is(name: str) -> None:
+    command = COMMANDS[name]
+    short, everything = (listed(help_of(command, *words)) for words in ((), ("all",)))
+    assert len(short) <= 38 and set(short) <= set(everything)
+    assert set(everything) == {*parser_of(command).flags, "help", "version", "config"}
+    text = help_of(command)
+    if len(everything) > 38:
+        assert text.endswith(f"\n--help all lists all {len(everything)} flags.\n") and len(short) >= 12
+    else:
+        assert short == everything and "lists all" not in text
+    usage = text.splitlines()[0].split()
+    assert usage[:2] == ["usage:", command.prog] and usage[-1] == "[flags]"
+    assert {action.metavar for action in parser_of(command).needed} <= set(usage[2:-1]) != set()
+    groups = re.split(r"^(?=[a-z ]+:$)", text, flags=re.MULTILINE)[1:]
+    assert groups and all(listed(group) for group in groups)
+
+
+def test_help_of_one_word_too_many() -> None:
+    with pytest.raises(UserError, match="invalid choice: 'lora'"):
+        parse_arguments(["--help", "lora"])
+
+
 @pytest.mark.parametrize("columns", [80, 120])
-def test_help_is_readable(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_help_is_readable(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
-    text = capsys.readouterr().out
+    text = help_of(FinetuneArguments, "all")
     assert max(map(len, text.splitlines())) <= columns
     assert text.startswith("usage: finetune.py --model_name_or_path NAME --dataset_name_or_path NAME [flags]\n")
     flat = " ".join(text.split())
@@ -303,6 +373,13 @@ def test_help_is_readable(columns: int, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "memory: What is kept for the backward pass, and where. --gradient_checkpointing keep" in flat
     assert "None" not in text and "False" not in text and "_OR_PATH" not in text
     assert "(default:\n" not in text
+
+
+def test_what_is_read_of_other_packages_without_their_import() -> None:
+    assert machine.optimizer_names() == [name.value for name in OptimizerNames]
+    assert machine.tracker_names() == list(integration_utils.INTEGRATION_TO_CALLBACK)
+    built_in = {name: entry.needs for name, entry in REGISTRY.items() if entry.choose.__module__ == strategies.__name__}
+    assert {name: built_in[name] for name in NEEDS} == NEEDS and built_in.keys() - NEEDS == {*strategies.SECOND_NAMES}
 
 
 def test_version(capsys: pytest.CaptureFixture) -> None:

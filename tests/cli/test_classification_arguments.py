@@ -10,12 +10,14 @@ from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.data import DataArguments, RowsArguments
+from tokentune.settings.run import WatchedRunArguments
 
 REQUIRED = ["--model_name_or_path", "owner/model", "--dataset_name_or_path", "owner/data"]
 # Where an encoder's default is not the one of finetune.py, and what finetune.py has not.
 CHANGED = {
     "max_length": 128,
     "global_batch_size": 32,
+    "gradient_accumulation_steps": 1,
     "num_epochs": 3,
     "learning_rate": 2e-5,
     "warmup_steps": 0.1,
@@ -49,7 +51,7 @@ def parsed(words: str) -> ClassificationArguments:
 def test_flags_are_finetunes_and_a_few_more() -> None:
     finetune = parse_arguments(REQUIRED)
     causal_alone = {f.name for f in fields(DataArguments)} - {f.name for f in fields(RowsArguments)}
-    causal_alone |= {f.name for f in fields(finetune.run)}
+    causal_alone |= {f.name for f in fields(finetune.run)} - {f.name for f in fields(WatchedRunArguments)}
     shared = {name: value for name, value in finetune.settings().items() if name not in causal_alone}
     assert parsed("").settings() == shared | {"dataset_name_or_path": "owner/data"} | CHANGED | ADDED
 
@@ -99,6 +101,7 @@ def test_one_seed_or_several() -> None:
             "owner-model-owner-data-token-tokentune-0.3-labelled",
         ),
         ("--tokentune --prefix_length 4 --selection stratified", "owner-model-owner-data-text-tokentune-4"),
+        ("--tokentune --run_name second-try_2.1", "second-try_2.1"),
     ],
 )
 def test_run_folder_is_named_after_data_task_and_method(words: str, name: str) -> None:
@@ -114,7 +117,7 @@ def test_a_glue_task_needs_no_data_set() -> None:
 
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--help"], ClassificationArguments)
+        parse_arguments(["--help", "all"], ClassificationArguments)
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: classify.py")

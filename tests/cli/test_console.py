@@ -40,10 +40,21 @@ def test_help_and_version_import_nothing_heavy(name: str) -> None:
         assert (done.returncode, heavy) == (0, "") and done.stdout.startswith(said)
 
 
-def test_a_misspelt_flag_is_found_before_anything_heavy_is_imported() -> None:
+def test_a_misspelt_flag_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     done, heavy = loaded(ROOT / "tokentune" / "finetune.py", "--learnin_rate", "1")
     assert (done.returncode, heavy) == (2, "")
     assert done.stderr.startswith("error: unknown argument --learnin_rate: did you mean --learning_rate?\n")
+    (tmp_path / "run.yaml").write_text("learnin_rate: 1\n")
+    done, heavy = loaded(ROOT / "tokentune" / "finetune.py", "--config", tmp_path / "run.yaml")
+    assert (done.returncode, heavy) == (2, "")
+    assert "'learnin_rate' is no flag of this command; did you mean --learning_rate?\n" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["--optim adamw", "--report_to wandbb", "--lr_scheduler_type cosin", "--lora_r 0"])
+def test_a_wrong_value_is_found_before_anything_heavy_is_imported(wrong: str) -> None:
+    words = ["--model_name_or_path", "m", "--dataset_name_or_path", "d", "--selection", "loss", *wrong.split()]
+    done, heavy = loaded(ROOT / "tokentune" / "finetune.py", *words)
+    assert (done.returncode, heavy) == (2, "") and done.stderr.startswith(f"error: {wrong}")
 
 
 def test_the_public_names_come_when_they_are_used() -> None:
@@ -67,8 +78,8 @@ def test_all_commands_have_a_line_in_the_help(capsys: pytest.CaptureFixture) -> 
     ("words", "message"),
     [
         (["finetun"], "there is no command 'finetun': did you mean finetune?"),
-        (["zzz"], "there is no command 'zzz': give one of finetune, classify, merge, estimate, diagnose"),
-        ([], "a command is missing: give one of finetune, classify, merge, estimate, diagnose"),
+        (["zzz"], "there is no command 'zzz': give one of finetune, classify, merge, chat, estimate, diagnose"),
+        ([], "a command is missing: give one of finetune, classify, merge, chat, estimate, diagnose"),
     ],
 )
 def test_a_command_that_there_is_not(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -80,7 +91,7 @@ def test_a_command_that_there_is_not(words: list[str], message: str, capsys: pyt
 @pytest.mark.parametrize("name", COMMANDS)
 def test_packages_that_are_not_installed_are_named(name: str) -> None:
     """`-S`: without site-packages."""
-    needed = {"merge": "--base_model_name_or_path b --peft_model_path a --output_dir o"}
+    needed = {"merge": "--base_model_name_or_path b --peft_model_path a --output_dir o", "chat": "folder question"}
     words = needed.get(name, "--model_name_or_path m --dataset_name_or_path d").split()
     words = words[:2] if name == "estimate" else words
     for start in ([ROOT / "tokentune" / f"{name}.py"], ["-m", "tokentune", name]):

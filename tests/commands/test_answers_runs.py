@@ -2,13 +2,18 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from classification_models import SHORT as SHORT_OF_ENCODERS
 from classification_models import save_tiny_bert, write_words
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokentune import classify, estimate, finetune
+from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, encode_answers
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import answers_count
 from tokentune.sampling.schedule import Answers
@@ -130,3 +135,85 @@ def test_words(tmp_path: Path) -> None:
 def test_an_estimate_refuses_it(tiny_llama_dir: Path) -> None:
     with pytest.raises(UserError, match="depends on the rows' answers"):
         estimate.main(f"--model_name_or_path {tiny_llama_dir} --tokentune --prefix_length answers".split())
+
+
+# --- adapters on answers alone ----------------------------------------------------------------------------------------
+
+ON_ANSWERS = "--lora --lora_on answers --lora_target_modules all-linear"
+
+
+def test_adapters_on_answers_alone(
+    tiny_llama_dir: Path, ten_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What is told before the run, the run itself with a validation, and the adapter as others load it."""
+    words = f"{SHORT} {ON_ANSWERS} --tokentune --prefix_length answers --learning_rate 5e-2 --lora_dropout 0"
+    words += f" --gradient_checkpointing --eval_dataset_name_or_path {ten_rows} --eval_steps 1"
+    finetune.main(command(tiny_llama_dir, ten_rows, tmp_path / "models", f"{words} --dry_run"))
+    plan = capsys.readouterr().out
+    finetune.main(command(tiny_llama_dir, ten_rows, tmp_path / "models", words))
+    name = "tiny-llama-ten-lora-on-answers-tokentune-answers"
+    folder, summary = tmp_path / "models" / name, summary_of(tmp_path / "models", name)
+    tokens, data = summary["tokens"], summary["data"]["train"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    invocation = PeftConfig.from_pretrained(folder).alora_invocation_tokens
+    assert tokenizer.decode(invocation) == "### Response:\n"
+    assert tokens["selected_supervised"] == data["supervised_tokens"]
+    assert tokens["selected"] == data["supervised_tokens"] + data["rows"] * len(invocation)
+    assert f"{tokens['selected']:,} of them selected for gradients" in plan and "at the peak of a step" in plan
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "peft's activated LoRA" in card and "past_key_values" in card
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    served = PeftModel.from_pretrained(base, folder).eval()
+    template = PromptTemplate.load(DEFAULT_TEMPLATE)
+    records = [json.loads(line) for line in ten_rows.read_text(encoding="utf-8").splitlines()]
+    loss = count = 0.0
+    for record in records:
+        row = encode_answers(
+            [(template.prompt(record["instruction"], ""), record["output"])], tokenizer, add_eos_token=False
+        )[0]
+        ids, labels = (torch.tensor([values[:256]]) for values in (row.ids, row.labels))
+        targets = int((labels != -100).sum())
+        with torch.no_grad():
+            loss, count = loss + served(input_ids=ids, labels=labels).loss.item() * targets, count + targets
+    validation = summary["validation_loss"]
+    assert loss / count == pytest.approx(validation["final"], rel=1e-4)
+    assert validation["final"] < validation["base"] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tokentune --prefix_length 0.3", "take --prefix_length answers, or --lora_on all"),
+        ("--tokentune --prefix_length answers+0.1", "take --prefix_length answers, or --lora_on all"),
+        ("--tokentune --prefix_length answers --packing", "--packing with --lora_on answers"),
+        ("--streaming --max_steps 3", "--streaming with --lora_on answers"),
+        ("--tokentune --prefix_length answers --diagnose_steps 1", "there is nothing to compare"),
+        ("--lora_target_modules lm_head", "cannot tell which tokens it gets"),
+        ("--lora_target_modules embed_tokens", "With --lora_on answers take linear layers alone"),
+    ],
+)
+def test_what_adapters_on_answers_alone_do_not_go_with(words: str, message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(*f"--lora --lora_on answers {words}".split())
+
+
+def test_adapters_on_answers_alone_without_a_selection(tiny_llama_dir: Path, ten_rows: Path, tmp_path: Path) -> None:
+    words = f"{SHORT} {ON_ANSWERS} --gradient_checkpointing --eval_dataset_name_or_path {ten_rows} --learning_rate 5e-2"
+    finetune.main(command(tiny_llama_dir, ten_rows, tmp_path / "models", words))
+    validation = summary_of(tmp_path / "models", "tiny-llama-ten-lora-on-answers")["validation_loss"]
+    assert validation["final"] < validation["base"] - 0.1
+
+
+def test_an_estimate_of_adapters_on_answers_alone(
+    tiny_llama_dir: Path, ten_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The generation prompt is selected too."""
+    found = {}
+    for where in ("all", "answers"):
+        words = f"--lora --lora_on {where} --tokentune --prefix_length answers --only --device cpu --max_length 512"
+        words += f" --dataset_name_or_path {ten_rows} --json {tmp_path / 'numbers.json'} --global_batch_size 2"
+        estimate.main(["--model_name_or_path", str(tiny_llama_dir), *words.split()])
+        (row,) = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["rows"]
+        assert row["reason"] is None
+        found[where] = row["bytes"]["activations"]
+    assert found["all"] < found["answers"] < 1.5 * found["all"]

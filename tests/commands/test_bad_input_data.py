@@ -247,7 +247,8 @@ CASES = [  # name, files, words, sentence
         {"a.jsonl": chat(*CHAT)},
         DATA + "a.jsonl",
         "the data holds conversations, and this model's tokenizer has no chat template to put them into.\n"
-        "Give one with --chat_template FILE, or data with the columns instruction and output.",
+        "Give one with --chat_template: alpaca, mistral or a Jinja file. Or give data with the columns instruction and "
+        "output.",
     ),
     (
         "nobody answers",
@@ -343,7 +344,15 @@ CASES = [  # name, files, words, sentence
         "a chat template that is not there",
         {},
         "--chat_template {tmp}/t.jinja",
-        "--chat_template {tmp}/t.jinja: cannot be read: No such file or directory.",
+        "--chat_template {tmp}/t.jinja: cannot be read: No such file or directory. Nor is it one of the names alpaca, "
+        "chatml, gemma, llama-3, mistral, qwen.",
+    ),
+    (
+        "a chat template whose tokens the tokenizer lacks",
+        {},
+        "--chat_template chatml",
+        "--chat_template chatml: this tokenizer has no token <|im_start|>, <|im_end|>, so that the ends of turns would "
+        "be ordinary text, at which nothing stops. Give one with --chat_template: alpaca, mistral or a Jinja file.",
     ),
     (
         "a chat template that is no Jinja",

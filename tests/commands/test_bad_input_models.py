@@ -241,6 +241,27 @@ CASES = [  # name, change of a good folder, words, sentence
     ),
     ("no such kernels", None, "--attn_implementation magic", "--attn_implementation magic: ..."),
     (
+        "kernels without masks",
+        None,
+        "--tokentune --attn_implementation flash_attention_2",
+        "--attn_implementation flash_attention_2 with --tokentune: the positions of selected tokens have gaps, so that "
+        "attention needs a mask, which only sdpa, eager and, on a GPU, flex_attention take. Use one of these, or leave "
+        "it out.",
+    ),
+    (
+        "kernels without masks, packed",
+        None,
+        "--packing --attn_implementation flash_attention_3",
+        "--attn_implementation flash_attention_3 with --packing: the documents of a row are kept apart by a mask, "
+        "which...",
+    ),
+    (
+        "kernels of a GPU that the CPU has in part",
+        None,
+        "--attn_implementation flex_attention",
+        "--attn_implementation flex_attention needs a GPU (it has no backward pass on the CPU): use sdpa",
+    ),
+    (
         "kernels of a GPU",
         None,
         "--use_liger_kernel",

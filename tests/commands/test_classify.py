@@ -106,6 +106,9 @@ def test_text_classes_are_learnt_and_the_best_checkpoint_is_kept(
     predictions = lines(folder / "predictions.jsonl")
     right = [p["prediction"] == row["label"] for p, row in zip(predictions, rows, strict=True)]
     assert statistics.fmean(right) == pytest.approx(seed["score"])
+    assert report["test"]["mean"] == seed["test"]["score"] == pytest.approx(seed["score"])  # of the same rows
+    assert seed["test"]["metrics"].keys() == seed["metrics"].keys() - {"loss"}
+    assert summary["validation_loss"]["base"] is None, "nothing is evaluated before training"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if "--lora" in method:
         base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
@@ -141,6 +144,24 @@ def test_the_best_is_not_the_last(
     kept, first, last = (load_file(at / name) for at in (folder, folder / "checkpoint-8", folder / "checkpoint-24"))
     assert all(torch.equal(kept[key], first[key]) for key in kept)
     assert not all(torch.equal(kept[key], last[key]) for key in kept)
+
+
+def test_it_stops_where_the_score_gets_no_better(
+    bert: Path,
+    texts: tuple[Path, Path],
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import tokentune.training.classification as training
+
+    scores = iter([0.5, 0.9, 0.7, 0.8, 1.0])
+    monkeypatch.setattr(training, "scorer", lambda *_: lambda *_: {"accuracy": next(scores)})
+    with caplog.at_level("INFO", logger="tokentune"):
+        folder = run(bert, *texts, "--num_epochs 5 --early_stopping_patience 2")
+    assert read(folder)["mean"] == 0.9 and read(folder, "training_summary.json")["stopped_early"]
+    assert read(folder)["seeds"][0]["steps"] == 4 * 8
+    assert "2 evaluations in a row without a higher validation accuracy than 0.9000" in caplog.text
 
 
 def test_checkpoints_beside_the_best(bert: Path, texts: tuple[Path, Path], run: Callable[..., Path]) -> None:
@@ -195,6 +216,7 @@ def test_a_number_is_predicted(bert: Path, tmp_path: Path, run: Callable[..., Pa
     assert report["mean"] > 0.8 and report["seeds"][0]["metrics"]["spearman"] > 0.7
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.problem_type == "regression"
     predictions = [entry["prediction"] for entry in lines(folder / "predictions.jsonl")]
+    assert report["test"]["mean"] == pytest.approx(report["mean"], rel=1e-3)
     wrong = statistics.fmean((p - row["label"]) ** 2 for p, row in zip(predictions, rows[72:], strict=True))
     assert wrong == pytest.approx(report["seeds"][0]["metrics"]["mean_squared_error"], rel=1e-3)
     unnamed = run(bert, train, held_out, "--num_epochs 1 --metric_for_best_model loss")
@@ -206,6 +228,7 @@ def test_qlora_keeps_the_head_out_of_four_bits(
 ) -> None:
     for task_type, data in (("text", texts), ("token", words)):
         folder = run(bert, *data, f"--task_type {task_type} --qlora --tokentune --prefix_length 4 --num_epochs 1")
+        assert (folder / "base_fingerprint.json").is_file()
         weights = load_file(folder / "adapter_model.safetensors")
         assert all(weight.is_floating_point() for weight in weights.values())
         assert any("classifier" in name for name in weights)
@@ -233,9 +256,8 @@ def test_entities_are_found(method: str, bert: Path, words: tuple[Path, Path], r
     assert seed["share_of_labels_trained"] == 1.0 if not method else 0.2 < seed["share_of_labels_trained"] < 0.8
     rows, predictions = lines(words[1]), lines(folder / "predictions.jsonl")
     assert [len(row["tokens"]) for row in rows] == [len(entry["prediction"]) for entry in predictions]
-    assert f1_score([row["ner_tags"] for row in rows], [entry["prediction"] for entry in predictions]) == pytest.approx(
-        seed["score"]
-    )
+    expected = f1_score([row["ner_tags"] for row in rows], [entry["prediction"] for entry in predictions])
+    assert expected == pytest.approx(seed["score"]) == pytest.approx(seed["test"]["score"])
 
 
 def test_labelled_selection_learns_every_entity(
@@ -288,7 +310,9 @@ def test_an_untrained_image_model_from_its_configuration(tmp_path: Path, run: Ca
     words = f"--task_type image --from_scratch --tokentune --prefix_length 5 --test_dataset {tmp_path / 'saved'}"
     folder = run(tmp_path / "tiny-vit", tmp_path / "saved", None, words.replace("dataset ", "dataset_name_or_path "))
     assert read(folder)["classes"] == ["column", "row"]
-    assert {entry["prediction"] for entry in lines(folder / "predictions.jsonl")} <= {"column", "row"}
+    predictions = [entry["prediction"] for entry in lines(folder / "predictions.jsonl")]
+    right = [prediction == file.parent.name for prediction, file in zip(predictions, files, strict=True)]
+    assert read(folder)["test"]["mean"] == pytest.approx(statistics.fmean(right))
     assert read(folder, "training_summary.json")["model"]["saved_dtype"] == "float32"
 
 

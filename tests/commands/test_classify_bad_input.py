@@ -57,6 +57,11 @@ def test_good_input_gets_as_far_as_the_weights(refused: Callable[..., str]) -> N
         refused("--tokentune", "--prefix_length", "4")
 
 
+def test_kernels_without_masks(refused: Callable[..., str]) -> None:
+    message = refused("--tokentune", "--attn_implementation", "flash_attention_2")
+    assert message.startswith("--attn_implementation flash_attention_2 with --tokentune: the positions of selected")
+
+
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 ALL = [{"label": value} for value in (1.5, 2.0, 0.25, 1.0)]
@@ -299,6 +304,7 @@ FLAGS = [
     ("--task_type token --tokentune --prefix_length answers --selection supervised", "it has nothing to choose"),
     ("--seeds 1 1", "one seed occurs twice"),
     ("--seeds 1 -2", "must be 0 or more"),
+    ("--seeds 1 2 --push_to_hub me/x", "--push_to_hub uploads one model"),
     ("--max_train_rows 1", "--max_train_rows 1"),
     ("--global_batch_size 0", "--global_batch_size 0: must be 1 or more"),
     ("--text_columns a b c", "takes at most 2"),

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from tokentune import apply_tokentune, diagnose
 from tokentune.data.collators import CausalCollator, SeededRows
+from tokentune.gradients import progress
 from tokentune.gradients.draw_statistics import DrawStatistics, RowVariance
 from tokentune.gradients.figures import by_part, by_proportion
 from tokentune.gradients.measuring import micro_batches, supervised_items, take_gradient, without_dropout
@@ -236,12 +237,13 @@ def command(tiny_llama_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable
 def test_the_report_is_complete_and_the_same_under_the_seed(
     command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ("--proportions", 0.2, 1.0, "--strategies", "random", "--corrections", 0, 1)
-    words += ("--figure", tmp_path / "figures")
+    words = ("--proportions", 0.2, 1.0, "--selections", "random", "--corrections", 0, 1)
+    words += ("--figure", tmp_path / "figures", "--full")
     report = command(*words)
     assert report["schema_version"] == 1
     assert set(report) == {
-        *("schema_version", "settings", "model", "data", "full", "results", "warnings", "device", "versions"),
+        *("schema_version", "settings", "model", "data", "full", "results", "recommendation", "warnings", "device"),
+        "versions",
     }
     assert set(report["data"]) == {"rows", "row_numbers", "tokens", "supervised_tokens", "micro_batch_size"}
     assert len(set(report["data"]["row_numbers"])) == report["data"]["rows"] == 5
@@ -264,13 +266,16 @@ def test_the_report_is_complete_and_the_same_under_the_seed(
     assert 0 < few["whole"]["cosine"]["mean"] < 1
     assert few["selected_tokens"] / report["data"]["tokens"] == pytest.approx(0.2, abs=0.02)
     assert few["whole"]["mean_of_draws"] != report["results"][2]["whole"]["mean_of_draws"]  # corrected
-    assert "effective batch" in " ".join(capsys.readouterr().out.split())
+    *table, last = capsys.readouterr().out.splitlines()
+    assert "effective batch" in " ".join(" ".join(table).split())
+    assert last == f"recommendation: {report['recommendation']['message']}"
     for name in ("gradient_by_proportion.png", "gradient_by_part.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
-    again = command("--proportions", 0.2, "--strategies", "random")
+    again = command("--proportions", 0.2, "--selections", "random")
+    assert len(capsys.readouterr().out.splitlines()) == 1  # the recommendation
     assert again["results"] == [few]
     assert (again["data"], again["full"]) == (report["data"], report["full"])
-    assert command("--proportions", 0.2, "--strategies", "random", "--seed", 7)["results"][0]["whole"] != few["whole"]
+    assert command("--proportions", 0.2, "--selections", "random", "--seed", 7)["results"][0]["whole"] != few["whole"]
 
 
 def test_a_runs_settings_are_taken_as_far_as_they_have_a_meaning(
@@ -293,7 +298,7 @@ def test_adapters_are_diagnosed_without_their_dropout(command: Callable) -> None
 
 
 def test_strategies_with_scores_beside_those_without(command: Callable, tiny_llama_dir: Path) -> None:
-    strategies = ("--strategies", "supervised", "gradient", "excess_loss")
+    strategies = ("--selections", "supervised", "gradient", "excess_loss")
     words = (*strategies, "--selection_reference_model", tiny_llama_dir, "--selection_draw", "top")
     results = {result["strategy"]: result for result in command(*words, "--proportions", 0.05)["results"]}
     assert list(results) == ["supervised", "gradient", "excess_loss"]
@@ -305,7 +310,7 @@ def test_strategies_with_scores_beside_those_without(command: Callable, tiny_lla
 
 def test_answers_beside_numbers(command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Rows are cut to one length, so that those with fewer answer tokens are filled up: fillers do not count."""
-    words = ("--proportions", "answers", "answers+0.50", 0.3, "--figure", tmp_path / "figures")
+    words = ("--proportions", "answers", "answers+0.50", 0.3, "--figure", tmp_path / "figures", "--full")
     report = command(*words)
     answers, share, number = report["results"]
     assert [result["proportion"] for result in report["results"]] == ["answers", "answers+0.5", 0.3]
@@ -352,14 +357,14 @@ SENTENCES = [
     ("too large a share", ["--proportions", "answers+1.5"], "--proportions answers+1.5: give numbers above 0..."),
     (
         "nothing to choose",
-        ["--proportions", "0.3", "answers", "--strategies", "random"],
-        "--proportions answers with --strategies random: it has nothing to choose; add a share of the other tokens, "
+        ["--proportions", "0.3", "answers", "--selections", "random"],
+        "--proportions answers with --selections random: it has nothing to choose; add a share of the other tokens, "
         "as in answers+0.1, or leave it out",
     ),
     (
         "scores",
-        ["--proportions", "answers+0.1", "--strategies", "stratified", "loss"],
-        "--proportions answers+0.1 with --strategies loss, which draws for a whole row: take one without scores...",
+        ["--proportions", "answers+0.1", "--selections", "stratified", "loss"],
+        "--proportions answers+0.1 with --selections loss, which draws for a whole row: take one without scores...",
     ),
     (
         "a scoring pass",
@@ -369,10 +374,10 @@ SENTENCES = [
     ("correction", ["--corrections", "2"], "--corrections 2.0: must lie between 0..."),
     (
         "correction of dependent draws",
-        ["--strategies", "random", "contiguous", "--corrections", "0", "1"],
+        ["--selections", "random", "contiguous", "--corrections", "0", "1"],
         "--gradient_correction 1: contiguous does not draw each token independently of the others: take random, or...",
     ),
-    ("strategy", ["--strategies", "random", "nosuch"], "--strategies nosuch: there is no such strategy..."),
+    ("strategy", ["--selections", "random", "nosuch"], "--selections nosuch: there is no such strategy..."),
     ("rows", ["--rows", "1"], "--rows 1: must be 2 or more"),
     ("too many", ["--rows", "500"], "--rows 500: the training data has 16 rows that can be learnt from; ask for fewer"),
     ("draws", ["--draws", "0"], "--draws 0: must be 2 or more"),
@@ -381,13 +386,18 @@ SENTENCES = [
     ("a folder", ["--output", "{tmp}"], "--output {tmp}: give a JSON file"),
     (
         "no reference",
-        ["--strategies", "excess_loss"],
-        "--strategies excess_loss takes the loss of a reference model off: add --selection_reference_model",
+        ["--selections", "excess_loss"],
+        "--selections excess_loss takes the loss of a reference model off: add --selection_reference_model",
     ),
     (
         "reference for nothing",
         ["--selection_reference_model", "x"],
         "--selection_reference_model is for --selection excess_loss: leave it out, or take that one",
+    ),
+    (
+        "kernels without masks",
+        ["--attn_implementation", "flash_attention_2"],
+        "--attn_implementation flash_attention_2 with --tokentune: the positions of selected tokens have gaps...",
     ),
     ("figure", ["--figure", "{data}"], "--figure {data} is a file: give a folder"),
 ]
@@ -437,3 +447,17 @@ def test_failure_signs(changes: dict, signs: list[str]) -> None:
     if signs == ["direction"]:
         assert "--corrections 1" in found[0]["message"]
         assert "--gradient_correction" not in failure_signs(result | {"correction": 1.0}, data)[0]["message"]
+
+
+def test_every_batch_is_counted(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Noted(progress.Progress):
+        def __init__(self, batches: int) -> None:
+            super().__init__(batches)
+            made.append(self)
+
+    monkeypatch.setattr(diagnose, "Progress", Noted)
+    command("--proportions", 0.2, 0.5)
+    (bar,) = made
+    assert bar.done == bar.batches == 1 + 3 + 5 + 2 * 3 * 3  # 5 rows, 3 batches of 2, 2 settings of 3 draws

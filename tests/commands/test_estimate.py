@@ -451,6 +451,8 @@ REFUSED = [
     ("llama-3-8b --json /no/such/folder/x.json", "there is no such folder"),
     ("llama-3-8b --prefix_lenght 0.3", "did you mean --prefix_length"),
     ("llama-3-8b --device tpu", "--device"),
+    ("llama-3-8b --attn_implementation flex_attention", "flex_attention: its kernels run on real tensors alone"),
+    ("llama-3-8b --attn_implementation flash_attention_2 --lora", "run on real tensors alone"),
 ]
 
 
@@ -462,8 +464,17 @@ def test_refused(words: str, message: str) -> None:
 
 
 def test_nothing_fits(config: Path) -> None:
-    with pytest.raises(UserError, match="not even sequences 1 fits"):
-        estimate.main(["--model_name_or_path", str(config), "--find", "batch", "--memory", "0.9"])
+    words = ["--model_name_or_path", str(config), "--find", "batch", "--memory", "0.9"]
+    with pytest.raises(
+        UserError, match=r"not even sequences 1 fits.* Try --tokentune or --gradient_checkpointing or --l"
+    ):
+        estimate.main(words)
+    for flags, left in (
+        ("--qlora", "Try --tokentune or --gradient_checkpointing or a shorter --max_length."),
+        ("--lora --tokentune --gradient_checkpointing", "Try --qlora or a shorter --max_length."),
+        ("--qlora --tokentune --gradient_checkpointing --find length", "It takes a smaller model, or a card with more"),
+    ):
+        assert estimate.what_saves(estimate.parse([*words, *flags.split()])[0]).startswith(left)
 
 
 def test_every_preset_is_a_model() -> None:

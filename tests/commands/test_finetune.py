@@ -18,6 +18,7 @@ import tokentune.core.patching
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
 from tokentune.finetune import main
+from tokentune.models.fingerprint import fingerprint_of_checkpoint
 from tokentune.models.pretrained import load_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,13 @@ def test_folder_is_named_after_the_run_and_holds_the_adapter_alone(lora_run: tup
     assert {"training_summary.json", "training_curves.png"} <= names
     assert not [name for name in names if name.startswith("model") or name.endswith(".tmp")]
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_adapters_keep_the_fingerprint_of_their_base(lora_run: tuple[Path, list[dict]], tiny_llama_dir: Path) -> None:
+    folder, _ = lora_run
+    expected = fingerprint_of_checkpoint(str(tiny_llama_dir)).as_dict()
+    for place in (folder, folder / "checkpoint-5"):
+        assert json.loads((place / "base_fingerprint.json").read_text(encoding="utf-8")) == expected
 
 
 def test_saved_adapter_gives_the_final_validation_loss(lora_run: tuple[Path, list[dict]], tiny_llama_dir: Path) -> None:

@@ -18,8 +18,10 @@ from tokentune import merge as merge_module
 from tokentune.cli.command import run_command
 from tokentune.errors import UserError
 from tokentune.merge import main, merge
+from tokentune.models.merging.logit_difference import LogitDifference, probe_logits
 from tokentune.models.merging.merge_result import SUMMARY, replacing_folder
 from tokentune.models.merging.trained_adapter import attach_adapter, read_adapter
+from tokentune.models.merging.verdict import verdict_of
 from tokentune.models.pretrained import load_base_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +46,14 @@ def test_merged_model_is_base_plus_adapter(tiny_llama_dir, adapter, capsys):
     summary = json.loads((output / SUMMARY).read_text())
     assert summary["dtype"] == "float32"
     assert summary["logit_difference"]["in_dtype"]["largest"] == difference
+    effect = probe_logits(
+        load_base_model(str(tiny_llama_dir), dtype=torch.float32, quantize_4bit=False), in_float32=True
+    )
+    effect = (effect - probe_logits(AutoModelForCausalLM.from_pretrained(output), in_float32=True)).abs().max()
+    assert summary["verdict"]["adapter_effect"]["largest"] == pytest.approx(effect.item(), rel=1e-4)
+    assert summary["verdict"]["kind"] == "fine" and summary["base_is_same"] is None
     printed = capsys.readouterr().out
+    assert printed.splitlines()[-2].startswith("verdict: fine: rounding the merged weights to float32 moves the logits")
     assert "largest logit difference from base + adapter, computed in float32" in printed
     assert f"saved {output}" in printed
     # a full checkpoint, with nothing of the adapter or of the way here left
@@ -63,6 +72,26 @@ def test_real_model(shared, tmp_path):
     difference = merge(str(base), str(adapter), str(tmp_path / "run" / "merged"), dtype="float32")
     assert difference < 1e-3
     torch.testing.assert_close(logits_of(tmp_path / "run" / "merged"), logits_of(base, adapter), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "kind", "said"),
+    [
+        ("float32", 1e-6, "fine", "0.0005 % of what the adapter does (root mean square)."),
+        ("bfloat16", 0.01, "fine", "5 % of what the adapter does (root mean square). The rest of the difference is"),
+        ("bfloat16", 0.05, "noticeable", "25 % of what the adapter does (root mean square). --dtype float32 does not"),
+        ("bfloat16", 0.2, "too large", "1e+02 % of what the adapter does"),
+        ("float16", 0.2, "too large", "and hides what was learnt. --dtype float32 does not round."),
+    ],
+)
+def test_the_verdict_is_by_what_the_adapter_does(dtype, rounding, kind, said):
+    exact, effect = (LogitDifference(3 * size, 3 * size, size, size) for size in (rounding, 0.2))
+    verdict = verdict_of(dtype, exact, effect)
+    assert verdict.kind == kind and said in f"verdict: {verdict.sentence}"
+    assert verdict.sentence.startswith(f"{kind}: ")
+    assert (
+        verdict_of("bfloat16", exact, LogitDifference(0, 0, 0, 0)).kind == "too large"
+    )  # of an adapter without effect
 
 
 # The output folder
@@ -232,7 +261,7 @@ def test_a_base_of_pickles_is_read_when_asked(tiny_llama_dir, adapter, tmp_path)
     [
         ({"peft_type": "FUTURE_TUNING"}, "holds a FUTURE_TUNING adapter; only LoRA"),
         ({"peft_type": None}, "holds a None adapter; only LoRA"),
-        ({"alora_invocation_tokens": [1, 2]}, "its alora_invocation_tokens makes the adapter more than a change"),
+        ({"alora_invocation_tokens": [1, 2]}, "(?s)more than a change of weights.*beside its base.*--lora_on all"),
     ],
 )
 def test_adapters_that_no_weight_can_stand_for(tiny_llama_dir, adapter, tmp_path, changes, words):

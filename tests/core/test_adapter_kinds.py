@@ -72,6 +72,7 @@ VARIANTS = {
     "velora": {"velora_config": VeloraConfig(init_type="random")},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "tokens": {"trainable_token_indices": [3, 4, 5]},
+    "activated": {"alora_invocation_tokens": [9]},
 }
 
 
@@ -164,16 +165,14 @@ CHANCE = {
     "boft_dropout": BOFTConfig(boft_block_size=4, target_modules=LINEAR, boft_dropout=0.5),
     "monteclora_config": LoraConfig(r=4, target_modules=LINEAR, monteclora_config=MontecloraConfig()),
 }
-OF_PLACES = {
-    "end of each group": LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM", alora_invocation_tokens=[3, 7]),
-    "mean over all tokens": LoraConfig(r=4, target_modules=LINEAR, velora_config=VeloraConfig()),
-}
+MEAN = "mean over all tokens"
+OF_OTHERS = {MEAN: LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM", velora_config=VeloraConfig())}
 
 
 @pytest.mark.parametrize("order", ["adapters first", "patched first"])
-@pytest.mark.parametrize("reason", CHANCE | OF_PLACES)
+@pytest.mark.parametrize("reason", CHANCE | OF_OTHERS)
 def test_what_depends_on_other_tokens_or_on_chance_per_pass_is_refused(reason: str, order: str) -> None:
-    config = copy.deepcopy((CHANCE | OF_PLACES)[reason])
+    config = copy.deepcopy((CHANCE | OF_OTHERS)[reason])
     with pytest.raises(UnsupportedModelError, match=reason):
         if order == "adapters first":
             apply_tokentune(adapted(config), 0.3)
@@ -183,10 +182,10 @@ def test_what_depends_on_other_tokens_or_on_chance_per_pass_is_refused(reason: s
 
 def test_an_adapter_that_is_not_active_harms_nobody() -> None:
     model = adapted(LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    model.add_adapter("activated", copy.deepcopy(OF_PLACES["end of each group"]))
+    model.add_adapter("other", copy.deepcopy(OF_OTHERS[MEAN]))
     check(model.double())
-    model.set_adapter("activated")
-    with pytest.raises(UnsupportedModelError, match="alora_invocation_tokens"):
+    model.set_adapter("other")
+    with pytest.raises(UnsupportedModelError, match=MEAN):
         model(**batch(), selected_positions=torch.tensor([[1, 2], [3, 4]]))
     assert model.eval()(input_ids=batch()["input_ids"]).logits.shape[1] == LENGTH
     with model.disable_adapter():

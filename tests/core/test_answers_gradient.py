@@ -233,7 +233,7 @@ def test_token_labels() -> None:
     apply_tokentune(model)
     given = {"selected_positions": drawn.positions, "selection_fillers": drawn.fillers}
     assert_same(gradients_of(model, batch | given), expected)
-    apply_tokentune(model, "answers+0.25", strategy="random")
+    apply_tokentune(model, "answers+0.25", selection="random")
     uniform, _ = drawn_for(batch, 0.25, causal=False)
     assert_same(gradients_of(model, batch | {"selection_draws": uniform}), expected)
 
@@ -264,7 +264,7 @@ def test_a_pooled_head() -> None:
             logits.append(plain(**inputs).logits)
     loss = cross_entropy(torch.cat(logits), batch["labels"])
     expected = oracle.gradients(plain, loss) | {"loss": loss.detach()}
-    apply_tokentune(model, "answers+0.3", strategy="random")
+    apply_tokentune(model, "answers+0.3", selection="random")
     assert_same(gradients_of(model, batch | {"selection_draws": uniform}), expected)
 
 
@@ -293,8 +293,8 @@ def test_a_head_that_averages_over_all_tokens_takes_fillers_as_constants() -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "reference"}, "counts of its own"),
-        ({"strategy": "loss"}, "scores"),
+        ({"selection": "reference"}, "counts of its own"),
+        ({"selection": "loss"}, "scores"),
         ({"scoring_pass": ScoringOptions()}, "scoring pass"),
         ({"prefix_length": "answers+2"}, "share of the other tokens"),
         ({"prefix_length": "answers+0.3:answers"}, "one size"),

@@ -110,9 +110,9 @@ def test_the_mean_of_all_draws_is_the_full_gradient(case: str, layers: int, requ
     strategy = request.getfixturevalue("rising") if strategy == "rising" else strategy
     model, inputs = llama(layers), row()
     full = gradients_of(copy.deepcopy(model), inputs)
-    apply_tokentune(model, size, strategy=strategy, verify=False, gradient_correction=1.0)
+    apply_tokentune(model, size, selection=strategy, verify=False, gradient_correction=1.0)
     assert distance(mean_over_draws(model, inputs, probability), full) <= 1e-12
-    apply_tokentune(model, size, strategy=strategy, verify=False, gradient_correction=0.5)
+    apply_tokentune(model, size, selection=strategy, verify=False, gradient_correction=0.5)
     assert distance(mean_over_draws(model, inputs, probability), full) > 0.01
 
 
@@ -180,7 +180,7 @@ FAMILIES = [
 def test_families(family: Family, padding: int) -> None:
     model, inputs = build(family), row()
     full = gradients_of(copy.deepcopy(model), inputs)
-    apply_tokentune(model, 0.5, strategy="random", gradient_correction=1.0)
+    apply_tokentune(model, 0.5, selection="random", gradient_correction=1.0)
     assert distance(gradients_of(model, every_subset(inputs, padding)), full) <= 1e-11
     counts = last_draw(model)
     assert counts.selected == 2**SIZE * SIZE // 2 and counts.supervised == 2**SIZE * 3 // 2  # without fillers
@@ -191,7 +191,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_last_bit(rest: str) -> No
     found = []
     for checkpointed in (False, True):
         model = apply_tokentune(
-            llama(3), 0.5, strategy="random", verify=False, gradient_correction=1.0, checkpoint_rest=rest
+            llama(3), 0.5, selection="random", verify=False, gradient_correction=1.0, checkpoint_rest=rest
         )
         if checkpointed:
             model.activation_checkpointing_enable()
@@ -204,7 +204,7 @@ def test_adapters() -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model, inputs = get_peft_model(llama(3), lora).double(), row()
     full = gradients_of(copy.deepcopy(model), inputs)
-    apply_tokentune(model, 0.5, strategy="random", verify=False, gradient_correction=1.0)
+    apply_tokentune(model, 0.5, selection="random", verify=False, gradient_correction=1.0)
     assert distance(gradients_of(model, every_subset(inputs)), full) <= 1e-12
     nothing = gradients_of(model, inputs | {"selection_draws": torch.full((1, SIZE), 0.9)})
     assert nothing.keys() == full.keys() and not any(value.any() for value in nothing.values())
@@ -213,7 +213,7 @@ def test_adapters() -> None:
 def test_after_a_scoring_pass() -> None:
     model, inputs = llama(3), row()
     full = gradients_of(copy.deepcopy(model), inputs)
-    options = {"strategy": "random", "scoring_pass": ScoringOptions(), "gradient_correction": 1.0}
+    options = {"selection": "random", "scoring_pass": ScoringOptions(), "gradient_correction": 1.0}
     apply_tokentune(model, 0.5, verify=False, **options)
     assert distance(gradients_of(model, every_subset(inputs)), full) <= 1e-12
     assert float(last_draw(model).loss) / (2**SIZE * 3) == pytest.approx(float(full["loss"]), rel=1e-6)
@@ -222,7 +222,7 @@ def test_after_a_scoring_pass() -> None:
 def test_hooks_of_others_on_a_layer() -> None:
     model, inputs = llama(3), row()
     full = gradients_of(copy.deepcopy(model), inputs)
-    apply_tokentune(model, 0.5, strategy="random", verify=False, gradient_correction=1.0)
+    apply_tokentune(model, 0.5, selection="random", verify=False, gradient_correction=1.0)
     model.model.layers[1].register_forward_hook(lambda *_: None)
     assert distance(gradients_of(model, every_subset(inputs)), full) <= 1e-12
 
@@ -231,7 +231,7 @@ def test_a_pooled_token_is_always_selected_and_not_scaled() -> None:
     model = llama(3, LlamaForSequenceClassification, num_labels=3, pad_token_id=0)
     inputs = row() | {"labels": torch.tensor([1])}
     full = gradients_of(copy.deepcopy(model), inputs)
-    apply_tokentune(model, 0.4, strategy="random", gradient_correction=1.0)
+    apply_tokentune(model, 0.4, selection="random", gradient_correction=1.0)
     assert distance(mean_over_draws(model, inputs, [0.4] * (SIZE - 1) + [1]), full) <= 1e-12
 
 
@@ -242,9 +242,9 @@ def test_a_pooled_token_is_always_selected_and_not_scaled() -> None:
     ("size", "options", "message"),
     [
         (0.3, {}, "supervised selects what has a loss first"),
-        (0.3, {"strategy": "stratified"}, "stratified does not draw each token independently"),
-        ("answers+0.1", {"strategy": "contiguous"}, "take random, or a prefix_length of answers"),
-        (0.3, {"strategy": "gradient"}, "gradient does not draw"),
+        (0.3, {"selection": "stratified"}, "stratified does not draw each token independently"),
+        ("answers+0.1", {"selection": "contiguous"}, "take random, or a prefix_length of answers"),
+        (0.3, {"selection": "gradient"}, "gradient does not draw"),
         ("answers", {}, "nothing to correct: add a share"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_loss_of_others_takes_no_weights_and_what_works_is_named() -> None:
     model, inputs = llama(3), row()
     full = gradients_of(copy.deepcopy(model), inputs)
     model.forward = lambda *args, **kwargs: LlamaForCausalLM.forward(model, *args, **kwargs)  # as of another library
-    apply_tokentune(model, 0.5, strategy="random", verify=False, gradient_correction=1.0)
+    apply_tokentune(model, 0.5, selection="random", verify=False, gradient_correction=1.0)
     with pytest.raises(UnsupportedModelError, match=r"gradient_correction needs them .* take answers\+0.1"):
         model(**inputs)
     apply_tokentune(model, "answers+0.4", verify=False, gradient_correction=1.0)

@@ -74,7 +74,9 @@ def drawing_these(monkeypatch: pytest.MonkeyPatch, positions: Tensor, weights: T
 
 def with_scoring_pass(model: nn.Module, strategy: str = "random", **options: Any) -> nn.Module:
     given = {name: options.pop(name) for name in ("draw", "layers", "reference") if name in options}
-    return apply_tokentune(model, 0.4, strategy=strategy, verify=False, scoring_pass=ScoringOptions(**given), **options)
+    return apply_tokentune(
+        model, 0.4, selection=strategy, verify=False, scoring_pass=ScoringOptions(**given), **options
+    )
 
 
 def scores_of(model: nn.Module, inputs: dict[str, Tensor], needs: tuple[str, ...], **options: Any) -> dict[str, Tensor]:
@@ -302,7 +304,7 @@ def test_all_tokens_selected_is_ordinary_training(strategy: str) -> None:
     inputs = batch(llama())
     expected = step(llama(), **inputs)
     model = llama()
-    apply_tokentune(model, 1.0, strategy=strategy, scoring_pass=ScoringOptions(), verify=False)
+    apply_tokentune(model, 1.0, selection=strategy, scoring_pass=ScoringOptions(), verify=False)
     assert_same(step(model, **inputs), expected, 1e-9)
 
 
@@ -350,7 +352,7 @@ def test_what_a_scoring_pass_changes_is_put_back_after_an_error(monkeypatch: pyt
     [
         ({"scoring_pass": ScoringOptions(layers=2)}, ValueError, "a scoring pass through 2 of 2 layers"),
         ({"scoring_pass": ScoringOptions(), "checkpoint_rest": "segments"}, ValueError, "keeps hidden states"),
-        ({"strategy": "excess_loss"}, ValueError, "give ScoringOptions a reference"),
+        ({"selection": "excess_loss"}, ValueError, "give ScoringOptions a reference"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict, error: type, words: str) -> None:
@@ -365,16 +367,18 @@ def test_options_are_checked() -> None:
         ScoringOptions(layers=0)
 
 
-def test_old_name_works_with_a_warning() -> None:
+def test_old_names_work_with_a_warning() -> None:
     options = ScoringOptions("top")
     with pytest.warns(DeprecationWarning, match="is now scoring_pass"):
-        model = apply_tokentune(llama(), 0.4, strategy="loss", verify=False, look=options)
+        model = apply_tokentune(llama(), 0.4, selection="loss", verify=False, look=options)
     assert model._tokentune.scoring is options
+    with pytest.warns(DeprecationWarning, match="is now selection"):
+        assert apply_tokentune(llama(), 0.4, strategy="random", verify=False)._tokentune.strategy == "random"
 
 
 def test_encoders_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"a scoring pass: .* is no language model"):
-        apply_tokentune(BertForMaskedLM(tiny_bert_config()), 0.4, strategy="gradient", verify=False)
+        apply_tokentune(BertForMaskedLM(tiny_bert_config()), 0.4, selection="gradient", verify=False)
 
 
 def test_verification_finds_a_scoring_pass_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,8 +386,8 @@ def test_verification_finds_a_scoring_pass_that_differs(monkeypatch: pytest.Monk
     wrong = lambda *args, **options: 1.001 * right(*args, **options)  # noqa: E731
     monkeypatch.setattr("tokentune.core.scoring_pass.attention_received", wrong)
     with pytest.raises(UnsupportedModelError, match="attention of tokens differ from the definition"):
-        apply_tokentune(llama(), 0.4, strategy="attention")
-    apply_tokentune(llama(), 0.4, strategy="gradient")
+        apply_tokentune(llama(), 0.4, selection="attention")
+    apply_tokentune(llama(), 0.4, selection="gradient")
 
 
 # ------------------------------------------------------------------------------------------------------- whole commands

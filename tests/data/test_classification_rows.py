@@ -1,5 +1,7 @@
 """Labelled rows: which data is read, which columns are taken, words aligned to sub-words, what is cut."""
 
+import logging
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,16 @@ import pyarrow.parquet
 import pytest
 from classification_models import tiny_tokenizer, write_images, write_lines
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import ByT5Tokenizer
+from transformers import BertConfig, ByT5Tokenizer, ViTConfig
 
 from tokentune.cli.arguments import parse_arguments
 from tokentune.data.formats import records
 from tokentune.data.labelled import encoding as classification_encoding
-from tokentune.data.labelled.encoding import encode_texts, encode_words
+from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words, true_labels
+from tokentune.data.labelled.images import ImageRows
 from tokentune.data.labelled.labels import Labels, find_labels, find_token_labels
 from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, some_rows
+from tokentune.data.labelled.splits import load_data, warn_of_one_label
 from tokentune.errors import UserError
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.glue import TASKS
@@ -190,6 +194,45 @@ def test_labels_of_a_glue_task_may_be_its_names() -> None:
     assert labels.encode("not_entailment", "row") == 1
 
 
+def test_classes_of_a_folder_that_lacks_one_keep_their_names(tmp_path: Path) -> None:
+    """Folders number the classes that they have: "row", alone in its split, is number 0 there and 1 in training."""
+    for split in ("train", "validation", "test"):
+        write_images(tmp_path / split, 4, seed=0)
+    for split in ("validation", "test"):
+        shutil.rmtree(tmp_path / split / "column")
+    given = arguments(f"--task_type image --dataset_name_or_path {tmp_path} --test_dataset_name_or_path {tmp_path}")
+    data = load_data(given, ViTConfig(), None)
+    assert data.labels.names == ("column", "row")
+    assert sorted(data.train.rows.numbers) == [0, 0, 1, 1]
+    assert data.validation.rows.numbers == data.test.truth == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "said"),
+    [
+        (["x", "y"], [0, 1], ""),
+        ([-1, -1], None, ""),  # hidden, as GLUE's
+        ([None, None], None, ""),
+        (["y", None], None, "row 2: 'label' is missing; every row needs a label. The predictions get no score."),
+        (["y", "z"], None, "row 2: label 'z' is not among the training data's: 'x', 'y'. The predictions get no"),
+    ],
+)
+def test_labels_of_rows_to_predict(given: list, expected: list | None, said: str, caplog: Any) -> None:
+    split = split_of([{"text": "a", "label": label} for label in given])
+    labels = Labels(("x", "y"), {"x": 0, "y": 1})
+    assert true_labels(split, Columns(("text",), "label"), labels, of_words=False) == expected
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+    assert true_labels(split, Columns(("text",), "other"), labels, of_words=False) is None
+
+
+def test_labels_of_words_to_predict() -> None:
+    split = split_of([{"tokens": ["a", "b"], "tags": ["O", "B-x"]}, {"tokens": ["c"], "tags": ["O"]}])
+    columns = Columns(("tokens",), "tags")
+    assert true_labels(split, columns, WORDS, of_words=True) == [[0, 1], [0]]
+    split = split_of([{"tokens": ["a", "b"], "tags": ["O"]}])
+    assert true_labels(split, columns, WORDS, of_words=True) is None  # one label for two words
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 WORDS = Labels(("O", "B-x"), {"O": 0, "B-x": 1})
@@ -290,3 +333,25 @@ def test_values_are_looked_at_as_texts() -> None:
     split = split_of([{"text": 3, "label": 0}], text=Value("int64"), label=Value("int64"))
     with pytest.raises(UserError, match="row 1: 'text' is 3, not text"):
         encode_texts(split, Columns(("text",), "label"), None, tokenizer=tiny_tokenizer(), max_length=10)
+
+
+@pytest.mark.parametrize("kind", ["text", "token"])
+def test_rows_of_one_label_are_told(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The training data has two; validation data that is sorted by its labels has one."""
+    name, value = ("text", "a b") if kind == "text" else ("tokens", ["a", "b"])
+    rows = [{name: value, "label": label if kind == "text" else ["O", label]} for label in ("O", "X", "O")]
+    train, validation = (write_lines(tmp_path / f"{n}.jsonl", rows[::n]) for n in (1, 2))
+    names = f"--dataset_name_or_path {train} --eval_dataset_name_or_path {validation} --max_length 16"
+    with caplog.at_level(logging.WARNING, logger="tokentune"):
+        load_data(arguments(f"{names} --task_type {kind}"), BertConfig(), tiny_tokenizer())
+    count = {"text": 2, "token": 4}[kind]
+    told = f"--eval_dataset_name_or_path {validation}: all {count} labels are the same: they tell nothing from another"
+    assert [record.getMessage() for record in caplog.records if "the same" in record.getMessage()] == [told]
+
+
+@pytest.mark.parametrize(("numbers", "told"), [([3, 3], True), ([3], False), ([0, 3], False), ([0.5, 0.5], True)])
+def test_images_of_one_label_are_told(numbers: list[float], told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    rows = ImageRows([None] * len(numbers), numbers, None, 1, "data")
+    with caplog.at_level(logging.WARNING, logger="tokentune"):
+        warn_of_one_label(Encoded(rows, RowReport(labels=len(numbers))), "data")
+    assert ("labels are the same" in caplog.text) == told

@@ -200,6 +200,59 @@ def test_what_may_not_be_meant_is_told(
     assert warnings == [warning]
 
 
+def answered(tokenizer: PreTrainedTokenizerBase, *answers: str) -> tuple[list[str], list[str]]:
+    """Refusals and warnings of rows with other questions and these answers."""
+    rows = []
+    for number, text in enumerate(answers):
+        prompt, ids = row(8, 8, end=None, seed=number), tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows.append({"input_ids": prompt["input_ids"] + ids, "labels": prompt["labels"] + ids})
+    arguments = parse_arguments([*REQUIRED, "--global_batch_size", "2"])
+    data = InstructionData(Dataset.from_list(rows), None, None, None)
+    findings = look_at(data, tokenizer, arguments, len(tokenizer))
+    return findings.refusals, findings.warnings
+
+
+@pytest.mark.parametrize("answers", [["</s>"] * 6, ["</s>", " </s>", "\n\n</s>", "</s>"], [" ", "\n", "\t \n"]])
+def test_answers_that_are_all_empty_are_refused(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> None:
+    (refusal,), warnings = answered(tokenizer, *answers)
+    assert refusal.startswith(f"every answer of the {len(answers)} training rows is empty or blank: there is nothing")
+    assert not any("same answer" in warning for warning in warnings)  # said once
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (["</s>", "1</s>", "2</s>"], "1 of 3 training rows have an empty or blank answer: they teach to end at once"),
+        ([f"{n}</s>" for n in range(19)] + ["</s>"], None),  # an exception
+        (["yes</s>", "no</s>"] * 3, None),
+        (["yes</s>"] * 6, "all 6 training rows have the same answer: the model learns to give it, whatever it is"),
+        (["yes</s>"], None),
+        ([f"{' ' * 40}{n}</s>" for n in range(4)], None),
+    ],
+)
+def test_empty_and_equal_answers_are_told(
+    tokenizer: PreTrainedTokenizerBase, answers: list[str], said: str | None
+) -> None:
+    refusals, warnings = answered(tokenizer, *answers)
+    warnings = [warning for warning in warnings if "fewer than --global_batch_size" not in warning]
+    assert refusals == [] and len(warnings) == (said is not None)
+    assert said is None or warnings[0].startswith(said)
+
+
+def test_special_tokens_may_be_answers(tiny_llama_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama_dir))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|yes|>", "<|no|>"]})
+    assert answered(tokenizer, *["<|yes|></s>", "<|no|></s>"] * 4) == ([], [])
+
+
+def test_empty_answers_of_chats_and_of_validation(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"input_ids": [BOS, 5, EOS, 6 + n, EOS], "labels": [-100, -100, EOS, -100, EOS]} for n in range(4)]
+    (refusal,), _ = found(tokenizer, rows)
+    assert refusal.startswith("every answer of the 4 training rows")
+    (refusal,), _ = found(tokenizer, good(), validation=rows)
+    assert refusal.startswith("every answer of the 4 validation rows")
+
+
 def turns(*ends: int, seed: int = 0) -> dict:
     """A row of a question and an answer for each of the given last tokens of answers."""
     parts = [row(8, 4, start=(BOS,) if n == 0 else (), end=end, seed=9 * seed + n) for n, end in enumerate(ends)]

@@ -123,6 +123,20 @@ def test_a_name_that_occurs_twice(name: str, content: bytes, part: str, tmp_path
     assert part in refused(path)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_no_json_lines(indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a"}, {"text": "b"}]
+    path.write_text(json.dumps(rows, indent=indent) + "\n")
+    assert refused(path) == f"{path}: holds one JSON array, not a row in each line: rename it to a.json."
+    assert list(read_json(path.rename(tmp_path / "a.json"))) == rows
+    path.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
+    assert "rename it to a.json" in refused(path)
+    for first in (json.dumps(rows), "[oops]"):  # a bad row among others
+        path.write_text(f'{first}\n{{"text": "a"}}\n')
+        assert refused(path).startswith(f"{path}, line 1: ")
+
+
 COMPRESSED = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,

@@ -386,18 +386,71 @@ def test_not_one_row_fits(build: Build, config: Any, monkeypatch: pytest.MonkeyP
         choose_micro_batch(trainer, arguments, config)
 
 
+@pytest.mark.parametrize("asked", ["", "--skip_memory_probe", "--auto_micro_batch"])
 def test_a_resumed_run_takes_its_checkpoint_s_micro_batch(
-    build: Build, config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    asked: str, build: Build, config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    words = "--global_batch_size 6 --auto_micro_batch --save_steps 1 --max_steps 1"
-    trainer, arguments = build(words)
+    words = "--global_batch_size 6 --save_steps 1 --max_steps 1"
+    trainer, arguments = build(f"{words} --auto_micro_batch")
     monkeypatch.setattr(memory_probe, "_fits", lambda run, count: count <= 2)
     choose_micro_batch(trainer, arguments, config)
     trainer.train()
-    monkeypatch.setattr(memory_probe, "_fits", lambda *_: pytest.fail("it searched"))
+    for name in ("_fits", "_fits_by_far"):
+        monkeypatch.setattr(memory_probe, name, lambda *_: pytest.fail("it searched"))
+    words = f"{words} {asked}"
     trainer, arguments = build(words)
     assert choose_micro_batch(trainer, arguments, config, tmp_path / "run" / "checkpoint-1") == 2
     assert trainer.args.gradient_accumulation_steps == 3
+
+
+def test_without_a_flag_a_bound_decides_on_a_cpu(
+    build: Build, config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An estimate takes seconds, and is made only where the bound lets not one row fit."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(memory_probe, "generous_bytes", lambda model, shape: 0 if shape[0] <= 5 else 10**18)
+    monkeypatch.setattr(memory_probe, "room_of", lambda trainer: 1000)
+    monkeypatch.setattr(memory_probe, "_fits", lambda *_: pytest.fail("it estimated"))
+    trainer, arguments = build("--global_batch_size 12")
+    assert choose_micro_batch(trainer, arguments, config) == 4
+    assert trainer.args.gradient_accumulation_steps == 3
+    assert "auto: --gradient_accumulation_steps 3, 4 sequences in a micro-batch (looked at 12, 6, 3, 4)" in caplog.text
+    monkeypatch.setattr(memory_probe, "generous_bytes", lambda model, shape: 10**18)
+    monkeypatch.setattr(memory_probe, "_fits", lambda run, count: count <= 2)
+    assert choose_micro_batch(*build("--global_batch_size 12"), config) == 2
+    assert choose_micro_batch(*build("--global_batch_size 12 --gradient_accumulation_steps 2"), config) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--optim_in_backward --max_grad_norm 0", "--optim_in_backward applies each gradient at once"),
+        ("--streaming --max_steps 3", "--streaming makes its batches as it reads them"),
+        ("--skip_memory_probe", "--skip_memory_probe"),
+        ("", "a step of this model cannot be estimated; tried on a CPU it may end the process."),
+    ],
+)
+def test_what_cannot_be_tried_is_one_micro_batch(
+    words: str,
+    reason: str,
+    build: Build,
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unknown(*_: Any) -> int:
+        raise UserError("no kernel")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(memory_probe, "generous_bytes", lambda model, shape: 10**18)
+    monkeypatch.setattr(memory_probe, "estimated_peak", unknown)
+    trainer, arguments = build(f"--global_batch_size 6 {words}")
+    assert choose_micro_batch(trainer, arguments, config) == 6
+    assert trainer.args.gradient_accumulation_steps == 1
+    assert f"auto: --gradient_accumulation_steps 1, 6 sequences in a micro-batch ({reason})" in caplog.text
+    if not words:
+        with pytest.raises(UserError, match="--auto_micro_batch: a step of this model cannot be estimated"):
+            choose_micro_batch(*build("--global_batch_size 6 --auto_micro_batch"), config)
 
 
 @pytest.mark.parametrize(
@@ -441,6 +494,10 @@ def test_summary_says_which_micro_batch_was_found(
     (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("models/*/training_summary.json"))
     assert summary["micro_batch_size"] == 4 and summary["optimizer_steps"] == 2
     assert summary["settings"]["auto_micro_batch"] is True
+    assert summary["auto"] == {"gradient_accumulation_steps": 2, "logging_steps": 1}
+    (settings,) = (path.read_text(encoding="utf-8") for path in tmp_path.glob("models/*/run.yaml"))
+    assert "# auto came to --gradient_accumulation_steps 2 --logging_steps 1\n" in settings
+    assert "gradient_accumulation_steps: auto\n" in settings  # so that the run is resumed by it
 
 
 def test_weights_are_counted_once(build: Build) -> None:

@@ -43,6 +43,7 @@ def test_types(tied_base, tmp_path, dtype, capsys):
     assert relative > limits[expected] / 1000 or expected is torch.float32  # else it was not computed from the file
     printed = capsys.readouterr().out
     assert ("the same weights, computed in float32" in printed) == (expected is not torch.float32)
+    assert "verdict: fine: rounding the merged weights to" in printed  # by far the less for what this adapter does
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "down_proj"]])
@@ -241,6 +242,8 @@ def test_qlora_adapter_goes_into_either_base(four_bit, tmp_path, dtype, capsys):
     for figures in measured.values():
         assert figures["dequantized"] < rounding < 0.03 < figures["16bit"]
     printed = capsys.readouterr().out
+    assert printed.count("verdict on QLoRA: merged by --qlora_base 16bit (the default) into the base's own") == 1
+    assert printed.count("verdict on QLoRA: merged by --qlora_base dequantized into the 4-bit weights") == 1
     assert printed.count("--qlora_base dequantized is closer to what was trained than what was saved") == 1
 
 

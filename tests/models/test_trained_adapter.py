@@ -1,6 +1,7 @@
-"""Adapters whose start changed the base: found again where that can be, else refused."""
+"""Does an adapter belong to this base? Starts that changed the base: found again where that can be, else refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -8,9 +9,12 @@ import pytest
 import torch
 from adapters_on_disk import logits_of, make_adapter, make_base, refused
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokentune.merge import merge
+from tokentune.models.fingerprint import fingerprint_of_checkpoint
+from tokentune.models.merging.merge_result import SUMMARY
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -80,3 +84,52 @@ def test_a_changed_start_is_not_found_again_over_4_bits(base, tmp_path):
 def test_replicated_layers(base, tmp_path):
     make_adapter(base, tmp_path / "run", layer_replication=[[0, 2], [1, 2]])
     refused(base, tmp_path / "run", tmp_path / "out", "its layer_replication makes a model of more layers", tmp_path)
+
+
+# The base by its fingerprint
+
+
+def with_fingerprint(adapter: Path, base: Path) -> Path:
+    """The adapter's folder as a run leaves it."""
+    fingerprint_of_checkpoint(str(base)).save(adapter)
+    return adapter
+
+
+def test_another_base_of_the_same_shape_is_refused(tiny_llama_dir, tmp_path, capsys):
+    base = make_base(tmp_path / "base", tiny_llama_dir)
+    sibling = Path(shutil.copytree(base, tmp_path / "sibling"))
+    weights = load_file(sibling / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.01  # as another adapter, merged, would change it
+    save_file(weights, sibling / "model.safetensors", metadata={"format": "pt"})
+    adapter = with_fingerprint(make_adapter(base, tmp_path / "trained"), base)
+    words = "sibling is not the base that .* was trained on .*base.: it has as many weights of the same type"
+    refused(sibling, adapter, tmp_path / "out", words, tmp_path)
+    refused(sibling, adapter, tmp_path / "out", "Give that base; --force merges all the same.$", tmp_path)
+    merge(str(sibling), str(adapter), str(tmp_path / "out"), force=True)
+    assert "merged all the same (--force)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["base_is_same"] is False
+    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(sibling, adapter), rtol=0, atol=1e-5)
+    # the name does not help: the base's own folder may have been trained further
+    shutil.copy(sibling / "model.safetensors", base / "model.safetensors")
+    words = "base is not the base that the adapter was trained on: it has as many"
+    refused(base, adapter, tmp_path / "new", words, tmp_path)
+
+
+def test_a_base_saved_again_is_the_same_in_its_type_alone(tiny_llama_dir, tmp_path, capsys):
+    adapter = with_fingerprint(make_adapter(tiny_llama_dir, tmp_path / "run"), tiny_llama_dir)
+    for folder, dtype in (("shards", torch.float32), ("half", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=dtype)
+        model.save_pretrained(tmp_path / folder, max_shard_size="20KB")
+        AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path / folder)
+    merge(str(tmp_path / "shards"), str(adapter), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["base_is_same"] is True
+    assert "warning: the adapter was trained on" not in capsys.readouterr().err  # under another name
+    words = "its weights are of type bfloat16, not float32.\n.*--force .* if it is the same model saved in another type"
+    refused(tmp_path / "half", adapter, tmp_path / "other", words, tmp_path)
+
+
+def test_a_checkpoint_without_a_record_of_its_own_has_the_runs(tiny_llama_dir, tmp_path):
+    adapter = make_adapter(tiny_llama_dir, tmp_path / "run" / "checkpoint-3")
+    with_fingerprint(tmp_path / "run", tiny_llama_dir)
+    merge(str(tiny_llama_dir), str(adapter), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["base_is_same"] is True

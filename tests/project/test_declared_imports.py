@@ -1,19 +1,23 @@
-"""What the code imports is declared in pyproject.toml and requirements.txt; and where it does not run, it says so."""
+"""What the code imports is declared in pyproject.toml and pinned, and asked for; where it does not run, it says so."""
 
 import ast
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tokentune.cli import start
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "lm_eval": "lm-eval"}
 # Imported where a flag asks for them, with a message that names the package.
 ON_REQUEST = {"apollo-torch", "galore-torch", "liger-kernel"}
+OPTIONAL = {"apollo-torch", "galore-torch", "schedulefree"}  # beside the tests' own packages
 
 
 def name_of(requirement: str) -> str:
@@ -50,11 +54,40 @@ def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
     assert not missing
 
 
+def pinned(file: str) -> set[str]:
+    """The packages in a file of requirements, each with its version."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    packages = [line for line in lines if line and not line.startswith(("#", "-r "))]
+    assert all("==" in line for line in packages)
+    return {name_of(line) for line in packages}
+
+
 def test_every_declared_package_is_pinned() -> None:
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    pinned = {name_of(line) for line in lines if line and not line.startswith("#")}
-    assert all("==" in line for line in lines if line and not line.startswith("#"))
-    assert declared("train", "eval", "test") <= pinned
+    """A user installs what the commands need, and no more."""
+    assert pinned("requirements.txt") == declared("train")
+    assert pinned("scripts/eval/requirements.txt") == declared("eval") - declared()
+    assert pinned("tests/requirements.txt") - OPTIONAL == declared("test") - declared()
+    for file, included in (("scripts/eval", "../../requirements.txt"), ("tests", "../scripts/eval/requirements.txt")):
+        assert f"\n-r {included}\n" in (ROOT / file / "requirements.txt").read_text(encoding="utf-8")
+
+
+def test_a_command_looks_for_all_that_it_imports() -> None:
+    """A package that a run imports at its end, to draw a picture, is asked for at its beginning."""
+    asked = {*start.PACKAGES, *(package for packages in start.PACKAGES_OF.values() for package in packages)}
+    asked = {PACKAGES.get(name, name.lower().replace("_", "-")) for name in asked}
+    assert imported("tokentune").keys() - ON_REQUEST == asked
+
+
+@pytest.mark.parametrize(("command", "package"), [("finetune", "matplotlib"), ("classify", "seqeval")])
+def test_a_package_that_is_not_installed_is_named(
+    command: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(start, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(SystemExit) as ended:
+        start.start(command, ["--model_name_or_path", "m", "--dataset_name_or_path", "d"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f" lacks {package}. " in said and said.endswith("pip install '.[train]'\n") and said.count("\n") == 1
 
 
 def test_windows_is_told_that_it_is_not_served() -> None:

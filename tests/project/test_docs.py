@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_tokenizers import CHATML
 from conftest import tiny_llama_config
 from transformers import LlamaForCausalLM
 
@@ -19,6 +21,7 @@ import docs
 from tokentune import estimate
 from tokentune.cli.arguments import flags_given, parse_arguments
 from tokentune.sampling.sampler import select_positions
+from tokentune.settings.chat import ChatArguments
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
 from tokentune.settings.merge import MergeArguments
@@ -26,7 +29,7 @@ from tokentune.settings.merge import MergeArguments
 ROOT = docs.ROOT
 README, *PAGES = docs.PAGES
 TEXTS = {page: page.read_text(encoding="utf-8") for page in docs.PAGES}
-COMMANDS = ("finetune", "classify", "diagnose", "estimate", "merge")
+COMMANDS = ("finetune", "classify", "diagnose", "estimate", "merge", "chat")
 SET_UP = (
     "python3 -m venv .venv && source .venv/bin/activate",
     "pip install -r requirements.txt",
@@ -169,10 +172,10 @@ def check_command(line: str) -> None:
 
 def check_own_command(command: str, words: list[str]) -> None:
     assert command in COMMANDS
-    if words in (["--help"], ["--version"]):
+    if words in (["--help"], ["--help", "all"], ["--version"]):
         return
-    if command == "merge":
-        flags_given(words, MergeArguments)
+    if command in ("merge", "chat"):
+        flags_given(words, {"merge": MergeArguments, "chat": ChatArguments}[command])
     elif command == "estimate":
         estimate.parse(words)
     elif "--config" in words:  # a file that is not here: the flags beside it
@@ -214,7 +217,9 @@ def test_commands_that_would_not_start_are_found(line: str) -> None:
 
 
 def test_flags_that_are_named_exist() -> None:
-    known = {option for command in COMMANDS for option in docs.parser_of(command)._option_string_actions}
+    parsers = [docs.parser_of(command) for command in COMMANDS]
+    known = {option for parser in parsers for option in parser._option_string_actions}
+    known |= {f"--{name}" for parser in parsers for name in parser.other_names}
     for page, text in TEXTS.items():
         prose = re.sub(r"```.*?```|<!-- generated.*?<!-- end -->", "", text, flags=re.DOTALL)
         assert set(re.findall(r"(?<![\w-])--[a-z]\w*", prose)) <= known | FLAGS_OF_SCRIPTS, name(page)
@@ -244,7 +249,8 @@ def test_whole_scripts_run(
     page: str, number: int, folder: str, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / folder).symlink_to(tiny_llama_dir)
+    shutil.copytree(tiny_llama_dir, tmp_path / folder)
+    (tmp_path / folder / "chat_template.jinja").write_text(CHATML)  # as a run saves one
     exec(blocks(ROOT / "docs" / page, "python")[number], {})
 
 

@@ -91,7 +91,8 @@ def test_text(tmp_path):
         "`learning_rate` | `0.0004` |",
         "torch 2.13.0",
         "simoulin-etal-2024-memory",
-        'PeftModel.from_pretrained(base, "path/of/this/adapter")',
+        'pipeline("text-generation", path, tokenizer=path, generation_config=ends)',
+        "`tokentune chat path/of/this/model`.",
     ):
         assert words in text, words
     assert text.rstrip().endswith(MARK)
@@ -177,10 +178,20 @@ def test_nothing_is_made_up(tmp_path):
 
 def test_classifiers(tmp_path):
     best = {"best": {"score": 0.9, "step": 3, "metrics": {}}, "metric": "accuracy"}
-    card = written(changed(task_type="token") | best, tmp_path)
+    best["validation_loss"] = {"base": None, "final": 0.25, "steps": []}  # not evaluated before training
+    best["test"] = {"metric": "f1", "score": 0.8, "metrics": {}}
+    settings = {"task_type": "token", "test_dataset_name_or_path": "/home/me/test.jsonl"}
+    card = written(changed(**settings) | best, tmp_path)
     assert card.data.pipeline_tag == "token-classification"
-    assert (card.data.eval_results[0].metric_type, card.data.eval_results[0].metric_value) == ("accuracy", 0.9)
+    assert [
+        (result.metric_type, result.metric_value, result.dataset_split, result.dataset_name)
+        for result in card.data.eval_results
+    ] == [("accuracy", 0.9, "validation", "owner/rows + more.jsonl"), ("f1", 0.8, "test", "test.jsonl")]
+    assert 'PeftModel.from_pretrained(base, "path/of/this/adapter")' in card.text
     assert "AutoModelForTokenClassification" in card.text
+    for row in ("| validation loss | 0.25 |", "| validation accuracy | 0.9 |", "| test f1 | 0.8 |"):
+        assert f"\n{row}\n" in card.text
+    assert "before and after" not in card.text
 
 
 def test_a_card_of_the_users_own_stays(tmp_path):

@@ -250,6 +250,8 @@ def project_copy(tmp_path):
     project = tmp_path / "the project"
     shutil.copytree(ROOT / "scripts", project / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "requirements.txt", project)
+    (project / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "requirements.txt", project / "tests")
     stub = tmp_path / "bin" / "python3"
     stub.parent.mkdir()
     stub.write_text(
@@ -283,6 +285,8 @@ def test_training_script_without_packages_names_the_installation(project_copy, t
     assert result.returncode == 2
     assert "has all of: torch" in result.stderr and "pip install -r requirements.txt" in result.stderr
     assert logged() == [] and not (project / ".venv").exists()  # nothing installed behind the user's back
+    result = call(project / "scripts/eval/lm_harness_arc.sh", cwd=tmp_path, env=env | {"MODEL": "x"})
+    assert "lm_eval" in result.stderr and "pip install -r scripts/eval/requirements.txt" in result.stderr
 
     result = call(script, cwd=tmp_path, env=env | {"PYTHON": "no-such-python"})
     assert result.returncode == 2 and "PYTHON=no-such-python" in result.stderr
@@ -298,7 +302,8 @@ def test_environment_is_installed_once_for_each_requirements_file(project_copy, 
     result = call(test_script, "-k", "some", cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
     pip, *rest = logged()
-    assert pip.startswith(".venv -m pip install") and str(project / "requirements.txt") in pip  # not stamped before
+    assert pip.startswith(".venv -m pip install")  # not stamped before
+    assert str(project / "tests" / "requirements.txt") in pip
     stages = [
         ".venv -m ruff check .",
         ".venv -m ruff format --check .",
@@ -309,10 +314,26 @@ def test_environment_is_installed_once_for_each_requirements_file(project_copy, 
     assert call(test_script, "-k", "some", cwd=tmp_path, env=env).returncode == 0
     assert logged() == stages
 
-    with (project / "requirements.txt").open("a") as requirements:
-        requirements.write("one-more==1.0\n")
-    assert call(test_script, cwd=tmp_path, env=env).returncode == 0
-    assert "pip install" in logged()[0]
+    # The quickstart needs a part of that; alone it installs no more.
+    assert "pip" not in " ".join(quickstart_calls(project, tmp_path, env, logged))
+    shutil.rmtree(project / ".venv")
+    pip, *_ = quickstart_calls(project, tmp_path, env, logged)
+    assert str(project / "scripts" / "eval" / "requirements.txt") in pip
+
+    for file in ("tests/requirements.txt", "requirements.txt"):  # which the first one includes
+        assert call(test_script, cwd=tmp_path, env=env).returncode == 0
+        logged()
+        with (project / file).open("a") as requirements:
+            requirements.write(f"one-more-in-{file.replace('/', '-')}==1.0\n")
+        assert call(test_script, cwd=tmp_path, env=env).returncode == 0
+        assert "pip install" in logged()[0], file
+
+
+def quickstart_calls(project, folder, env, logged):
+    """Of the quickstart, whose every step does nothing."""
+    result = call(project / "scripts/quickstart.sh", "--fresh", cwd=folder, env=env)
+    assert result.returncode == 0, result.stderr
+    return logged()
 
 
 def test_active_environment_is_used_where_it_has_the_packages(project_copy, tmp_path):

@@ -30,8 +30,9 @@ import tokentune.training.checkpoints.saving
 import tokentune.training.checkpoints.writing
 from tokentune.cli.arguments import parse_arguments
 from tokentune.errors import UserError
-from tokentune.training.checkpoints.resuming import check_processes, check_same_run
+from tokentune.training.checkpoints.resuming import check_processes
 from tokentune.training.checkpoints.run_state import RUN_STATE_NAME, read_run_state
+from tokentune.training.checkpoints.same_run import check_same_run
 from tokentune.training.checkpoints.saving import MANIFEST_NAME, fault_of, seal
 
 

@@ -30,7 +30,40 @@ from tokentune.training.callbacks import Progress
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.result import save_result
 from tokentune.training.trainer import SelectiveTrainer
-from tokentune.training.trainer_arguments import Extent, build_training_arguments
+from tokentune.training.trainer_arguments import Extent, build_training_arguments, settle_by_length
+
+# ---- what `auto` comes to --------------------------------------------------------------------------------------------
+
+AUTO = "--warmup_steps auto --logging_steps auto"
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "logging"),
+    [(1, 0, 1), (33, 0, 1), (34, 1, 1), (68, 2, 1), (250, 7, 5), (20_000, 600, 400), (10**6, 3000, 1000)],
+)
+def test_warmup_and_log_lines_follow_the_length_of_a_run(steps: int, warmup: int, logging: int, tmp_path: Path) -> None:
+    """Of a stream, the length is --max_steps."""
+    arguments = arguments_for(tmp_path, tmp_path, f"{AUTO} --streaming --max_steps {steps}")
+    settings = build_training_arguments(arguments, tmp_path / "run")
+    settle_by_length(settings, arguments, Extent.of(iter([]), settings).steps)
+    assert (settings.warmup_steps, settings.logging_steps) == (warmup, logging)
+    given = arguments_for(tmp_path, tmp_path, "--warmup_steps 0.1 --logging_steps 7")
+    settings = build_training_arguments(given, tmp_path / "run")
+    settle_by_length(settings, given, steps)
+    assert (settings.warmup_steps, settings.logging_steps) == (0.1, 7)
+
+
+def test_a_short_run_reaches_its_learning_rate(
+    make_trainer: Callable[..., SelectiveTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = make_trainer(f"--global_batch_size 2 --num_epochs 4 {AUTO}")
+    assert "auto: --warmup_steps 1 --logging_steps 1 (optimizer steps: 40)" in caplog.text
+    assert trainer.auto_values == {"gradient_accumulation_steps": 1, "warmup_steps": 1, "logging_steps": 1}
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(rates) == 40 and rates[0] == 0 and max(rates) == trainer.args.learning_rate
+
 
 # ---- the update does not depend on how a global batch is cut ---------------------------------------------------------
 
@@ -411,18 +444,36 @@ def test_checkpoints_lie_in_the_folder_and_none_repeats_the_result(
 
 def test_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    check_run_folder(run, overwrite=False)
+    check_run_folder(run, {"overwrite_output_dir": False})
     assert not run.exists()
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    check_run_folder(run, overwrite=False)
+    check_run_folder(run, {"overwrite_output_dir": False})
     (run / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="checkpoints of an unfinished run"):
-        check_run_folder(run, overwrite=False)
+        check_run_folder(run, {"overwrite_output_dir": False})
     (run / "training_summary.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"a finished run\.\n.*--overwrite_output_dir"):
-        check_run_folder(run, overwrite=False)
-    check_run_folder(run, overwrite=True)
+        check_run_folder(run, {"overwrite_output_dir": False})
+    check_run_folder(run, {"overwrite_output_dir": True})
+    before = {"seed": 1, "learning_rate": 0.1, "save_steps": 5, "dataset_name_or_path": ["a/train.jsonl"]}
+    (run / "training_summary.json").write_text(json.dumps({"settings": before}))
+    now = {
+        "seed": 1,
+        "learning_rate": 0.2,
+        "save_steps": 9,
+        "dataset_name_or_path": ["b/train.jsonl"],
+        "run_name": None,
+    }
+    now |= {"overwrite_output_dir": False, "dry_run": True}
+    told = check_run_folder(run, now)
+    assert told == (
+        f"{run} already holds a finished run.\n"
+        "Not as there: --learning_rate 0.2 (there 0.1), --dataset_name_or_path b/train.jsonl (there a/train.jsonl).\n"
+        "Give this one a name of its own with --run_name, or --overwrite_output_dir to replace the other."
+    )
+    with pytest.raises(UserError, match="Not as there"):
+        check_run_folder(run, now | {"dry_run": False})
     clear_run_folder(run)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
 

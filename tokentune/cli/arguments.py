@@ -1,8 +1,10 @@
 """The words of a command to its settings. Imports nothing heavy, for a quick `--help`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any, TypeVar
 
 from tokentune.cli.parser import Parser
@@ -21,7 +23,7 @@ def parse_arguments(argv: Sequence[str] | None = None, command: type[Command] = 
         command: whose groups hold the flags.
 
     Raises:
-        UserError: an unknown flag (with the nearest known one), a missing one, a value that cannot work, a `--config`
+        UserError: an unknown flag (with what to give instead), a missing one, a value that cannot work, a `--config`
             file that cannot be read.
         SystemExit: 0, after `--help` and `--version`.
     """
@@ -36,10 +38,9 @@ def parse_arguments(argv: Sequence[str] | None = None, command: type[Command] = 
 def parser_of(command: type, prog: str | None = None) -> Parser:
     """The parser of a command's flags."""
     groups = [group.type for group in fields(command)]
-    shown = getattr(command, "shown", None)
-    hidden = [group._argument_group_name for group in groups if shown and group._argument_group_name != shown]
-    epilog = getattr(command, "epilog", None)
-    return Parser(groups, hidden=hidden, prog=prog or command.prog, description=command.description, epilog=epilog)
+    common, epilog = getattr(command, "common", "").split(), getattr(command, "epilog", None)
+    options = {"common": common, "epilog": epilog, "words": getattr(command, "words", ())}
+    return Parser(groups, prog=prog or command.prog, description=command.description, **options)
 
 
 def flags_given(words: Sequence[str] | None, command: type, prog: str | None = None) -> dict[str, Any]:
@@ -58,7 +59,16 @@ def flags_given(words: Sequence[str] | None, command: type, prog: str | None = N
 
         given = read_config(files[0], parser) | given
     parser.check_needed(given)
+    if parser.notes:
+        _say_once("; ".join(parser.notes))
     return given
+
+
+@cache
+def _say_once(note: str) -> None:
+    """On stderr: a command reads its words several times, and a launcher starts several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", file=sys.stderr)
 
 
 def arguments_of(given: dict[str, Any], command: type[Settings]) -> Settings:

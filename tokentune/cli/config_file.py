@@ -12,7 +12,6 @@ prefix_length's 1.0 is not 1, and chunked_loss's on is no boolean. Relative path
 PyYAML's safe loader composes the file into nodes, which know their lines, and never makes objects of them.
 """
 
-import difflib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from tokentune.cli.parser import Parser
+from tokentune.cli.other_names import synonyms, what_instead
+from tokentune.cli.parser import ALL_LISTED, Parser
 from tokentune.errors import UserError
 from tokentune.file_names import RUN_CONFIG_NAME
 from tokentune.settings.finetune import Arguments
@@ -41,32 +41,35 @@ def read_config(path: str, parser: Parser) -> dict[str, Any]:
     """The settings of a file by name, each of its flag's type; of `parser.fixed` too, with None.
 
     Raises:
-        UserError: no such file, no YAML, no mapping, a key that is no flag (with the nearest one) or occurs twice, a
-            value of another type; with the line.
+        UserError: no such file, no YAML, no mapping, a key that is no flag (with what to give instead), two keys of one
+            flag, a value of another type; with the line.
     """
-    known = {action.dest for action in parser._actions if action.type is not None} | parser.fixed
+    known = parser.flags | parser.fixed
+    other_names = synonyms(known)
     settings: dict[str, Any] = {}
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for key, node in _entries(path):
         where = f"--config {path}, line {key.start_mark.line + 1}"
         scalar = isinstance(key, yaml.ScalarNode)
         name = key.value.lstrip("-").replace("-", "_") if scalar else ""
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all flags."
+        flag = other_names.get(name, name)
+        if flag not in known:
+            hint = what_instead(name, known, other_names) or f"{ALL_LISTED}."
             raise UserError(f"{where}: {_short(key.value) if scalar else 'a list'} is no flag of this command; {hint}")
-        require(name not in seen, f"{where}: {name} occurs twice. Leave one of them out.")
-        seen.add(name)
+        before = seen.get(flag)
+        twice = f"{name} occurs twice" if before == name else f"{before} and {name} are the same flag"
+        require(before is None, f"{where}: {twice}. Leave one of them out.")
+        seen[flag] = name
         try:
-            settings |= {name: None} if name in parser.fixed else _setting(name, node, parser)
+            settings |= {flag: None} if flag in parser.fixed else _setting(flag, name, node, parser)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return settings
 
 
-def _setting(name: str, node: yaml.Node, parser: Parser) -> dict[str, Any]:
+def _setting(flag: str, name: str, node: yaml.Node, parser: Parser) -> dict[str, Any]:
     """The setting that a node is, typed by the parser; nothing where it leaves an optional flag out (null)."""
-    action = parser._option_string_actions[f"--{name}"]
+    action = parser._option_string_actions[f"--{flag}"]
     several = isinstance(node, yaml.SequenceNode)
     require(not several or action.nargs == "+", f"{name} takes one value, not a list")
     nodes = node.value if several else [node]
@@ -78,7 +81,7 @@ def _setting(name: str, node: yaml.Node, parser: Parser) -> dict[str, Any]:
         return {}
     require(all(each.tag != f"{TAG}null" for each in nodes), f"{name} is empty (null)")
     if several and len(nodes) != 1:
-        return parser.read([f"--{name}", *(each.value for each in nodes)]) if nodes else {name: []}
+        return parser.read([f"--{name}", *(each.value for each in nodes)]) if nodes else {flag: []}
     return parser.read([f"--{name}={nodes[0].value}"])
 
 
@@ -117,13 +120,18 @@ def _short(text: str) -> str:
 
 
 def write_config(
-    arguments: Arguments, run_folder: Path, words: Sequence[str], versions: Mapping[str, str | None]
+    arguments: Arguments,
+    run_folder: Path,
+    words: Sequence[str],
+    versions: Mapping[str, str | None],
+    auto: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `run.yaml`: every flag with its value, which `--config` reads. No environment variable is in it.
 
     Args:
         words: the command line that was given, for the file's heading.
         versions: of the libraries, for the heading too.
+        auto: what flags given as `auto` came to, for the heading too; None: nothing is known.
     """
     heading = [
         f"Settings of a run of tokentune/{arguments.prog}; this reruns it, from the same folder:",
@@ -133,6 +141,8 @@ def write_config(
         f"    {shlex.join([arguments.prog, *words])}",
         "with " + ", ".join(f"{name} {number}" for name, number in versions.items() if number is not None),
     ]
+    if auto:
+        heading.append("auto came to " + " ".join(f"--{name} {value}" for name, value in auto.items()))
     parts = ["".join(f"# {_printable(line)}\n" for line in heading)]
     for name, group in asdict(arguments).items():
         settings = {flag: value for flag, value in group.items() if flag not in STARTING}

@@ -49,4 +49,5 @@ def preview(arguments: FinetuneArguments) -> None:
     inputs = read_inputs(arguments)
     warn_of_length(inputs.config, arguments.model.model_name_or_path, arguments.data.max_length)
     data = load_instruction_data(arguments, inputs.tokenizer, inputs.template)
+    arguments.set_invocation(data.invocation)
     show_preview(data, inputs.tokenizer, arguments, inputs.vocab_size)

@@ -11,6 +11,7 @@ from typing import Any
 from tokentune.cli.arguments import arguments_of, flags_given, parse_arguments, parser_of
 from tokentune.cli.command import log_to_stderr, run_command
 from tokentune.errors import UserError
+from tokentune.settings.chat import ChatArguments
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.settings.diagnose import DiagnoseArguments
 from tokentune.settings.estimate import EstimateArguments
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Any] = {
     "finetune": FinetuneArguments,
     "classify": ClassificationArguments,
     "merge": MergeArguments,
+    "chat": ChatArguments,
     "estimate": EstimateArguments,
     "diagnose": DiagnoseArguments,
 }
@@ -28,6 +30,12 @@ PACKAGES = (  # without which no command starts
     *("torch", "transformers", "numpy", "accelerate", "datasets", "huggingface_hub", "jinja2", "peft", "psutil"),
     *("pyarrow", "safetensors", "tqdm", "yaml"),
 )
+PACKAGES_OF = {  # some are imported at a run's end
+    "finetune": ("rich", "matplotlib"),
+    "classify": ("rich", "matplotlib", "PIL", "sklearn", "scipy", "seqeval"),
+    "estimate": ("rich", "bitsandbytes"),
+    "diagnose": ("rich", "matplotlib"),
+}
 
 
 def start(name: str, words: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -58,7 +66,7 @@ def set_up_packages(name: str) -> None:
         logging.getLogger(module).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
-    if name in ("estimate", "diagnose"):
+    if name in ("chat", "estimate", "diagnose"):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the hub's
@@ -69,7 +77,8 @@ def _answer(name: str, words: Sequence[str], prog: str | None) -> None:
     """Refuses, UserError, mistaken flags, and a Python that lacks what the commands import; SystemExit: answered."""
     command = COMMANDS[name]
     parser_of(command, prog).read(words)
-    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+    needed = (*PACKAGES, *PACKAGES_OF.get(name, ()))
+    if missing := [package for package in needed if find_spec(package) is None]:
         raise UserError(
             f"{sys.executable} lacks {', '.join(missing)}. Activate the environment that has the requirements, or "
             "install them, in the project's folder: pip install '.[train]'"

@@ -40,6 +40,7 @@ class Settings:
     gradient_correction: float = 0.0
     verify: bool = True  # whether model and adapter kinds must have been compared with the definition
     adapters: list[Suspect] = field(default_factory=list)  # adapters that cannot be served, active or not
+    activated: list[Any] = field(default_factory=list)  # peft's parts that add an activated LoRA
     adapters_of: tuple[int, ...] = ()  # ids of the adapters' configurations that were checked
     hooks_checked: bool = False  # whether a step has warned of others' hooks that see a part of the tokens
     undo: ExitStack = field(default_factory=ExitStack)  # ends the current step

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging
 
+from tokentune.core.activated_lora import ActivatedLora, take_over_recomputation
 from tokentune.core.attention.masks import mask_from_functions
 from tokentune.core.checkpointing import checkpoint_layers
 from tokentune.core.compat.adapters import wrapper_bypassing_hooks
@@ -104,7 +105,10 @@ def _begin_step(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     given, inputs = kwargs, dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
     request = Request(*(inputs.pop(name, None) for name in Request._fields))
     batch = Batch.of(inputs)
-    if not _is_selective(model, settings, request, batch):
+    selective = _is_selective(model, settings, request, batch)
+    if selective or not torch.is_grad_enabled():
+        take_over_recomputation(settings.stack.layers)
+    if not selective:
         return ((), inputs) if any(name in given for name in Request._fields) else None
     require_served_step(model, settings, inputs)
     state = _state_of(model, settings, batch)
@@ -145,6 +149,7 @@ def _state_of(model: PreTrainedModel, settings: Settings, batch: Batch) -> Model
         pad_token_id=pad_token(model),
         with_gradients=torch.is_grad_enabled(),
         gradient_correction=settings.gradient_correction,
+        activated=bool(settings.activated),
         chunked_loss=settings.chunked_loss,
         prefers_chunks=frozen or any(map(is_checkpointed, layers)),
         not_in_chunks=why_not_in_chunks(model, settings.profile),
@@ -169,6 +174,8 @@ def _carry_out(model: PreTrainedModel, settings: Settings, plan: StepPlan) -> No
         implementations = [(config, config._attn_implementation) for config in stack.configs]
         unselected_pass = run_unselected if plan.cached_kv is None else use_cached_key_values
         step = Step(plan, implementations, stack.calls, unselected_pass, settings.profile.per_token)
+        activated = ActivatedLora(step)
+        step.own_forwards = [(variant, activated.forward) for variant in settings.activated]
         activate(step, settings.undo)
         checkpoint_layers(stack, step, settings.checkpoint_rest, settings.offload_kv, settings.undo)
     if loss_function is not None:

@@ -41,6 +41,8 @@ def activate(step: "Step", undo: ExitStack) -> None:
     undo.callback(CURRENT_STEP.reset, CURRENT_STEP.set(step))
     for config, _ in step.implementations:
         set_until_undone(undo, config, "_attn_implementation_internal", IMPLEMENTATION)
+    for owner, forward in step.own_forwards:
+        set_until_undone(undo, owner, "forward", forward)
 
 
 class PassDone(Exception):
@@ -75,6 +77,7 @@ class Step:
     expected_calls: int  # of layers, in the whole pass
     unselected_pass: Callable[["Step", LayerCall], None]
     per_token: dict[str, bool] = field(default_factory=dict)  # of the layers' arguments (`core/layers.py`)
+    own_forwards: list[tuple[Any, Callable]] = field(default_factory=list)  # what runs in place of others' `forward`
     entered_calls: int = 0
     positions: Tensor | None = None  # (B, K), ascending; known in front of the first layer
     order: Tensor | None = None  # (B, S): the selected positions, then the unselected ones, both ascending

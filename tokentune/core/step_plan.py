@@ -96,6 +96,7 @@ class ModelState:
     pad_token_id: int | None = None  # by which the head recognizes padding
     with_gradients: bool = True
     gradient_correction: float = 0.0
+    activated: bool = False  # there are adapters that act on some tokens (`core/activated_lora.py`)
     chunked_loss: bool | None = None  # as the user asked; None: as the next field says
     prefers_chunks: bool = False  # chunks cost no time here, or gradient checkpointing asks for memory before time
     not_in_chunks: str | None = None  # why the loss cannot be taken in chunks
@@ -161,7 +162,8 @@ def plan_step(selection: StepPlan, batch: Batch, state: ModelState) -> StepPlan:
         else:
             replaced["labels"] = labels.gather(1, positions_there)
     by_chance = corrects and selection.probabilities is not None
-    all_selected = selection.fillers is None and not by_chance and selects_all(positions, batch.tokens)
+    ordinary = selection.fillers is None and not by_chance and not state.activated
+    all_selected = ordinary and selects_all(positions, batch.tokens)
     loss, recompute_logits = _plan_loss(weights, state, all_selected) if takes_loss else (Loss.UNCHANGED, False)
     plan = replace(selection, replaced=replaced, rows=rows, loss=loss, recompute_logits=recompute_logits)
     if all_selected:

@@ -2,7 +2,8 @@
 
 import warnings
 
-from tokentune.data.chat.templates import ChatEncoder, load_chat_template
+from tokentune.data.chat.template_files import load_chat_template
+from tokentune.data.chat.templates import ChatEncoder
 
 __all__ = ["ChatEncoder", "load_chat_template"]
 

@@ -6,6 +6,7 @@ Main path: `load_instruction_data` opens each data set (`data/formats/records.py
 (`streaming_rows.py`).
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,8 +19,24 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokentune.data.chat.templates import load_chat_template
-from tokentune.data.encoding import END_LOST, TOKENS, EncodingReport, LengthLimit, Notes, TableOfRows, count_supervised
+from tokentune.data.answers_apart import AnswersApart
+from tokentune.data.chat.template_files import (
+    AS_IT_IS,
+    SYSTEM_IN_USER,
+    beside_own,
+    load_chat_template,
+    prompt_as_chat_template,
+)
+from tokentune.data.encoding import (
+    END_LOST,
+    TOKENS,
+    EncodingReport,
+    LengthLimit,
+    Notes,
+    TableOfRows,
+    TokenRow,
+    count_supervised,
+)
 from tokentune.data.formats.bad_rows import BadRows
 from tokentune.data.formats.data_formats import FORMATS, Answer, recognised
 from tokentune.data.formats.record_files import chunks
@@ -32,6 +49,7 @@ from tokentune.errors import UserError
 from tokentune.processes import process_count
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
+from tokentune.settings.flags import require
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +78,8 @@ class InstructionData:
     train_report: EncodingReport | None  # of an epoch's rows; None: streamed
     validation_report: EncodingReport | None
     sources: list[SourceReport] = field(default_factory=list)
+    chat_template: str | dict[str, str] | None = None  # writes the prompt that was trained with; saved with the model
+    invocation: tuple[int, ...] | None = None  # in front of each answer, with `--lora_on answers`
 
     @property
     def table(self) -> Dataset | None:
@@ -73,16 +93,18 @@ def load_instruction_data(
     """Reads, encodes and splits the data; shows progress on a terminal.
 
     Args:
-        tokenizer: is given `--chat_template`, and so saves it with the model.
+        tokenizer: with the chat template of conversations, where `--chat_template` names no other.
         template: around instructions.
 
     Raises:
         UserError: data that cannot be found, read, recognised or learnt from; a conversation without a chat template.
     """
-    data = arguments.data
+    data, own = arguments.data, tokenizer.chat_template
+    tokenizer = copy.deepcopy(tokenizer)  # a stream reads with it when the caller's has the template that is saved
     if data.chat_template is not None:
-        tokenizer.chat_template = load_chat_template(data.chat_template)
-    loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run)
+        tokenizer.chat_template = load_chat_template(data.chat_template, tokenizer)
+    apart = arguments.adapters.invocation is not None
+    loader = _Loader(data, tokenizer, template, keep=not arguments.run.dry_run, answers_apart=apart)
     held = None  # opened first: what cannot be found is told before anything is tokenized
     if data.eval_dataset_name_or_path is not None:
         asked = {"split": data.eval_dataset_split, "config": data.eval_dataset_config}
@@ -110,7 +132,9 @@ def load_instruction_data(
         logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
     if data.chat_template is not None and not loader.conversations:
         logger.warning("--chat_template has no effect: the data holds no conversation. It is saved all the same")
-    return InstructionData(train, validation, train_report, validation_report, sources)
+    chat_template = beside_own(loader.chat_template(), own)
+    reports = train_report, validation_report
+    return InstructionData(train, validation, *reports, sources, chat_template, loader.invocation)
 
 
 class _Part(NamedTuple):
@@ -123,37 +147,64 @@ class _Part(NamedTuple):
 
 @dataclass
 class _Loader:
-    """Opens and encodes the data sets of one command line. `keep`: tokens may be written into the cache."""
+    """Opens and encodes the data sets of one command line.
+
+    `keep`: tokens may be written into the cache. `answers_apart`: each answer is a row (`data/answers_apart.py`).
+    """
 
     data: DataArguments
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
     keep: bool
+    answers_apart: bool = False
     conversations: bool = False  # whether one was found
+    invocation: tuple[int, ...] | None = None  # with `answers_apart`, in front of each answer
+    formats: set[str] = field(default_factory=set)
+
+    def chat_template(self) -> str | dict[str, str] | None:
+        """What writes the prompt that is trained with; for texts without prompts the tokenizer's own."""
+        if self.conversations and self.data.system_in_user:
+            return SYSTEM_IN_USER + self.tokenizer.get_chat_template()
+        if self.conversations or self.data.chat_template is not None or self.formats <= {"text"}:
+            return self.tokenizer.chat_template
+        return prompt_as_chat_template(self.template if "alpaca" in self.formats else AS_IT_IS, self.tokenizer)
 
     def load(self, source: RecordSource, fraction: float | None) -> _Part:
         """A data set, encoded: all of it as "train", or with a fraction of it apart as "validation"."""
         folder = cache_folder(self.data.data_cache)
-        key = "" if folder is None else cache_key(source, self.data, self.tokenizer, self.template, fraction)
+        depends_on = source, self.data, self.tokenizer, self.template, fraction
+        key = "" if folder is None else cache_key(*depends_on, answers_apart=self.answers_apart)
         entry = cached(folder, key, lambda target: self._encode(source, fraction, target), source.where, keep=self.keep)
         facts, rows = entry.facts, len(entry.tables["train"])
         reports = {side: EncodingReport(**counts) for side, counts in facts["reports"].items()}
         if left_out := facts["left_out"]:
             logger.warning("%s: %d rows left out, data_source %s", source.name, left_out, " or ".join(DROPPED_SOURCES))
         self.conversations |= facts["conversations"]
+        self.formats.add(facts["format"])
         Notes(facts["notes"]).log(logger)
         BadRows(self.data.bad_rows, **facts["bad"]).settle(source.where, facts["read"])
+        if self.answers_apart:
+            self._invoke_by(tuple(facts["invocation"]), source.where)
         read = f"{facts['read']:,} rows{source.read_from} read"
         told = f"{reports['train']}{facts['passed_over']}"
         logger.info("%s: %s; %s, %s", source.where, read, facts["format"], told)
         lost = left_out, facts["bad"]["count"]
         return _Part(entry.tables, reports, SourceReport(source.flag, source.name, facts["format"], rows, rows, *lost))
 
+    def _invoke_by(self, invocation: tuple[int, ...], where: str) -> None:
+        require(
+            self.invocation in (None, invocation),
+            f"{where}: its answers begin behind other tokens than those of other data sets (--lora_on answers). Bring "
+            "them into one format, or take --lora_on all.",
+        )
+        self.invocation = invocation
+
     def open_stream(self, number: int) -> StreamedSource:
         """The data set of this number, to be read while training."""
         name, chosen = self.data.dataset_name_or_path[number], self.data.chosen(number)
         source = open_source(name, flag=TRAIN_FLAG, streaming=True, **chosen)
         kind = recognised(source, self.data.data_format, whole=False)
+        self.formats.add(kind)
         encoder = RecordEncoder(self.tokenizer, FORMATS[kind], self.template, self.data)
         if (unread := encoder.data_format.unread(source.columns()[0])) is not None:
             logger.warning("%s: %s", source.where, unread)
@@ -175,17 +226,23 @@ class _Loader:
         columns = dict.fromkeys(source.columns()[0])
         if (unread := encode.data_format.unread(columns)) is not None:
             notes.add(logging.WARNING, unread, source.where)
+        apart = None
         records = chunks(source.rows(encode.data_format.columns), CHUNK)
         with killed_workers_told(), tqdm(desc="Tokenizing", unit=" rows", disable=None) as bar:
             if not bar.disable:
                 bar.reset(source.count())
             for chunk in ordered_map(encode, records, worker_count(self.data.tokenize_workers)):
+                good = [row for _, _, row in chunk.rows if isinstance(row, TokenRow)]
+                if self.answers_apart and apart is None and good:
+                    invocation = encode.invocation(good[0], conversations=chunk.conversations)
+                    apart = AnswersApart(invocation, self.tokenizer)
                 for where, side, row in chunk.rows:
                     with bad.catch(where):
                         if isinstance(row, UserError):
                             raise row
-                        if (cut := limits[side](row)) is not None:
-                            tables[side].add(cut)
+                        for part in [row] if apart is None else apart(row, where):
+                            if (cut := limits[side](part)) is not None:
+                                tables[side].add(cut)
                 bar.update(len(chunk.rows) + chunk.left_out)
                 read, left_out = read + len(chunk.rows) + chunk.left_out, left_out + chunk.left_out
                 conversations |= chunk.conversations
@@ -203,6 +260,7 @@ class _Loader:
             "reports": {side: vars(limit.report) for side, limit in limits.items()},
             "bad": {"count": bad.count, "first": bad.first},
             "notes": notes.found,
+            "invocation": None if apart is None else apart.invocation,
         }
         return Entry({side: table.finish() for side, table in tables.items()}, facts)
 

@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from tokentune.data.answers_apart import chat_invocation, template_invocation, text_invocation
 from tokentune.data.chat.templates import ChatEncoder
 from tokentune.data.encoding import Notes, TokenRow
-from tokentune.data.formats.data_formats import SOURCE_COLUMN, Answer, DataFormat, Item
+from tokentune.data.formats.data_formats import FORMATS, SOURCE_COLUMN, Answer, DataFormat, Item
 from tokentune.data.formats.records import DROPPED_SOURCES, Placed
 from tokentune.data.prompts import PromptTemplate, encode_answers
 from tokentune.errors import UserError
@@ -102,6 +103,21 @@ class RecordEncoder:
             notes.update(self._chat.notes)
             self._chat.notes = Notes()
         return [found[n] for n in range(len(items))]
+
+    def invocation(self, row: TokenRow, *, conversations: bool) -> tuple[int, ...]:
+        """The tokens in front of each answer, of conversations or of texts (`data/answers_apart.py`).
+
+        Args:
+            row: one of them.
+
+        Raises:
+            UserError: there are none.
+        """
+        if conversations:
+            return chat_invocation(self._chat)
+        if self.data_format is FORMATS["alpaca"]:
+            return template_invocation(self.template, self.tokenizer)
+        return text_invocation(row, self.tokenizer)
 
     @cached_property
     def _chat(self) -> ChatEncoder:

@@ -38,10 +38,15 @@ def units_of_rows(rows: Any, selection: SelectionArguments, *, lora: bool, causa
         return np.array([of_documents[documents].sum(0) for documents in rows.bins], dtype=np.int64).reshape(-1, 2)
     rows = getattr(rows, "rows", rows)
     lengths = lengths_of(rows)
+    selected = selected_in_rows(rows, lengths, selection, causal=causal)
+    return np.stack([FORWARD * lengths, selected_units(lora=lora) * selected], axis=1)
+
+
+def selected_in_rows(rows: Any, lengths: np.ndarray, selection: SelectionArguments, *, causal: bool) -> np.ndarray:
+    """`selected_of` rows that are not packed, whose targets are counted where they matter."""
     of_answers = selection.tokentune and isinstance(selection.selected, Answers)
     targets = target_counts_of(rows, causal=causal) if of_answers else None
-    selected = selected_of(lengths, targets, selection)
-    return np.stack([FORWARD * lengths, selected_units(lora=lora) * selected], axis=1)
+    return selected_of(lengths, targets, selection)
 
 
 def selected_of(lengths: np.ndarray, targets: np.ndarray | None, selection: SelectionArguments) -> np.ndarray:

@@ -64,11 +64,14 @@ def cache_key(
     tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
     fraction: float | None,
+    *,
+    answers_apart: bool = False,
 ) -> str:
     """The key of a data set's tokens: a hash of its content and of everything that turns it into tokens.
 
     Args:
         fraction: share of the rows that is held out for validation.
+        answers_apart: each answer is a row (`--lora_on answers`).
     """
     chat_template = json.dumps(tokenizer.chat_template)
     flags = ("data_format", "max_length", "long_rows", "add_eos_token", "system_in_user", "bad_rows")
@@ -80,6 +83,7 @@ def cache_key(
         "prompt_template": asdict(template),
         "flags": {name: getattr(data, name) for name in flags},
         "fraction": fraction,
+        "answers_apart": answers_apart,
         "versions": {name: version(name) for name in LIBRARIES},
         "code": [file_hash(file) for file in CODE],
     }

@@ -8,7 +8,7 @@ in float32. Dropout is off: the gradients are to differ by the selection alone.
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +40,21 @@ class Taken:
     seconds: float  # of forward and backward passes, without copying gradients
 
 
-def take_gradient(model: nn.Module, batches: Sequence[Batch], *, items: int, bf16: bool) -> Taken:
+def take_gradient(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    items: int,
+    bf16: bool,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Taken:
     """The gradient of the summed loss over `items`, as the Trainer takes it over the micro-batches of a step.
 
     Args:
         batches: of a collator; with "selected_positions", or what the model draws them from, or neither (all tokens).
         items: what the loss is divided by, over all batches (the Trainer's `num_items_in_batch`).
         bf16: compute in bfloat16 (autocast).
+        after_batch: called after each of the batches.
 
     Raises:
         UserError: the loss, or a gradient, is no finite number.
@@ -74,6 +82,7 @@ def take_gradient(model: nn.Module, batches: Sequence[Batch], *, items: int, bf1
                 real, targets = (mask & ~fillers.to(device) for mask in (real, targets))
         selected += int(real.sum())
         supervised += int(targets.sum())
+        after_batch()
     gradient = {name: _on_cpu(weight) for name, weight in model.named_parameters() if weight.requires_grad}
     model.zero_grad(set_to_none=True)
     if not all(torch.isfinite(tensor).all() for tensor in gradient.values()):

@@ -1,4 +1,4 @@
-"""What `diagnose.py` reports: `diagnosis.json`, a table, and warnings.
+"""What `diagnose.py` reports: `diagnosis.json`, a table, warnings, and a recommendation.
 
 The JSON's schema, version 1. Norms are in nats per token per unit of weight; a *ratio* is a norm over the full
 gradient's, 1 its size; null: not defined (the full gradient is zero there).
@@ -25,6 +25,9 @@ gradient's, 1 its size; null: not defined (the full gradient is zero there).
                              noisy as one row of this (a share; formula in `gradients/draw_statistics.py`)
         by_layer             [{layer (from 0), figures}]
         by_kind              [{kind (of module; "adapter of ..." with LoRA), figures}]
+    recommendation           {strategy, correction, proportion, time_ratio (seconds of a step over full.seconds),
+                             saved_ratio, effective_batch, pays_in_time (whether it gets more out of the time than full
+                             training), message}; null but for the message where nothing can be recommended
     warnings                 [{sign, strategy, correction, proportion, message}]
     device                   {type, name, count}: GPU, or the CPU with its threads
     versions                 {tokentune, python, and each library}
@@ -51,6 +54,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokentune.environment import device_facts, library_versions
+from tokentune.gradients.recommendation import recommend
 from tokentune.sampling.independent import why_not_independent
 from tokentune.sampling.schedule import parse_prefix_length
 from tokentune.settings.diagnose import DiagnoseArguments, Setting, named
@@ -67,12 +71,14 @@ LEAST_CORRECTED = 0.2  # proportion: below, a corrected gradient's variance is m
 def build_report(arguments: DiagnoseArguments, **measured: Any) -> dict[str, Any]:
     """The report, as the schema above has it. `measured`: its `model`, `data`, `full` and `results`."""
     data = measured["data"]
+    warnings = [warning for result in measured["results"] for warning in failure_signs(result, data)]
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": arguments.settings(),
         **measured,
-        "warnings": [warning for result in measured["results"] for warning in failure_signs(result, data)],
+        "recommendation": recommend(measured["full"], measured["results"], warnings),
+        "warnings": warnings,
         "device": device_facts(),
         "versions": library_versions(),
     }
@@ -102,7 +108,7 @@ def failure_signs(result: dict[str, Any], data: dict[str, Any]) -> list[dict[str
             f"below {LEAST_PROPORTION:.0%} of the tokens the results of the paper's models fall off: select more"
         )
     if share < LEAST_SUPERVISED:
-        cure = "compare --strategies supervised"
+        cure = "compare --selections supervised"
         if result["supervised_selected"] >= ALL_TARGETS * data["supervised_tokens"]:
             cure = "all that have one are selected, and a smaller proportion would do"
         signs["no_loss"] = (

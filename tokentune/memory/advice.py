@@ -61,7 +61,7 @@ def _changes(arguments: Arguments, shape: tuple[int, int]) -> Iterator[Change]:
     """What could be changed."""
     sequences, tokens = shape
     selection, lora, optimization = arguments.selection, arguments.adapters.lora, arguments.optimization
-    in_backward, accumulation = optimization.optim_in_backward, optimization.gradient_accumulation_steps
+    in_backward, accumulation = optimization.optim_in_backward, optimization.accumulation
     changed = arguments.changed
     if not selection.tokentune:
         yield "--tokentune --prefix_length 0.3", changed(tokentune=True, selected=0.3, prefix_length="0.3"), shape

@@ -49,6 +49,7 @@ def with_answers(subject: Subject, arguments: EstimateArguments, *, length_is_gi
 
 
 def _rows(arguments: EstimateArguments, subject: Subject) -> object:
+    """The encoded rows; `arguments` are told what stands in front of their answers, with `--lora_on answers`."""
     model = arguments.model
     name = model.model_name_or_path
     if name in PRESETS or name.endswith(".json"):
@@ -59,4 +60,6 @@ def _rows(arguments: EstimateArguments, subject: Subject) -> object:
     template = PromptTemplate.load(arguments.data.prompt_template_name_or_path)
     tokenizer = load_tokenizer(name, trust_remote_code=model.trust_remote_code)
     ensure_pad_token(tokenizer, subject.config.get_text_config().vocab_size)
-    return load_instruction_data(arguments, tokenizer, template).train
+    data = load_instruction_data(arguments, tokenizer, template)
+    arguments.set_invocation(data.invocation)
+    return data.train

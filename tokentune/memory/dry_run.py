@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+import numpy as np
 from transformers import PreTrainedConfig
 
 from tokentune.core.layers import inner_model
 from tokentune.core.saved_tensors.saved_bytes import gib
-from tokentune.data.row_sizes import lengths_of, target_counts_of
-from tokentune.data.step_work import selected_of
+from tokentune.data.row_sizes import lengths_of
+from tokentune.data.step_work import selected_in_rows
 from tokentune.errors import UserError
 from tokentune.memory.longest_rows import row_lengths
 from tokentune.memory.report import Run
+from tokentune.models.tasks import CAUSAL_LM, Head
 from tokentune.settings.finetune import Arguments
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
@@ -21,34 +23,38 @@ from tokentune.training.trainer_arguments import Extent
 
 def say_plan(
     trainer: SelectiveTrainer,
-    rows: Dataset | None,
+    rows: Any,
     data: Mapping[str, object],
     arguments: Arguments,
     config: PreTrainedConfig,
     run_folder: Path,
+    head: Head = CAUSAL_LM,
 ) -> None:
     """Prints what the run would do.
 
     Args:
         trainer: ready for `train()`.
-        rows: encoded, not packed; None if they are streamed.
-        data: what is said of it, by the names of lines; None: nothing.
+        rows: encoded, not packed, or images; None if they are streamed.
+        data: what is said of it, and of the disk, by the names of lines; None: nothing.
         config: of the base model.
     """
     if not trainer.is_world_process_zero():
         return
     lines = {"model": _model(trainer)}
-    lines |= {name: str(said) for name, said in data.items() if said is not None}
+    lines |= {name: str(said).replace("\n", " ") for name, said in data.items() if said is not None}
     lines["steps"] = _steps(trainer)
     longest = arguments.data.max_length
     if rows is not None:
-        lines["tokens"] = _tokens(rows, arguments)
-        longest = int(row_lengths(trainer.train_dataset).max())
-    lines["memory"] = _memory(trainer, longest, arguments, config)
+        images = inner_model(trainer.model).main_input_name == "pixel_values"
+        lengths = np.full(len(rows), trainer.data_collator.tokens_per_image) if images else lengths_of(rows)
+        lines["tokens"] = _tokens(rows, lengths, arguments, causal=trainer.causal)
+        longest = int((lengths if images else row_lengths(trainer.train_dataset)).max())
+    lines["memory"] = _memory(Run(arguments, config, trainer, head), longest)
     lines["run folder"] = str(run_folder)
     width = max(map(len, lines)) + 2
     print("\n".join(f"{name:{width}}{text}" for name, text in lines.items()))
-    print("dry run: nothing was trained, and no folder made (tokens may be kept for the run: --data_cache)")
+    kept = " (tokens may be kept for the run: --data_cache)" if trainer.causal else ""
+    print(f"dry run: nothing was trained, and no folder made{kept}")
 
 
 def _model(trainer: SelectiveTrainer) -> str:
@@ -71,25 +77,25 @@ def _steps(trainer: SelectiveTrainer) -> str:
     return f"{extent.steps:,} of {micro * accumulation * settings.world_size} rows ({batch}){epochs}"
 
 
-def _tokens(rows: Dataset, arguments: Arguments) -> str:
-    lengths, selection = lengths_of(rows), arguments.selection
-    total = int(lengths.sum())
+def _tokens(rows: Any, lengths: np.ndarray, arguments: Arguments, *, causal: bool) -> str:
+    selection, total = arguments.selection, int(lengths.sum())
     said = f"{total:,} in an epoch, at most {lengths.max():,} in a row"
     if not selection.tokentune:
         return f"{said}; all get gradients"
-    chosen = int(selected_of(lengths, target_counts_of(rows, causal=True), selection).sum())
+    chosen = int(selected_in_rows(rows, lengths, selection, causal=causal).sum())
     most = "at most " if selection.schedule is not None else ""
     return f"{said}; {most}{chosen:,} of them selected for gradients ({chosen / total:.1%})"
 
 
-def _memory(trainer: SelectiveTrainer, longest: int, arguments: Arguments, config: PreTrainedConfig) -> str:
+def _memory(run: Run, longest: int) -> str:
     """The footprint of a step on the longest rows, estimated on tensors without data."""
-    sequences = trainer.args.per_device_train_batch_size
+    settings = run.trainer.args
+    sequences = settings.per_device_train_batch_size
     try:
-        found = Run(arguments, config, trainer).estimator()(arguments, (sequences, longest))
+        found = run.estimator()(run.given, (sequences, longest))
     except UserError as error:
         return f"not estimated: {first_line(error)}"
     return (
         f"{gib(found.peak)} at the peak of a step of {sequences} x {longest:,} tokens, {gib(found.activations)} of it "
-        f"kept for the backward pass (estimated for {'the GPU' if trainer.args.device.type == 'cuda' else 'the CPU'})"
+        f"kept for the backward pass (estimated for {'the GPU' if settings.device.type == 'cuda' else 'the CPU'})"
     )

@@ -28,7 +28,7 @@ def batch_without_data(
         ids = torch.ones(rows, length, dtype=torch.int64, device=device)
         batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
         if core.main_input_name == "pixel_values":
-            raise NotImplementedError("images")
+            raise UserError("steps on images cannot be run without data")
         if core.can_generate():
             batch["num_items_in_batch"] = rows * (length - 1)
         else:
@@ -41,6 +41,9 @@ def batch_without_data(
         elif selection.tokentune:
             count = count_of_row(selection, length, answer_share)
             positions = torch.arange(count, device=device) * length // count
+            if arguments.adapters.invocation is not None:  # adapters act on the selected tokens, the last ones
+                positions = torch.arange(length - count, length, device=device)
+                batch["alora_offsets"] = [count] * rows
             batch["selected_positions"] = positions.expand(rows, -1).clone()
             if corrects:
                 known = torch.full((rows, count), count / length, device=device)

@@ -46,6 +46,7 @@ from tokentune.models.builder import adapt_and_patch, autocast_dtype, base_dtype
 from tokentune.models.pretrained import load_config, nf4
 from tokentune.models.tasks import CAUSAL_LM, Head, head_modules
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.model import RUN_WITHOUT_DATA
 from tokentune.sources import first_line
 from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
@@ -82,6 +83,11 @@ def estimator(
 
     def estimate(arguments: Arguments, shape: tuple[int, int], depth: int | None = None) -> Footprint:
         known, model = profile, arguments.model
+        if model.attn_implementation not in (None, *RUN_WITHOUT_DATA):
+            raise UserError(
+                f"the kernels of --attn_implementation {model.attn_implementation} run on real tensors alone, and an "
+                "estimate has none; it can be made for sdpa"
+            )
         options = {"device": device, "head": head, "processes": processes, "engine": engine}
         options["answer_share"] = answer_share
         try:
@@ -129,6 +135,8 @@ def measure(
     """
     if arguments.selection.takes_answers and answer_share is None:
         raise unknown_answers(arguments)
+    if not arguments.selection.tokentune:  # LoRA stands for peft's activated one, whose shapes depend on token ids
+        arguments = arguments.changed(invocation=None)
     model = skeleton(config, arguments, head, profile)
     sharing = None if engine is None else Sharing(model, arguments, processes, engine)
     if engine == "fsdp" and arguments.selection.tokentune and arguments.memory.checkpoint_rest == "auto":
@@ -153,7 +161,7 @@ def measure(
             fill_states(optimizer, trained)
             live.claim(OPTIMIZER, states_of(optimizer))
             model.zero_grad()
-            if arguments.optimization.gradient_accumulation_steps > 1:  # those of earlier micro-batches
+            if arguments.optimization.accumulation > 1:  # those of earlier micro-batches
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
             live.claim(GRADIENTS, [parameter.grad for parameter in trained if parameter.grad is not None])

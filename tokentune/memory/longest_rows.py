@@ -26,7 +26,8 @@ def longest_batch(
     if hasattr(rows, "__len__"):
         items = _longest(rows, sequences)
         if arguments.selection.takes_answers:
-            items[0] = _with_targets(items[0], int(row_targets(rows).max()))
+            beside = len(arguments.selection.selected.invocation)  # selected too
+            items[0] = _with_targets(items[0], int(row_targets(rows).max()) + beside)
     else:  # a stream: as long as its rows can be
         length = arguments.data.max_length
         item = {"input_ids": [0] * length, "labels": [0] * length, "draw_seed": 0}

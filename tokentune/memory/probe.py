@@ -3,9 +3,9 @@
     B sequences, S tokens
 
 The longest micro-batch takes one step (`memory/trial_step.py`), the longest batch of the validation one forward pass.
-If memory runs out, the run ends with the flags that would make it fit and what each saves. `--auto_micro_batch` takes
-the largest micro-batch that fits. The global batch stays, and so does its gradient, up to the order of sums: the loss
-of each micro-batch is divided by the targets of all (`training/trainer.py`).
+If memory runs out, the run ends with the flags that would make it fit and what each saves. Without
+`--gradient_accumulation_steps` the largest micro-batch that fits is taken. The global batch stays, and so does its
+gradient, up to the order of sums: each micro-batch's loss is divided by the targets of all (`training/trainer.py`).
 
 On a GPU the allocator raises an error. On a CPU the system may kill the process without a message, so there the step
 is estimated first (`memory/footprint.py`), unless a generous bound already fits.
@@ -29,6 +29,8 @@ from tokentune.memory.longest_rows import longest_batch, longest_validation_batc
 from tokentune.memory.report import Run, out_of_memory
 from tokentune.memory.trial_step import try_batch
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.flags import AUTO, require
+from tokentune.sources import first_line
 from tokentune.training.checkpoints.run_state import read_run_state
 from tokentune.training.trainer import SelectiveTrainer
 
@@ -38,6 +40,10 @@ _ESTIMATE_ERROR = 0.02  # of an estimate on the CPU
 # For `generous_bytes`; no step that was measured held more than a third of it. Numbers per token, for each row and
 # column of a weight matrix; bytes per byte of a trained weight in float32.
 _GENEROUS_NUMBERS, _GENEROUS_WEIGHTS = 6, 6
+
+
+class _UnknownNeedError(UserError):
+    """What a step takes is not known, and it cannot be tried."""
 
 
 def probe_memory(trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig) -> int | None:
@@ -81,46 +87,99 @@ def probe_memory(trainer: SelectiveTrainer, arguments: Arguments, config: PreTra
 def choose_micro_batch(
     trainer: SelectiveTrainer, arguments: Arguments, config: PreTrainedConfig, checkpoint: Path | None = None
 ) -> int:
-    """Sets the trainer's micro-batch and accumulation to the largest micro-batch that fits, and returns its rows.
+    """Sets the trainer's micro-batch and accumulation where the flags leave them to be found; returns its rows.
 
-    Divisors of the rows per process are tried: on a GPU by a step on the longest rows, on a CPU by estimates.
+    Divisors of the rows per process are tried: on a GPU by a step on the longest rows, on a CPU by estimates. Those
+    take seconds, so without `--auto_micro_batch` a generous bound decides on a CPU, if it lets one row fit.
 
     Args:
         trainer: before `train()`; its micro-batches hold all rows of a process, or a part of them.
         checkpoint: that training goes on from, with its micro-batch: another one would round differently.
 
     Raises:
-        UserError: not even one row fits; with what would make it fit.
+        UserError: not even one row fits, with what would make it fit; `--auto_micro_batch` where no batch can be tried.
     """
-    rows = arguments.optimization.global_batch_size // trainer.args.world_size
-    if checkpoint is not None:
+    rows, asked = arguments.optimization.global_batch_size // trainer.args.world_size, arguments.run.auto_micro_batch
+    given = trainer.args.per_device_train_batch_size
+    if arguments.optimization.gradient_accumulation_steps != AUTO or given == 1:
+        return given
+    run = Run(arguments, config, trainer)
+    reason = _why_one_micro_batch(run)
+    if reason is None and checkpoint is not None:
         before = read_run_state(checkpoint)["batch"]["sequences"]
         if rows % before == 0:
-            trainer.set_micro_batch(before, rows // before)
-            logger.info("--auto_micro_batch: %d sequences, as in %s", before, checkpoint)
-            return before
-    run = Run(arguments, config, trainer)
-    if reason := _why_not_tried(run):
-        raise UserError(f"--auto_micro_batch cannot try a batch: {reason}. Give --gradient_accumulation_steps instead")
-    tried: list[int] = []
-
-    def whether_fits(count: int) -> bool:
-        tried.append(count)
-        trainer.set_micro_batch(count, rows // count)
-        vote = torch.tensor([int(_fits(run, count))], device=trainer.args.device)
-        # All processes take the same micro-batch.
-        return int(trainer.accelerator.reduce(vote, "sum")) == trainer.args.world_size
-
-    best = last_that_fits([count for count in range(1, rows + 1) if rows % count == 0], whether_fits)
+            return _taken(trainer, before, f"as in {checkpoint}")
+    reason = reason or _why_not_tried(run)
+    require(
+        not (asked and reason),
+        f"--auto_micro_batch cannot try a batch: {reason}. Give --gradient_accumulation_steps instead",
+    )
+    if reason := reason or ("--skip_memory_probe" if arguments.run.skip_memory_probe and not asked else None):
+        return _taken(trainer, rows, reason)
+    try:
+        best, tried = _largest(run, [count for count in range(1, rows + 1) if rows % count == 0], exactly=asked)
+    except _UnknownNeedError as error:
+        if asked:
+            raise UserError(f"--auto_micro_batch: {error}") from error
+        return _taken(trainer, rows, first_line(error))
     if best is None:
         _, shape = longest_batch(trainer, arguments, 1)
         raise _does_not_fit(run, shape)
-    trainer.set_micro_batch(best, rows // best)
-    logger.info(
-        "--auto_micro_batch: %d sequences, %d micro-batches a step (looked at %s)",
-        *(best, rows // best, ", ".join(map(str, tried))),
-    )
-    return best
+    return _taken(trainer, best, f"looked at {', '.join(map(str, tried))}")
+
+
+def _taken(trainer: SelectiveTrainer, sequences: int, why: str) -> int:
+    accumulation = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps // sequences
+    trainer.set_micro_batch(sequences, accumulation)
+    said = "auto: --gradient_accumulation_steps %d, %d sequences in a micro-batch (%s)"
+    logger.info(said, accumulation, sequences, why)
+    return sequences
+
+
+def _why_one_micro_batch(run: Run) -> str | None:
+    """What keeps the steps of this run from being split into micro-batches by itself; None: nothing does."""
+    arguments, trainer = run.given, run.trainer
+    if arguments.optimization.optim_in_backward:
+        return "--optim_in_backward applies each gradient at once"
+    if arguments.data.streaming:
+        return "--streaming makes its batches as it reads them"
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed's batches are set before the model is there"
+    if not trainer.model_accepts_loss_kwargs:
+        return "the model does not take num_items_in_batch, and micro-batches would weigh the same"
+    return None
+
+
+def _largest(run: Run, counts: Sequence[int], *, exactly: bool) -> tuple[int | None, list[int]]:
+    """The largest of these micro-batches that fits, None where none does; and those that were looked at.
+
+    Raises:
+        _UnknownNeedError: what a step takes cannot be told without a risk.
+    """
+    trainer, tried = run.trainer, []
+    rows, processes = counts[-1], trainer.args.world_size
+
+    def by(fits: Callable[[Run, int], bool | None]) -> Callable[[int], bool]:
+        def whether_fits(count: int) -> bool:
+            tried.append(count)
+            trainer.set_micro_batch(count, rows // count)
+            found = fits(run, count)
+            # All processes take the same micro-batch, and end the search together.
+            vote = torch.tensor([-processes if found is None else int(found)], device=trainer.args.device)
+            votes = int(trainer.accelerator.reduce(vote, "sum"))
+            if votes < 0:
+                raise _UnknownNeedError(
+                    "a step of this model cannot be estimated; tried on a CPU it may end the process.\n"
+                    "Give --gradient_accumulation_steps."
+                )
+            return votes == processes
+
+        return whether_fits
+
+    best = None
+    if trainer.args.device.type == "cpu" and not exactly:
+        best = last_that_fits(counts, by(_fits_by_far), len(counts) - 1)
+    return best or last_that_fits(counts, by(_fits)), tried
 
 
 def last_that_fits(values: Sequence[Value], whether_fits: Callable[[Value], bool], start: int = 0) -> Value | None:
@@ -145,7 +204,8 @@ def last_that_fits(values: Sequence[Value], whether_fits: Callable[[Value], bool
     return None if low < 0 else values[low]
 
 
-def _fits(run: Run, count: int) -> bool:
+def _fits(run: Run, count: int) -> bool | None:
+    """Whether a micro-batch of so many rows fits; None: that cannot be told without a risk."""
     batch, shape = longest_batch(run.trainer, run.given, count)
     room = room_of(run.trainer)
     if run.trainer.args.device.type != "cpu":
@@ -153,11 +213,13 @@ def _fits(run: Run, count: int) -> bool:
         return peak is not None and fits(peak, room)
     try:
         return fits(estimated_peak(run, shape, room), room)
-    except UserError as error:
-        raise UserError(
-            "--auto_micro_batch: a step of this model cannot be estimated; tried on a CPU it may end the process.\n"
-            "Give --gradient_accumulation_steps instead."
-        ) from error
+    except UserError:
+        return None
+
+
+def _fits_by_far(run: Run, count: int) -> bool:
+    _, shape = longest_batch(run.trainer, run.given, count)
+    return generous_bytes(run.trainer.model, shape) <= room_of(run.trainer)
 
 
 def _why_not_tried(run: Run) -> str | None:

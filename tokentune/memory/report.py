@@ -45,7 +45,7 @@ class Run:
 
     @property
     def arguments(self) -> Arguments:
-        """The flags, with the accumulation that `--auto_micro_batch` may have found."""
+        """The flags, with the accumulation that `auto` came to."""
         if self.trainer is None:
             return self.given
         return self.given.changed(gradient_accumulation_steps=self.trainer.args.gradient_accumulation_steps)

@@ -132,7 +132,7 @@ class Sharing:
 
     @property
     def _micro_batches(self) -> int:
-        return self.arguments.optimization.gradient_accumulation_steps
+        return self.arguments.optimization.accumulation
 
 
 def _units(model: nn.Module, processes: int, compute: torch.dtype | None) -> tuple[list[_Unit], _Unit, _Unit, _Unit]:

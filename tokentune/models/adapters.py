@@ -81,6 +81,7 @@ def add_adapters(
     target_modules: Sequence[str],
     quantized: bool,
     head: Head = CAUSAL_LM,
+    invocation: Sequence[int] | None = None,
 ) -> "PeftModel":
     """Freezes the base and adds float32 LoRA adapters to the named layers; the base keeps its types.
 
@@ -94,6 +95,7 @@ def add_adapters(
         target_modules: ends of layer paths (`down_proj`, `mlp.down_proj`), or `all-linear`.
         quantized: the base is in 4 bits.
         head: of the model; a new one is trained whole, and saved with the adapters.
+        invocation: token ids; where they are given, adapters act from their last occurrence in a row on.
 
     Returns:
         The same model in peft's wrapper, with only the adapters (and a new head) trainable.
@@ -114,12 +116,16 @@ def add_adapters(
         bias="none",
         task_type=head.adapter_task,
         modules_to_save=head_modules(model) if head.is_new else None,
+        alora_invocation_tokens=None if invocation is None else [*invocation],
         exclude_modules=(_return_more(model) or None) if targets == "all-linear" else None,
     )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:  # of some of an expert's fused weights without the others, for one
-        raise UserError(f"--lora_target_modules {' '.join(target_modules)}: peft refuses this: {error}") from error
+        alone = "" if invocation is None else ". With --lora_on answers take linear layers alone, outside of experts"
+        raise UserError(
+            f"--lora_target_modules {' '.join(target_modules)}: peft refuses this: {error}{alone}"
+        ) from error
     _set_dropout(adapted, dropout)
     return adapted
 

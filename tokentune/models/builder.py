@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,13 +10,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tokentune.api import apply_tokentune
+from tokentune.core.activated_lora import take_over_recomputation
 from tokentune.core.compat.fsdp import made_whole
-from tokentune.core.layers import inner_model
+from tokentune.core.layers import inner_model, transformer_layers
 from tokentune.core.loss import take_loss_in_chunks
 from tokentune.core.patched import reference_of
 from tokentune.core.scoring_pass import ScoringOptions
 from tokentune.errors import UnsupportedModelError, UserError
 from tokentune.models.adapters import add_adapters, say_adapters
+from tokentune.models.constant_prompts import check_constant_prompts
 from tokentune.models.pretrained import (
     NO_WEIGHTS,
     check_quantization,
@@ -169,7 +172,10 @@ def adapt_and_patch(
             target_modules=adapters.lora_target_modules,
             quantized=adapters.qlora,
             head=head,
+            invocation=adapters.invocation,
         )
+        if adapters.invocation is not None:
+            check_constant_prompts(model, arguments.data.max_length)
     if arguments.selection.tokentune:
         make_selective(model, arguments, reference)
     elif arguments.memory.chunked_loss == "on":
@@ -181,7 +187,11 @@ def adapt_and_patch(
             raise UserError(f"--chunked_loss on: {error}") from error
         take_loss_in_chunks(core)
     if arguments.memory.gradient_checkpointing:
-        enable_checkpointing(model)
+        activated = adapters.invocation is not None
+        # peft forgets where adapters act in a layer whose input has no gradient.
+        enable_checkpointing(model, inputs_with_gradients=activated and not arguments.selection.tokentune)
+        if activated:
+            model.register_forward_hook(_without_recomputation)
     return model
 
 
@@ -192,7 +202,7 @@ def make_selective(model: nn.Module, arguments: Arguments, reference: PreTrained
     if selection.scoring_pass:
         _check_look(arguments, model)
         if selection.scored:  # the model itself draws, by the scores
-            options |= {"prefix_length": selection.selected, "strategy": selection.selection}
+            options |= {"prefix_length": selection.selected, "selection": selection.selection}
         reference = reference_of(model) if reference is None else reference
         options["scoring_pass"] = ScoringOptions(selection.selection_draw, selection.selection_layers, reference)
     # ZeRO-3 gathers the head's weights in each of its calls, on all processes, whose numbers of chunks differ.
@@ -267,17 +277,29 @@ def load_reference(arguments: Arguments, dtype: torch.dtype) -> PreTrainedModel:
     return reference.requires_grad_(False).eval()
 
 
-def enable_checkpointing(model: nn.Module) -> None:
-    """Turns gradient checkpointing on; UserError where the model has none."""
+def enable_checkpointing(model: nn.Module, *, inputs_with_gradients: bool = False) -> None:
+    """Turns gradient checkpointing on; UserError where the model has none.
+
+    Args:
+        inputs_with_gradients: of the first layer too.
+    """
     core = inner_model(model)
     try:
         enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
         enable()  # (the second name is that of transformers below 5.23)
     except ValueError as error:
         raise UserError(f"--gradient_checkpointing: {type(core).__name__} does not support it") from error
-    if hasattr(core, "_require_grads_hook"):
+    if inputs_with_gradients:
+        core.enable_input_require_grads()
+    elif hasattr(core, "_require_grads_hook"):
         # Gradients of the embeddings' output, which transformers asks for on behalf of reentrant checkpointing.
         core.disable_input_require_grads()
+
+
+def _without_recomputation(model: nn.Module, *_: Any) -> None:
+    """After a forward pass without gradients, as of a validation."""
+    if not torch.is_grad_enabled():
+        take_over_recomputation(transformer_layers(inner_model(model)).layers)
 
 
 @contextmanager

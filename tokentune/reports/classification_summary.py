@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from tokentune.data.labelled.encoding import Encoded
 from tokentune.data.labelled.labels import Labels
+from tokentune.data.labelled.splits import ClassificationData
 from tokentune.data.row_sizes import target_counts_of
 from tokentune.environment import device_facts, library_versions
 from tokentune.file_names import PREDICTIONS_NAME
@@ -33,24 +34,25 @@ SHOWN = ("seconds_per_step", "saved_for_backward_bytes", "peak_memory_bytes", "s
 def seed_summary(
     trainer: SelectiveTrainer,
     arguments: ClassificationArguments,
-    splits: dict[str, Encoded | None],
+    data: ClassificationData,
     model_facts: dict[str, Any],
     metric: str,
+    test: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of a seed's `training_summary.json`.
 
     Args:
-        splits: "train", "validation" and "test".
         model_facts: as `summary.build_summary`.
         metric: of the score.
+        test: in the first process, {metric, score, metrics} of the test data; None: it has no labels.
     """
     counts = trainer.figures.tokens
-    labels = labels_seen(trainer, arguments, splits["train"])
+    labels = labels_seen(trainer, arguments, data.train)
     epochs = {entry["step"]: entry["epoch"] for entry in trainer.state.log_history if "eval_loss" in entry}
     evaluations = [{"step": step, "epoch": epochs[step]} | figures for step, figures in trainer.figures.evaluations]
     best = (min if metric in LOWER_IS_BETTER else max)(evaluations, key=lambda entry: entry[metric])
     figures = {name: value for name, value in best.items() if name not in ("step", "epoch")}
-    reports = {name: split and split.report for name, split in splits.items()}
+    reports = {name: split and split.report for name, split in data.splits.items()}
     trained = counts["selected_supervised"]
     tokens = {name: counts[name] for name in ("processed", "selected")} | {"labels": labels, "selected_labels": trained}
     return run_facts(trainer, arguments, model_facts, reports, tokens) | {
@@ -58,6 +60,7 @@ def seed_summary(
         "evaluations": evaluations,
         "metric": metric,
         "best": {"step": best["step"], "score": best[metric], "metrics": figures},
+        "test": gather_object([test])[0],
         "seconds_per_step": statistics.median(trainer.figures.step_seconds),
     }
 
@@ -92,11 +95,12 @@ def scores_over_seeds(
             "train_rows": summary["data"]["train"]["rows"],
             "steps": summary["optimizer_steps"],
             "best_step": summary["best"]["step"],
+            "test": summary["test"],
             "folder": summary["run_folder"],
         }
         for summary in summaries
     ]
-    scores = [entry["score"] for entry in seeds]
+    tests = [entry["test"]["score"] for entry in seeds if entry["test"] is not None]
     size = str(selection.selected) if isinstance(selection.selected, Answers) else selection.selected
     return {
         "schema_version": SCHEMA_VERSION,
@@ -110,8 +114,8 @@ def scores_over_seeds(
             "lora": arguments.adapters.lora,
         },
         "seeds": seeds,
-        "mean": statistics.fmean(scores),
-        "standard_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+        **_over_seeds([entry["score"] for entry in seeds]),
+        "test": _over_seeds(tests) if tests else None,
         "settings": arguments.settings(),
         "device": device_facts(),
         "versions": library_versions(),
@@ -124,6 +128,11 @@ def best_folder(scores: dict[str, Any]) -> Path:
     return Path(best(scores["seeds"], key=lambda seed: seed["score"])["folder"])
 
 
+def _over_seeds(scores: list[float]) -> dict[str, float | None]:
+    deviation = statistics.stdev(scores) if len(scores) > 1 else None
+    return {"mean": statistics.fmean(scores), "standard_deviation": deviation}
+
+
 def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -> None:
     """Writes `predictions.jsonl`: one line for each row of the test data."""
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
@@ -132,11 +141,19 @@ def write_predictions(predictions: Iterable[dict[str, Any]], run_folder: Path) -
 
 def said(scores: dict[str, Any]) -> str:
     """One line for the log: the score of every seed, mean and standard deviation, the share of labels trained on."""
-    each = ", ".join(f"{entry['score']:.4f} (seed {entry['seed']})" for entry in scores["seeds"])
-    parts = [f"{scores['task']} {scores['metric']}: {each}"]
-    if scores["standard_deviation"] is not None:
-        parts.append(f"mean {scores['mean']:.4f}, standard deviation {scores['standard_deviation']:.4f}")
-    shares = [entry["share_of_labels_trained"] for entry in scores["seeds"]]
+    seeds = scores["seeds"]
+    parts = [f"{scores['task']} {scores['metric']}: {_said([entry['score'] for entry in seeds], seeds, scores)}"]
+    if (test := scores["test"]) is not None:
+        each = _said([entry["test"]["score"] for entry in seeds], seeds, test)
+        parts.append(f"test {seeds[0]['test']['metric']}: {each}")
+    shares = [entry["share_of_labels_trained"] for entry in seeds]
     if None not in shares and (share := statistics.fmean(shares)) < 1:
         parts.append(f"{share:.1%} of the labels were learnt from")
     return "; ".join(parts)
+
+
+def _said(scores: list[float], seeds: list[dict[str, Any]], over: dict[str, Any]) -> str:
+    each = ", ".join(f"{score:.4f} (seed {entry['seed']})" for score, entry in zip(scores, seeds, strict=True))
+    if over["standard_deviation"] is None:
+        return each
+    return f"{each}; mean {over['mean']:.4f}, standard deviation {over['standard_deviation']:.4f}"

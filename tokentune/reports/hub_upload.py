@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from tokentune.errors import UserError
-from tokentune.file_names import CARD_NAME, CURVES_NAME, RUN_CONFIG_NAME, SUMMARY_NAME
+from tokentune.file_names import BASE_FINGERPRINT_NAME, CARD_NAME, CURVES_NAME, RUN_CONFIG_NAME, SUMMARY_NAME
 from tokentune.reports.model_card import model_name, shown
 from tokentune.sources import error_chain, first_line
 
@@ -36,6 +36,7 @@ BELONGS = (
     *(CARD_NAME, RUN_CONFIG_NAME, SUMMARY_NAME, CURVES_NAME, "merge_summary.json"),
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
+    BASE_FINGERPRINT_NAME,
     *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja"),

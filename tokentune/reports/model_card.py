@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tokentune.card_file import MARK, own_card
 from tokentune.core.saved_tensors.saved_bytes import gib
-from tokentune.file_names import CARD_NAME
+from tokentune.file_names import CARD_NAME, CHAT_TEMPLATE_NAME
 from tokentune.models.tasks import CAUSAL_LM, HEADS
 from tokentune.sampling.strategies import REGISTRY
 from tokentune.settings.run import STARTING
@@ -97,6 +97,7 @@ def _write(path: Path, name: str, summary: Summary | None, merged: Summary | Non
         base=base,
         data_names=datasets,
         auto_class=HEADS.get((merged or settings).get("task_type"), CAUSAL_LM).auto_class.__name__,
+        chats=(path.parent / CHAT_TEMPLATE_NAME).is_file(),
         scored=strategy is not None and strategy.needs,
         # those that say what was done, not how the run was started
         flags={flag: value for flag, value in flags.items() if value not in (None, [], "") and flag not in STARTING},
@@ -120,18 +121,24 @@ def _names(settings: Summary, flag: str) -> list[str]:
 
 
 def _eval_results(summary: Summary) -> list[EvalResult] | None:
-    """The validation loss, or of a classifier the score that chose its checkpoint."""
+    """The validation loss, or of a classifier the score that chose its checkpoint, and that of the test data."""
+    found = []
     if summary.get("best"):
-        metric, value = summary["metric"], summary["best"]["score"]
+        found.append(("validation", summary["metric"], summary["best"]["score"]))
     elif summary.get("validation_loss"):
-        metric, value = "loss", summary["validation_loss"]["final"]
-    else:
-        return None
+        found.append(("validation", "loss", summary["validation_loss"]["final"]))
+    if summary.get("test"):
+        found.append(("test", summary["test"]["metric"], summary["test"]["score"]))
     settings = summary["settings"]
-    names = _names(settings, "eval_dataset_name_or_path") or _names(settings, "dataset_name_or_path")
-    name = " + ".join(map(shown, names))
-    where = {"dataset_name": name, "dataset_type": name, "dataset_split": "validation"}
-    return [EvalResult(task_type=_task(settings), metric_type=metric, metric_name=metric, metric_value=value, **where)]
+    results, own = [], _names(settings, "dataset_name_or_path")
+    for split, metric, value in found:
+        flag = f"{'eval' if split == 'validation' else split}_dataset_name_or_path"
+        name = " + ".join(map(shown, _names(settings, flag) or own))
+        where = {"dataset_name": name, "dataset_type": name, "dataset_split": split}
+        results.append(
+            EvalResult(task_type=_task(settings), metric_type=metric, metric_name=metric, metric_value=value, **where)
+        )
+    return results or None
 
 
 def link(name: str, kind: str = "") -> str:

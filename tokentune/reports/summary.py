@@ -65,6 +65,7 @@ def run_facts(
         "run_folder": trainer.args.output_dir,
         "seed": arguments.optimization.seed,
         "settings": arguments.settings(),
+        "auto": trainer.auto_values,
         "model": model_facts,
         "data": {name: None if report is None else asdict(report) for name, report in reports.items()},
         "optimizer_steps": trainer.state.global_step,
@@ -88,7 +89,7 @@ def run_facts(
 def warn_without_gain(summary: dict[str, Any]) -> None:
     """Warns if the saved weights are no better on the validation data than the model before training."""
     losses = summary["validation_loss"]
-    if losses is not None and losses["final"] >= losses["base"]:
+    if losses is not None and losses["base"] is not None and losses["final"] >= losses["base"]:
         logger.warning(
             "the validation loss did not fall: %.4f before training, %.4f of what is saved (step %d)",
             *(losses["base"], losses["final"], summary["saved_step"]),
@@ -139,7 +140,7 @@ def _validation(losses: list[tuple[int, float]], saved_step: int) -> dict[str, A
         return None
     steps = [{"step": step, "loss": loss} for step, loss in losses]
     final = dict(losses).get(saved_step, losses[-1][1])
-    return {"base": losses[0][1], "final": final, "best": min(steps, key=lambda at: at["loss"]), "steps": steps}
+    return {"base": dict(losses).get(0), "final": final, "best": min(steps, key=lambda at: at["loss"]), "steps": steps}
 
 
 def write_summary(summary: dict[str, Any], run_folder: Path, name: str = SUMMARY_NAME) -> Path:

@@ -1,4 +1,4 @@
-"""The built-in strategies of `--selection`, in words. Imports nothing, for a quick `--help`."""
+"""The built-in strategies of `--selection`: in words, and what they need. Imports nothing, for a quick `--help`."""
 
 UNSCORED = {
     "random": "uniformly without replacement, the paper's way",
@@ -15,6 +15,8 @@ SCORED = {
     "attention": "the attention that it receives",
     "tokenseek": "the last two, blended as TokenSeek does",
 }
+# The scores of each.
+NEEDS = dict.fromkeys(UNSCORED, ()) | {name: (name,) for name in SCORED} | {"tokenseek": ("attention", "gradient")}
 
 
 def in_words(meanings: dict[str, str]) -> str:

@@ -46,8 +46,12 @@ def selected_count(prefix_length: int | float, length: int) -> int:
 
 
 def answers_count(answers: Answers, targets: int | np.ndarray, length: int | np.ndarray) -> np.int64 | np.ndarray:
-    """K of a sequence of `length` real tokens, so many of which are target positions; or of each of several, (R,)."""
-    return np.minimum(length, np.maximum(1, targets + np.int64(answers.share * (length - targets) + 0.5)))
+    """K of a sequence of `length` real tokens, so many of which are target positions; or of each of several, (R,).
+
+    Of an invocation in front of the targets, the last token is a target; the last one of the sequence is none.
+    """
+    held = targets + len(answers.invocation)
+    return np.minimum(length, np.maximum(1, held + np.int64(answers.share * (length - targets) + 0.5)))
 
 
 def _reference_count(prefix_length: int | float, length: int) -> int:
@@ -118,7 +122,8 @@ def select_tokens(
     Args:
         attention_mask: (B, S), 1 at real tokens; padding may stand on either side.
         prefix_length: an int is a count of tokens, a float a proportion of each row's real tokens. `Answers` selects
-            all of `targets` and `always`, at least one token, and the strategy draws the share of the others.
+            all of `targets`, `always` and what its invocation tells, at least one token, and the strategy draws the
+            share of the others.
         targets: (B, S) bool, the target positions (`target_mask`). A row that has any gets at least one of them.
         always: (B, S) bool, real positions that are selected in any case (an encoder's pooled token). Where a row's
             count has no room for these and a target, these win.
@@ -154,6 +159,8 @@ def select_tokens(
     if isinstance(prefix_length, Answers):
         held = torch.zeros_like(real) if targets is None else targets
         held = held if always is None else held | always
+        if prefix_length.invocation:
+            held = held | (from_invocation(input_ids, prefix_length.invocation) & real)
         seen = Tokens(real, scores, lengths, input_ids, labels)
         return _answers_and_a_share(prefix_length, held, registered, seen, independent)
 
@@ -198,6 +205,16 @@ def select_tokens(
 def select_positions(attention_mask: Tensor, prefix_length: int | float, **options: Any) -> Tensor:
     """The positions of `select_tokens`, (B, K), without the weights."""
     return select_tokens(attention_mask, prefix_length, **options).positions
+
+
+def from_invocation(input_ids: Tensor, invocation: Sequence[int]) -> Tensor:
+    """(B, S) bool: the tokens of `input_ids` (B, S) from the last occurrence of `invocation` on; none without one."""
+    begins = torch.zeros_like(input_ids, dtype=torch.bool)
+    if len(invocation) <= input_ids.shape[1]:
+        windows = input_ids.unfold(1, len(invocation), 1)  # (B, S - n + 1, n)
+        begins[:, : windows.shape[1]] = (windows == torch.tensor(invocation, device=input_ids.device)).all(-1)
+    last = begins & (begins.flip(1).cumsum(1).flip(1) == 1)
+    return last.cumsum(1) > 0
 
 
 def require_drawing_beside_answers(strategy: str) -> None:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Answers:
-    """Every target position of a row, and a share of its other tokens, from 0 to 1: `answers`, `answers+0.1`."""
+    """Every target position of a row, and a share of its other tokens, from 0 to 1: `answers`, `answers+0.1`.
+
+    `invocation`: token ids; where they are given, also all tokens from their last occurrence on.
+    """
 
     share: float = 0.0
+    invocation: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"answers+{self.share}" if self.share else "answers"

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from tokentune.errors import UserError
+from tokentune.sampling.meanings import NEEDS
 from tokentune.sampling.weighted_draw import (
     inclusion_probabilities,
     mixed_scores,
@@ -211,7 +212,7 @@ def _by_score(tokens: Tokens, scores: Tensor, candidates: Tensor) -> Tensor | Ch
 
 
 def _register_score_of_targets(name: str) -> None:
-    @strategy(name, needs=(name,))
+    @strategy(name, needs=NEEDS[name])
     def choose(tokens: Tokens) -> Tensor | Choice:
         targets = tokens.real if tokens.targets is None else tokens.real & tokens.targets
         return _by_score(tokens, tokens.scores[name], targets)
@@ -222,12 +223,12 @@ for _name in ("loss", "excess_loss", "gradient"):
     _register_score_of_targets(_name)
 
 
-@strategy("attention", needs=("attention",))
+@strategy("attention", needs=NEEDS["attention"])
 def _attention(tokens: Tokens) -> Tensor | Choice:
     return _by_score(tokens, tokens.scores["attention"], tokens.real)
 
 
-@strategy("tokenseek", needs=("attention", "gradient"))
+@strategy("tokenseek", needs=NEEDS["tokenseek"])
 def _tokenseek(tokens: Tokens) -> Tensor | Choice:
     # Zeng et al., arXiv 2601.19739: log(attention received) + min-max normalised gradient, both weights 1 by default.
     # A draw uses the score minus the row's lowest one, because probabilities have to be positive.

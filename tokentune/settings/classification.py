@@ -14,7 +14,7 @@ from tokentune.settings.finetune import Arguments
 from tokentune.settings.flags import REQUIRED, Group, default_of, flag, require
 from tokentune.settings.glue import HUB_ID, TASKS, GlueTask
 from tokentune.settings.model import AdapterArguments, ModelArguments, SelectionArguments
-from tokentune.settings.run import OptimizationArguments, OutputArguments
+from tokentune.settings.run import OptimizationArguments, OutputArguments, WatchedRunArguments
 
 logger = logging.getLogger(__name__)
 _CAUSAL_ALONE = (
@@ -109,7 +109,9 @@ class LabelledRowsArguments(RowsArguments):
     )
     eval_steps: int | None = flag(None, "optimizer steps between evaluations; by default one after each epoch")
     test_dataset_name_or_path: str | None = flag(
-        None, "data, with or without labels, whose predictions by the best checkpoint are written to predictions.jsonl"
+        None,
+        "data whose predictions by the best checkpoint are written to predictions.jsonl; where it has labels, "
+        "they get a score",
     )
     test_dataset_split: str | None = flag(None, "as --dataset_split, of the test data")
     test_dataset_config: str | None = flag(None, "as --dataset_config, of the test data")
@@ -155,17 +157,22 @@ class EncoderAdapterArguments(AdapterArguments):
 
     lora_target_modules: list[str] = flag(["all-linear"])
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.lora_on == "all", "--lora_on answers is for finetune.py: an encoder has no answers")
+
 
 @dataclass
 class EncoderOptimizationArguments(OptimizationArguments):
     """How the weights move."""
 
     global_batch_size: int = flag(32)
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches per optimizer step; a micro-batch holds global batch / accumulation / devices sequences"
+    )
     num_epochs: int = flag(3)
     learning_rate: float = flag(2e-5, "peak learning rate (with adapters, or from scratch: try 5e-4)")
-    warmup_steps: float = flag(
-        0.1, "optimizer steps over which the learning rate rises from 0 to its peak; below 1, a share of all steps"
-    )
+    warmup_steps: float | Literal["auto"] = flag(0.1)
     lr_scheduler_type: str = flag("linear")
     seeds: list[int] = flag(
         [],
@@ -188,17 +195,31 @@ class BestOutputArguments(OutputArguments):
 
 
 @dataclass
+class EncoderRunArguments(WatchedRunArguments):
+    """How a run begins, is watched and ends."""
+
+    early_stopping_patience: int | None = flag(None, "stop after so many evaluations in a row without a better score")
+
+
+@dataclass
 class ClassificationArguments(Arguments):
     """A whole command line of `classify.py`."""
 
     prog: ClassVar[str] = "classify.py"
     description: ClassVar[str] = "Fine-tune an encoder to classify texts, words or images."
+    common: ClassVar[str] = (
+        "model_name_or_path bf16 dataset_name_or_path max_length eval_dataset_name_or_path eval_steps "
+        "test_dataset_name_or_path tokentune prefix_length selection gradient_checkpointing lora lora_r lora_alpha "
+        "global_batch_size gradient_accumulation_steps num_epochs learning_rate warmup_steps seeds model_save_path "
+        "run_name overwrite_output_dir logging_steps preview dry_run task"
+    )
     model: EncoderArguments
     data: LabelledRowsArguments
     selection: LabelledSelectionArguments
     adapters: EncoderAdapterArguments
     optimization: EncoderOptimizationArguments
     output: BestOutputArguments
+    run: EncoderRunArguments
     task: TaskArguments
 
     def __post_init__(self) -> None:
@@ -229,6 +250,10 @@ class ClassificationArguments(Arguments):
         require(
             not self.model.use_liger_kernel,
             "--use_liger_kernel: Liger has kernels for causal language models, none for encoders; leave it out",
+        )
+        require(
+            self.run.push_to_hub is None or len(self.seeds) == 1,
+            "--push_to_hub uploads one model, and --seeds trains several: give one of them with --seed",
         )
 
     @property

@@ -76,8 +76,9 @@ class DataArguments(RowsArguments):
     )
     chat_template: str | None = flag(
         None,
-        "Jinja file to put conversations into, instead of the tokenizer's own chat template",
-        filled="a path, or leave it out",
+        "what to put conversations into, instead of the tokenizer's own chat template: alpaca, chatml, gemma, llama-3, "
+        "mistral, qwen, or a Jinja file",
+        filled="a name or a path, or leave it out",
     )
     system_in_user: bool = flag(
         False, "put system and developer messages in front of the user's, for chat templates without such a role"

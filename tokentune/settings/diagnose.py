@@ -47,16 +47,17 @@ class DiagnosisArguments(Group):
         "finetune.py's --prefix_length",
         metavar="NUMBER",
     )
-    strategies: list[str] = flag([], "how they are chosen, one or several of --selection's; by default that one alone")
+    selections: list[str] = flag([], "how they are chosen, one or several of --selection's; by default that one alone")
     corrections: list[float] = flag(
         [0.0], "--gradient_correction, one or several: 0 is the paper's method, 1 full correction"
     )
     rows: int = flag(32, "training rows that the gradients are taken over, chosen by --seed", least=2)
-    draws: int = flag(24, "selections that are drawn for each proportion, strategy and correction", least=2)
+    draws: int = flag(24, "times that tokens are drawn for each proportion, selection and correction", least=2)
     micro_batch_size: int = flag(8, "sequences per forward pass: memory is that of training with as many", least=1)
     output: str = flag(
         "diagnosis.json", "JSON file to write, over an older one too", metavar="FILE", filled="a JSON file"
     )
+    full: bool = flag(False, "print every figure of every setting, as a table")
     figure: str | None = flag(
         None, "folder to draw the results in, as two PNG files", metavar="FOLDER", filled="a folder"
     )
@@ -66,7 +67,7 @@ class DiagnosisArguments(Group):
         self.proportions = [proportion_of(text) for text in self.proportions]
         for value in self.corrections:
             require(0 <= value <= 1, f"--corrections {value}: must lie between 0 (the paper's method) and 1 (full)")
-        for name in ("proportions", "strategies", "corrections"):
+        for name in ("proportions", "selections", "corrections"):
             values = getattr(self, name)
             twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
             require(twice is None, f"--{name}: {twice} occurs twice")
@@ -113,7 +114,7 @@ class Setting(NamedTuple):
 class ComparedSelection(
     fixed(SelectionArguments, tokentune=True, prefix_length="0.3", gradient_correction=0.0, diagnose_steps=None)
 ):
-    """TokenTune itself; what is said of scores is for those of --strategies that have some."""
+    """TokenTune itself; what is said of scores is for those of --selections that have some."""
 
     def __post_init__(self) -> None:
         self.selected, self.schedule = 0.3, None  # the rest is checked with each strategy: `with_setting`
@@ -125,6 +126,10 @@ class DiagnoseArguments(FinetuneArguments):
 
     prog: ClassVar[str] = "diagnose.py"
     description: ClassVar[str] = "Measure how good the selective gradient is, for a model and its data."
+    common: ClassVar[str] = (
+        "model_name_or_path bf16 dataset_name_or_path max_length chat_template add_eos_token selection "
+        "gradient_checkpointing lora qlora lora_r seed diagnosis"
+    )
     model: fixed(ModelArguments, fp16=False, fp16_opt_level="O1", model_parallel=False)
     data: fixed(
         DataArguments,
@@ -153,7 +158,7 @@ class DiagnoseArguments(FinetuneArguments):
     @property
     def strategies(self) -> list[str]:
         """Those that are compared."""
-        return self.diagnosis.strategies or [self.selection.selection]
+        return self.diagnosis.selections or [self.selection.selection]
 
     @property
     def compared(self) -> list[Setting]:
@@ -184,7 +189,7 @@ class DiagnoseArguments(FinetuneArguments):
         except UserError as error:
             said = str(error).replace("--prefix_length", "--proportions")
             if setting.strategy != self.selection.selection:
-                said = said.replace("--selection ", "--strategies ", 1)
+                said = said.replace("--selection ", "--selections ", 1)
             raise UserError(said) from None
         return changed
 
@@ -192,6 +197,6 @@ class DiagnoseArguments(FinetuneArguments):
 def needs_of(strategy: str) -> tuple[str, ...]:
     """The scores that a strategy needs; none where there is no such strategy, which its check will say."""
     try:
-        return machine.strategy_of(strategy).needs
+        return machine.needs_of(strategy)
     except UserError:
         return ()

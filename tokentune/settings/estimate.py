@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from tokentune.settings.data import DataArguments
 from tokentune.settings.finetune import FinetuneArguments
-from tokentune.settings.flags import Group, flag, require
-from tokentune.settings.model import ModelArguments
+from tokentune.settings.flags import REQUIRED, Group, flag, require
+from tokentune.settings.model import RUN_WITHOUT_DATA, ModelArguments
 from tokentune.settings.presets import PRESETS
 from tokentune.settings.run import OutputArguments
 
@@ -16,12 +16,15 @@ from tokentune.settings.run import OutputArguments
 class EstimatedModelArguments(ModelArguments):
     """Which model, and how its weights would be held."""
 
-    model_name_or_path: str = flag("", "a preset, a hub id, a folder or a config.json")
+    model_name_or_path: str = flag(
+        REQUIRED, f"a preset ({', '.join(PRESETS)}), a hub id, a folder or a config.json", filled="a preset or a hub id"
+    )
 
     def __post_init__(self) -> None:
         require(
-            self.model_name_or_path != "",
-            f"--model_name_or_path is missing: a preset ({', '.join(PRESETS)}), a hub id or a folder",
+            self.attn_implementation in (None, *RUN_WITHOUT_DATA),
+            f"--attn_implementation {self.attn_implementation}: its kernels run on real tensors alone, and an estimate "
+            "has none: leave it out, or take sdpa or eager",
         )
         fp16, self.fp16 = self.fp16, False  # which needs no GPU to be estimated
         super().__post_init__()
@@ -55,7 +58,9 @@ class EstimationArguments(Group):
     find: Literal["proportion", "batch", "length"] | None = flag(None, "the largest that fits --memory")
     memory: float | None = flag(None, "of the card, as it is sold (24: 24 x 10^9 bytes)", metavar="GB")
     answer_share: float | None = flag(
-        None, "for --prefix_length answers without data: the answers' share of a row's tokens, such as 0.05"
+        None,
+        "for --prefix_length answers without data: the answers' share of a row's tokens, such as 0.05; with --lora_on "
+        "answers their generation prompts count too",
     )
     only: bool = flag(False, "only the mode that the flags choose, no table of all")
     num_processes: int = flag(1, "GPUs that share the training", least=1)
@@ -91,10 +96,10 @@ class EstimateArguments(FinetuneArguments):
 
     prog: ClassVar[str] = "estimate.py"
     description: ClassVar[str] = "Estimate what a fine-tuning run needs in memory."
-    epilog: ClassVar[str] = (
-        f"--model_name_or_path takes a hub id, a folder, a config.json or a preset: {', '.join(PRESETS)}."
+    common: ClassVar[str] = (
+        "model_name_or_path bf16 max_length tokentune prefix_length gradient_checkpointing chunked_loss lora qlora "
+        "optim global_batch_size gradient_accumulation_steps estimate"
     )
-    shown: ClassVar[str] = "estimate"  # the group that the help lists
     model: EstimatedModelArguments
     data: EstimatedDataArguments
     output: UnusedOutputArguments

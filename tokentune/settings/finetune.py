@@ -10,13 +10,14 @@ them (`settings/classification.py`). `--config` reads flags from a file first (`
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from tokentune.processes import engine
+from tokentune.sampling.schedule import Answers
 from tokentune.settings.data import DataArguments
 from tokentune.settings.engines import check_engine
-from tokentune.settings.flags import log_without_effect, require
+from tokentune.settings.flags import AUTO, log_without_effect, require
 from tokentune.settings.model import AdapterArguments, MemoryArguments, ModelArguments, SelectionArguments
 from tokentune.settings.run import OptimizationArguments, OutputArguments, RunArguments
 
@@ -50,6 +51,9 @@ class Arguments:
             f"--optim {self.optimization.optim} projects gradients of whole weight matrices to a low rank, which those "
             "of adapters have already: leave --lora and --qlora out, or take another --optim",
         )
+        if self.selection.tokentune:
+            gaps = "the positions of selected tokens have gaps, so that attention needs a mask"
+            self.model.require_masks("--tokentune", gaps)
         check_engine(self.prog, self.settings())
         if not self.selection.tokentune:
             log_without_effect(self.memory, ("checkpoint_rest", "offload_kv"), "--tokentune")
@@ -72,6 +76,13 @@ class FinetuneArguments(Arguments):
 
     prog: ClassVar[str] = "finetune.py"
     description: ClassVar[str] = "Fine-tune a causal language model."
+    common: ClassVar[str] = (  # what most runs need, which `--help` lists
+        "model_name_or_path bf16 dataset_name_or_path max_length chat_template add_eos_token packing eval_fraction "
+        "eval_dataset_name_or_path eval_steps tokentune prefix_length selection gradient_checkpointing lora qlora "
+        "lora_r lora_alpha lora_target_modules global_batch_size gradient_accumulation_steps num_epochs max_steps "
+        "learning_rate warmup_steps model_save_path run_name overwrite_output_dir save_steps logging_steps preview "
+        "dry_run resume_from_checkpoint"
+    )
     run: RunArguments
 
     def __post_init__(self) -> None:
@@ -85,7 +96,7 @@ class FinetuneArguments(Arguments):
                 "--eval_fraction",
             )
         require(
-            not run.auto_micro_batch or self.optimization.gradient_accumulation_steps == 1,
+            not run.auto_micro_batch or self.optimization.gradient_accumulation_steps in (AUTO, 1),
             "--auto_micro_batch finds the accumulation itself: leave --gradient_accumulation_steps out",
         )
         require(
@@ -98,8 +109,12 @@ class FinetuneArguments(Arguments):
             "--auto_micro_batch cannot change the batches of --streaming, which are made as they are read: give "
             "--gradient_accumulation_steps",
         )
+        if run.auto_micro_batch:
+            self.optimization.gradient_accumulation_steps = AUTO
         self._check_packing()
         self._check_diagnosing()
+        if self.adapters.invocation is not None:
+            self._check_lora_on_answers()
         require(
             not data.streaming or self.optimization.max_steps is not None,
             "--streaming cannot know how many rows there are: add --max_steps",
@@ -124,10 +139,39 @@ class FinetuneArguments(Arguments):
             "the launcher, on fewer rows",
         )
 
+    def _check_lora_on_answers(self) -> None:
+        """Where all that adapters act on is selected, and nothing else, the gradient is that of all tokens."""
+        selection, data = self.selection, self.data
+        require(
+            not selection.tokentune or (selection.schedule is None and selection.selected == Answers()),
+            f"--lora_on answers with --prefix_length {selection.prefix_length}: adapters act on all of an answer and "
+            "nothing else; take --prefix_length answers, or --lora_on all",
+        )
+        require(
+            selection.diagnose_steps is None and self.prog != "diagnose.py",
+            "--lora_on answers: its gradient is that of all tokens, so that there is nothing to compare. Leave "
+            "--diagnose_steps out, or take --lora_on all",
+        )
+        for name, why in (
+            ("packing", "peft looks for one answer in each row"),
+            ("streaming", "each answer becomes a row, and a stream does not know how many there are"),
+        ):
+            require(not getattr(data, name), f"--{name} with --lora_on answers: {why}; leave one of them out")
+
+    def set_invocation(self, invocation: tuple[int, ...] | None) -> None:
+        """With `--lora_on answers`, the tokens in front of an answer: from there adapters act, and all is selected."""
+        if invocation is not None:
+            self.adapters.invocation = invocation
+        if invocation is not None and isinstance(self.selection.selected, Answers):
+            self.selection.selected = replace(self.selection.selected, invocation=invocation)
+
     def _check_packing(self) -> None:
         """A packed row draws for each of its documents, which only the one who packs them can tell apart."""
         selection = self.selection
-        if not (self.data.packing and selection.tokentune):
+        if not self.data.packing:
+            return
+        self.model.require_masks("--packing", "the documents of a row are kept apart by a mask")
+        if not selection.tokentune:
             return
         require(
             not selection.scored,

@@ -11,6 +11,7 @@ from tokentune.errors import UserError
 
 logger = logging.getLogger(__name__)
 REQUIRED = MISSING
+AUTO = "auto"  # the value of a flag of numbers that a run finds by itself
 
 
 def flag(default: Any, help: str = "", *, least: float | None = None, filled: str = "", **options: Any) -> Any:
@@ -49,7 +50,7 @@ class Group:
             values = value if isinstance(value, list) else [value]
             if filled := attribute.metadata.get("filled"):
                 require("" not in values, f"--{name} is empty: give {filled}")
-            if least is not None and value is not None:
+            if least is not None and value not in (None, AUTO):
                 fits = all(least <= number < float("inf") for number in values)  # NaN does not
                 require(fits, f"--{name} {value}: must be {least} or more")
 

@@ -27,6 +27,7 @@ class MergingArguments(Group):
         "on, as 16-bit values (dequantized); both are measured against the 4-bit base + adapter. auto is 16bit; "
         "where the adapter's folder does not say how it was trained, naming one says that it is QLoRA's",
     )
+    force: bool = flag(False, "merge into a base whose weights are not those that the adapter was trained on")
     max_shard_size: str = flag("5GB", "a larger model is saved in several files", metavar="SIZE")
     push_to_hub: str | None = flag(
         None,

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Literal
 
 from tokentune.errors import UserError
@@ -11,6 +12,8 @@ from tokentune.settings import machine
 from tokentune.settings.flags import REQUIRED, Group, flag, log_without_effect, require
 
 logger = logging.getLogger(__name__)
+
+RUN_WITHOUT_DATA = ("sdpa", "eager")  # attention kernels; others are compiled code, which asks for real tensors
 
 
 @dataclass
@@ -57,6 +60,10 @@ class ModelArguments(Group):
             "--fp16 needs a GPU (its loss scaling does not run on the CPU): use --bf16, or neither",
         )
         require(
+            self.attn_implementation != "flex_attention" or machine.has_accelerator(),
+            "--attn_implementation flex_attention needs a GPU (it has no backward pass on the CPU): use sdpa",
+        )
+        require(
             not (self.bf16 and machine.gpu_lacks_bfloat16()),
             "--bf16: this GPU cannot compute in bfloat16 (it takes Ampere or newer): use --fp16, or neither",
         )
@@ -73,6 +80,19 @@ class ModelArguments(Group):
         if self.model_parallel and machine.gpu_count() < 2:
             logger.warning("--model_parallel changes nothing here: it takes two GPUs, %d visible", machine.gpu_count())
 
+    def require_masks(self, flag: str, reason: str) -> None:
+        """Refuses, UserError, attention kernels without the masks that `flag` needs, whether or not they are installed.
+
+        Args:
+            reason: what the masks are for: how the message goes on.
+        """
+        kernels = self.attn_implementation
+        require(
+            kernels is None or kernels in machine.masked_kernels(),
+            f"--attn_implementation {kernels} with {flag}: {reason}, which only sdpa, eager and, on a GPU, "
+            "flex_attention take. Use one of these, or leave it out.",
+        )
+
 
 @dataclass
 class SelectionArguments(Group):
@@ -84,7 +104,7 @@ class SelectionArguments(Group):
         "100",
         "selected tokens per sequence: a number (16), or, with a decimal point, a proportion of its tokens (0.3); "
         "answers: all that predict a supervised one, answers+0.1: and a tenth of the others; from one to another over "
-        "the run: 0.1:0.5; without --tokentune it does nothing",
+        "the run: 0.1:0.5; without --tokentune it does nothing. --selected_tokens is the same flag",
         metavar="NUMBER",
     )
     selection: str = flag(
@@ -140,7 +160,7 @@ class SelectionArguments(Group):
             steps is None or self.tokentune,
             f"--diagnose_steps {steps} compares the selective gradient with the full one: add --tokentune",
         )
-        self._check_scores(machine.strategy_of(self.selection).needs)
+        self._check_scores(machine.needs_of(self.selection))
         require(
             0 <= self.gradient_correction <= 1,  # NaN fails
             f"--gradient_correction {self.gradient_correction}: must be from 0 (none) to 1",
@@ -203,7 +223,7 @@ class SelectionArguments(Group):
     @property
     def scored(self) -> bool:
         """Whether the strategy needs scores, so that nothing can be drawn without the model."""
-        return bool(machine.strategy_of(self.selection).needs)
+        return bool(machine.needs_of(self.selection))
 
 
 @dataclass
@@ -259,12 +279,23 @@ class AdapterArguments(Group):
     lora_target_modules: list[str] = flag(
         ["gate_proj", "down_proj", "up_proj"], "names of the linear layers that get adapters, or all-linear"
     )
+    lora_on: Literal["all", "answers"] = flag(
+        "all",
+        "the tokens that adapters act on: all; or each answer with its generation prompt, behind a prompt that runs "
+        "through the base alone (peft's activated LoRA): with --prefix_length answers the gradient is exact then",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lora = self.lora or self.qlora
+        require(
+            not self.qlora or find_spec("bitsandbytes") is not None,
+            "--qlora: the package is not installed; `pip install bitsandbytes`",
+        )
+        # The tokens in front of an answer: the data tells which, and until then one stands for them.
+        self.invocation = (0,) if self.lora and self.lora_on == "answers" else None
         require(self.lora_alpha > 0, f"--lora_alpha {self.lora_alpha}: must be above 0, or the adapters do nothing")
         require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
         if not self.lora:
-            flags = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+            flags = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_on")
             log_without_effect(self, flags, "--lora or --qlora")

@@ -32,8 +32,9 @@ class EarlyStopping(EarlyStoppingCallback):
         if self.early_stopping_patience_counter >= self.early_stopping_patience and state.global_step < state.max_steps:
             control.should_log = True
             logger.info(
-                "stopped early, after step %d of %d: %d evaluations in a row without a lower validation loss than %.4f",
-                *(state.global_step, state.max_steps, self.early_stopping_patience_counter, state.best_metric),
+                "stopped early, after step %d of %d: %d evaluations in a row without a %s validation %s than %.4f",
+                *(state.global_step, state.max_steps, self.early_stopping_patience_counter),
+                *("higher" if args.greater_is_better else "lower", args.metric_for_best_model, state.best_metric),
             )
 
 

@@ -4,6 +4,7 @@ Legend: B rows in a micro-batch, S tokens, K selected tokens, C classes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tokentune.data.labelled.labels import Labels
 from tokentune.errors import UnsupportedModelError
 from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
+from tokentune.training.callbacks import EarlyStopping
 from tokentune.training.scores import LOWER_IS_BETTER, scorer
 from tokentune.training.trainer import Evaluation, SelectiveTrainer
 from tokentune.training.trainer_arguments import build_training_arguments
@@ -141,24 +143,8 @@ def build_classification_trainer(
     labels: Labels,
 ) -> SelectiveTrainer:
     """The trainer of one seed, ready for `train()`; arguments as of `SelectiveTrainer`, and what the labels mean."""
-    task_type = arguments.task.task_type
-    if task_type == "image":
-        pad, tokens = stack_images, tokens_per_image(model, train_rows.rows[0]["pixel_values"])
-    else:
-        kind = DataCollatorForTokenClassification if task_type == "token" else DataCollatorWithPadding
-        pad, tokens = kind(processing), 1
-    draw, selection = None, arguments.selection
-    if selection.tokentune:
-        profile = profile_of(model)
-        draw = EncoderDraw(
-            prefix_length=selection.selected,
-            strategy=selection.selection,
-            pooling=profile.pooling,
-            pad_token_id=pad_token(inner_model(model)),
-            first_always=task_type == "image",
-            in_place=profile.rows is Rows.ALL,
-            outside=labels.outside,
-        )
+    collator = training_collator(model, train_rows.rows, processing, arguments, labels)
+    patience = arguments.run.early_stopping_patience
     return SelectiveTrainer(
         model,
         settings,
@@ -166,11 +152,41 @@ def build_classification_trainer(
         eval_rows,
         processing,
         arguments,
-        collator=ClassificationCollator(pad, draw, tokens),
-        eval_collator=ClassificationCollator(pad, None, tokens),
-        evaluation=scores_of(task_type, labels),
+        collator=collator,
+        eval_collator=replace(collator, draw=None),
+        evaluation=scores_of(arguments.task.task_type, labels),
         loss=window_loss,
+        callbacks=[] if patience is None else [EarlyStopping(patience)],
     )
+
+
+def training_collator(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]] | Dataset,
+    processing: Any,
+    arguments: ClassificationArguments,
+    labels: Labels,
+) -> ClassificationCollator:
+    """Makes batches of training rows, with their selection where `--tokentune` is given; the model may be on meta."""
+    task_type, selection = arguments.task.task_type, arguments.selection
+    if task_type == "image":
+        pad, tokens = stack_images, tokens_per_image(model, rows[0]["pixel_values"])
+    else:
+        kind = DataCollatorForTokenClassification if task_type == "token" else DataCollatorWithPadding
+        pad, tokens = kind(processing), 1
+    if not selection.tokentune:
+        return ClassificationCollator(pad, None, tokens)
+    profile = profile_of(model)
+    draw = EncoderDraw(
+        prefix_length=selection.selected,
+        strategy=selection.selection,
+        pooling=profile.pooling,
+        pad_token_id=pad_token(inner_model(model)),
+        first_always=task_type == "image",
+        in_place=profile.rows is Rows.ALL,
+        outside=labels.outside,
+    )
+    return ClassificationCollator(pad, draw, tokens)
 
 
 @torch.no_grad()

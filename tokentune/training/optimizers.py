@@ -47,7 +47,10 @@ def check_optimizer(settings: TrainingArguments) -> None:
     name = settings.optim.value
     given = f"--optim {name}" + (f" --optim_args {settings.optim_args}" if settings.optim_args else "")
     try:
-        _try_a_step(settings)
+        with torch.random.fork_rng():
+            linear = nn.Linear(128, 128, device=settings.device)  # 8-bit states begin at 4,096 numbers
+            _warn_of_vain_options(settings, linear)
+            _stepped(settings, linear)
     except Exception as error:  # each package has its own
         package = next((package for start, package in PACKAGES.items() if name.startswith(start)), None)
         if package is not None and (isinstance(error, ImportError) or "install" in str(error)):
@@ -55,22 +58,38 @@ def check_optimizer(settings: TrainingArguments) -> None:
         raise UserError(f"{given} cannot be used here: {type(error).__name__}: {error}") from error
 
 
-def _try_a_step(settings: TrainingArguments) -> None:
+def state_bytes(settings: TrainingArguments, dtype: torch.dtype) -> float:
+    """Bytes that the optimizer keeps for each number of a weight matrix; fewer of large ones that it projects."""
     with torch.random.fork_rng():
-        linear = nn.Linear(128, 128, device=settings.device)  # 8-bit states begin at 4,096 numbers
-        model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"linear": linear})])})
-        build, options = Trainer.get_optimizer_cls_and_kwargs(settings, model)
-        if settings.optim_args:
-            without = Trainer.get_optimizer_cls_and_kwargs(replace(settings, optim_args=None), model)
-            if str((build, options)) == str(without):
-                given = (settings.optim_args, settings.optim.value)
-                logger.warning("--optim_args %s changes nothing: --optim %s has no such options", *given)
-        optimizer = build(options.pop("params", None) or options.pop("model", None) or model.parameters(), **options)
-        if hasattr(optimizer, "train"):  # schedule-free ones have modes
-            optimizer.train()
-        if not hasattr(optimizer, "fused_backward"):  # LOMO's, whose only step is the backward pass
-            linear.weight.grad = torch.ones_like(linear.weight)
-            optimizer.step()
+        linear = nn.Linear(128, 128, device=settings.device, dtype=dtype)
+        states = _stepped(settings, linear).state.values()
+    kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(value.nbytes for value in kept) / linear.weight.numel()
+
+
+def _stepped(settings: TrainingArguments, linear: nn.Linear) -> Optimizer:
+    """The run's optimizer after a step on this layer's weight."""
+    build, options = _recipe(settings, linear)
+    optimizer = build(options.pop("params", None) or options.pop("model", None) or linear.parameters(), **options)
+    if hasattr(optimizer, "train"):  # schedule-free ones have modes
+        optimizer.train()
+    if not hasattr(optimizer, "fused_backward"):  # LOMO's, whose only step is the backward pass
+        linear.weight.grad = torch.ones_like(linear.weight)
+        optimizer.step()
+    return optimizer
+
+
+def _recipe(settings: TrainingArguments, linear: nn.Linear) -> tuple[Any, dict[str, Any]]:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"linear": linear})])})
+    return Trainer.get_optimizer_cls_and_kwargs(settings, model)
+
+
+def _warn_of_vain_options(settings: TrainingArguments, linear: nn.Linear) -> None:
+    if not settings.optim_args:
+        return
+    if str(_recipe(settings, linear)) == str(_recipe(replace(settings, optim_args=None), linear)):
+        given = (settings.optim_args, settings.optim.value)
+        logger.warning("--optim_args %s changes nothing: --optim %s has no such options", *given)
 
 
 def state_classes(optim: str) -> list[type]:

@@ -46,6 +46,9 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
     writes = trainer.args.should_save
     try:
         with written_into(run_folder, writes=writes) as folder, without_bars():
+            generation = getattr(core, "generation_config", None)
+            if writes and core is not model and generation is not None:  # where it stops, which an adapter does not say
+                generation.save_pretrained(folder)
             if is_split(model):
                 trainer.check_finite()
                 save_split_model(model, folder, dtype, kept, writes=writes)
@@ -53,6 +56,8 @@ def save_result(trainer: SelectiveTrainer, run_folder: Path, saved_dtype: torch.
                     trainer.processing_class.save_pretrained(folder)
             else:
                 trainer.save_model(str(folder))
+            if trainer.base_fingerprint is not None:
+                trainer.base_fingerprint.save(folder)
     except StorageError as error:
         last = trainer.last_checkpoint
         cure = f"Make room, and go on from {last}: the same command with --resume_from_checkpoint."

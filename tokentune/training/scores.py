@@ -69,6 +69,28 @@ def scorer(task_type: str, labels: Labels) -> Any:
     return of_numbers if labels.is_regression else of_classes
 
 
+def score_predictions(
+    task_type: str, predictions: Sequence[dict[str, Any]], true: Sequence[Any], labels: Labels
+) -> dict[str, float]:
+    """Scores of a test split's predictions.
+
+    Args:
+        predictions: as of `classification.predict`; words without one do not count.
+        true: `encoding.true_labels`.
+    """
+    number = {name: number for number, name in enumerate(labels.names)}
+    predicted = [entry["prediction"] for entry in predictions]
+    if task_type == "token":
+        pairs = [
+            [(number[name], label) for name, label in zip(*row, strict=True) if name is not None]
+            for row in zip(predicted, true, strict=True)
+        ]
+        predicted, true = ([[pair[at] for pair in row] for row in pairs] for at in (0, 1))
+    elif not labels.is_regression:
+        predicted = [number[name] for name in predicted]
+    return scorer(task_type, labels)(predicted, true, labels)
+
+
 def metric_names(task_type: str, labels: Labels) -> list[str]:
     """The metrics that the best checkpoint can be chosen by; the first is the default."""
     if task_type == "token" and are_entities(labels):

@@ -35,9 +35,11 @@ from tokentune.core.saved_tensors.saved_bytes import SavedForBackward
 from tokentune.data.collators import ClassificationCollator
 from tokentune.data.step_work import units_of_rows
 from tokentune.errors import UserError
+from tokentune.models.fingerprint import fingerprint_of_checkpoint
 from tokentune.phases import phase
 from tokentune.sampling.schedule import Size
 from tokentune.settings.finetune import Arguments
+from tokentune.settings.flags import AUTO
 from tokentune.training.callbacks import Progress, without_bars
 from tokentune.training.checkpoints.run_folder import no_empty_folders
 from tokentune.training.diagnosing import GradientDiagnosis
@@ -50,7 +52,7 @@ from tokentune.training.nan_batch import FirstBadLoss, write_nan_batch
 from tokentune.training.offline import offline
 from tokentune.training.optimizers import in_backward
 from tokentune.training.trackers import prepare_trackers
-from tokentune.training.trainer_arguments import Extent
+from tokentune.training.trainer_arguments import Extent, settle_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class SelectiveTrainer(Trainer):
         optim_in_backward: whether each weight is updated within the backward pass.
         flags: {flag: value} of the run, kept in its checkpoints.
         use_cache: of the model's config, where the Trainer switches it off; None: the config has none.
+        base_fingerprint: of the weight files that adapters are trained on; None: not known, or no adapters.
         data_digest: of the training rows, kept in checkpoints; None: not known.
         units: what each row costs (R, 2), which --group_by_length groups by; None: rows come in random order.
         last_checkpoint: the newest one; None: there is none yet.
@@ -120,11 +123,15 @@ class SelectiveTrainer(Trainer):
         self.diagnosis = GradientDiagnosis(selection.diagnose_steps) if selection.diagnose_steps is not None else None
         self.optim_in_backward = arguments.optimization.optim_in_backward
         self.flags = arguments.settings()
+        base, self.base_fingerprint = arguments.model, None
+        if arguments.adapters.lora and not getattr(base, "from_scratch", False) and settings.should_save:
+            self.base_fingerprint = fingerprint_of_checkpoint(
+                base.model_name_or_path, allow_pickle=base.allow_pickle, local_files_only=True
+            )
         self.data_digest: str | None = None
         self.units: np.ndarray | None = None
         if settings.train_sampling_strategy == "group_by_length":
-            causal = not isinstance(collator, ClassificationCollator)
-            self.units = units_of_rows(train_rows, selection, lora=arguments.adapters.lora, causal=causal)
+            self.units = units_of_rows(train_rows, selection, lora=arguments.adapters.lora, causal=self.causal)
         self.last_checkpoint: Path | None = None
         self.figures = RunFigures(model, settings.device)
         self.bad_loss = FirstBadLoss(settings.device)
@@ -133,6 +140,7 @@ class SelectiveTrainer(Trainer):
         self.add_callback(self.progress)
         prepare_trackers(self.callback_handler.callbacks, arguments.output.logging_dir)
         steps = Extent.of(train_rows, settings).steps
+        settle_by_length(settings, arguments, steps)
         if settings.warmup_steps >= steps:
             logger.warning(
                 "--warmup_steps %d: this run has %d optimizer steps, so the learning rate never reaches its peak",
@@ -157,6 +165,12 @@ class SelectiveTrainer(Trainer):
             chosen = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = in_backward(*chosen, self.model)
         return super().create_optimizer(model)
+
+    @property
+    def auto_values(self) -> dict[str, int]:
+        """What the flags that were given as `auto` came to; a setting of the Trainer has its flag's name."""
+        names = ("gradient_accumulation_steps", "warmup_steps", "logging_steps")
+        return {name: getattr(self.args, name) for name in names if self.flags[name] == AUTO}
 
     def set_micro_batch(self, sequences: int, accumulation: int) -> None:
         """Splits each global batch into so many micro-batches of so many sequences. To be called before `train()`."""
@@ -275,6 +289,11 @@ class SelectiveTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model predicts the next token, and not a class or a number."""
+        return not isinstance(self.data_collator, ClassificationCollator)
 
     @property
     def saved_step(self) -> int:

@@ -5,7 +5,7 @@ module of their code (`peft.tuners.<kind>`). `test_adapter_kinds.py` compares ea
 of the method, and finds new kinds in a new version of peft.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,9 @@ REFUSED = {
     "shadow": "hands the states of a network of its own from layer to layer",
     "xlora": "runs the model a second time to weigh its adapters",
 }
+ACTIVATED = "ALoraLinearVariant"  # served by `core/activated_lora.py`
 # Variants of LoRA, by their class in peft.
 _VARIANTS = {
-    "ALoraLinearVariant": "counts places from the end of the sequence, and would from the end of each group "
-    "(alora_invocation_tokens)",
     "MontecloraLinearVariant": f"{_CHANCE} (monteclora_config)",
     "VeloraLinearVariant": "projects by the mean over all tokens, of which each group has a part (velora_config; "
     'init_type="random" does not)',
@@ -79,6 +78,17 @@ def require_served_adapters(suspects: list[Suspect]) -> None:
             f"the adapter at {suspect.name} ({type(suspect.module).__name__}) {suspect.reason}: it cannot be trained "
             "with a selection"
         )
+
+
+def activated_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with an adapter of peft's activated LoRA, active or not, by their paths."""
+    return {name: module for name, module in model.named_modules() if activated_variants([module])}
+
+
+def activated_variants(modules: Iterable[nn.Module]) -> list[Any]:
+    """What adds these adapters to the outputs of their layers."""
+    variants = [variant for module in modules for _, variant in _items(module, "lora_variant")]
+    return [variant for variant in variants if type(variant).__name__ == ACTIVATED]
 
 
 def _reasons(module: nn.Module, trust_unknown: bool) -> Iterator[tuple[str | None, str]]:

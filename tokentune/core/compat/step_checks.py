@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tokentune.core.compat.adapters import require_served_adapters, unserved_adapters
+from tokentune.core.compat.adapters import activated_variants, require_served_adapters, unserved_adapters
 from tokentune.core.compat.bypassed_hooks import is_called_by_prompt_learning
 from tokentune.core.groups import require
 from tokentune.core.patched import PROMPT_LEARNING, Settings
@@ -52,6 +52,7 @@ def _require_served_adapters_now(model: PreTrainedModel, settings: Settings) -> 
     known = tuple(id(config) for config in configs.values()) if isinstance(configs, dict) else ()
     if known != settings.adapters_of:
         settings.adapters, settings.adapters_of = unserved_adapters(model, trust_unknown=not settings.verify), known
+        settings.activated = activated_variants(model.modules())
     require_served_adapters(settings.adapters)
 
 

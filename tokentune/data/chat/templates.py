@@ -7,46 +7,18 @@ tokenizer's offsets tell which tokens those are.
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from jinja2 import TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tokentune.data.chat.generation_marks import generation_spans
 from tokentune.data.chat.omissions import omissions, refuse_call, writes_tools_in_part
 from tokentune.data.chat.rendering import Rendering
 from tokentune.data.chat.spans import Span, SpanFinder, ends_by_next_turn
+from tokentune.data.chat.template_files import fitting
 from tokentune.data.encoding import Notes, TokenRow, trimmed_offsets
 from tokentune.data.formats.conversations import Conversation, system_in_user
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
-from tokentune.sources import first_line
-
-logger = logging.getLogger(__name__)
-
-
-def load_chat_template(path: str) -> str:
-    """The text of a Jinja file.
-
-    Raises:
-        UserError: it cannot be read, is no template, or never looks at the messages.
-    """
-    try:
-        template = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"--chat_template {path}: cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"--chat_template {path}: not UTF-8 text.") from error
-    if "messages" not in template:
-        raise UserError(f"--chat_template {path}: never mentions `messages`, so all conversations would look alike.")
-    try:
-        render_jinja_template([[{"role": "user", "content": ""}]], chat_template=template)
-    except TemplateSyntaxError as error:
-        raise UserError(f"--chat_template {path}, line {error.lineno}: not valid Jinja: {first_line(error)}") from error
-    except Exception:  # what it makes of a real conversation is another matter
-        logger.debug("a template that does not take one empty message", exc_info=True)
-    return template
 
 
 class ChatEncoder:
@@ -70,7 +42,7 @@ class ChatEncoder:
         if not tokenizer.chat_template:
             raise UserError(
                 "the data holds conversations, and this model's tokenizer has no chat template to put them into.\n"
-                "Give one with --chat_template FILE, or data with the columns instruction and output."
+                f"{fitting(tokenizer)} Or give data with the columns instruction and output."
             )
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -210,3 +182,23 @@ def _check_calls(conversation: Conversation, learnt: str, where: str) -> None:
         for call in conversation.messages[index].get("tool_calls", ()):
             if call.get("function", call)["name"] not in learnt:
                 refuse_call(call, f"{where}, message {index + 1}")
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template ends an answer with, for the model to learn; empty where it writes no such thing."""
+    messages = [{"role": role, "content": "said"} for role in ("user", "assistant", "user")]
+    try:
+        text, (span,) = ChatEncoder(tokenizer).spans(Conversation(messages, None, (1,)), "")
+    except UserError:
+        return ""
+    return text[span.start : span.end].rpartition("said")[2].strip()
+
+
+def stop_at_end(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds the tokenizer's EOS, and the end of an answer where it is one token, to those that generation stops at."""
+    end = tokenizer(end_of_answer(tokenizer), add_special_tokens=False)["input_ids"]
+    known = generation.eos_token_id
+    ids = [] if known is None else [known] if isinstance(known, int) else list(known)
+    new = [token for token in (tokenizer.eos_token_id, *(end if len(end) == 1 else ())) if token is not None]
+    if not {*new} <= {*ids}:
+        generation.eos_token_id = list(dict.fromkeys([*ids, *new]))

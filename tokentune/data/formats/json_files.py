@@ -33,12 +33,15 @@ def read_json_lines(path: Path) -> Iterator[dict | UserError]:
     """The objects of a JSON Lines file, or what is wrong with a line; blank lines are skipped.
 
     Raises:
-        UserError: a line that is too long or not UTF-8; an empty file.
+        UserError: a line that is too long or not UTF-8; an empty file, or one JSON array.
         OSError: the file cannot be read.
     """
     found = False
     for number, line in text_lines(path):
         if line.strip():
+            if not found and line.lstrip().startswith("[") and _holds_array(path):
+                name = path.name.replace(".jsonl", ".json")
+                raise UserError(f"{path}: holds one JSON array, not a row in each line: rename it to {name}.")
             found = True
             try:
                 yield _object(_parsed(line, path, number), f"{path}, line {number}")
@@ -175,6 +178,19 @@ def _holds_lines(path: Path) -> bool:
         except ValueError:
             return False
         return any(chunk.strip() for chunk in iter(lambda: file.read(2**16), b""))
+
+
+def _holds_array(path: Path) -> bool:
+    """Whether a file whose first line begins an array has nothing but this array."""
+    lines = (line for _, line in text_lines(path) if line.strip())
+    first = next(lines)
+    try:
+        parse_json(first)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(first.rstrip())  # the line is right as far as it goes
+    except ValueError:
+        return False
+    return next(lines, None) is None
 
 
 def _parse_whole(path: Path) -> Any:

@@ -1,8 +1,8 @@
 """Data that would waste a run is refused; data that may waste it is warned of.
 
-In common tools each of these ends in a run that says "success": no token to learn, a selection that misses all
-supervised tokens, ids without an embedding, two BOS, an end token that is never learnt, rows cut or dropped, fewer rows
-than one batch, validation rows that are trained on.
+In common tools each of these ends in a run that says "success": no token to learn, empty answers, answers that are all
+the same, a selection that misses all supervised tokens, ids without an embedding, two BOS, an end token that is never
+learnt, rows cut or dropped, fewer rows than one batch, validation rows that are trained on.
 """
 
 import logging
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 STREAMED = 1_000  # rows of streamed data that are checked
 MANY = 0.5  # share of rows above which most are meant
+EMPTY = 0.1  # share of rows with an empty answer above which these are no exceptions
 DOUBLED = 0.01  # share of rows with two BOS above which the template, not a single text, must be the cause
 
 
@@ -160,6 +161,30 @@ def _judge_rows(
         )
     if learnt.any() and name == "training":
         findings.warnings += _endless(statistics, learnt, tokenizer, arguments)
+    _judge_answers(findings, statistics, name)
+
+
+def _judge_answers(findings: Findings, statistics: RowStatistics, name: str) -> None:
+    """Answers of which nothing is learnt but their end, and answers that do not depend on the question.
+
+    Special tokens may be answers too, but then not the same ones in all rows.
+    """
+    answers = statistics.answers[statistics.answers != 0]
+    wordless = statistics.wordless[statistics.wordless != 0]
+    empty, learnt = int(np.unique(wordless, return_counts=True)[1].max(initial=0)), len(answers)
+    if 0 < empty == learnt:
+        findings.refusals.append(
+            f"every answer of the {learnt:,} {name} rows is empty or blank: there is nothing to learn but to end. "
+            "Look at the column that answers are read from; --preview shows which tokens carry loss."
+        )
+    elif empty > EMPTY * learnt and empty > MANY * len(wordless):
+        findings.warnings.append(
+            f"{empty:,} of {learnt:,} {name} rows have an empty or blank answer: they teach to end at once"
+        )
+    if name == "training" and learnt > max(empty, 1) and (answers == answers[0]).all():
+        findings.warnings.append(
+            f"all {learnt:,} training rows have the same answer: the model learns to give it, whatever it is asked"
+        )
 
 
 def _endless(

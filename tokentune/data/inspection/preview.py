@@ -82,25 +82,24 @@ def show_preview(
     Raises:
         UserError: after the output, where training would be refused.
     """
-    console = console or _stdout()
+    console = console or stdout_console()
     findings = look_at(data, tokenizer, arguments, vocab_size)
     with console.use_theme(THEME):
         selection = arguments.selection
-        _print_legend(console, tokentune=selection.tokentune and not selection.scored)
+        print_legend(console, LEGEND, tokentune=selection.tokentune and not selection.scored)
         if selection.tokentune and selection.scored:
             console.print(f"Which of them are selected, the model's scores decide (--selection {selection.selection}).")
         for title, documents, room in _examples(findings, arguments):
-            console.print()
-            console.rule(Text(title, style="bold"), align="left", style="grey62")
+            print_title(console, title)
             for document in documents:
                 if arguments.data.packing:
                     console.print(Text(f"— {document}", style="bold"))
                 text = marked(document, tokenizer)
                 if len(document.ids) == arguments.data.max_length:
                     text.append(" [--max_length]", "left_out")
-                _print_text(console, text)
+                print_text(console, text)
             if room:
-                _print_text(console, Text(f"[room for {room:,} tokens more]", "left_out"))
+                print_text(console, Text(f"[room for {room:,} tokens more]", "left_out"))
         console.print()
         console.print(_data_table(findings, data, arguments, tokenizer))
         console.print()
@@ -112,7 +111,8 @@ def show_preview(
         raise UserError(findings.refusals[0])
 
 
-def _stdout() -> Console:
+def stdout_console() -> Console:
+    """Where a preview is printed: stdout, `WIDTH` columns wide where it is no terminal."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the texts may hold characters outside of the terminal's encoding
     console = Console(highlight=False)
@@ -136,29 +136,41 @@ LEGEND = {  # style -> name, meaning without --tokentune, meaning with it
 }
 
 
-def _print_legend(console: Console, *, tokentune: bool) -> None:
+def print_legend(console: Console, legend: dict[str, tuple[str, str | None, str]], *, tokentune: bool) -> None:
+    """Prints what each style or mark means. `legend`: as `LEGEND`."""
     marks = MARKS["loss"] | MARKS["selected"]
     table = Table.grid(padding=(0, 2))
-    for style, (name, *meanings) in LEGEND.items():
+    for style, (name, *meanings) in legend.items():
         if (meaning := meanings[tokentune]) is not None:
             mark = [] if _in_colour(console) else [marks.get(style, "")]
             table.add_row(*mark, Text.assemble((name, style)), meaning)
     console.print(table)
 
 
+def print_title(console: Console, title: str) -> None:
+    """Prints a line above an example."""
+    console.print()
+    console.rule(Text(title, style="bold"), align="left", style="grey62")
+
+
+def examples_of(number: int, asked: int) -> Iterator[tuple[str, int]]:
+    """Of at most `asked` rows spread over `number`: how their title begins, and which they are."""
+    count = min(asked, number)
+    for example in range(count):
+        yield f"example {example + 1} of {count}, ", (2 * example + 1) * number // (2 * count)
+
+
 def _examples(findings: Findings, arguments: FinetuneArguments) -> Iterator[tuple[str, list[Document], int]]:
     """Rows spread over the data, or packed rows: title, documents, tokens that they leave room for."""
     rows, bins = findings.rows, findings.bins
     number = len(rows if bins is None else bins)
-    count = min(arguments.run.preview, number)
-    for example in range(count):
-        row = (2 * example + 1) * number // (2 * count)
+    for title, row in examples_of(number, arguments.run.preview):
         if bins is None:
             document = _document(rows, row, arguments)
-            yield f"example {example + 1} of {count}, {document}", [document], 0
+            yield f"{title}{document}", [document], 0
             continue
         tokens, hidden = int(findings.train.lengths[bins[row]].sum()), len(bins[row]) - DOCUMENTS
-        title = f"example {example + 1} of {count}, packed row {row + 1:,} of {number:,}: {tokens:,} tokens"
+        title += f"packed row {row + 1:,} of {number:,}: {tokens:,} tokens"
         title += f" (the last {hidden} of its {len(bins[row])} documents are not shown)" if hidden > 0 else ""
         shown = [_document(rows, document, arguments) for document in bins[row][:DOCUMENTS]]
         yield title, shown, arguments.data.max_length - tokens
@@ -177,8 +189,11 @@ def _document(rows: Sequence[dict[str, Any]], row: int, arguments: FinetuneArgum
     return Document(row, list(item["input_ids"]), supervised, learnt, selected)
 
 
-def marked(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The text of a document, its roles as styles of `THEME`. The middle of long prompts and answers is left out."""
+def marked(document: Document, tokenizer: PreTrainedTokenizerBase, unsupervised: str = "prompt") -> Text:
+    """The text of a document, its roles as styles of `THEME`. The middle of long prompts and answers is left out.
+
+    `unsupervised`: what tokens without a label are part of.
+    """
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     pieces, first = [], 0  # of each piece: text, tokens, roles
     for text, count in spelled(document.ids, tokenizer):
@@ -190,7 +205,7 @@ def marked(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
     whole = Text()
     # Runs of pieces that are all supervised, or none of them: answers and prompts.
     for supervised, run in groupby(pieces, key=lambda piece: "supervised" in piece[2]):
-        limit, kind = (ANSWER_TOKENS, "answer") if supervised else (PROMPT_TOKENS, "prompt")
+        limit, kind = (ANSWER_TOKENS, "answer") if supervised else (PROMPT_TOKENS, unsupervised)
         for text, _, roles in _shortened(list(run), limit, kind):
             start = len(whole)
             whole.append(text)
@@ -210,7 +225,8 @@ def _shortened(run: list[tuple], limit: int, kind: str) -> list[tuple[str, int, 
     return [*run[:half], (f" [… {left_out:,} tokens of the {kind} left out …] ", 0, {"left_out"}), *run[-half:]]
 
 
-def _print_text(console: Console, text: Text) -> None:
+def print_text(console: Console, text: Text) -> None:
+    """Prints marked text: its roles as colours, or as marks in a line below."""
     if _in_colour(console):
         console.print(text, overflow="fold")
         return
@@ -242,11 +258,16 @@ def _data_table(
     columns = {name: train}
     if findings.validation is not None:
         columns["validation"] = _counts(findings.validation, data.validation_report, tokenizer)
+    return counts_table(columns)
+
+
+def counts_table(columns: dict[str, dict[str, str]]) -> Table:
+    """A table of these columns, whose rows are those of the first."""
     table = Table(box=SIMPLE, show_edge=False)
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    for name in train:
+    for name in next(iter(columns.values())):
         table.add_row(name, *(column.get(name, "") for column in columns.values()))
     return table
 
@@ -260,18 +281,18 @@ def _counts(
         "rows": f"{rows:,}",
         "tokens": f"{tokens:,}",
         "tokens of a row: median, longest": f"{middle:,.0f}, {longest:,}",
-        "supervised tokens": _share(int(statistics.supervised.sum()), tokens),
+        "supervised tokens": share(int(statistics.supervised.sum()), tokens),
     }
     if report is not None:
         counts |= {
-            "rows cut to --max_length": _share(report.cut_rows, rows),
-            "... that lost an answer's end": _share(report.cut_ends, rows),
-            "dropped: longer than --max_length": _share(report.dropped_long_rows, report.records),
-            "dropped: no answer token left": _share(report.dropped_rows, report.records),
+            "rows cut to --max_length": share(report.cut_rows, rows),
+            "... that lost an answer's end": share(report.cut_ends, rows),
+            "dropped: longer than --max_length": share(report.dropped_long_rows, report.records),
+            "dropped: no answer token left": share(report.dropped_rows, report.records),
         }
     if tokenizer.bos_token_id is not None:
-        counts[f"rows that begin with two {tokenizer.bos_token}"] = _share(int(statistics.doubled_bos.sum()), rows)
-    counts["rows whose last answer has no end token"] = _share(int((~statistics.last_ended).sum()), rows)
+        counts[f"rows that begin with two {tokenizer.bos_token}"] = share(int(statistics.doubled_bos.sum()), rows)
+    counts["rows whose last answer has no end token"] = share(int((~statistics.last_ended).sum()), rows)
     return counts
 
 
@@ -286,12 +307,13 @@ def _selected_and_packed(findings: Findings, arguments: FinetuneArguments) -> di
         of_learnt = learnt.sum() * supervised.sum() / max(supervised[sample].sum(), 1)
         named = f"selected tokens (--prefix_length {arguments.selection.prefix_length})"
         for name, count in ((named, of_selected), ("selected and supervised tokens", of_learnt)):
-            counts[name] = about + _share(round(count), int(lengths.sum()))
+            counts[name] = about + share(round(count), int(lengths.sum()))
     if findings.bins is not None:
         fill = fill_rate(lengths, findings.bins, max_length)
         counts[f"packed rows of {max_length:,} tokens"] = f"{len(findings.bins):,} ({fill:.1%} full)"
     return counts
 
 
-def _share(count: int, whole: int) -> str:
+def share(count: int, whole: int) -> str:
+    """A count, and in brackets its part of the whole."""
     return f"{count:,} ({count / whole:.1%})" if count and whole else f"{count:,}"

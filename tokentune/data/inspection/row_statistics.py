@@ -3,8 +3,9 @@
 Legend: R rows, T tokens of a batch of rows, one row after another.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokentune.sampling.schedule import Size
 
 BATCH = 2_000  # rows looked at together
 LARGEST_SAMPLE = 2_048  # rows that `draws` draws for
+LONGEST_BLANK = 16  # supervised tokens, without end tokens, up to which a row is looked at for words
 
 
 @dataclass
@@ -31,7 +33,10 @@ class RowStatistics:
     last_ended: np.ndarray  # (R,) bool: the row's last turn is one of these
     outside: np.ndarray  # (R,) whose id the model has no embedding for
     doubled_bos: np.ndarray  # (R,) bool: begins with two BOS
-    fingerprints: np.ndarray  # (R,) int64: equal for equal ids, for others by a chance of 2**-64; of this process alone
+    # (R,) int64, equal for equal tokens, for others by a chance of 2**-64; of this process alone:
+    fingerprints: np.ndarray  # of the ids
+    answers: np.ndarray  # of the supervised tokens; 0: there are none
+    wordless: np.ndarray  # of which end tokens are supervised, where beside them only white space is; 0: others are
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -49,13 +54,26 @@ def row_statistics(
     ends = sorted(end_token_ids(tokenizer))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     none = np.zeros(0, np.int64)
-    batches = [_counted(*batch, ends, bos, vocab_size) for batch in ((none, none, none), *_columns(rows))]
+
+    known = len(tokenizer)
+
+    @cache
+    def is_blank(token: int) -> bool:
+        return 0 <= token < known and not tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
+
+    batches = [_counted(*batch, ends, bos, vocab_size, is_blank) for batch in ((none, none, none), *_columns(rows))]
     names = RowStatistics.__dataclass_fields__
     return RowStatistics(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in names))
 
 
 def _counted(
-    ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, end_ids: list[int], bos_ids: list[int], vocab_size: int
+    ids: np.ndarray,
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    end_ids: list[int],
+    bos_ids: list[int],
+    vocab_size: int,
+    is_blank: Callable[[int], bool],
 ) -> RowStatistics:
     """Of token ids (T,), labels (T,) and lengths (R,). No supervised token is a row's first one."""
     row = np.repeat(np.arange(len(lengths)), lengths)  # (T,): of each token
@@ -73,19 +91,29 @@ def _counted(
     last_ended[row[turn_ends]] = ended[turn_ends]  # of a row's several turns, the last is assigned last
     bos = np.isin(ids, bos_ids)
     second = np.append(False, first)[:-1] & ~first
-    stops = np.cumsum(lengths)
+    counts = in_row(supervised)
+    others = supervised & ~ends
+    looked_at = others & (in_row(others) <= LONGEST_BLANK)[row]
+    blank = [token for token in np.unique(labels[looked_at]).tolist() if is_blank(token)]
+    silent = (counts > 0) & (in_row(others & ~np.isin(labels, blank)) == 0)
     return RowStatistics(
         lengths=lengths,
-        supervised=in_row(supervised),
+        supervised=counts,
         turns=in_row(turn_ends),
         ended_turns=in_row(ended),
         last_ended=last_ended,
         outside=in_row((ids < 0) | (ids >= vocab_size)),
         doubled_bos=in_row(second & bos & np.append(False, bos)[:-1]) > 0,
-        fingerprints=np.array(
-            [hash(ids[start:stop].tobytes()) for start, stop in zip(stops - lengths, stops, strict=True)], np.int64
-        ),
+        fingerprints=_hashes(ids, lengths),
+        answers=np.where(counts > 0, _hashes(labels[supervised], counts), 0),
+        wordless=np.where(silent, _hashes(labels[ends], in_row(ends), distinct=True), 0),
     )
+
+
+def _hashes(tokens: np.ndarray, counts: np.ndarray, *, distinct: bool = False) -> np.ndarray:
+    """Of each row's tokens, of which `counts` (R,) follow each other, or of the `distinct` ones among them; never 0."""
+    rows = np.split(tokens, np.cumsum(counts)[:-1]) if len(counts) else []
+    return np.array([hash((np.unique(row) if distinct else row).tobytes()) or 1 for row in rows], np.int64)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

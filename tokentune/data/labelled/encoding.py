@@ -1,5 +1,6 @@
 """Labelled texts and words to token ids and labels: what is wrong with a row, and what is cut."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from tokentune.data.labelled.labels import Labels
 from tokentune.data.labelled.rows import Columns, Split
 from tokentune.errors import UserError
 from tokentune.sampling.sampler import IGNORED_LABEL
+
+logger = logging.getLogger(__name__)
+HIDDEN = (None, -1)  # labels of GLUE's test data
 
 
 @dataclass
@@ -36,10 +40,14 @@ class RowReport:
 
 @dataclass
 class Encoded:
-    """Rows of token ids (or images, lazily) and labels, and their counts."""
+    """Rows of token ids (or images, lazily) and labels, and their counts.
+
+    `truth`: of rows to predict their labels (`true_labels`), which the rows do not have.
+    """
 
     rows: Sequence[dict[str, Any]]
     report: RowReport
+    truth: list[Any] | None = None
 
 
 def encode_texts(
@@ -151,3 +159,25 @@ def _word_labels(labels: Labels, values: Any, words: Sequence[str], where: str) 
         found = f"{len(values)} labels" if isinstance(values, list) else f"{values!r:.60}"
         raise UserError(f"{where}: {labels.column!r} has {found} for {len(words)} words; each word needs one.")
     return [labels.encode(value, f"{where}, word {n}") for n, value in enumerate(values, start=1)]
+
+
+def true_labels(split: Split, columns: Columns, labels: Labels, *, of_words: bool) -> list[Any] | None:
+    """The labels of rows to predict: a class's number, a number, or `of_words` a class's number for each word.
+
+    None: they have none to score the predictions by; where some have, a warning says what is wrong with the others.
+    """
+    if columns.label not in split.rows.column_names:
+        return None
+    needed = (*columns.inputs, columns.label) if of_words else (columns.label,)
+    try:
+        rows = [(values, split.place(row)) for row, values in split.good_rows(needed)]
+        split.bad.refuse(split.where, len(split.rows))
+        given = [values[columns.label] for values, _ in rows]
+        if all(one in HIDDEN for value in given for one in (value if isinstance(value, list) else [value])):
+            return None
+        if not of_words:
+            return [labels.encode(value, where) for value, (_, where) in zip(given, rows, strict=True)]
+        return [_word_labels(labels, values[columns.label], values[columns.inputs[0]], where) for values, where in rows]
+    except UserError as error:
+        logger.warning("%s The predictions get no score.", error)
+        return None

@@ -5,8 +5,8 @@ fraction are predicted by regression.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import pyarrow
 from datasets import ClassLabel, Dataset, List
@@ -47,6 +47,18 @@ class Labels:
     def outside(self) -> int | None:
         """The number of the class of words outside of entities; None where there is none."""
         return self.names.index(OUTSIDE) if OUTSIDE in self.names else None
+
+    def told(self, number: float) -> str:
+        """An encoded label, in words."""
+        return f"{self.column} {number:g}" if self.is_regression else f"{self.column} {self.names[int(number)]}"
+
+    def of(self, feature: Any) -> Self:
+        """The same classes as a column of this type numbers them; a folder of images without one class has others."""
+        feature = feature.feature if isinstance(feature, List) else feature
+        if not isinstance(feature, ClassLabel) or not {*feature.names} & {*self.names}:
+            return self
+        numbers = {n: self.names.index(name) for n, name in enumerate(feature.names) if name in self.names}
+        return replace(self, numbers=numbers)
 
     def encode(self, value: Any, where: str) -> int | float:
         """The class's number, or the number to predict.

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Image as ImageFeature
 from transformers import PreTrainedConfig
 
-from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words
+from tokentune.data.labelled.encoding import Encoded, RowReport, encode_texts, encode_words, true_labels
 from tokentune.data.labelled.images import ImageRows, load_image_processor, open_image
 from tokentune.data.labelled.labels import Labels, find_labels, find_token_labels
 from tokentune.data.labelled.rows import Columns, Split, find_columns, read_split, require_columns, some_rows
 from tokentune.data.prompts import ensure_pad_token
 from tokentune.errors import UserError
 from tokentune.models.pretrained import check_weights, load_tokenizer
+from tokentune.sampling.sampler import IGNORED_LABEL
 from tokentune.settings.classification import ClassificationArguments
 from tokentune.sources import listed
 
@@ -35,6 +37,11 @@ class ClassificationData:
     test: Encoded | None
     labels: Labels
     inputs: Sequence[str]  # names of the columns that are classified by: of a pair two
+
+    @property
+    def splits(self) -> dict[str, Encoded | None]:
+        """Those above, by name; None: no test data."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 def load_processing(arguments: ClassificationArguments, config: PreTrainedConfig) -> Any:
@@ -85,18 +92,38 @@ def load_data(arguments: ClassificationArguments, config: PreTrainedConfig, proc
         options = {"processing": processing, "channels": getattr(config, "num_channels", 3)}
     encode = {"text": encode_texts, "token": encode_words, "image": encode_image_rows}[task_type]
 
-    def encoded(split: Split, labels: Labels | None) -> Encoded:
-        wanted = columns.inputs if labels is None else (*columns.inputs, columns.label)
+    def encoded(split: Split, *, to_predict: bool = False) -> Encoded:
+        wanted = columns.inputs if to_predict else (*columns.inputs, columns.label)
         require_columns(split.rows, wanted, split.where, ", which the training data has")
-        rows = encode(split, columns, labels, **options)
+        known = labels.of(split.rows.features.get(columns.label))
+        rows = encode(split, columns, None if to_predict else known, **options)
+        if to_predict:
+            rows.truth = true_labels(split, columns, known, of_words=task_type == "token")
+            rows.report.labels = len(rows.truth or ())
+            if rows.truth and task_type == "token":
+                lost = rows.report.cut_labels + rows.report.unwritten_labels
+                rows.report.labels = sum(map(len, rows.truth)) - lost
         logger.info("%s: %s", split.where, rows.report)
         return rows
 
-    learnt, evaluated = encoded(some_rows(train, arguments.data.max_train_rows), labels), encoded(validation, labels)
-    predicted = None if test is None else encoded(test, None)
+    learnt, evaluated = encoded(some_rows(train, arguments.data.max_train_rows)), encoded(validation)
+    predicted = None if test is None else encoded(test, to_predict=True)
     if task_type != "image":  # rows of one length in a batch need less padding, and no score depends on the order
         evaluated.rows.sort(key=lambda row: len(row["input_ids"]))
+    for split, rows in ((train, learnt), (validation, evaluated)):
+        warn_of_one_label(rows, split.where)
     return ClassificationData(learnt, evaluated, predicted, labels, columns.inputs)
+
+
+def warn_of_one_label(rows: Encoded, where: str) -> None:
+    """Of rows that all have one label: those that --max_train_rows, --bad_rows or --max_length left, or a validation
+    file that is sorted by its labels. (A training file of one label is refused.)"""
+    if isinstance(rows.rows, ImageRows):
+        found = np.unique(rows.rows.numbers)
+    else:
+        found = np.unique(np.concatenate([np.atleast_1d(row["labels"]) for row in rows.rows] or [np.zeros(0)]))
+    if len(found[found != IGNORED_LABEL]) == 1 and rows.report.labels > 1:
+        logger.warning("%s: all %d labels are the same: they tell nothing from another", where, rows.report.labels)
 
 
 def encode_image_rows(

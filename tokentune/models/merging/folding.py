@@ -32,7 +32,8 @@ from tokentune.models.merging.trained_adapter import (
     OUTPUT_FLAG,
     Adapter,
     attach_adapter,
-    check_recorded_base,
+    check_architecture,
+    check_base,
     read_adapter,
 )
 from tokentune.models.merging.trained_shapes import (
@@ -65,6 +66,7 @@ class Plan:
     dtype: torch.dtype  # of the merged weights
     place: torch.device
     trust: dict[str, bool]  # what is allowed to the base: trust_remote_code, allow_pickle
+    base_is_same: bool | None  # as the adapter was trained on, by its content; None: not known
 
     def logits(self, model: torch.nn.Module, *, in_float32: bool) -> Tensor:
         """A model's logits on the fixed inputs for this kind of model."""
@@ -72,18 +74,21 @@ class Plan:
 
 
 class Reference(NamedTuple):
-    """Logits of base + adapter, before folding: computed in the weights' type, and in float32."""
+    """Of base + adapter, before folding."""
 
-    in_dtype: Tensor
+    in_dtype: Tensor  # logits, computed in the weights' type
     in_float32: Tensor
+    effect: LogitDifference  # of the base alone from it, computed in float32: what the adapter does
 
 
-def plan_fold(base: str, adapter_folder: str, *, dtype: str | None, device: str, trust: dict[str, bool]) -> Plan:
+def plan_fold(
+    base: str, adapter_folder: str, *, dtype: str | None, device: str, trust: dict[str, bool], force: bool
+) -> Plan:
     """Reads and checks everything but the base's weights. Args: as of `merge`, in `tokentune/merge.py`.
 
     Raises:
         UserError: no base or adapter there, adapter and base do not fit, embeddings that cannot be made as they were in
-            training, or a device that cannot be used.
+            training, a device that cannot be used, or another base than the adapter's.
     """
     check_model_folder(base, BASE_FLAG)
     adapter = read_adapter(Path(adapter_folder))
@@ -91,7 +96,7 @@ def plan_fold(base: str, adapter_folder: str, *, dtype: str | None, device: str,
     config = load_config(base, flag=BASE_FLAG, head=head, trust_remote_code=trusted)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{BASE_FLAG} {base}: its weights are quantised. Give the unquantised base.")
-    check_recorded_base(adapter.config.base_model_name_or_path, base, config)
+    check_architecture(adapter, base, config)
     held = checkpoint_dtype(config) if dtype in (None, "auto") else getattr(torch, dtype)
     config = with_outputs(config, adapter, head)
     with torch.device("meta"):
@@ -100,7 +105,9 @@ def plan_fold(base: str, adapter_folder: str, *, dtype: str | None, device: str,
     if head is not IMAGE:
         rows, base_rows = needed_rows(adapter, skeleton), skeleton.get_input_embeddings().weight.shape[0]
     size = sum(parameter.numel() for parameter in skeleton.parameters()) * held.itemsize
-    return Plan(base, config, head, adapter, base_rows, rows, held, choose_device(device, size), trust)
+    place = choose_device(device, size)
+    same = check_base(adapter, base, allow_pickle=trust["allow_pickle"], force=force)  # (may download the weights)
+    return Plan(base, config, head, adapter, base_rows, rows, held, place, trust, same)
 
 
 def choose_device(device: str, model_bytes: int) -> torch.device:
@@ -175,14 +182,16 @@ def fold(plan: Plan, base: PreTrainedModel, *, compared: bool) -> tuple[PreTrain
     Raises:
         UserError: these logits or the folded weights exceed the range of their type, or peft refuses to merge.
     """
-    was_tied = is_tied(base)
-    model, reference = attach_adapter(base, plan.adapter), None
+    was_tied, reference = is_tied(base), None
+    alone = plan.logits(base, in_float32=True) if compared else None
+    model = attach_adapter(base, plan.adapter)
     if compared:
-        reference = Reference(plan.logits(model, in_float32=False), plan.logits(model, in_float32=True))
-        if not all(torch.isfinite(logits).all() for logits in reference):
+        in_dtype, in_float32 = (plan.logits(model, in_float32=wide) for wide in (False, True))
+        if not all(torch.isfinite(logits).all() for logits in (in_dtype, in_float32)):
             raise UserError(
                 f"--dtype: base + adapter gives NaN or infinite logits in {plan.dtype}. Try --dtype float32."
             )
+        reference = Reference(in_dtype, in_float32, logit_difference(in_float32, alone))
     untie_adapted_embeddings(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)

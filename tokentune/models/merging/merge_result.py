@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -19,11 +18,11 @@ from tokentune.models.merging.folding import Plan
 from tokentune.models.merging.logit_difference import LogitDifference
 from tokentune.models.merging.trained_adapter import OUTPUT_FLAG, QLORA_FLAG
 from tokentune.models.merging.trained_shapes import is_tied
+from tokentune.models.merging.verdict import Verdict, qlora_verdict
 from tokentune.models.tasks import HEADS, IMAGE
 from tokentune.settings.flags import require
 
 SUMMARY = "merge_summary.json"  # also the mark of a folder that a later merge may replace
-LARGEST_16_BIT_DIFFERENCE = 0.1  # of the logits' deviation; rounding every adapted weight once gives 0.01 in bfloat16
 
 
 def check_output_folder(output: Path, sources: Sequence[str]) -> None:
@@ -97,6 +96,7 @@ def merge_summary(
     return {
         "schema_version": 2,
         "base_model_name_or_path": plan.base,
+        "base_is_same": plan.base_is_same,
         "peft_model_path": adapter_folder,
         "task_type": next((name for name, head in HEADS.items() if head is plan.head), None),
         "dtype": str(plan.dtype).removeprefix("torch."),
@@ -108,24 +108,23 @@ def merge_summary(
     }
 
 
-def report(summary: dict[str, Any], same: LogitDifference, exact: LogitDifference) -> None:
-    """Prints the differences that were measured, and what is worth knowing of them."""
-    vocabulary = summary["vocabulary"]
+def report(summary: dict[str, Any], same: LogitDifference, exact: LogitDifference, verdict: Verdict) -> None:
+    """Prints the differences that were measured, and what they mean."""
+    vocabulary, dtype, qlora = summary["vocabulary"], summary["dtype"], summary["qlora"]
     if vocabulary is not None and vocabulary["merged"] != vocabulary["base"]:
         print(f"embeddings: {vocabulary['merged']} rows, as in training (the base has {vocabulary['base']})")
-    rounding = "" if summary["dtype"] == "float32" else ", which rounds the merged weights and every activation"
-    print(f"largest logit difference from base + adapter, computed in {summary['dtype']}{rounding}: {same}")
-    if summary["dtype"] != "float32":
+    rounding = "" if dtype == "float32" else ", which rounds the merged weights and every activation"
+    print(f"largest logit difference from base + adapter, computed in {dtype}{rounding}: {same}")
+    if dtype != "float32":
         print(f"the same weights, computed in float32: {exact}")
-        if exact.relative > LARGEST_16_BIT_DIFFERENCE:
-            print("warning: much of the adapter was lost in rounding; merge with --dtype float32", file=sys.stderr)
-    if summary["qlora"] is None:
-        return
-    saved, measured = summary["qlora"]["base"], summary["qlora"]["from_training"]
-    print("logit difference from what was trained, the 4-bit base + adapter, in % of the logits' standard deviation:")
-    for kind, difference in measured.items():
-        figures = f"{100 * difference['relative_rms']:.3g} % (root mean square), {100 * difference['relative']:.3g} %"
-        print(f"  {QLORA_FLAG} {kind}: {figures} (largest){', saved' if kind == saved else ''}")
-    closer = min(measured, key=lambda kind: measured[kind]["rms"])
-    if closer != saved:
-        print(f"{QLORA_FLAG} {closer} is closer to what was trained than what was saved")
+    if qlora is not None:
+        print(
+            "logit difference from what was trained, the 4-bit base + adapter, in % of the logits' standard deviation:"
+        )
+        for kind, difference in qlora["from_training"].items():
+            mean, largest = (100 * difference[name] for name in ("relative_rms", "relative"))
+            saved = ", saved" if kind == qlora["base"] else ""
+            print(f"  {QLORA_FLAG} {kind}: {mean:.3g} % (root mean square), {largest:.3g} % (largest){saved}")
+    print(f"verdict: {verdict.sentence}")
+    if qlora is not None:
+        print(f"verdict on QLoRA: {qlora_verdict(qlora, QLORA_FLAG)}")

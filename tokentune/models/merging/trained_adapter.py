@@ -1,6 +1,7 @@
 """A trained LoRA adapter read back: is it whole, was it trained, how, and does it belong to this base?
 
-`read_adapter` looks at its folder alone, `check_recorded_base` at the configurations, `attach_adapter` at every weight.
+`read_adapter` looks at its folder alone, `check_architecture` at the configurations, `check_base` at the base's files,
+`attach_adapter` at every weight.
 """
 
 import copy
@@ -21,14 +22,21 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokentune.errors import UserError
-from tokentune.file_names import RUN_CONFIG_NAME, SCORES_NAME, SUMMARY_NAME
+from tokentune.file_names import BASE_FINGERPRINT_NAME, RUN_CONFIG_NAME, SCORES_NAME, SUMMARY_NAME
+from tokentune.models.fingerprint import Fingerprint, fingerprint_of_checkpoint
 from tokentune.settings.flags import require
 from tokentune.sources import first_line
 
 BASE_FLAG, ADAPTER_FLAG = "--base_model_name_or_path", "--peft_model_path"
-OUTPUT_FLAG, QLORA_FLAG = "--output_dir", "--qlora_base"
+OUTPUT_FLAG, QLORA_FLAG, FORCE_FLAG = "--output_dir", "--qlora_base", "--force"
 # What a folded weight could not stand for: the adapter acts on some tokens only, on pooled inputs, or is routed.
-_NOT_LINEAR = ("alora_invocation_tokens", "use_qalora", "arrow_config")
+ACTIVATED = "alora_invocation_tokens"
+_NOT_LINEAR = {
+    ACTIVATED: " It acts on answers, whose prompts run through the base as it is.\nServe it beside its "
+    "base (peft's PeftModel.from_pretrained), or train with --lora_on all.",
+    "use_qalora": "",
+    "arrow_config": "",
+}
 # Initial values (peft's init_lora_weights) that leave the base's weights as they are, and those that subtract something
 # from them which the same decomposition of the same weights finds again. PiSSA's fast variant is random, and LoRA-GA,
 # CorDA and LoftQ depend on data or a quantization that the file does not hold.
@@ -47,6 +55,12 @@ class Adapter:
     qlora: bool | None  # whether the base was in 4 bits
     base_dtype: torch.dtype | None  # of the weights that were not quantized
     classes: list[str] | None  # the names of a classifier's outputs
+    base: Fingerprint | None  # of the base's weight files
+
+    @property
+    def base_name(self) -> str | None:
+        """The base that it was trained on, as it was called there."""
+        return self.config.base_model_name_or_path
 
     @property
     def start_in_base(self) -> str | None:
@@ -57,17 +71,21 @@ class Adapter:
         return f"init_lora_weights={start}" if start in _BASE_FOUND_AGAIN else None
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, flag: str = ADAPTER_FLAG, *, to_merge: bool = True) -> Adapter:
     """An adapter's settings, and its weights checked.
+
+    Args:
+        flag: that the folder comes from, for messages.
+        to_merge: False: it is used beside its base, and may act on some tokens only.
 
     Raises:
         UserError: no such folder, no adapter in it, damaged files, not LoRA, never trained, or NaN in it.
     """
-    where = f"{ADAPTER_FLAG} {folder}:"
+    where = f"{flag} {folder}:"
     require(folder.is_dir(), f"{where} no such folder.")
     require(
         (folder / "adapter_config.json").is_file(),
-        f"{where} no adapter_config.json in this folder, so it holds no adapter.{_newest_checkpoint(folder)}",
+        f"{where} no adapter_config.json in this folder, so it holds no adapter.{newest_checkpoint(folder)}",
     )
     require(
         any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")),
@@ -75,7 +93,7 @@ def read_adapter(folder: Path) -> Adapter:
     )
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        _check_kind(settings, where)
+        _check_kind(settings if to_merge else settings | {ACTIVATED: None}, where)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where} cannot be read: adapter_config.json: {first_line(error)}") from error
     try:
@@ -90,9 +108,9 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, shapes, **_training_record(folder))
 
 
-def _newest_checkpoint(folder: Path) -> str:
-    """Where the adapter may be instead: a run that has not ended leaves checkpoints only."""
-    steps = [path for path in folder.glob("checkpoint-*") if (path / "adapter_config.json").is_file()]
+def newest_checkpoint(folder: Path, file: str = "adapter_config.json") -> str:
+    """Where the adapter may be instead: a run that has not ended leaves checkpoints only. `file`: one of it."""
+    steps = [path for path in folder.glob("checkpoint-*") if (path / file).is_file()]
     steps.sort(key=lambda path: int(digits) if (digits := path.name.removeprefix("checkpoint-")).isdigit() else -1)
     return f" Its newest checkpoint is {steps[-1]}." if steps else ""
 
@@ -104,10 +122,10 @@ def _check_kind(settings: dict[str, Any], where: str) -> None:
         kind == "LORA",
         f"{where} holds a {kind} adapter; only LoRA adapters are merged (DoRA and rsLoRA are of that kind).",
     )
-    for name in _NOT_LINEAR:
+    for name, cure in _NOT_LINEAR.items():
         require(
             not settings.get(name),
-            f"{where} its {name} makes the adapter more than a change of weights: it cannot be merged.",
+            f"{where} its {name} makes the adapter more than a change of weights: it cannot be merged.{cure}",
         )
     require(
         not settings.get("layer_replication"),
@@ -147,6 +165,7 @@ def _training_record(folder: Path) -> dict[str, Any]:
         "qlora": qlora if isinstance(qlora, bool) else None,
         "base_dtype": getattr(torch, dtype) if dtype in ("float32", "float16", "bfloat16") else None,
         "classes": list(map(str, classes)) if isinstance(classes, list) else None,
+        "base": Fingerprint.from_dict(next(_found(folder, BASE_FINGERPRINT_NAME), None)),
     }
 
 
@@ -166,27 +185,64 @@ def _found(folder: Path, name: str) -> Iterator[dict[str, Any]]:
         folder = folder.parent
 
 
-def check_recorded_base(recorded: str | None, base: str, base_config: PreTrainedConfig) -> None:
-    """Compares the base that the adapter was trained on, by its own record, with the one given.
+def is_named(adapter: Adapter, base: str) -> bool:
+    """Whether the adapter's record of its base, if it has one, names this one."""
+    name = adapter.base_name
+    return not name or name == base or os.path.realpath(name) == os.path.realpath(base)
 
-    Another name may be the same model elsewhere, so that is warned about. Where the recorded base is still at hand,
-    another architecture is refused (shapes alone would let a Mistral adapter into a Llama).
-    """
-    if not recorded or recorded == base or os.path.realpath(recorded) == os.path.realpath(base):
+
+def check_architecture(adapter: Adapter, base: str, base_config: PreTrainedConfig) -> None:
+    """Refuses a base of another architecture than that which the adapter's record names, where that is still at hand:
+    shapes alone would let a Mistral adapter into a Llama."""
+    if is_named(adapter, base):
         return
     try:
-        theirs = transformers.AutoConfig.from_pretrained(recorded, local_files_only=True, trust_remote_code=False)
+        theirs = transformers.AutoConfig.from_pretrained(
+            adapter.base_name, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError):
-        theirs = base_config  # not at hand: nothing to compare but the adapter's shapes, when it is attached
+        return  # nothing to compare but the adapter's shapes, when it is attached
     names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     for name in names:
         mine, other = getattr(base_config, name, None), getattr(theirs, name, None)
         require(
             mine == other,
-            f"{ADAPTER_FLAG}: the adapter was trained on {recorded} ({name} {other}), "
+            f"{ADAPTER_FLAG}: the adapter was trained on {adapter.base_name} ({name} {other}), "
             f"but {BASE_FLAG} {base} has {name} {mine}. Give the adapter's own base.",
         )
-    print(f"warning: the adapter was trained on {recorded}; make sure that {base} is the same model", file=sys.stderr)
+
+
+def check_base(adapter: Adapter, base: str, *, allow_pickle: bool, force: bool | None = None) -> bool | None:
+    """Compares the base's weights with those that the adapter was trained on, by the record in its folder.
+
+    `force`: None for a command that has no such flag.
+
+    Returns:
+        Whether they are the same (False: only by `force`, with a warning); None: there is no record of them, or it is
+        of weights in 4 bits. Another name than the recorded one is then warned about.
+
+    Raises:
+        UserError: they are others.
+    """
+    found = None
+    if adapter.base is not None and "uint8" not in adapter.base.dtypes:
+        found = fingerprint_of_checkpoint(base, allow_pickle=allow_pickle)
+    if found is None:
+        if not is_named(adapter, base):
+            warning = f"the adapter was trained on {adapter.base_name}; make sure that {base} is the same model"
+            print(f"warning: {warning}", file=sys.stderr)
+        return None
+    difference = adapter.base.difference(found)
+    if difference is None:
+        return True
+    named = "" if is_named(adapter, base) else f" ({adapter.base_name})"
+    said = f"{BASE_FLAG} {base} is not the base that the adapter was trained on{named}: {difference}"
+    retyped = found.dtypes.keys() != adapter.base.dtypes.keys()
+    when = ", which is right if it is the same model saved in another type" if retyped else ""
+    forced = "" if force is None else f"; {FORCE_FLAG} merges all the same{when}"
+    require(bool(force), f"{said}.\nGive that base{forced}.")
+    print(f"warning: {said}; merged all the same ({FORCE_FLAG})", file=sys.stderr)
+    return False
 
 
 def attach_adapter(base: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
@@ -196,7 +252,8 @@ def attach_adapter(base: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
     """
     misfit = f"{ADAPTER_FLAG} {adapter.folder}: does not belong to this base ({type(base).__name__}, {BASE_FLAG})"
     try:
-        model = peft.PeftModel(base, copy.deepcopy(adapter.config))
+        wrapper = peft.PeftModelForCausalLM if getattr(adapter.config, ACTIVATED, None) else peft.PeftModel
+        model = wrapper(base, copy.deepcopy(adapter.config))
         result = model.load_adapter(str(adapter.folder), "default")
     except (ValueError, KeyError, RuntimeError) as error:
         # torch lists every mismatch on a line of its own, below a general one

@@ -1,8 +1,7 @@
 """`--resume_from_checkpoint`: where a run continues, and whether it is the same run.
 
 A resumed run ends with the weights of one that was never interrupted: to the last bit on the CPU, where the same flags,
-data and libraries give the same numbers. Flags that would make it another run are refused; flags that only change the
-order of sums are named in a warning; where things are written, and how often, may change.
+data and libraries give the same numbers. Flags that would make it another run are refused (`same_run.py`).
 """
 
 import json
@@ -18,34 +17,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from tokentune.errors import UserError
 from tokentune.file_names import SUMMARY_NAME
 from tokentune.settings.flags import require
-from tokentune.sources import is_local_path
 from tokentune.training.checkpoints.run_folder import clear_run_folder
 from tokentune.training.checkpoints.run_state import data_digest, read_run_state, versions
+from tokentune.training.checkpoints.same_run import check_same_run
 from tokentune.training.checkpoints.saving import checkpoints_of, clear_leftovers, fault_of, set_aside, step_of
 from tokentune.training.distributed.engines import check_checkpoint
 from tokentune.training.distributed.interruptions import Interrupted, defer_interruptions
 from tokentune.training.grouping import units_digest
 
 logger = logging.getLogger(__name__)
-
-# Flags without effect on the weights: what a run writes and reports, and where.
-HARMLESS = {
-    *("model_save_path", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "logging_dir"),
-    *("report_to", "print_run_folder", "resume_from_checkpoint", "preview", "dry_run", "report_memory", "offline"),
-    *("memory_snapshot", "skip_memory_probe", "skip_verification", "num_workers", "tokenize_workers", "data_cache"),
-    *("push_to_hub", "trust_remote_code", "allow_pickle", "fp16_opt_level", "hub_public"),
-}
-# The same numbers, summed in another order or rounded elsewhere; mostly what helps after running out of memory.
-ROUNDING = {
-    *("gradient_accumulation_steps", "auto_micro_batch", "gradient_checkpointing", "checkpoint_rest", "offload_kv"),
-    *("chunked_loss", "attn_implementation", "use_liger_kernel", "model_parallel"),
-}
-# Not for a stream that several workers read: each fills the places of dropped rows with later rows of its own.
-STREAMED = {"num_workers", "gradient_accumulation_steps"}
-_BY_NAME = {  # files may have moved; the rows themselves are compared once they are read
-    *("model_name_or_path", "dataset_name_or_path", "eval_dataset_name_or_path", "prompt_template_name_or_path"),
-    "chat_template",
-}
 
 
 @dataclass
@@ -145,39 +125,6 @@ def _best_of(checkpoint: Path) -> Path:
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     step = state.get("best_global_step")
     return checkpoint if step is None else checkpoint.with_name(f"checkpoint-{step}")
-
-
-def check_same_run(flags: dict[str, Any], before: dict[str, Any], where: str) -> None:
-    """Refuses, UserError, flags that make another run than those of `before`; warns of flags that change rounding."""
-    now = json.loads(json.dumps(flags))
-    changed = {name: before[name] for name in now if name in before and not _same(name, before[name], now[name])}
-    workers = max(settings.get("num_workers", 0) for settings in (before, now))
-    bound = STREAMED if now.get("streaming") and workers > 1 else set()
-    other = [name for name in changed if name not in (HARMLESS | ROUNDING) - bound]
-    if other:
-        listed = ", ".join(f"--{name} {_shown(now[name])} (there {_shown(changed[name])})" for name in other)
-        raise UserError(
-            f"{where} was made with other flags, and going on with these would be another run:\n{listed}.\n"
-            "Give the same flags again, or start anew: another --model_save_path, or --overwrite_output_dir."
-        )
-    if rounding := [f"--{name}" for name in changed if name in ROUNDING]:
-        logger.warning("%s: not as in %s; the result is the same up to rounding", ", ".join(rounding), where)
-
-
-def _same(name: str, before: Any, now: Any) -> bool:
-    if name in _BY_NAME:
-        return _file_names(before) == _file_names(now)
-    return before == now
-
-
-def _file_names(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_file_names(item) for item in value]
-    return Path(value).name if isinstance(value, str) and is_local_path(value) else value
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def prepare_run_folder(run_folder: Path, start: Start) -> None:

@@ -59,7 +59,7 @@ def _take(path: Path, run_folder: Path) -> int:
                 raise
             raise UserError(
                 f"another run is writing to {run_folder}: {owner}.\n"
-                "Wait for it, end it, or give another --model_save_path."
+                "Wait for it, end it, or give this one a name of its own with --run_name."
             ) from None
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:

@@ -30,11 +30,10 @@ from transformers.trainer_callback import ExportableState
 
 from tokentune.core.compat.rotary_state import read, rotary_state, set_rotary_state, written
 from tokentune.environment import library_versions
+from tokentune.file_names import RUN_STATE_NAME
 from tokentune.training.grouping import units_digest
 
 logger = logging.getLogger(__name__)
-
-RUN_STATE_NAME = "run_state.json"
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from tokentune.file_names import RUN_STATE_NAME
 from tokentune.phases import phase
-from tokentune.training.checkpoints.run_state import RUN_STATE_NAME, run_state
+from tokentune.training.checkpoints.run_state import run_state
 from tokentune.training.checkpoints.saving import (
     StorageError,
     hidden,
@@ -85,6 +86,8 @@ def _write_run_state(trainer: Trainer, state: dict[str, Any], folder: Path) -> N
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
+    if trainer.base_fingerprint is not None:
+        trainer.base_fingerprint.save(folder)
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     write_whole(folder / RUN_STATE_NAME, json.dumps(state, indent=1) + "\n")
 
