@@ -10,12 +10,10 @@ whatever else the machine does hits all alike.
 
 import argparse
 import json
-import logging
 import platform
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -23,6 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tokentune, when run as a file
+
+if __name__ == "__main__":
+    from tokentune.cli.start import set_up_packages
+
+    set_up_packages("finetune")  # before the imports below, which would already say what no user can act on
 
 from tokentune import apply_tokentune
 from tokentune.cli.arguments import parse_arguments
@@ -32,10 +35,6 @@ from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, ensure_pad_token
 from tokentune.models.adapters import add_adapters
 from tokentune.models.pretrained import load_base_model, load_tokenizer
-
-# Other packages' words on their own internals, which a user can do nothing about.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 PLAIN = {"full": "full", "TokenTune": "full", "LoRA": "LoRA", "TokenTune + LoRA": "LoRA"}  # what each is compared with
 

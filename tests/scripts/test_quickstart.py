@@ -271,3 +271,9 @@ def test_the_whole_quick_start_learns(tmp_path):
     assert saved["TokenTune + LoRA"] < 0.5 and saved["TokenTune"] < 0.5
     again = run_script(QUICKSTART_DIR=str(tmp_path), PYTHON=sys.executable)
     assert again.returncode == 0 and again.stderr.count("finished earlier, skipped") == 10
+
+
+def test_the_measurement_does_not_say_what_no_user_can_act_on() -> None:
+    """bitsandbytes, where a processor could use a kernel of a package that is not installed."""
+    command = [sys.executable, str(CODE / "measure.py"), "--help"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
