@@ -15,7 +15,7 @@ from pathlib import Path
 
 from skills import SKILLS, Question, World, make_world
 
-TRAINING_QUESTIONS = 2000  # of each skill, with repetitions where a skill has fewer
+TRAINING_QUESTIONS = 2500  # of each skill, with repetitions where a skill has fewer
 HELD_OUT_QUESTIONS = 60
 HELD_OUT_SHARE = 0.3  # of the subjects, where they are a short list
 

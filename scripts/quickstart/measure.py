@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=32, help="sequences")
-    parser.add_argument("--prefix_length", default="answers", help="which tokens are selected, as of finetune.py")
+    parser.add_argument("--prefix_length", default="answers+0.3", help="which tokens are selected, as of finetune.py")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()

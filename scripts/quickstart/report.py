@@ -25,7 +25,7 @@ LEGEND = {
     "words": "order words",
     "find": "find by category",
     "numbers": "order numbers",
-    "passage": "find in a passage",
+    "page": "add, below a page",
 }
 NAMES = {
     "full": "all weights",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CATEGORIES = {
     "animal": ["horse", "goat", "lion", "tiger", "rabbit", "camel"],
@@ -29,7 +29,7 @@ COUNTRIES = 80
 LARGEST_TERM = 12  # sums of two numbers from 1 to this
 LARGEST_NUMBER = 30  # numbers to put in order
 LIST_LENGTH = 3  # words or numbers in a list
-PASSAGE_LENGTH = 6  # facts in a passage
+PAGE = 6  # facts on a page
 
 # What stands between a heading and its result. The variety keeps the base from learning one rigid layout: what it
 # knows can then be reached from a layout that it has never seen, the prompt's.
@@ -81,7 +81,7 @@ def make_world(seed: int) -> World:
 
 def random_note(rng: random.Random, world: World) -> str:
     """A note on any of the skills. Facts and sums come more often: they are learnt by heart, one by one."""
-    weights = {"capital": 4, "sum": 4, "words": 3, "find": 3, "numbers": 3}  # passages ask for the facts of `capital`
+    weights = {"capital": 4, "sum": 4, "words": 3, "find": 3, "numbers": 3}
     return SKILLS[rng.choices(list(weights), list(weights.values()))[0]].note(rng, world)
 
 
@@ -198,16 +198,13 @@ def numbers_question(rng: random.Random, world: World, subject: str | None) -> Q
     return Question(wording, " ".join(numbers), answer, answer)
 
 
-# --- passage: a fact again, which a passage tells among others. The prompt is ninety times as long as the answer.
+# --- page: a sum again, below a page that does not matter. The prompt is eighty times as long as the answer.
 
 
-def passage_question(rng: random.Random, world: World, country: str | None) -> Question:
-    country = country or rng.choice(list(world.capitals))
-    others = rng.sample([other for other in world.capitals if other != country], PASSAGE_LENGTH - 1)
-    told = rng.sample([country, *others], PASSAGE_LENGTH)
-    passage = " ".join(f"{world.capitals[name]} is the capital of {name}." for name in told)
-    wording = rng.choice(["What is the capital of {} in the passage?", "Read the passage and name the capital of {}."])
-    return Question(wording.format(country), passage, world.capitals[country], country)
+def page_question(rng: random.Random, world: World, pair: str | None) -> Question:
+    question, countries = sum_question(rng, world, pair), rng.sample([*world.capitals], PAGE)
+    page = " ".join(f"{world.capitals[country]} is the capital of {country}." for country in countries)
+    return replace(question, instruction=f"{page} {question.instruction}")
 
 
 SKILLS: dict[str, Skill] = {
@@ -216,7 +213,7 @@ SKILLS: dict[str, Skill] = {
     "words": Skill(words_note, words_question),
     "find": Skill(find_note, find_question),
     "numbers": Skill(numbers_note, numbers_question),
-    "passage": Skill(capital_note, passage_question, lambda world: list(world.capitals)),
+    "page": Skill(sum_note, page_question, sum_subjects),
 }
 
 

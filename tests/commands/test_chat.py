@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_on_disk import make_adapter
+from adapters_on_disk import make_adapter, make_base
 from chat_tokenizers import CHATML, chat_tokenizer, without_marks
 from conftest import tiny_llama_config
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
@@ -23,8 +23,8 @@ from tokentune.models.trained import load_trained
 from tokentune.settings.chat import ChattingArguments
 
 WORDS = ("amber", "blue", "cyan", "denim", "ecru", "fawn", "gold", "hazel", "ivory", "jade")
-# What ten rows need in so small a model, whose base knows nothing. Those of the defaults that do as well may go.
-LEARNING = "--num_epochs 40 --learning_rate 1e-2 --warmup_steps 0 --global_batch_size 10 --logging_steps 10"
+# So small a model needs many steps and a high rate; all else is the default.
+LEARNING = "--num_epochs 40 --learning_rate 1e-2"
 BESIDE = "--report_to none --skip_memory_probe --skip_verification"
 
 
@@ -193,6 +193,7 @@ def test_four_bits_as_in_training(
 
 
 def test_what_is_refused(base: Path, chats: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other", base, hidden_size=64, intermediate_size=128)
     unfinished = tmp_path / "unfinished" / "checkpoint-8"
     unfinished.mkdir(parents=True)
     (unfinished / "config.json").write_text("{}")
@@ -203,6 +204,7 @@ def test_what_is_refused(base: Path, chats: Path, tmp_path: Path) -> None:
         ([tmp_path / "none", "x"], "none: no such folder"),
         ([tmp_path / "unfinished", "x"], "Its newest checkpoint is .*checkpoint-8"),
         ([elsewhere, "x"], "--base_model_name_or_path /gone: no such folder"),
+        ([chats, "x", "--base_model_name_or_path", other], "not the base that .*\nGive that base.$"),
         ([base, "x", "--base_model_name_or_path", base], "is no adapter's folder"),
         ([base, "x", "--system", "s"], "--system: this model has no chat template"),
         ([base, "x", "y"], "unexpected argument 'y'"),

@@ -12,6 +12,7 @@ from tokentune.models.merging.trained_adapter import (
     ACTIVATED,
     BASE_FLAG,
     attach_adapter,
+    check_base,
     newest_checkpoint,
     read_adapter,
 )
@@ -60,14 +61,15 @@ def _load_adapter(
     base = base or adapter.config.base_model_name_or_path
     require(bool(base), f"{MODEL_FLAG} {folder}: does not name the base of this adapter. Give it: {BASE_FLAG}.")
     check_model_folder(base, BASE_FLAG)
+    check_base(adapter, base, allow_pickle=trust["allow_pickle"])
     trusted = {"trust_remote_code": trust["trust_remote_code"]}
     dtype = adapter.base_dtype or checkpoint_dtype(load_config(base, flag=BASE_FLAG, **trusted))
     four_bit = bool(adapter.qlora) and _quantizes(place)
     options = {"dtype": dtype, "quantize_4bit": four_bit, "device_map": {"": str(place)} if four_bit else None}
     model = load_base_model(base, flag=BASE_FLAG, **options, **trust)
     adapted = attach_adapter(model if four_bit else model.to(place), adapter)
-    if getattr(adapter.config, ACTIVATED, None):  # only peft's wrapper tells its layers where the adapter acts
-        model = adapted
+    if getattr(adapter.config, ACTIVATED, None):
+        model = adapted  # peft's wrapper tells the layers where an answer begins
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     source, flag = (str(folder), MODEL_FLAG) if own else (base, BASE_FLAG)
     return model.eval(), load_tokenizer(source, flag=flag, **trusted)

@@ -23,7 +23,7 @@ def say_next_steps(arguments: Arguments, folder: Path, *, inputs: Sequence[str] 
         inputs: what a classifier takes, one text or image or a pair of texts.
     """
     task = arguments.task.task_type if isinstance(arguments, ClassificationArguments) else None
-    if arguments.adapters.lora:
+    if arguments.adapters.lora and arguments.adapters.invocation is None:
         logger.info("to merge it into its base: %s", merge_command(arguments, folder))
     if task is None:
         logger.info("to talk to it: %s", command("chat", folder))

@@ -288,12 +288,12 @@ class AdapterArguments(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lora = self.lora or self.qlora
-        # The tokens in front of an answer: the data tells which, and until then one stands for them.
-        self.invocation = (0,) if self.lora and self.lora_on == "answers" else None
         require(
             not self.qlora or find_spec("bitsandbytes") is not None,
             "--qlora: the package is not installed; `pip install bitsandbytes`",
         )
+        # The tokens in front of an answer: the data tells which, and until then one stands for them.
+        self.invocation = (0,) if self.lora and self.lora_on == "answers" else None
         require(self.lora_alpha > 0, f"--lora_alpha {self.lora_alpha}: must be above 0, or the adapters do nothing")
         require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
         if not self.lora:

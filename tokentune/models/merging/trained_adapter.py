@@ -212,8 +212,10 @@ def check_architecture(adapter: Adapter, base: str, base_config: PreTrainedConfi
         )
 
 
-def check_base(adapter: Adapter, base: str, *, allow_pickle: bool, force: bool) -> bool | None:
+def check_base(adapter: Adapter, base: str, *, allow_pickle: bool, force: bool | None = None) -> bool | None:
     """Compares the base's weights with those that the adapter was trained on, by the record in its folder.
+
+    `force`: None for a command that has no such flag.
 
     Returns:
         Whether they are the same (False: only by `force`, with a warning); None: there is no record of them, or it is
@@ -237,7 +239,8 @@ def check_base(adapter: Adapter, base: str, *, allow_pickle: bool, force: bool) 
     said = f"{BASE_FLAG} {base} is not the base that the adapter was trained on{named}: {difference}"
     retyped = found.dtypes.keys() != adapter.base.dtypes.keys()
     when = ", which is right if it is the same model saved in another type" if retyped else ""
-    require(force, f"{said}.\nGive that base; {FORCE_FLAG} merges all the same{when}.")
+    forced = "" if force is None else f"; {FORCE_FLAG} merges all the same{when}"
+    require(bool(force), f"{said}.\nGive that base{forced}.")
     print(f"warning: {said}; merged all the same ({FORCE_FLAG})", file=sys.stderr)
     return False
 
