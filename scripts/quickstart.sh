@@ -67,7 +67,7 @@ finetune_quickstart() {
         --num_epochs 1 \
         --learning_rate 3e-3 \
         --warmup_steps 20 \
-        --max_length 112 \
+        --max_length 96 \
         --group_by_length \
         --add_eos_token \
         --logging_steps 20 \

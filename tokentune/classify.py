@@ -56,6 +56,7 @@ from tokentune.reports.model_card import write_model_card
 from tokentune.reports.next_steps import say_next_steps
 from tokentune.reports.summary import draw_curves, write_summary
 from tokentune.settings.classification import ClassificationArguments, TaskArguments
+from tokentune.training.checkpoints.disk_space import DiskSpace, disk_space
 from tokentune.training.checkpoints.run_folder import check_run_folder, clear_run_folder
 from tokentune.training.checkpoints.run_lock import locked
 from tokentune.training.checkpoints.saving import remove_best_checkpoints
@@ -79,6 +80,7 @@ class Plan:
     inputs: LabelledInputs
     metric: str
     run_folder: Path
+    held: str | None = None  # a run in that folder, which a dry run leaves as it is
 
     def of_seed(self, seed: int) -> "Plan":
         """The plan of one training; of several, each has a folder of its own below the run's."""
@@ -117,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def prepare(arguments: ClassificationArguments, run_folder: Path) -> Plan:
     """Whatever can be refused is refused here: nothing has been written, no weight read."""
     check_push(arguments.run.push_to_hub, run_folder)
-    check_run_folder(run_folder, arguments.settings())
+    held = check_run_folder(run_folder, arguments.settings())
     classification_settings(arguments, run_folder, "loss")
     with phase("read"):
         inputs = read_labelled(arguments)
-    return Plan(arguments, inputs, chosen_metric(arguments.task, inputs.data), run_folder)
+    return Plan(arguments, inputs, chosen_metric(arguments.task, inputs.data), run_folder, held)
 
 
 def chosen_metric(task: TaskArguments, data: ClassificationData) -> str:
@@ -144,6 +146,7 @@ def say_dry_run(plan: Plan) -> None:
         told[f"{name} labels"] = ", ".join(f"{label} {count}" for label, count in counts.items())
     told["seeds"] = " ".join(map(str, seeds)) if len(seeds) > 1 else None
     trainer = build(plan.of_seed(seeds[0]))
+    told |= {"disk": space_of(plan, seeds[0], trainer), "there already": plan.held}
     say_plan(trainer, data.train.rows, told, plan.arguments, plan.inputs.config, plan.run_folder, plan.head)
 
 
@@ -163,11 +166,20 @@ def build(plan: Plan) -> SelectiveTrainer:
     )
 
 
+def space_of(run: Plan, seed: int, trainer: SelectiveTrainer) -> DiskSpace:
+    """On the disk, for one seed's training and the results of those after it."""
+    arguments, config, number = run.arguments, run.inputs.config, run.arguments.seeds.index(seed)
+    cleared = run.of_seed(seed).run_folder if number else run.run_folder
+    saved_dtype = saved_as(arguments, config, base_dtype(arguments, config))
+    return disk_space(trainer, cleared, saved_dtype, results=len(arguments.seeds) - number)
+
+
 def train(run: Plan, seed: int) -> dict[str, Any]:
     """One seed's training: the best checkpoint, its summary and predictions in their folder. Returns the summary."""
     plan = run.of_seed(seed)
     arguments, config, data, folder = plan.arguments, plan.inputs.config, plan.inputs.data, plan.run_folder
     trainer = build(plan)
+    space_of(run, seed, trainer).check()
     first = trainer.is_world_process_zero()
     if first:
         clear_run_folder(run.run_folder if seed == arguments.seeds[0] else folder)

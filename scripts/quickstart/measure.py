@@ -32,7 +32,6 @@ from tokentune.data.instruction_data import load_instruction_data
 from tokentune.data.prompts import DEFAULT_TEMPLATE, PromptTemplate, ensure_pad_token
 from tokentune.models.adapters import add_adapters
 from tokentune.models.pretrained import load_base_model, load_tokenizer
-from tokentune.training.build import training_collator
 
 # Other packages' words on their own internals, which a user can do nothing about.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -53,12 +52,12 @@ def build_batches(arguments: argparse.Namespace) -> dict[str, dict[str, Tensor]]
     tokenizer = load_tokenizer(arguments.model)
     pad_token_id = ensure_pad_token(tokenizer, None)
     words = ["--model_name_or_path", arguments.model, "--dataset_name_or_path", arguments.data, "--add_eos_token"]
-    words += ["--tokentune", "--prefix_length", arguments.prefix_length, "--max_length", "112", "--data_cache", "none"]
+    words += ["--tokentune", "--prefix_length", arguments.prefix_length, "--max_length", "96", "--data_cache", "none"]
     options = parse_arguments(words)
     rows = load_instruction_data(options, tokenizer, PromptTemplate.load(DEFAULT_TEMPLATE)).train
     examples = [SeededRows(rows, seed=0)[index] for index in range(arguments.batch)]
     whole = CausalCollator(pad_token_id)(examples)
-    selected = training_collator(options.selection, tokenizer, packed=False)(examples)
+    selected = CausalCollator(pad_token_id, options.selection.selected, options.selection.selection)(examples)
     return {method: selected if "TokenTune" in method else whole for method in PLAIN}
 
 

@@ -25,7 +25,7 @@ LEGEND = {
     "words": "order words",
     "find": "find by category",
     "numbers": "order numbers",
-    "page": "add, below a page",
+    "page": "add, below facts",
 }
 NAMES = {
     "full": "all weights",
@@ -111,7 +111,7 @@ def draw_picture(results: Results, path: Path) -> None:
         (memory, "Kept for backward, MiB", [r["saved_bytes"] / MIB for r in rows], "saved_bytes_ratio"),
         (duration, "Training step, ms", [1000 * r["seconds"] for r in rows], "seconds_ratio"),
     ):
-        methods = [NAMES[row["method"]].replace(" + ", "\n+ ").replace(" ", "\n", 1) for row in rows]
+        methods = [NAMES[row["method"]].replace(" + ", "\n+ ") for row in rows]
         bars = axes.bar(methods, values, 0.66, color=[COLOURS[row["method"]] for row in rows])
         shown = [
             f"{value:.3g}" + ("" if row["method"] == row["compared_with"] else f"\n({row[ratios]:.0%})")

@@ -198,7 +198,7 @@ def numbers_question(rng: random.Random, world: World, subject: str | None) -> Q
     return Question(wording, " ".join(numbers), answer, answer)
 
 
-# --- page: a sum again, below a page that does not matter. The prompt is eighty times as long as the answer.
+# --- page: a sum again, below a page that does not matter. The prompt is seventy times as long as the answer.
 
 
 def page_question(rng: random.Random, world: World, pair: str | None) -> Question:

@@ -165,3 +165,26 @@ def test_says_what_a_classification_then_does(
         assert numbers(told["tokens"])[2] == of_run["selected"]
     image = told["memory"] == "not estimated: steps on images cannot be run without data"
     assert image if task_type == "image" else "at the peak of a step of 4 x " in told["memory"]
+
+
+def test_says_what_a_classification_would_be_refused_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = save_tiny_bert(tmp_path / "model"), write_texts(tmp_path / "rows.jsonl", 20, seed=0)
+    argv = ["--model_name_or_path", str(model), "--dataset_name_or_path", str(data), "--run_name", "mine"]
+    argv += ["--eval_dataset_name_or_path", str(data), "--model_save_path", str(tmp_path / "models")]
+    argv += ["--max_length", "32", "--seeds", "1", "2"]
+    folder = tmp_path / "models" / "mine"
+    (folder / "seed-1").mkdir(parents=True)
+    classify.main([*argv, "--dry_run"])
+    told = lines_of(capsys.readouterr().out)
+    assert told["there already"].startswith(f"{folder} already holds the checkpoints of an unfinished run. Give this")
+    sizes = re.fullmatch(
+        r"up to 2 checkpoints of about ([\d.]+) MiB at once, a result of about ([\d.]+) MiB; [\d.]+ .iB are free",
+        told["disk"],
+    )
+    assert float(sizes[2]) == pytest.approx(2 * float(sizes[1]), abs=0.2)  # of both seeds; checkpoints: weights alone
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="could not be saved"):
+        classify.main([*argv, "--overwrite_output_dir"])
+    assert (folder / "seed-1").is_dir()

@@ -57,6 +57,7 @@ def test_only_what_is_there_at_once_is_counted(
     assert space("--global_batch_size 3", results=3).needed == pytest.approx(3 * none.result, abs=3)
     best = "--eval_dataset_name_or_path rows.jsonl --eval_steps 3 --load_best_model_at_end"
     assert space(f"{STEPS} {best}").most == 3  # the best one, the newest one, and the next
+    assert space(f"--global_batch_size 3 --save_total_limit 1 {best}").most == 2  # the best one, and a better one
 
     make_trainer(STEPS).train()
     (checkpoint,) = checkpoints_of(tmp_path / "run")

@@ -62,7 +62,8 @@ def set_up_packages(name: str) -> None:
     # the default, memory rose by 2.8 MiB a step; with 256 it stayed after 50 steps, which took no longer.
     for cache in ("ONEDNN_PRIMITIVE_CACHE", "LRU_CACHE"):
         os.environ.setdefault(f"{cache}_CAPACITY", "256")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for module in ("bitsandbytes.backends.cpu.ops", "transformers.trainer_utils"):  # kernels; a pad token that we set
+        logging.getLogger(module).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
     if name in ("chat", "estimate", "diagnose"):

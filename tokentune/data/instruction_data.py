@@ -132,8 +132,9 @@ def load_instruction_data(
         logger.info("--eval_fraction %s: %s", data.eval_fraction, validation_report)
     if data.chat_template is not None and not loader.conversations:
         logger.warning("--chat_template has no effect: the data holds no conversation. It is saved all the same")
-    template_kept, invocation = beside_own(loader.chat_template(), own), loader.invocation
-    return InstructionData(train, validation, train_report, validation_report, sources, template_kept, invocation)
+    chat_template = beside_own(loader.chat_template(), own)
+    reports = train_report, validation_report
+    return InstructionData(train, validation, *reports, sources, chat_template, loader.invocation)
 
 
 class _Part(NamedTuple):

@@ -68,8 +68,8 @@ def _load_adapter(
     options = {"dtype": dtype, "quantize_4bit": four_bit, "device_map": {"": str(place)} if four_bit else None}
     model = load_base_model(base, flag=BASE_FLAG, **options, **trust)
     adapted = attach_adapter(model if four_bit else model.to(place), adapter)
-    if getattr(adapter.config, ACTIVATED, None):
-        model = adapted  # peft's wrapper tells the layers where an answer begins
+    if getattr(adapter.config, ACTIVATED, None):  # only peft's wrapper tells its layers where the adapter acts
+        model = adapted
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     source, flag = (str(folder), MODEL_FLAG) if own else (base, BASE_FLAG)
     return model.eval(), load_tokenizer(source, flag=flag, **trusted)

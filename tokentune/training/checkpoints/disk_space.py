@@ -20,6 +20,7 @@ from tokentune.training.trainer import SelectiveTrainer
 from tokentune.training.trainer_arguments import Extent
 
 logger = logging.getLogger(__name__)
+BEGINNING = Start()
 _BESIDE = 1.01  # of the weights: their names, the tokenizer, logs
 
 
@@ -77,7 +78,12 @@ class DiskSpace:
 
 
 def disk_space(
-    trainer: SelectiveTrainer, folder: Path, saved_dtype: torch.dtype, start: Start, *, results: int = 1
+    trainer: SelectiveTrainer,
+    folder: Path,
+    saved_dtype: torch.dtype,
+    start: Start = BEGINNING,
+    *,
+    results: int = 1,
 ) -> DiskSpace:
     """What a run of this trainer, before `train()`, needs.
 
@@ -116,12 +122,12 @@ def _states(trainer: SelectiveTrainer) -> float:
 def _checkpoints(trainer: SelectiveTrainer) -> tuple[int, int]:
     """How many a run writes, at most, and how many of them are kept."""
     settings, extent = trainer.args, Extent.of(trainer.train_dataset, trainer.args)
-    written, kept = extent.steps // settings.save_steps, settings.save_total_limit
-    if settings.save_strategy == SaveStrategy.BEST:  # any validation may be the best so far
-        each_epoch = settings.eval_strategy == IntervalStrategy.EPOCH
-        written += extent.epochs if each_epoch else extent.steps // settings.eval_steps + 1
-        kept = max(kept, 2)  # the best one stays beside the newest
-    return written, kept
+    due, kept = extent.steps // settings.save_steps, settings.save_total_limit
+    if settings.save_strategy != SaveStrategy.BEST:
+        return due, kept
+    each_epoch = settings.eval_strategy == IntervalStrategy.EPOCH
+    best = extent.epochs if each_epoch else extent.steps // settings.eval_steps + 1  # any validation may be the best
+    return due + best, max(kept, 2) if due else kept  # the best one stays beside the newest
 
 
 def bytes_in(path: Path) -> int:
