@@ -70,7 +70,8 @@ def test_a_training_s_result_keeps_them(tmp_path):
     config, name = FAMILIES["buffer"]
     model = made(config)
     values = close_together(model, name)
-    trainer = SimpleNamespace(model=model, use_cache=None, args=SimpleNamespace(should_save=True))
+    settings = SimpleNamespace(should_save=True)
+    trainer = SimpleNamespace(model=model, use_cache=None, args=settings, base_fingerprint=None)
     trainer.average_weights, trainer.save_model = lambda: None, model.save_pretrained
     save_result(trainer, tmp_path, torch.bfloat16)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
