@@ -1,6 +1,6 @@
-"""The table of `scripts/bench/prompt_heavy.py`: header and rows.
+"""The tables of `scripts/bench/prompt_heavy.py` and `whole_runs.py`: header and rows.
 
-Not a command: `scripts/docs.py` puts it into the docs.
+Not a command: `scripts/docs.py` puts them into the docs.
 """
 
 from typing import Any
@@ -46,6 +46,20 @@ def time_to_loss(report: dict[str, Any]) -> Table:
     header = ["task", "method", "time of a step, of full", "kept for backward", "validation loss", "exact"]
     header += ["loss of other rows", "time to full's loss, of full's (95 % interval)", "to 98 % of its gain", "seeds"]
     return header, rows
+
+
+def whole_runs(report: dict[str, Any]) -> Table:
+    """Tokens per second of whole runs, selective ones beside ordinary training of the same memory."""
+    names = {"full": "full, loss in chunks", "checkpointing": METHODS["full-checkpointing"]}
+    rows = []
+    for row in report["rows"]:
+        label, ratio = names.get(row["method"]) or f"**TokenTune, {row['method']}**", ""
+        if "speed_ratio" in row:
+            low, middle, high = row["speed_ratio"]
+            ratio = f"{middle:.2f} ({low:.2f} to {high:.2f}) of {names[row['compared_with']]}"
+        saved = f"{row['saved_for_backward_bytes'] / BYTES_IN_MIB:.0f} MiB"
+        rows.append([label, f"{row['median']:.0f}", saved, ratio])
+    return ["method", "tokens per second", "kept for backward", "speed, lowest and highest round"], rows
 
 
 def goal(found: dict[str, Any]) -> str:

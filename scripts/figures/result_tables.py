@@ -151,5 +151,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality_rates": lambda: markdown(*quality_tables.rates(read("selection_quality.json"))),
     "quality_encoders": lambda: markdown(*quality_tables.encoders(read("selection_quality_encoders.json"))),
     "prompt_heavy": lambda: markdown(*prompt_tables.time_to_loss(read("prompt_heavy.json"))),
+    "whole_runs": lambda: markdown(*prompt_tables.whole_runs(read("whole_runs.json"))),
     "quality_regularisation": lambda: markdown(*quality_tables.regularisation(read("selection_quality_encoders.json"))),
 }
